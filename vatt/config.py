@@ -1,0 +1,406 @@
+"""The schema of params.yaml: every setting of the pipeline, its unit and its rules.
+
+Settings are read once, at the edge (`load_params`), into frozen sections; a function takes the
+section it needs. The schema has no default for anything an experiment varies: the file says it.
+"""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from vatt.errors import SettingsError
+
+PARAMS_FILE = Path("params.yaml")
+
+SizeName = Literal["tiny", "small", "base", "medium", "large"]
+Modality = Literal["video", "audio", "text"]
+Rate = Annotated[float, Field(ge=0, lt=1)]  # a share that leaves something, e.g. of tokens dropped
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of params.yaml; frozen, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# --- where things lie -----------------------------------------------------------------------------
+
+
+class PathsParams(Section):
+    """Files and folders, relative to the project's root."""
+
+    manifest: Path  # JSON lines, one clip each
+    download_ledger: Path  # what happened to each clip at download
+    media: Path  # downloaded files; no DVC output, so nothing is copied
+    shards: Path  # tars + index + vocabulary
+    preprocess_ledger: Path
+    pretrain_state: Path  # resumable, ZeRO-sharded
+    pretrained: Path  # exported checkpoint: model.safetensors + config.json
+    finetuned: Path  # <task>-<init>/ inside
+    finetune_state: Path
+    evaluation: Path  # arrays behind the metrics: similarities, features, predictions
+    metrics: Path  # <stage>.json
+    runs: Path  # <stage>.json: MLflow run id and timings; no dependency of anything
+    report: Path  # report.html, report.md
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+class DemoParams(Section):
+    """The generated corpus: moving handwritten digits with their telephone tones."""
+
+    train_clips: PositiveInt
+    test_clips: PositiveInt
+    no_text_share: Share  # of the train clips: the AudioSet role
+    dead_links: NonNegativeInt  # links that lead nowhere, as in real life
+
+
+class DataParams(Section):
+    """Where clips come from and how many must survive."""
+
+    source: Literal["demo", "folder", "urls"]
+    location: Path | None  # folder: a folder of videos; urls: a csv file; demo: null
+    base_urls: tuple[str, ...]  # mirrors tried first, in order
+    allow_youtube: bool  # read docs/download.md first: their terms apply
+    test_share: Share  # of the videos without a split of their own
+    require: tuple[Modality, ...]  # a clip without one of these is not kept
+    min_clips: PositiveInt  # fewer clips left: stop
+    min_share: Share  # a smaller share of the manifest left: stop
+    demo: DemoParams
+
+    @model_validator(mode="after")
+    def _location_when_needed(self) -> "DataParams":
+        if self.source != "demo" and self.location is None:
+            raise ValueError(f"data.location is needed when data.source is {self.source}")
+        return self
+
+
+class PreprocessParams(Section):
+    """What the shards hold."""
+
+    clip_seconds: PositiveFloat  # a longer span is cut in clips of this length
+    min_clip_seconds: PositiveFloat  # a shorter one is left out
+    fps: PositiveInt
+    short_side: PositiveInt  # pixels
+    crf: Annotated[int, Field(ge=0, le=51)]  # H.264 quality of the stored clips
+    audio_hz: PositiveInt  # sample rate, mono
+    samples_per_shard: PositiveInt
+    vocabulary: PositiveInt  # words kept, most frequent first; id 0 pads, id 1 is unknown
+    max_failed_share: Share  # more clips failing than this: stop
+
+
+# --- model ----------------------------------------------------------------------------------------
+
+
+class SizeParams(Section):
+    """A Transformer's dimensions, when it is none of the named sizes."""
+
+    depth: PositiveInt
+    dim: PositiveInt
+    mlp_dim: PositiveInt
+    heads: PositiveInt
+    head_dim: PositiveInt
+
+
+class VideoParams(Section):
+    """The video tower's input."""
+
+    size: SizeName | SizeParams
+    frames: PositiveInt  # T, per clip
+    frame_size: PositiveInt | tuple[PositiveInt, PositiveInt]  # H = W, or (H, W), pixels
+    patch: tuple[PositiveInt, PositiveInt, PositiveInt]  # t, h, w
+
+
+class AudioParams(Section):
+    """The audio tower's input."""
+
+    size: SizeName | SizeParams
+    input: Literal["waveform", "spectrogram"]
+    samples: PositiveInt  # S, waveform samples; for a spectrogram its number of mel frames
+    patch: PositiveInt | tuple[PositiveInt, PositiveInt]  # samples, or (frames, mel bins)
+    mel_bins: PositiveInt | None  # spectrogram only
+
+
+class TextParams(Section):
+    """The text tower's input."""
+
+    size: SizeName | SizeParams
+    words: PositiveInt  # L, at most
+    vocabulary: PositiveInt  # rows of the embedding table
+
+
+class ModelParams(Section):
+    """The model: three towers or one, and the common spaces."""
+
+    recipe: Literal["paper", "release"]
+    backbone: Literal["specific", "agnostic"]
+    video: VideoParams
+    audio: AudioParams
+    text: TextParams
+    va_dim: PositiveInt  # common space of video and audio
+    vt_dim: PositiveInt  # common space of video and text
+    dropout: Rate
+
+    @model_validator(mode="after")
+    def _one_encoder_when_agnostic(self) -> "ModelParams":
+        if self.backbone == "agnostic" and not (
+            self.video.size == self.audio.size == self.text.size
+        ):
+            raise ValueError(
+                "model.backbone: agnostic shares one encoder, so model.video.size, "
+                "model.audio.size and model.text.size must be equal"
+            )
+        return self
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+class AugmentationParams(Section):
+    """Applied to a clip consistently: the same draw for all its frames."""
+
+    crop_area: tuple[PositiveFloat, PositiveFloat]  # share of the frame, from - to
+    crop_aspect: tuple[PositiveFloat, PositiveFloat]
+    flip: bool
+    brightness: NonNegativeFloat  # as in the paper: 32/255 is 0.1255
+    contrast: NonNegativeFloat
+    saturation: NonNegativeFloat
+    hue: NonNegativeFloat
+
+
+class OptimizerParams(Section):
+    """The optimiser and its learning-rate schedule."""
+
+    name: Literal["adam", "sgd"]  # sgd has momentum 0.9
+    learning_rate: PositiveFloat  # at the end of the warm-up
+    final_learning_rate: NonNegativeFloat
+    warmup_steps: NonNegativeInt
+    schedule: Literal["quarter_cosine", "half_cosine"]  # the paper pre-trains with a quarter period
+    weight_decay: NonNegativeFloat
+    clip_norm: PositiveFloat | None
+
+
+class PretrainParams(Section):
+    """Contrastive pre-training."""
+
+    batch_size: PositiveInt  # global
+    steps: PositiveInt
+    precision: Literal["fp32", "bf16"]
+    fps: PositiveInt  # of the frames shown to the model
+    augmentation: AugmentationParams
+    text_candidates: PositiveInt  # K: sentences nearest in time, MIL-NCE's positives
+    drop_rate: Rate  # DropToken, video and audio
+    temperature: PositiveFloat
+    mil_nce_weight: NonNegativeFloat
+    optimizer: OptimizerParams
+    save_every: PositiveInt  # steps
+    keep_states: PositiveInt
+    report_every: PositiveInt  # steps
+
+
+class FinetuneTaskParams(Section):
+    """Fine-tuning on one task."""
+
+    modality: Literal["video", "audio", "image"]
+    label: str  # name of the label in the manifest
+    train_labels: PositiveInt | None  # labelled train clips used, balanced; null: all
+    frames: PositiveInt | None  # video only; an image is repeated to one voxel's depth
+    fps: PositiveInt | None
+    frame_size: PositiveInt | None
+    audio_samples: PositiveInt | None
+    audio_hz: PositiveInt | None
+    batch_size: PositiveInt
+    steps: PositiveInt
+    precision: Literal["fp32", "bf16"]
+    augmentation: AugmentationParams
+    drop_rate: Rate
+    loss: Literal["softmax", "balanced_sigmoid"]
+    label_smoothing: Rate
+    mixup: NonNegativeFloat  # Beta(a, a); 0: off
+    head_dropout: Rate
+    optimizer: OptimizerParams
+    test_clips: PositiveInt  # spread over the clip; logits averaged
+    test_crops: Literal[1, 3]
+    save_every: PositiveInt
+    report_every: PositiveInt
+
+
+class FinetuneParams(Section):
+    """The fine-tuning runs: every task in `run` from every start in `init`."""
+
+    run: tuple[str, ...]
+    init: tuple[Literal["pretrained", "scratch"], ...]
+    tasks: dict[str, FinetuneTaskParams]
+
+    @model_validator(mode="after")
+    def _tasks_exist(self) -> "FinetuneParams":
+        for name in self.run:
+            if name not in self.tasks:
+                raise ValueError(f"finetune.run names '{name}', which finetune.tasks does not have")
+        return self
+
+
+class ProbeParams(Section):
+    """A linear classifier on frozen features."""
+
+    modality: Literal["video", "audio"]
+    label: str
+    train_labels: PositiveInt | None  # null: all
+
+
+class EvaluateParams(Section):
+    """What is measured on the test split."""
+
+    retrieval_pool: PositiveInt  # test clips searched
+    class_labels: tuple[str, ...]  # class@1: the best hit agrees in all of these; may be empty
+    probes: dict[str, ProbeParams]
+    batch_size: PositiveInt
+    bootstrap: PositiveInt  # resamples behind every 95 % interval
+
+
+class ReportParams(Section):
+    """The report."""
+
+    title: str
+    tsne_clips: PositiveInt
+
+
+class MachineParams(Section):
+    """What must not change a result: declared by no stage as a dependency."""
+
+    processes: PositiveInt
+    threads: PositiveInt | None  # per process; null: cores / processes
+    zero_stage: Literal[0, 1, 2, 3]
+    offload: Literal["none", "optimizer", "all"]
+    micro_batch_size: PositiveInt | None  # per process; null: the process's whole share
+    launcher_arguments: tuple[str, ...]  # to the deepspeed launcher
+    workers: NonNegativeInt  # processes that download, encode and decode; 0: in the main one
+    cache_gb: NonNegativeFloat  # decoded clips kept in memory
+    ffmpeg: Path | None  # null: the one in the imageio-ffmpeg wheel
+    cookies: Path | None
+    proxy: str | None
+    mlflow_uri: str  # a relative sqlite path counts from the project's root
+    experiment: str
+    max_artifact_mb: NonNegativeFloat  # larger checkpoints are named, not copied
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    seed: NonNegativeInt
+    paths: PathsParams
+    data: DataParams
+    preprocess: PreprocessParams
+    model: ModelParams
+    pretrain: PretrainParams
+    finetune: FinetuneParams
+    evaluate: EvaluateParams
+    report: ReportParams
+    machine: MachineParams
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    """Read and check the settings; a wrong key or value names the file, the key and a remedy."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(
+            f"{path} is missing", hint="run `vattctl config use demo` in the project's root"
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}", hint="it must be YAML") from None
+    return parse_params(raw, source=path)
+
+
+def parse_params(raw: Any, *, source: Path) -> Params:
+    """Check settings that are already in memory; `source` is named in the message."""
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{source} must hold sections, not {type(raw).__name__}")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(_explain(error, raw, source)) from None
+
+
+def fingerprint(*sections: Any) -> str:
+    """The sha256 of settings, the same for equal settings whatever their order in the file."""
+    plain = [s.model_dump(mode="json") if isinstance(s, BaseModel) else s for s in sections]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def known_keys(path: tuple[str, ...]) -> list[str]:
+    """The keys that may stand in the section at `path`; none when a free name is expected there."""
+    section: Any = Params
+    for key in path:
+        fields = getattr(section, "model_fields", None)
+        if fields is None or key not in fields:
+            section = _section_of(section)
+            continue
+        section = _section_of(fields[key].annotation)
+    return sorted(getattr(section, "model_fields", {}))
+
+
+def _section_of(annotation: Any) -> Any:
+    """The settings class inside an annotation such as `dict[str, ProbeParams]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        found = _section_of(part)
+        if found is not None:
+            return found
+    return None
+
+
+def _explain(error: ValidationError, raw: dict[str, Any], source: Path) -> str:
+    lines = []
+    for problem in error.errors():
+        keys = tuple(str(part) for part in problem["loc"])
+        dotted = ".".join(keys) or "the file"
+        place = f"{source}:{_line_of(source, keys)}" if keys else str(source)
+        if problem["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(keys[-1], known_keys(keys[:-1]), n=1)
+            remedy = f"did you mean '{close[0]}'?" if close else "remove it"
+            lines.append(f"{place}: unknown key {dotted}; {remedy}")
+        elif problem["type"] == "missing":
+            lines.append(f"{place}: {dotted} is missing; presets/ shows a value")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+            lines.append(f"{place}: {dotted}: {message}{got}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _line_of(source: Path, keys: tuple[str, ...]) -> int:
+    """The line of a key in a YAML file; of its nearest parent when it is not there."""
+    try:
+        node = yaml.compose(source.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return 1
+    line = 1
+    for key in keys:
+        if not isinstance(node, yaml.MappingNode):
+            break
+        for name, value in node.value:
+            if name.value == key:
+                line, node = name.start_mark.line + 1, value
+                break
+        else:
+            break
+    return line
