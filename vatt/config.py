@@ -51,6 +51,7 @@ class PathsParams(Section):
     shards: Path  # tars + index + vocabulary
     preprocess_ledger: Path
     pretrain_state: Path  # resumable, ZeRO-sharded
+    checkpoints: Path  # the parent of the next two
     pretrained: Path  # exported checkpoint: model.safetensors + config.json
     finetuned: Path  # <task>-<init>/ inside
     finetune_state: Path
@@ -77,6 +78,7 @@ class DataParams(Section):
 
     source: Literal["demo", "folder", "urls"]
     location: Path | None  # folder: a folder of videos; urls: a csv file; demo: null
+    location_hash: str | None  # what lay there when `vattctl ingest` looked; it makes DVC notice
     base_urls: tuple[str, ...]  # mirrors tried first, in order
     allow_youtube: bool  # read docs/download.md first: their terms apply
     test_share: Share  # of the videos without a split of their own

@@ -1,0 +1,99 @@
+"""How a stage ends: an exit code and one clear message, left in a file for whoever started it.
+
+DVC answers 255 for any failed stage; `vattctl` reads the file and exits with the stage's own code.
+"""
+
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from vatt.errors import MachineError, Stopped, VattError
+from vatt.files import atomic_write, lock
+
+FOLDER = Path(".vattctl")  # in the project's root; locks, the last outcome, the last traceback
+OUTCOME = FOLDER / "outcome.json"
+TRACEBACK = FOLDER / "traceback.txt"
+DEBUG_VARIABLE = "VATTCTL_DEBUG"  # set by `vattctl --debug`
+
+BUG = 101
+INTERRUPTED = 130
+
+
+def run_stage(stage: str, main: Callable[[], None]) -> None:
+    """Run a stage's main alone (a second writer is refused), then exit with its code."""
+    sys.exit(_run(stage, main))
+
+
+def _run(stage: str, main: Callable[[], None]) -> int:
+    try:
+        if is_first_process():
+            with lock(FOLDER / f"{stage}.lock"):
+                main()
+        else:
+            main()
+    except VattError as error:
+        return _leave(stage, error.exit_code, str(error))
+    except KeyboardInterrupt:
+        return _leave(stage, INTERRUPTED, "interrupted; run it again to continue")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = MachineError(
+                f"the disk is full: {error.filename or Path.cwd()}",
+                hint="free some space, then run it again: it continues where it stopped",
+            )
+            return _leave(stage, full.exit_code, str(full))
+        return _leave_bug(stage, error)
+    except Exception as error:  # noqa: BLE001 - the last line of defence, with its traceback kept
+        return _leave_bug(stage, error)
+    return 0
+
+
+def is_first_process() -> bool:
+    """True in the process that speaks for the stage: rank 0, or the one a launcher grew from."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def stop_on_sigterm(signum: int, frame: FrameType | None) -> None:
+    """Handler for stages without a step to finish: what is on disk is complete, so just stop."""
+    raise Stopped("stopped by a signal", hint="run it again: it continues where it stopped")
+
+
+def read_outcome() -> tuple[int, str] | None:
+    """The last failed stage's code and message; None when no stage has left any."""
+    try:
+        outcome = json.loads(OUTCOME.read_text(encoding="utf-8"))
+        return int(outcome["code"]), str(outcome["message"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _leave_bug(stage: str, error: BaseException) -> int:
+    text = "".join(traceback.format_exception(error))
+    if os.environ.get(DEBUG_VARIABLE):
+        sys.stderr.write(text)
+    else:
+        FOLDER.mkdir(exist_ok=True)
+        TRACEBACK.write_text(text, encoding="utf-8")
+    summary = traceback.format_exception_only(error)[-1].strip()
+    return _leave(
+        stage,
+        BUG,
+        f"a fault of vattctl's own: {summary}\n  -> please report it with {TRACEBACK}; "
+        "--debug shows the traceback",
+    )
+
+
+def _leave(stage: str, code: int, message: str) -> int:
+    if is_first_process():
+        sys.stderr.write(f"{stage}: {message}\n")
+        try:
+            with atomic_write(OUTCOME) as path:
+                path.write_text(json.dumps({"stage": stage, "code": code, "message": message}))
+        except OSError:  # a full disk must not hide the message above
+            return code
+    return code

@@ -1,0 +1,58 @@
+"""What a stage was made from: one hash over its settings, its code and its input data."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PIPELINE_FILE = Path("dvc.yaml")
+LOCK_FILE = Path("dvc.lock")
+
+
+def stage_hash(
+    stage: str, raw_params: dict[str, Any], *, item: dict[str, str] | None = None
+) -> str:
+    """The sha256 of a stage's resolved params and deps, as dvc.yaml declares them.
+
+    A dep that an earlier stage made counts by the hash in dvc.lock, a source file by its content.
+    """
+    declared = yaml.safe_load(PIPELINE_FILE.read_text(encoding="utf-8"))["stages"][stage]
+    declared = declared.get("do", declared)
+    digest = hashlib.sha256()
+    for key in sorted(map(str, declared.get("params", []))):
+        key = _resolve(key, raw_params, item or {})
+        digest.update(f"{key}={_lookup(raw_params, key)!r}\n".encode())
+    made = _hashes_of_outputs()
+    for dep in sorted(map(str, declared.get("deps", []))):
+        path = _resolve(dep, raw_params, item or {})
+        digest.update(f"{path}:{made.get(path) or _hash_of_file(Path(path))}\n".encode())
+    return digest.hexdigest()
+
+
+def _hashes_of_outputs() -> dict[str, str]:
+    if not LOCK_FILE.exists():
+        return {}
+    stages = yaml.safe_load(LOCK_FILE.read_text(encoding="utf-8")).get("stages", {})
+    outs = [out for stage in stages.values() for out in stage.get("outs", [])]
+    return {out["path"]: str(out.get("md5")) for out in outs}
+
+
+def _hash_of_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "absent"
+
+
+def _lookup(raw: dict[str, Any], key: str) -> Any:
+    value: Any = raw
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def _resolve(text: str, raw_params: dict[str, Any], item: dict[str, str]) -> str:
+    def value(match: re.Match[str]) -> str:
+        key = match.group(1)
+        return item[key[5:]] if key.startswith("item.") else str(_lookup(raw_params, key))
+
+    return re.sub(r"\$\{([^}]+)\}", value, text)
