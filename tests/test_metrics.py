@@ -1,0 +1,148 @@
+"""Every measure equals the reference arrays and a naive loop written from its definition."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vatt import metrics
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "measures.npz")
+
+
+def naive_rank(row, target):
+    higher = sum(score > row[target] for score in row)
+    equal = sum(score == row[target] for score in row) - 1
+    return 1 + higher + equal / 2
+
+
+def naive_average_precision(scores, truth):
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    hits, total = 0, 0.0
+    for place, i in enumerate(order, start=1):
+        if truth[i]:
+            hits += 1
+            total += hits / place
+    return total / hits
+
+
+def naive_auc(scores, truth):
+    positive = [s for s, t in zip(scores, truth, strict=True) if t]
+    negative = [s for s, t in zip(scores, truth, strict=True) if not t]
+    wins = sum((p > n) + 0.5 * (p == n) for p in positive for n in negative)
+    return wins / (len(positive) * len(negative))
+
+
+def test_retrieval_measures_equal_the_reference():
+    similarities = GOLDEN["retrieval/sim"]
+    for k in (1, 5, 10):
+        assert metrics.recall_at_k(similarities, k) == pytest.approx(GOLDEN[f"retrieval/R{k}"])
+    assert metrics.median_rank(similarities) == GOLDEN["retrieval/MedianRank"]
+
+
+def test_top_k_accuracy_equals_the_reference():
+    scores, labels = GOLDEN["accuracy/pred"], GOLDEN["accuracy/labels"][:, 0]
+    assert metrics.top_k_accuracy(scores, labels, 1) == pytest.approx(GOLDEN["accuracy/top1"])
+    assert metrics.top_k_accuracy(scores, labels, 5) == pytest.approx(GOLDEN["accuracy/top5"])
+
+
+def test_multilabel_measures_equal_the_reference():
+    scores, truth = GOLDEN["multilabel/pred"], GOLDEN["multilabel/true"]
+    assert metrics.mean_ap(scores, truth) == pytest.approx(GOLDEN["multilabel/mAP"], rel=1e-6)
+    assert metrics.auc(scores, truth) == pytest.approx(GOLDEN["multilabel/AUC"], rel=1e-6)
+    assert metrics.d_prime(scores, truth) == pytest.approx(GOLDEN["multilabel/d-prime"], rel=1e-4)
+
+
+def test_multilabel_measures_equal_naive_loops():
+    generator = np.random.default_rng(3)
+    scores, truth = generator.random((25, 4)), generator.random((25, 4)) < 0.3
+    columns = list(zip(scores.T, truth.T, strict=True))
+    naive = np.mean([naive_average_precision(s, t) for s, t in columns])
+    assert metrics.mean_ap(scores, truth) == pytest.approx(naive)
+    assert metrics.auc(scores, truth) == pytest.approx(np.mean([naive_auc(*c) for c in columns]))
+
+
+def test_a_class_that_never_occurs_leaves_the_average():
+    scores = np.random.default_rng(0).random((10, 2))
+    truth = np.stack([np.arange(10) % 2, np.zeros(10)], axis=1)
+    assert metrics.mean_ap(scores, truth) == metrics.mean_ap(scores[:, :1], truth[:, :1])
+    with pytest.raises(ValueError, match="no class has both"):
+        metrics.auc(scores, np.zeros((10, 2)))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 8), st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_ranks_equal_a_naive_loop_ties_included(rows, columns, seed):
+    generator = np.random.default_rng(seed)
+    scores = generator.integers(0, 4, size=(rows, columns))
+    targets = generator.integers(0, columns, size=rows)
+    naive = [naive_rank(row, target) for row, target in zip(scores, targets, strict=True)]
+    assert metrics.ranks(scores, targets).tolist() == naive
+
+
+def test_a_collapsed_model_gets_chance_and_not_first_place():
+    alike = np.ones((100, 100))
+    assert metrics.recall_at_k(alike, 10) == 0.0
+    assert metrics.median_rank(alike) == 50.5
+
+
+def test_not_a_number_is_no_score():
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.recall_at_k(np.full((2, 2), np.nan), 1)
+
+
+def test_bootstrap_interval_equals_a_naive_loop_and_the_same_seed_gives_the_same():
+    values = np.random.default_rng(1).random(40)
+    generator = np.random.default_rng(7)
+    means = []
+    for _ in range(200):
+        picks = [values[generator.integers(40)] for _ in range(40)]
+        means.append(sum(picks) / 40)
+    naive = np.quantile(means, [0.025, 0.975])
+    ours = metrics.bootstrap_interval(values, 200, seed=7)
+    assert ours == pytest.approx(tuple(naive), abs=0.02)
+    assert ours == metrics.bootstrap_interval(values, 200, seed=7)
+
+
+def test_the_interval_of_a_share_has_the_width_of_the_normal_approximation():
+    correct = np.repeat([1.0, 0.0], [300, 700])
+    low, high = metrics.bootstrap_interval(correct, 4000, seed=0)
+    half = 1.96 * np.sqrt(0.3 * 0.7 / 1000)
+    assert (low, high) == pytest.approx((0.3 - half, 0.3 + half), abs=0.004)
+
+
+def test_the_interval_covers_the_truth_about_95_times_in_100():
+    generator = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        low, high = metrics.bootstrap_interval(generator.random(100) < 0.4, 300, seed=trial)
+        covered += low <= 0.4 <= high
+    assert 180 <= covered <= 198
+
+
+def test_pairing_narrows_the_interval_of_a_difference():
+    generator = np.random.default_rng(2)
+    theirs = generator.random(500) < 0.5
+    ours = theirs | (generator.random(500) < 0.1)
+    low, high = metrics.paired_difference_interval(ours, theirs, 1000, seed=0)
+    assert low > 0.0
+    unpaired = 2 * 1.96 * np.sqrt(2 * 0.25 / 500)
+    assert high - low < unpaired / 2
+
+
+def test_unpaired_results_are_refused():
+    with pytest.raises(ValueError, match="not paired"):
+        metrics.measured_difference([1.0], [1.0, 0.0], resamples=10, seed=0)
+
+
+def test_a_metric_says_its_interval_chance_and_number_of_clips():
+    metric = metrics.measured([1, 0, 1, 1], chance=0.25, resamples=500, seed=0)
+    assert metric["value"] == 0.75
+    assert metric["low"] <= 0.75 <= metric["high"]
+    assert (metric["chance"], metric["n"]) == (0.25, 4)
+
+
+def test_chance_is_the_share_of_the_most_frequent_label():
+    assert metrics.majority_share(["a", "b", "a", "c"]) == 0.5

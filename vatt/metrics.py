@@ -1,0 +1,135 @@
+"""Measures, pure: scores in, numbers out; fractions, never percent.
+
+n queries or clips, m targets, C classes. What is averaged over clips also exists clip by clip
+(`correct_at_k`, `ranks`), because the intervals resample clips.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+Floats = NDArray[np.floating]
+Integers = NDArray[np.integer]
+Booleans = NDArray[np.bool_]
+Statistic = Callable[..., Floats]  # as numpy.mean: (values, axis=) -> values
+Metric = dict[str, float | int | None]
+
+CONFIDENCE = 0.95
+
+
+def ranks(scores: ArrayLike, targets: ArrayLike) -> Floats:
+    """The rank, from 1, of each row's target column; ties share their middle rank.
+
+    A collapsed model scores all columns alike and must get chance, not first place.
+    """
+    table = np.asarray(scores)
+    if np.isnan(table).any():
+        raise ValueError("scores hold NaN")
+    own = np.take_along_axis(table, np.asarray(targets)[:, None], axis=1)
+    return 1 + (table > own).sum(axis=1) + ((table == own).sum(axis=1) - 1) / 2
+
+
+def correct_at_k(scores: ArrayLike, targets: ArrayLike, k: int) -> Booleans:
+    """Whether the target is among a row's k highest scores: (n, m), (n,) -> (n,)."""
+    return ranks(scores, targets) <= k
+
+
+def top_k_accuracy(scores: ArrayLike, targets: ArrayLike, k: int) -> float:
+    """The share of rows whose class is among the k highest scores."""
+    return float(correct_at_k(scores, targets, k).mean())
+
+
+def recall_at_k(similarities: ArrayLike, k: int) -> float:
+    """The share of queries whose own target, on the diagonal, is among the k nearest."""
+    return top_k_accuracy(similarities, np.arange(len(np.asarray(similarities))), k)
+
+
+def median_rank(similarities: ArrayLike) -> float:
+    """The median rank, from 1, of the queries' own targets on the diagonal."""
+    return float(np.median(ranks(similarities, np.arange(len(np.asarray(similarities))))))
+
+
+def mean_ap(scores: ArrayLike, truth: ArrayLike) -> float:
+    """Average precision of each class that occurs, averaged over classes: (n, C), (n, C) -> mAP."""
+    return float(np.mean(_per_class(average_precision_score, scores, truth)))
+
+
+def auc(scores: ArrayLike, truth: ArrayLike) -> float:
+    """Area under the ROC curve, averaged over the classes that occur."""
+    return float(np.mean(_per_class(roc_auc_score, scores, truth)))
+
+
+def d_prime(scores: ArrayLike, truth: ArrayLike) -> float:
+    """sqrt(2) times the inverse normal of each class's AUC, averaged; infinite when one is 1."""
+    areas = torch.tensor(_per_class(roc_auc_score, scores, truth), dtype=torch.float64)
+    return float(math.sqrt(2) * torch.special.ndtri(areas).mean())
+
+
+def _per_class(
+    measure: Callable[[Floats, Floats], float], scores: ArrayLike, truth: ArrayLike
+) -> list[float]:
+    table, wanted = np.asarray(scores), np.asarray(truth)
+    # Without both a positive and a negative clip neither measure is defined.
+    occurring = [c for c in range(wanted.shape[1]) if 0 < wanted[:, c].sum() < len(wanted)]
+    if not occurring:
+        raise ValueError("no class has both positive and negative clips")
+    return [float(measure(wanted[:, c], table[:, c])) for c in occurring]
+
+
+def bootstrap_interval(
+    values: ArrayLike, resamples: int, seed: int, statistic: Statistic = np.mean
+) -> tuple[float, float]:
+    """The 95 % interval of a statistic of per-clip values; clips are drawn with replacement."""
+    sample = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(sample), size=(resamples, len(sample)))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(statistic(sample[drawn], axis=1), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def paired_difference_interval(
+    ours: ArrayLike, theirs: ArrayLike, resamples: int, seed: int
+) -> tuple[float, float]:
+    """The 95 % interval of mean(ours - theirs), measured on the same clips in the same order."""
+    return bootstrap_interval(_differences(ours, theirs), resamples, seed)
+
+
+def measured(
+    values: ArrayLike,
+    *,
+    chance: float | None,
+    resamples: int,
+    seed: int,
+    statistic: Statistic = np.mean,
+) -> Metric:
+    """A statistic of per-clip values with its interval, chance level and number of clips."""
+    sample = np.asarray(values, dtype=np.float64)
+    low, high = bootstrap_interval(sample, resamples, seed, statistic)
+    return {
+        "value": round(float(statistic(sample, axis=0)), 6),
+        "low": round(low, 6),
+        "high": round(high, 6),
+        "chance": None if chance is None else round(float(chance), 6),
+        "n": len(sample),
+    }
+
+
+def measured_difference(ours: ArrayLike, theirs: ArrayLike, *, resamples: int, seed: int) -> Metric:
+    """Mean(ours - theirs) over the same clips, with its paired interval; chance is 0."""
+    return measured(_differences(ours, theirs), chance=0.0, resamples=resamples, seed=seed)
+
+
+def majority_share(labels: Sequence[str]) -> float:
+    """What always answering the most frequent label would score: the chance level of accuracy."""
+    return float(np.unique(np.asarray(labels), return_counts=True)[1].max() / len(labels))
+
+
+def _differences(ours: ArrayLike, theirs: ArrayLike) -> Floats:
+    first, second = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"not paired: {first.shape} against {second.shape}")
+    return first - second
