@@ -1,0 +1,244 @@
+"""The demo corpus: real mp4 files made on the spot from a seed, and the server they come from."""
+
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from fractions import Fraction
+from functools import lru_cache
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from vatt.data.manifest import Clip
+
+from vatt.config import DemoParams
+from vatt.data import demo_clips
+from vatt.files import atomic_write
+
+# Part of every file's name, so that no old file is taken for a new one: raise it when
+# anything in demo_clips changes.
+EDITION = 1
+SPLITS = ("train", "test")
+TEST_SCANS = 397  # of the 1,797; the others are for training
+LICENCE = "CC BY 4.0: UCI Optical Recognition of Handwritten Digits"
+BATCH = 16  # files a worker writes at a time
+
+
+def make_demo(
+    folder: Path,
+    params: DemoParams,
+    *,
+    seed: int,
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> list[Clip]:
+    """Write the media that `folder` lacks and list every clip, dead links too.
+
+    A clip depends on the seed, its split and number alone, so a larger corpus holds a smaller one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in sorted(folder.glob(".*.tmp")):
+        leftover.unlink(missing_ok=True)
+    numbers = {"train": params.train_clips, "test": params.test_clips}
+    jobs = [(split, index) for split in SPLITS for index in range(numbers[split])]
+    missing = [job for job in jobs if not (folder / _media_name(seed, *job)).exists()]
+    batches = [missing[first : first + BATCH] for first in range(0, len(missing), BATCH)]
+    done = len(jobs) - len(missing)
+    progress(done, len(jobs))
+    for written in _in_processes(_write_batch, folder, seed, batches, workers=workers):
+        done += written
+        progress(done, len(jobs))
+    clips = [describe(seed, *job, no_text_share=params.no_text_share) for job in jobs]
+    dead = range(params.train_clips, params.train_clips + params.dead_links)
+    return clips + [
+        describe(seed, "train", index, no_text_share=params.no_text_share) for index in dead
+    ]
+
+
+def describe(seed: int, split: str, index: int, *, no_text_share: float) -> Clip:
+    """The manifest's record of one clip."""
+    digit, motion = _classes(index)
+    talk, silence = _generator(seed, split, index, "talk"), _generator(seed, split, index, "silent")
+    silent = split == "train" and silence.random() < no_text_share
+    return Clip(
+        clip_id=Path(_media_name(seed, split, index)).stem,
+        source="demo",
+        url=f"demo:{_media_name(seed, split, index)}",
+        start=0.0,
+        end=demo_clips.SECONDS,
+        split=split,
+        labels={"digit": demo_clips.DIGITS[digit], "motion": motion},
+        captions=() if silent else demo_clips.speak(digit=digit, motion=motion, rng=talk),
+        licence=LICENCE,
+    )
+
+
+def render_clip(seed: int, split: str, index: int) -> tuple[NDArray[np.uint8], NDArray[np.int16]]:
+    """The picture (T, H, W, C) and the sound (S,) of one clip."""
+    digit, motion = _classes(index)
+    look, sound = _generator(seed, split, index, "look"), _generator(seed, split, index, "sound")
+    scan = _scans()[0][look.choice(_scans_of(seed, split, digit))]
+    return (
+        demo_clips.render_video(scan, motion=motion, rng=look),
+        demo_clips.render_audio(digit=digit, motion=motion, rng=sound),
+    )
+
+
+def write_clip(path: Path, video: NDArray[np.uint8], audio: NDArray[np.int16]) -> None:
+    """Encode a picture (T, H, W, C) and a sound (S,) as H.264 and AAC in an mp4 file."""
+    with atomic_write(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        picture = container.add_stream("libx264", rate=demo_clips.FPS)
+        picture.width, picture.height, picture.pix_fmt = video.shape[2], video.shape[1], "yuv420p"
+        picture.options = {"preset": "veryfast", "crf": "18"}
+        picture.codec_context.thread_count = 1  # one process a core; and the same bytes each time
+        sound = container.add_stream("aac", rate=demo_clips.AUDIO_HZ, layout="mono")
+        sound.bit_rate = 64_000
+        for number, image in enumerate(video):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, demo_clips.FPS)
+            container.mux(picture.encode(frame))
+        container.mux(picture.encode(None))
+        wave = av.AudioFrame.from_ndarray(audio[None], format="s16", layout="mono")
+        wave.sample_rate, wave.pts = demo_clips.AUDIO_HZ, 0
+        container.mux(sound.encode(wave))
+        container.mux(sound.encode(None))
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """Serve the files in a folder on this machine alone; yields the address they are under."""
+
+    class Handler(_FileHandler):
+        root = folder
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = Thread(target=server.serve_forever, name="demo-server", daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _FileHandler(BaseHTTPRequestHandler):
+    """Answers GET and HEAD for plain files of one folder, whole or from a byte on."""
+
+    root: Path
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing: the download's ledger tells what happened."""
+
+    def _answer(self, *, with_body: bool) -> None:
+        name = self.path.partition("?")[0].removeprefix("/")
+        file = self.root / name
+        if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII) or not file.is_file():
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        size = file.stat().st_size
+        span = self._span(size)
+        if span is None:
+            self.send_response(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+            self.send_header("Content-Range", f"bytes */{size}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        first, last = span
+        partial = "Range" in self.headers
+        self.send_response(HTTPStatus.PARTIAL_CONTENT if partial else HTTPStatus.OK)
+        if partial:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Type", "video/mp4")
+        self.send_header("Content-Length", str(last - first + 1))
+        self.end_headers()
+        if with_body:
+            with file.open("rb") as stream:
+                stream.seek(first)
+                self.wfile.write(stream.read(last - first + 1))
+
+    def _span(self, size: int) -> tuple[int, int] | None:
+        """The first and last byte asked for; None when the file has no such bytes."""
+        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "bytes=0-"))
+        if asked is None or asked.groups() == ("", ""):
+            return None
+        first, last = asked.groups()
+        if not first:  # the last so many bytes
+            return max(size - int(last), 0), size - 1
+        span = int(first), min(int(last) if last else size - 1, size - 1)
+        return span if span[0] <= span[1] else None
+
+
+def _in_processes(
+    work: Callable[[Path, int, list[tuple[str, int]]], int],
+    folder: Path,
+    seed: int,
+    batches: list[list[tuple[str, int]]],
+    *,
+    workers: int,
+) -> Iterator[int]:
+    """How many files each batch wrote, as they are done; in this process without workers."""
+    if workers == 0 or len(batches) < 2:
+        yield from (work(folder, seed, batch) for batch in batches)
+        return
+    # Spawned, not forked: the caller may hold threads, and a forked lock stays locked.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(work, folder, seed, batch) for batch in batches]
+        try:
+            yield from (future.result() for future in as_completed(futures))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _write_batch(folder: Path, seed: int, jobs: list[tuple[str, int]]) -> int:
+    for split, index in jobs:
+        write_clip(folder / _media_name(seed, split, index), *render_clip(seed, split, index))
+    return len(jobs)
+
+
+def _media_name(seed: int, split: str, index: int) -> str:
+    return f"demo{EDITION}-{seed}-{split}-{index:05d}.mp4"
+
+
+def _classes(index: int) -> tuple[int, str]:
+    """Digit and motion of a clip: every pair comes up once in 80 clips running."""
+    motions = demo_clips.MOTIONS
+    return index % 10, motions[index // 10 % len(motions)]
+
+
+def _generator(seed: int, split: str, index: int, purpose: str) -> np.random.Generator:
+    """A stream of its own for each purpose, so that one does not shift the others."""
+    return np.random.default_rng([seed, *f"{split} {index} {purpose}".encode()])
+
+
+@lru_cache(maxsize=1)
+def _scans() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """All scans (1797, 8, 8) with values in [0, 1], and their digits."""
+    digits = load_digits()
+    return digits.images / 16, digits.target
+
+
+@lru_cache
+def _scans_of(seed: int, split: str, digit: int) -> NDArray[np.int64]:
+    """The numbers of a digit's scans in a split; no scan is in both."""
+    _, targets = _scans()
+    order = np.random.default_rng(seed).permutation(len(targets))
+    chosen = order[:TEST_SCANS] if split == "test" else order[TEST_SCANS:]
+    return chosen[targets[chosen] == digit]
