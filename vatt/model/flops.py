@@ -11,10 +11,13 @@ table 5, are of the training graph: 3 more for every element that may drop out.
 attention, over the kept tokens and the AGG token; nothing else.
 """
 
+import math
 from typing import Literal
 
-from vatt.config import AudioParams, ModelParams, SizeName, SizeParams, TextParams, VideoParams
-from vatt.model.sizes import SIZES
+from vatt.config import AudioParams, ModelParams, SizeParams, TextParams, VideoParams
+from vatt.model.drop_token import num_kept
+from vatt.model.patches import num_patches
+from vatt.model.sizes import resolve
 
 Convention = Literal["paper", "true"]
 
@@ -25,21 +28,17 @@ PAPER_HEADS_FLOPS = 0.003e9
 
 def num_video_tokens(video: VideoParams) -> int:
     """Patches of a clip; a remainder counts as a whole one."""
-    height, width = _frame(video)
-    time, vertical, horizontal = video.patch
-    return _ceil(video.frames, time) * _ceil(height, vertical) * _ceil(width, horizontal)
+    size = video.frame_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    return math.prod(num_patches((video.frames, height, width), video.patch))
 
 
 def num_audio_tokens(audio: AudioParams) -> int:
     """Segments of a waveform, or patches of a spectrogram."""
     if isinstance(audio.patch, tuple):
-        return _ceil(audio.samples, audio.patch[0]) * _ceil(audio.mel_bins or 1, audio.patch[1])
-    return _ceil(audio.samples, audio.patch)
-
-
-def num_kept(num_tokens: int, drop_rate: float) -> int:
-    """Tokens that DropToken leaves, the AGG token not among them."""
-    return int((1 - drop_rate) * num_tokens)
+        assert audio.mel_bins is not None
+        return math.prod(num_patches((audio.samples, audio.mel_bins), audio.patch))
+    return math.prod(num_patches((audio.samples,), (audio.patch,)))
 
 
 def video_flops(
@@ -48,7 +47,7 @@ def video_flops(
     """One clip through the video tower."""
     time, vertical, horizontal = video.patch
     return _tower(
-        _size(video.size),
+        resolve(video.size),
         num_video_tokens(video),
         patch_values=time * vertical * horizontal * 3,
         drop_rate=drop_rate,
@@ -63,7 +62,7 @@ def audio_flops(
     """One waveform or spectrogram through the audio tower."""
     values = audio.patch[0] * audio.patch[1] if isinstance(audio.patch, tuple) else audio.patch
     return _tower(
-        _size(audio.size),
+        resolve(audio.size),
         num_audio_tokens(audio),
         patch_values=values,
         drop_rate=drop_rate,
@@ -76,7 +75,7 @@ def text_flops(text: TextParams, *, convention: Convention) -> float:
     """One sentence through the text tower; in the paper's counting always the published 1.374 G."""
     if convention == "paper":
         return PAPER_TEXT_FLOPS
-    return _products(_size(text.size), text.words + 1)
+    return _products(resolve(text.size), text.words + 1)
 
 
 def multimodal_flops(
@@ -124,20 +123,6 @@ def _products(size: SizeParams, n: int) -> float:
 def _heads(model: ModelParams, convention: Convention) -> float:
     if convention == "paper":
         return PAPER_HEADS_FLOPS
-    video, audio, text = (_size(part.size).dim for part in (model.video, model.audio, model.text))
+    video, audio, text = (resolve(part.size).dim for part in (model.video, model.audio, model.text))
     va, vt = model.va_dim, model.vt_dim
     return 2.0 * (video * va + va * va + va * vt + audio * va + text * vt)
-
-
-def _size(size: SizeName | SizeParams) -> SizeParams:
-    return size if isinstance(size, SizeParams) else SIZES[size]
-
-
-def _frame(video: VideoParams) -> tuple[int, int]:
-    if isinstance(video.frame_size, tuple):
-        return video.frame_size
-    return video.frame_size, video.frame_size
-
-
-def _ceil(length: int, patch: int) -> int:
-    return -(-length // patch)
