@@ -205,7 +205,7 @@ class PretrainParams(Section):
     batch_size: PositiveInt  # global
     steps: PositiveInt
     precision: Literal["fp32", "bf16"]
-    fps: PositiveInt  # of the frames shown to the model
+    fps: PositiveFloat  # of the frames shown to the model
     augmentation: AugmentationParams
     text_candidates: PositiveInt  # K: sentences nearest in time, MIL-NCE's positives
     drop_rate: Rate  # DropToken, video and audio
@@ -224,7 +224,7 @@ class FinetuneTaskParams(Section):
     label: str  # name of the label in the manifest
     train_labels: PositiveInt | None  # labelled train clips used, balanced; null: all
     frames: PositiveInt | None  # video only; an image is repeated to one voxel's depth
-    fps: PositiveInt | None
+    fps: PositiveFloat | None
     frame_size: PositiveInt | None
     audio_samples: PositiveInt | None
     audio_hz: PositiveInt | None

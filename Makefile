@@ -1,0 +1,42 @@
+# `make demo` and `make test` need Python 3.11 or newer, git and make; nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test lint bench slow clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 4; }
+	@echo "setup: installing into $(VENV), about 2 GB, some minutes the first time ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "this Python cannot make virtual environments: install its venv package"; exit 4; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]" --constraint constraints.txt
+	@touch $@
+	@echo "setup: done"
+
+demo: setup
+	@$(BIN)/vattctl demo
+
+test: setup
+	@echo "test: fast tests, under ten minutes on two cores ..."
+	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+slow: setup
+	$(BIN)/python -m pytest -m "slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell README.md CONTRIBUTING.md CHANGELOG.md docs vatt vattctl stages tests bench
+
+bench: setup
+	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@echo "clean: data/, runs/, reports/ and mlflow.db are kept: they are your results"

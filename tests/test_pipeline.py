@@ -1,0 +1,112 @@
+"""dvc.yaml says what the stages do: their settings, their paths, and the files they import."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.test_architecture import ROOT, modules
+
+STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate", "report")
+# settings that reach a stage another way: `machine` must change no result, `paths` are templated
+UNDECLARED = {"machine", "paths"}
+# modules that change no result: the schema (its effect is in params), messages, progress, logging
+WITHOUT_EFFECT = {
+    "vatt.config",
+    "vatt.errors",
+    "vatt.files",
+    "vatt.outcome",
+    "vatt.progress",
+    "vatt.provenance",
+    "vatt.training.tracking",
+}
+
+
+def pipeline() -> dict[str, Any]:
+    stages: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))[
+        "stages"
+    ]
+    return stages
+
+
+def imported_at_top(file: Path) -> set[str]:
+    """Our modules that a file imports outside functions: a callback's import inside is left out."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [n for n in node.body if not isinstance(n, ast.Import | ast.ImportFrom)]
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            deeper = {f"{node.module}.{alias.name}" for alias in node.names} & modules().keys()
+            names |= deeper or {node.module}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names & modules().keys()
+
+
+def import_closure(stage: str) -> set[str]:
+    """Files that a stage's result depends on; packages' empty __init__ files are left out."""
+    known, seen, todo = modules(), set(), [f"stages.{stage}"]
+    while todo:
+        module = todo.pop()
+        if module in seen or module in WITHOUT_EFFECT:
+            continue
+        seen.add(module)
+        todo += imported_at_top(known[module])
+    files = {known[module].relative_to(ROOT) for module in seen}
+    return {str(file) for file in files if file.name != "__init__.py"}
+
+
+def sections_read(stage: str) -> tuple[set[str], set[str]]:
+    """First-level sections of params that a stage's module reads, and the paths it uses."""
+    tree = ast.parse((ROOT / "stages" / f"{stage}.py").read_text(encoding="utf-8"))
+    read: set[str] = set()
+    paths: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            owner = ast.unparse(node.value)
+            if owner == "params":
+                read.add(node.attr)
+            elif owner in ("paths", "params.paths"):
+                paths.add(node.attr)
+    return read, paths
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deps_are_the_import_closure(stage: str) -> None:
+    entry = pipeline()[stage]
+    declared = {d for d in entry.get("deps", []) if str(d).endswith(".py")}
+    wanted = import_closure(stage)
+    assert declared == wanted, f"deps of {stage} should hold:\n" + "\n".join(
+        f"      - {file}" for file in sorted(wanted)
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_params_are_the_sections_the_module_reads(stage: str) -> None:
+    declared = {str(key).partition(".")[0] for key in pipeline()[stage].get("params", [])}
+    read, _ = sections_read(stage)
+    assert declared == read - UNDECLARED
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_path_a_stage_uses_is_declared(stage: str) -> None:
+    text = yaml.safe_dump(pipeline()[stage])
+    _, paths = sections_read(stage)
+    # run ids and timings are nobody's dependency; the media folder is no output, by design
+    missing = {p for p in paths - {"runs", "media"} if f"${{paths.{p}}}" not in text}
+    assert not missing
+
+
+def test_params_file_is_the_demo_preset() -> None:
+    assert (ROOT / "params.yaml").read_bytes() == (ROOT / "presets" / "demo.yaml").read_bytes()
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda p: p.stem)
+def test_presets_are_valid(preset: Path) -> None:
+    from vatt.config import load_params
+
+    assert load_params(preset).paths.manifest.suffix == ".jsonl"

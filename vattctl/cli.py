@@ -1,0 +1,95 @@
+"""The command line: the click group, its global options, errors to messages and exit codes."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vatt import __version__
+from vatt.errors import SettingsError, VattError
+from vattctl import checks, models, params, pipeline, runs
+
+BUG, INTERRUPTED = 101, 130
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Examples:
+  vattctl demo                               the whole pipeline on a small made corpus
+  vattctl pretrain --size large              set the size, then run what is needed for it
+  vattctl pretrain --set pretrain.steps=2000
+  vattctl ingest ~/videos                    your own videos instead
+  vattctl status                             what has run, what has changed, what it cost
+  vattctl ui                                 compare runs in the MLflow page""",
+)
+@click.version_option(__version__, prog_name="vattctl")
+@click.option(
+    "--project",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The project's folder, instead of the nearest parent with dvc.yaml.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print results and errors only.")
+@click.option("-v", "--verbose", is_flag=True, help="Say more about what is done.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.pass_context
+def cli(
+    context: click.Context, project: Path | None, quiet: bool, verbose: bool, debug: bool
+) -> None:
+    """VATT (Video-Audio-Text Transformer), reproducible end to end.
+
+    Each stage runs through DVC with what it depends on, and is a run in MLflow.
+    """
+    if debug:
+        os.environ["VATTCTL_DEBUG"] = "1"
+    context.obj = {"quiet": quiet, "verbose": verbose, "project": project}
+
+
+for command in (
+    *pipeline.COMMANDS,
+    *runs.COMMANDS,
+    params.config,
+    models.import_command,
+    models.export_command,
+    checks.verify_command,
+):
+    cli.add_command(command)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: exit codes as documented in docs/exit-codes.md."""
+    sys.exit(_run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        result: Any = cli.main(args=argv, prog_name="vattctl", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Abort:
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return SettingsError.exit_code
+    except VattError as error:
+        click.echo(f"error: {error}", err=True)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if "--debug" in argv:
+            raise
+        click.echo(
+            f"a fault of vattctl's own: {type(error).__name__}: {error}\n"
+            "  -> please report it; --debug shows the traceback",
+            err=True,
+        )
+        return BUG
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""params.yaml from the command line: show, use a preset, validate, and change single settings."""
+
+import contextlib
+import difflib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vatt.errors import SettingsError
+
+PARAMS = Path("params.yaml")
+PRESETS = Path("presets")
+
+
+def enter_project(context: click.Context) -> Path:
+    """Work in the project's folder: the nearest parent with dvc.yaml, or --project."""
+    chosen: Path | None = context.obj["project"]
+    candidates = [chosen.resolve()] if chosen else [Path.cwd(), *Path.cwd().parents]
+    for folder in candidates:
+        if (folder / "dvc.yaml").is_file():
+            os.chdir(folder)
+            return folder
+    raise SettingsError(
+        f"no dvc.yaml in {candidates[0]}" + ("" if chosen else " or its parents"),
+        hint="run vattctl inside a clone of the project, or name it with --project DIR",
+    )
+
+
+def parse_setting(text: str) -> tuple[tuple[str, ...], Any]:
+    """`pretrain.steps=1000` -> (("pretrain", "steps"), 1000); the value is YAML."""
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise SettingsError(
+            f"--set {text!r} is not KEY=VALUE", hint="e.g. --set pretrain.steps=1000"
+        )
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise SettingsError(f"--set {key}: {value!r} is not YAML") from None
+    if isinstance(parsed, str):
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
+            parsed = float(parsed)
+    return tuple(key.strip().split(".")), parsed
+
+
+def size_settings(size: str, backbone: str) -> dict[tuple[str, ...], Any]:
+    """What `--size X` means: video X, audio Base, text Small for base and above; else X for all."""
+    if backbone == "agnostic" or size in ("tiny", "small"):
+        sizes = {"video": size, "audio": size, "text": size}
+    else:
+        sizes = {"video": size, "audio": "base", "text": "small"}
+    return {("model", tower, "size"): value for tower, value in sizes.items()}
+
+
+def change(settings: dict[tuple[str, ...], Any], *, write: bool = True) -> list[str]:
+    """Write settings into params.yaml with its comments kept; returns a line per real change."""
+    from io import StringIO
+
+    from ruamel.yaml import YAML
+
+    from vatt.config import parse_params
+    from vatt.files import atomic_write
+
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    try:
+        document = yaml.load(PARAMS.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"{PARAMS} is missing", hint="run `vattctl config use demo`") from None
+    lines = [line for keys, value in settings.items() if (line := _set(document, keys, value))]
+    parse_params(yaml_plain(document), source=PARAMS)
+    if lines and write:
+        text = StringIO()
+        yaml.dump(document, text)
+        with atomic_write(PARAMS) as path:
+            path.write_text(text.getvalue(), encoding="utf-8")
+    return lines
+
+
+def yaml_plain(document: Any) -> Any:
+    """A ruamel document as plain dicts and lists, as the schema wants it."""
+    if isinstance(document, dict):
+        return {str(key): yaml_plain(value) for key, value in document.items()}
+    if isinstance(document, list):
+        return [yaml_plain(value) for value in document]
+    return document
+
+
+def _set(document: Any, keys: tuple[str, ...], value: Any) -> str | None:
+    from vatt.config import known_keys
+
+    section = document
+    for depth, key in enumerate(keys):
+        if not isinstance(section, dict) or key not in section:
+            known = known_keys(keys[:depth]) or (
+                sorted(section) if isinstance(section, dict) else []
+            )
+            close = difflib.get_close_matches(key, known, n=1)
+            remedy = (
+                f"did you mean '{'.'.join((*keys[:depth], close[0]))}'?"
+                if close
+                else (
+                    f"{'.'.join(keys[:depth]) or 'params.yaml'} has: {', '.join(known)}"
+                    if known
+                    else None
+                )
+            )
+            raise SettingsError(f"{PARAMS} has no key {'.'.join(keys)}", hint=remedy)
+        if depth == len(keys) - 1:
+            before = yaml_plain(section[key])
+            if before == value:
+                return None
+            section[key] = value
+            return f"{'.'.join(keys)}: {json.dumps(before)} -> {json.dumps(value)}"
+        section = section[key]
+    return None
+
+
+def use_preset(name: str) -> list[str]:
+    """Make params.yaml equal to a preset; a file that was edited is kept as params.yaml.bak."""
+    presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    if name not in presets:
+        close = difflib.get_close_matches(name, presets, n=1)
+        raise SettingsError(
+            f"no preset '{name}'",
+            hint=f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(presets)}",
+        )
+    source = PRESETS / f"{name}.yaml"
+    wanted = source.read_text(encoding="utf-8")
+    current = PARAMS.read_text(encoding="utf-8") if PARAMS.exists() else None
+    if current == wanted:
+        return [f"params.yaml already equals presets/{name}.yaml"]
+    lines = [f"params.yaml now equals presets/{name}.yaml"]
+    known = {path.read_text(encoding="utf-8") for path in PRESETS.glob("*.yaml")}
+    if current is not None and current not in known:
+        shutil.copyfile(PARAMS, "params.yaml.bak")
+        lines.append("your edited settings are kept in params.yaml.bak")
+    from vatt.files import atomic_write
+
+    with atomic_write(PARAMS) as path:
+        path.write_text(wanted, encoding="utf-8")
+    return lines
+
+
+@click.group()
+@click.pass_context
+def config(context: click.Context) -> None:
+    """Show, check or replace the settings in params.yaml."""
+    enter_project(context)
+
+
+@config.command("show")
+@click.argument("key", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(key: str | None, as_json: bool) -> None:
+    """Print the settings, or those under KEY (e.g. pretrain.optimizer)."""
+    import yaml
+
+    from vatt.config import load_params
+
+    value: Any = load_params().model_dump(mode="json")
+    for part in key.split(".") if key else ():
+        if not isinstance(value, dict) or part not in value:
+            close = difflib.get_close_matches(part, value if isinstance(value, dict) else [], n=1)
+            raise SettingsError(
+                f"params.yaml has no key {key}",
+                hint=f"did you mean '{close[0]}'?" if close else None,
+            )
+        value = value[part]
+    if as_json:
+        click.echo(json.dumps({"version": 1, "key": key, "value": value}, indent=2))
+    else:
+        click.echo(yaml.safe_dump(value, sort_keys=False).removesuffix("...\n").rstrip())
+
+
+@config.command("use")
+@click.argument("preset")
+def use(preset: str) -> None:
+    """Replace params.yaml by a preset: demo, one-gpu or paper."""
+    for line in use_preset(preset):
+        click.echo(line)
+    click.echo("next: vattctl repro")
+
+
+@config.command("validate")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def validate(file: Path | None, as_json: bool) -> None:
+    """Check params.yaml (or FILE) against the schema; exit 2 when something is wrong."""
+    from vatt.config import load_params
+
+    load_params(file or PARAMS)
+    if as_json:
+        click.echo(json.dumps({"version": 1, "file": str(file or PARAMS), "valid": True}))
+    else:
+        click.echo(f"{file or PARAMS}: every setting is known and valid")

@@ -1,0 +1,314 @@
+"""Stages from the command line: options -> params.yaml -> `dvc repro`, so both always agree."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from vatt.errors import MachineError, SettingsError, VattError
+from vattctl.params import change, enter_project, parse_setting, size_settings, use_preset
+
+STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate", "report")
+SIZES = ("tiny", "small", "base", "medium", "large")
+
+
+class StageFailed(VattError):
+    """A stage ended with its own code and message."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = code
+
+
+def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every command which runs a stage has."""
+    for option in (
+        click.option(
+            "--dry-run", is_flag=True, help="Print what would change and run; do nothing."
+        ),
+        click.option("-f", "--force", is_flag=True, help="Run even when nothing has changed."),
+        click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change a setting in params.yaml first; may be repeated.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def run_stages(
+    targets: tuple[str, ...],
+    settings: dict[tuple[str, ...], Any],
+    *,
+    force: bool,
+    dry_run: bool,
+    quiet: bool,
+) -> None:
+    """Change params.yaml, then let DVC run the targets with what they depend on."""
+    from vatt.config import load_params
+
+    changes = change(settings, write=not dry_run)
+    for line in changes:
+        click.echo(f"params.yaml: {line}", err=True)
+    load_params()
+    arguments = [
+        "repro",
+        *(["--dry"] if dry_run else []),
+        *(["--force"] if force else []),
+        *targets,
+    ]
+    run_dvc(arguments, quiet=quiet)
+    if not dry_run:
+        click.echo(closing_lines(targets))
+
+
+def run_dvc(arguments: list[str], *, quiet: bool) -> None:
+    """Run dvc with this interpreter first on PATH; raise a failed stage's own code and message."""
+    from vatt.outcome import OUTCOME, read_outcome
+
+    OUTCOME.unlink(missing_ok=True)
+    folder = str(Path(sys.executable).parent)
+    environment = {
+        **os.environ,
+        "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}",
+        "DVC_NO_ANALYTICS": "1",
+        "VATTCTL": "1",
+    }
+    # dvc's own talk is progress, not a result, so its stdout goes to stderr
+    command = [sys.executable, "-m", "dvc", *arguments, *(["--quiet"] if quiet else [])]
+    with subprocess.Popen(command, env=environment, stdout=sys.stderr.fileno()) as process:
+        forward_signals(process.pid)
+        code = process.wait()
+    if code == 0:
+        return
+    outcome = read_outcome()
+    if outcome is not None:
+        raise StageFailed(*outcome)
+    if code in (-signal.SIGINT, 128 + signal.SIGINT):
+        raise KeyboardInterrupt
+    raise MachineError(
+        f"dvc {arguments[0]} ended with {code}",
+        hint="its message is above; the same command continues where it stopped",
+    )
+
+
+def forward_signals(parent: int) -> None:
+    """Hand SIGTERM and SIGUSR1 to the stages: dvc itself would die and leave them as orphans."""
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        import psutil
+
+        for child in psutil.Process(parent).children(recursive=True):
+            if "stages." in " ".join(child.cmdline()):
+                child.send_signal(signum)
+
+    signal.signal(signal.SIGTERM, forward)
+    signal.signal(signal.SIGUSR1, forward)
+
+
+def closing_lines(targets: tuple[str, ...]) -> str:
+    """What came out, where it lies, its MLflow run and the next command."""
+    from vatt.config import load_params
+
+    paths = load_params().paths
+    last = targets[-1] if targets else "report"
+    places = {
+        "download": (paths.manifest, "vattctl preprocess"),
+        "preprocess": (paths.shards, "vattctl pretrain"),
+        "pretrain": (paths.pretrained, "vattctl finetune"),
+        "finetune": (paths.finetuned, "vattctl evaluate"),
+        "evaluate": (paths.metrics / "evaluate.json", "vattctl report"),
+        "report": (paths.report / "report.html", "vattctl ui"),
+    }
+    place, following = places[last.partition("@")[0]]
+    lines = [f"{last}: done, see {place}"]
+    for path in sorted(paths.runs.glob(f"{last.partition('@')[0]}*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        lines.append(f"MLflow run of {path.stem}: {run.get('run_id', 'unknown')}")
+    return "\n".join([*lines, f"next: {following}"])
+
+
+def _run(
+    context: click.Context,
+    targets: tuple[str, ...],
+    assignments: tuple[str, ...],
+    *,
+    force: bool,
+    dry_run: bool,
+    more: dict[tuple[str, ...], Any] | None = None,
+) -> None:
+    enter_project(context)
+    settings = {**(more or {}), **dict(parse_setting(text) for text in assignments)}
+    run_stages(targets, settings, force=force, dry_run=dry_run, quiet=context.obj["quiet"])
+
+
+def _stage_command(name: str, summary: str, example: str) -> click.Command:
+    @click.command(name, help=f"{summary}\n\n\b\nExample:\n  {example}")
+    @stage_options
+    @click.pass_context
+    def command(
+        context: click.Context, assignments: tuple[str, ...], force: bool, dry_run: bool
+    ) -> None:
+        _run(context, (name,), assignments, force=force, dry_run=dry_run)
+
+    return command
+
+
+@click.command()
+@click.option("--size", type=click.Choice(SIZES), help="Video tower's size; the others follow it.")
+@click.option(
+    "--backbone", type=click.Choice(["specific", "agnostic"]), help="Three towers or one."
+)
+@stage_options
+@click.argument("launcher_arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def pretrain(
+    context: click.Context,
+    size: str | None,
+    backbone: str | None,
+    assignments: tuple[str, ...],
+    force: bool,
+    dry_run: bool,
+    launcher_arguments: tuple[str, ...],
+) -> None:
+    """Pre-train VATT with DeepSpeed on the preprocessed clips.
+
+    LAUNCHER_ARGUMENTS after `--` go to the DeepSpeed launcher.
+
+    \b
+    Examples:
+      vattctl pretrain --size large
+      vattctl pretrain --set pretrain.steps=2000 --set machine.processes=2
+      vattctl pretrain --size base -- --hostfile hosts.txt
+    """
+    from vatt.config import load_params
+
+    enter_project(context)
+    now = load_params().model
+    more: dict[tuple[str, ...], Any] = {}
+    if backbone is not None:
+        more[("model", "backbone")] = backbone
+    if size is not None or (backbone == "agnostic" and now.backbone != "agnostic"):
+        chosen = size or now.video.size
+        if not isinstance(chosen, str):
+            raise SettingsError("model.video.size is not a named size", hint="add --size")
+        more |= size_settings(chosen, backbone or now.backbone)
+    if launcher_arguments:
+        more[("machine", "launcher_arguments")] = list(launcher_arguments)
+    _run(context, ("pretrain",), assignments, force=force, dry_run=dry_run, more=more)
+
+
+@click.command()
+@click.argument("targets", nargs=-1)
+@stage_options
+@click.pass_context
+def repro(
+    context: click.Context,
+    targets: tuple[str, ...],
+    assignments: tuple[str, ...],
+    force: bool,
+    dry_run: bool,
+) -> None:
+    """Run every stage (or TARGETS) whose settings, code or data have changed.
+
+    \b
+    Example:
+      vattctl repro
+    """
+    for target in targets:
+        if target.partition("@")[0] not in STAGES:
+            raise SettingsError(f"no stage '{target}'", hint=f"stages: {', '.join(STAGES)}")
+    _run(context, targets, assignments, force=force, dry_run=dry_run)
+
+
+@click.command()
+@stage_options
+@click.pass_context
+def demo(context: click.Context, assignments: tuple[str, ...], force: bool, dry_run: bool) -> None:
+    """Run the whole pipeline on a small made corpus: minutes on two CPU cores.
+
+    The same as `vattctl config use demo` and `vattctl repro`, with a summary at the end.
+    """
+    enter_project(context)
+    for line in use_preset("demo") if not dry_run else []:
+        click.echo(line, err=True)
+    _run(context, (), assignments, force=force, dry_run=dry_run)
+    if not dry_run:
+        from vattctl.runs import summary
+
+        click.echo(summary())
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--dry-run", is_flag=True, help="Look and count; change nothing.")
+@click.pass_context
+def ingest(context: click.Context, folder: Path, as_json: bool, dry_run: bool) -> None:
+    """Use your own videos: a FOLDER of them, with subtitle files beside them if there are any.
+
+    Files in sub-folders named like classes get that name as their label. Writes the manifest and
+    points params.yaml to the folder; the videos stay where they are.
+
+    \b
+    Example:
+      vattctl ingest ~/videos && vattctl repro
+    """
+    folder = folder.resolve()
+    enter_project(context)
+    from vatt.config import load_params
+    from vatt.data.sources.folder import ingest_settings, scan
+
+    params = load_params()
+    found = scan(folder, params.data, params.preprocess)
+    lines = change(ingest_settings(found, folder, params), write=not dry_run)
+    if not dry_run:
+        from vatt.data.manifest import write_manifest
+
+        write_manifest(params.paths.manifest, found.clips)
+    if as_json:
+        click.echo(json.dumps({"version": 1, **found.counts(), "changes": lines}))
+        return
+    for line in lines:
+        click.echo(f"params.yaml: {line}", err=True)
+    click.echo(found.describe())
+    click.echo("next: vattctl repro")
+
+
+COMMANDS = (
+    demo,
+    ingest,
+    _stage_command(
+        "download",
+        "Fetch the clips that the source names; write manifest and ledger.",
+        "vattctl download --set data.source=demo",
+    ),
+    _stage_command(
+        "preprocess",
+        "Cut, scale and pack the clips into shards.",
+        "vattctl preprocess --set preprocess.fps=10",
+    ),
+    pretrain,
+    _stage_command(
+        "finetune",
+        "Fine-tune on every task, from pre-trained weights and from scratch.",
+        "vattctl finetune --set finetune.tasks.action.steps=300",
+    ),
+    _stage_command(
+        "evaluate",
+        "Measure probes, fine-tuned accuracy and zero-shot retrieval.",
+        "vattctl evaluate --set evaluate.bootstrap=2000",
+    ),
+    _stage_command("report", "Write the report: HTML and Markdown.", "vattctl report"),
+    repro,
+)
