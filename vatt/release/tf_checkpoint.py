@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vatt.crc32c import crc32c, mask
+from vatt.release.crc32c import crc32c, mask
 from vatt.errors import DataError
-from vatt.sstable import Malformed, read_table, read_varint
+from vatt.release.sstable import Malformed, read_table, read_varint
 
 INDEX_SUFFIX = ".index"
 MAX_INDEX_BYTES = 64 << 20  # the largest released one has 0.2 MB

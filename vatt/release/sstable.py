@@ -7,7 +7,7 @@ compression type and checksum; an index block names them, and a footer names the
 import struct
 from collections.abc import Iterator
 
-from vatt.crc32c import masked_crc32c
+from vatt.release.crc32c import masked_crc32c
 from vatt.errors import DataError
 
 _MAGIC = 0xDB4775248B80FB57

@@ -1,0 +1,1 @@
+"""The released TensorFlow checkpoints -> ours."""
