@@ -1,43 +1,198 @@
 """What has run: status, the results in one table, and the MLflow page."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from vatt.errors import MachineError
 from vattctl.params import enter_project
 
+STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate", "report")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def status(context: click.Context, as_json: bool) -> None:
+    """Show what has run, what has changed since, and how each stage ended.
+
+    A run whose process has died is marked KILLED in MLflow.
+    """
+    enter_project(context)
+    from vatt.config import load_params
+    from vatt.training.tracking import mark_dead_runs
+
+    params = load_params()
+    dead = mark_dead_runs(params.machine)
+    runs = _runs(params.paths.runs)
+    changed = _changed_stages()
+    rows = [_row(name, runs.get(name), changed.get(name)) for name in _names(runs, changed)]
+    if as_json:
+        click.echo(json.dumps({"version": 1, "stages": rows, "marked_killed": dead}, indent=2))
+        return
+    for run_id in dead:
+        click.echo(f"MLflow run {run_id} had died: marked KILLED", err=True)
+    _print_rows(rows)
+
+
+def _names(runs: dict[str, Any], changed: dict[str, list[str]]) -> list[str]:
+    """Stages in the pipeline's order, each with its variants (`finetune@action-scratch`)."""
+    known = {*STAGES, *runs, *changed}
+    if any(name.startswith("finetune@") for name in known):
+        known.discard("finetune")
+    return sorted(known, key=lambda name: (STAGES.index(name.partition("@")[0]), name))
+
+
+def _row(name: str, run: dict[str, Any] | None, changes: list[str] | None) -> dict[str, Any]:
+    if run is None:
+        state = "never run"
+    elif run.get("status") != "FINISHED":
+        state = str(run.get("status", "unknown")).lower()
+    else:
+        state = "changed" if changes else "up to date"
+    run = run or {}
+    return {
+        "stage": name,
+        "state": state,
+        "changes": changes or [],
+        "run_id": run.get("run_id"),
+        "seconds": run.get("seconds"),
+        "finished": run.get("finished"),
+    }
+
+
+def _runs(folder: Path) -> dict[str, dict[str, Any]]:
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        name = path.stem
+        stage, dash, variant = name.partition("-")
+        found[f"{stage}@{variant}" if dash else name] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _changed_stages() -> dict[str, list[str]]:
+    """What DVC finds changed, by stage."""
+    command = [sys.executable, "-m", "dvc", "status", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        raise MachineError(f"dvc status failed: {lines[-1] if lines else done.returncode}")
+    found = {}
+    for stage, changes in json.loads(done.stdout or "{}").items():
+        found[stage] = [f"{kind}: {name}" for kind, name in _leaves(changes)]
+    return found
+
+
+def _leaves(changes: list[Any]) -> list[tuple[str, str]]:
+    """dvc's nested answer as (what happened, to what)."""
+    found = []
+    for change in changes:
+        if isinstance(change, str):
+            found.append((change, "the stage"))
+            continue
+        for things in change.values():
+            for name, kind in things.items():
+                nested = kind if isinstance(kind, dict) else {name: kind}
+                found += [(str(value), str(key)) for key, value in nested.items()]
+    return found
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vatt.progress import duration
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "state", "took", "MLflow run", "changed since"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        took = duration(row["seconds"]) if row["seconds"] is not None else ""
+        changes = "; ".join(row["changes"][:3]) if row["state"] == "changed" else ""
+        table.add_row(row["stage"], row["state"], took, (row["run_id"] or "")[:12], changes)
+    Console().print(table)
+
+
+def summary() -> str:
+    """The results of the last evaluation and where to look, as text."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from vatt.config import load_params
+
+    paths = load_params().paths
+    file = paths.metrics / "evaluate.json"
+    if not file.exists():
+        return f"no results yet: {file} is missing"
+    table = Table(box=None, pad_edge=False, title="Results on the test split (95 % interval)")
+    for column in ("what", "value", "interval", "chance", "clips"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for name, metric in headline(json.loads(file.read_text(encoding="utf-8"))):
+        table.add_row(name, *_cells(metric, ranks="median rank" in name))
+    console = Console(width=100, color_system=None)
+    with console.capture() as text:
+        console.print(table)
+    where = [
+        f"report:  {paths.report / 'report.html'}  (open it in a browser)",
+        "runs:    vattctl ui  (the MLflow page)",
+        "state:   vattctl status",
+    ]
+    return text.get() + "\n".join(where)
+
+
+def _cells(metric: dict[str, Any], *, ranks: bool) -> tuple[str, str, str, str]:
+    def show(value: float | None) -> str:
+        if value is None:
+            return ""
+        return f"{value:.1f}" if ranks else f"{100 * value:.1f} %"
+
+    interval = f"{show(metric.get('low'))} to {show(metric.get('high'))}"
+    return show(metric["value"]), interval, show(metric.get("chance")), str(metric.get("n", ""))
+
+
+def headline(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The few numbers a person looks for first, by name, in order."""
+    retrieval = results.get("retrieval", {}).get("pretrained", {})
+    found = [
+        (f"{direction.replace('_', ' ')}, {measure.replace('_at_', '@').replace('_', ' ')}", metric)
+        for direction in ("text_to_video", "video_to_audio")
+        for measure, metric in retrieval.get(direction, {}).items()
+        if measure in ("recall_at_1", "recall_at_10", "class_at_1", "median_rank")
+    ]
+    found += [
+        (f"probe {probe} ({kind}), {start}", metric)
+        for probe, classifiers in results.get("probes", {}).items()
+        for kind, values in classifiers.items()
+        for start, metric in values.items()
+    ]
+    for task, values in results.get("classification", {}).items():
+        for start, metric in values.items():
+            found.append((f"fine-tuned {task}, {start}", metric.get("top_1", metric)))
+    return found
+
 
 @click.command()
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
 @click.pass_context
 def ui(context: click.Context, port: int) -> None:
-    """Open the MLflow page with all runs on 127.0.0.1 (Ctrl-C ends it)."""
+    """Serve the MLflow page with all runs on 127.0.0.1 (Ctrl-C ends it)."""
     enter_project(context)
     from vatt.config import load_params
-    from vatt.files import port_is_free
-    from vatt.training.tracking_store import resolve_store
+    from vatt.training.tracking import store_uri
 
-    if not port_is_free(port):
+    if not _port_is_free(port):
         raise MachineError(f"port {port} is in use", hint=f"vattctl ui --port {port + 1}")
-    store = resolve_store(load_params().machine.mlflow_uri, Path.cwd())
+    store = store_uri(load_params().machine)
     click.echo(f"http://127.0.0.1:{port}  (ready in some seconds; Ctrl-C ends it)")
     command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--backend-store-uri",
-        store,
-        "--workers",
-        "1",
+        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
+        *("--backend-store-uri", store, "--workers", "1"),
     ]
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
     try:
@@ -46,3 +201,11 @@ def ui(context: click.Context, port: int) -> None:
         return
     if code not in (0, -2, 130):
         raise MachineError(f"the MLflow server ended with {code}", hint="its message is above")
+
+
+def _port_is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+COMMANDS = (status, ui)

@@ -1,0 +1,19 @@
+"""Stage report: metrics, arrays and the published numbers -> one HTML page, one Markdown file."""
+
+from vatt.config import load_params
+from vatt.outcome import run_stage
+from vatt.report.page import write_report
+from vatt.training import tracking
+
+
+def main() -> None:
+    """Write the report from whatever has been run."""
+    params = load_params()
+    with tracking.run("report", params) as run:
+        write_report(params.paths, params.report)
+        run.artifact(params.paths.report / "report.html")
+        run.artifact(params.paths.report / "report.md")
+
+
+if __name__ == "__main__":
+    run_stage("report", main)
