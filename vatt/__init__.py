@@ -1,0 +1,17 @@
+"""VATT: video, audio and text into common spaces, from raw signals."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
+
+if TYPE_CHECKING:
+    from vatt.model.classifier import Classifier
+    from vatt.model.vatt import VATT
+
+__version__ = "0.1.0"
+
+
+def load(folder: Path | str) -> Union["VATT", "Classifier"]:
+    """The model of a checkpoint folder, in eval mode, ready to be called."""
+    from vatt import checkpoint
+
+    return checkpoint.load(folder)

@@ -1,0 +1,106 @@
+"""Raw input -> tokens: video voxels, waveform segments, spectrogram patches, words.
+
+B clips, T H W C frames, height, width, channels, S samples, L words, N tokens, K tokens kept,
+P values in a patch, D width.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vatt.errors import SettingsError
+from vatt.model.drop_token import drop_tokens
+from vatt.model.operators import Linear
+
+_CUT = {
+    1: "b (n a) c -> b n (a c)",
+    2: "b (n a) (m d) c -> b (n m) (a d c)",
+    3: "b (t a) (h d) (w e) c -> b (t h w) (a d e c)",
+}
+_LETTERS = {1: "a", 2: "ad", 3: "ade"}
+
+
+def num_patches(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
+    """Patches along each axis; a last, partial one counts (the paper's ceil)."""
+    return tuple(math.ceil(size / step) for size, step in zip(sizes, patch, strict=True))
+
+
+def cut(inputs: Tensor, patch: Sequence[int]) -> Tensor:  # (B, *sizes, C) -> (B, N, P)
+    """Cut into patches, the first axis slowest; partial patches are filled up with zeros."""
+    missing = [-size % step for size, step in zip(inputs.shape[1:-1], patch, strict=True)]
+    if any(missing):
+        padding = [0, 0]  # of the channels; F.pad counts axes from the last one
+        for amount in reversed(missing):
+            padding += [0, amount]
+        inputs = F.pad(inputs, padding)
+    letters = _LETTERS[len(patch)]
+    return rearrange(inputs, _CUT[len(patch)], **dict(zip(letters, patch, strict=True)))
+
+
+class PatchEmbedding(nn.Module):
+    """Cut the input into patches, project each linearly, add its position."""
+
+    def __init__(
+        self,
+        axes: Sequence[str],
+        patch: Sequence[int],
+        *,
+        channels: int,
+        lift: nn.Module,
+        dim: int,
+        positions: nn.Module,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.axes, self.patch, self.channels = tuple(axes), tuple(patch), channels
+        self.project = Linear(math.prod(patch) * channels, dim)
+        self.lift = lift
+        self.positions = positions
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
+        """(B, *sizes, C) -> (B, N, D), or (B, K, D) where `kept` (B, K) names tokens."""
+        self._check(inputs)
+        patches = cut(inputs, self.patch)
+        positions = self.positions(num_patches(inputs.shape[1:-1], self.patch))[None]
+        if kept is not None:
+            # A projection acts on each patch alone, so dropping first is the same and cheaper.
+            patches = drop_tokens(patches, kept)
+            positions = drop_tokens(positions.expand(len(kept), -1, -1), kept)
+        return self.dropout(self.lift(self.project(patches)) + positions)
+
+    def _check(self, inputs: Tensor) -> None:
+        expected = f"(clips, {', '.join(self.axes)}, {self.channels} channels)"
+        if inputs.ndim != len(self.axes) + 2 or inputs.shape[-1] != self.channels:
+            raise SettingsError(
+                f"the input's shape is {tuple(inputs.shape)}, allowed is {expected}",
+                hint="put the axes in this order",
+            )
+        for axis, size in zip(self.axes, inputs.shape[1:-1], strict=True):
+            if size < 1:
+                raise SettingsError(
+                    f"the input's {axis} size is {size}, allowed is 1 or more",
+                    hint=f"the whole shape is {tuple(inputs.shape)}, meant as {expected}",
+                )
+
+
+class AudioEmbedding(PatchEmbedding):
+    """Patches of a signal that comes without a channel axis: (B, S) or (B, frames, mel bins)."""
+
+    def forward(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
+        return super().forward(inputs[..., None], kept)
+
+
+class WordEmbedding(nn.Module):
+    """Look each word up in a table; id 0 is a pad, which the encoder masks."""
+
+    def __init__(self, vocabulary: int, dim: int, *, dropout: float) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocabulary, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, text: Tensor) -> Tensor:  # (B, L) -> (B, L, D)
+        return self.dropout(self.table(text))

@@ -1,0 +1,99 @@
+"""Features -> common spaces: one of video and audio, a coarser one of video and text.
+
+B clips, K candidate texts of a clip, D feature width, E common-space width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from vatt.model.operators import Linear
+
+
+class BatchNorm(nn.Module):
+    """Batch norm whose statistics may leave rows out; with no row left, running ones are used.
+
+    The running variance takes the biased variance of the batch, as the release's does.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, dim: int, *, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+
+    def forward(self, rows: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B, E) -> (B, E), fp32; statistics come from rows where `valid` (B,) holds."""
+        rows = rows.float()
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mean, var = self._observe(rows, valid)
+        return (rows - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
+
+    def _observe(self, rows: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        weights = torch.ones_like(rows[:, :1]) if valid is None else valid[:, None].to(rows.dtype)
+        count = weights.sum()
+        mean = (rows * weights).sum(0) / count.clamp(min=1)
+        var = ((rows - mean).square() * weights).sum(0) / count.clamp(min=1)
+        mean = torch.where(count > 0, mean, self.running_mean)
+        var = torch.where(count > 0, var, self.running_var)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(var.detach(), self.momentum)
+        return mean, var
+
+
+class NormalisedLinear(nn.Module):
+    """A linear layer and its batch norm, which makes a bias needless."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.linear = Linear(in_dim, out_dim, bias=False)
+        self.norm = BatchNorm(out_dim)
+
+    def forward(self, rows: Tensor, valid: Tensor | None = None) -> Tensor:
+        return self.norm(self.linear(rows), valid)
+
+
+class PlainLinear(nn.Module):
+    """A linear layer with a bias, which has no use for knowing the valid rows."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.linear = Linear(in_dim, out_dim)
+
+    def forward(self, rows: Tensor, valid: Tensor | None = None) -> Tensor:
+        return self.linear(rows).float()
+
+
+class Heads(nn.Module):
+    """g_v->va, g_a->va, g_v->vt (which starts from the va vector) and g_t->vt."""
+
+    def __init__(
+        self,
+        *,
+        video_to_va: nn.Module,
+        audio_to_va: nn.Module,
+        va_to_vt: nn.Module,
+        text_to_vt: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.video_to_va = video_to_va
+        self.audio_to_va = audio_to_va
+        self.va_to_vt = va_to_vt
+        self.text_to_vt = text_to_vt
+
+    def video(self, features: Tensor) -> tuple[Tensor, Tensor]:  # (B, D) -> (B, E), (B, E)
+        va = self.video_to_va(features)
+        return va, self.va_to_vt(va)
+
+    def audio(self, features: Tensor) -> Tensor:  # (B, D) -> (B, E)
+        return self.audio_to_va(features)
+
+    def text(self, features: Tensor, valid: Tensor | None) -> Tensor:  # (B, K, D) -> (B, K, E)
+        flat_valid = None if valid is None else valid.flatten()
+        return self.text_to_vt(features.flatten(0, 1), flat_valid).unflatten(0, features.shape[:2])
