@@ -1,0 +1,229 @@
+"""ffmpeg: one source in, its clips out. One decode of a source gives all of them.
+
+Every window gets frames at a constant rate and mono sound from the same instant; time 0 is the
+file's first time stamp. The same input gives the same bytes.
+"""
+
+import io
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import ffmpeg
+import imageio_ffmpeg
+import numpy as np
+
+from vatt.config import PreprocessParams
+from vatt.data.media import FORMATS, BrokenMediaError, Media
+from vatt.errors import MachineError
+
+Window = tuple[float, float]  # start and end, seconds of the source
+
+SEEK_AFTER = 20.0  # seconds; nearer the beginning, decoding from there is as fast and safer
+SEEK_MARGIN = 3.0  # a picture shown up to so long before the window still stands in its first frame
+MAX_ASPECT = 8  # a longer side beyond this many short sides is cut down: no endless frames
+_QUIET = ("-nostdin", "-hide_banner", "-loglevel", "error", "-y")
+_ENCODER: dict[str, Any] = {
+    "vcodec": "libx264",
+    "preset": "veryfast",
+    "tune": "fastdecode",
+    "pix_fmt": "yuv420p",
+    "threads": 1,
+    "map_metadata": -1,
+    "fflags": "+bitexact",
+    "flags:v": "+bitexact",
+    "f": "mp4",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A window's media: H.264 in mp4 and 16-bit samples; None where there is none."""
+
+    video: bytes | None
+    num_frames: int
+    height: int
+    width: int
+    audio: np.ndarray | None  # (S,) int16
+
+
+@dataclass(frozen=True, slots=True)
+class CutResult:
+    """The pieces in the windows' order, and what the decoder complained of."""
+
+    pieces: list[Piece]
+    complaint: str
+
+
+def find_ffmpeg(chosen: Path | None) -> str:
+    """The ffmpeg to run: the chosen one, or the one in the imageio-ffmpeg wheel."""
+    program = str(chosen) if chosen is not None else imageio_ffmpeg.get_ffmpeg_exe()
+    if not Path(program).is_file():
+        raise MachineError(
+            f"no ffmpeg at {program}", hint="set machine.ffmpeg to null to use the one installed"
+        )
+    return program
+
+
+def ffmpeg_version(program: str) -> str:
+    """The first line of `ffmpeg -version`: other builds may write other bytes."""
+    try:
+        answer = subprocess.run(
+            [program, "-version"], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise MachineError(
+            f"{program} does not run: {error}", hint="set machine.ffmpeg to null"
+        ) from None
+    return answer.stdout.partition(" Copyright")[0].strip()
+
+
+def windows_of(start: float, end: float, params: PreprocessParams) -> list[Window]:
+    """Cut a span in windows of clip_seconds; a rest shorter than min_clip_seconds is left out."""
+    length = params.clip_seconds
+    whole = int((end - start) / length + 1e-6)
+    windows = [(start + k * length, start + (k + 1) * length) for k in range(whole)]
+    rest = (start + whole * length, end)
+    if rest[1] - rest[0] >= params.min_clip_seconds - 1e-6:
+        windows.append(rest)
+    return windows
+
+
+def cut(
+    source: Path,
+    windows: Sequence[Window],
+    params: PreprocessParams,
+    *,
+    media: Media,
+    program: str,
+    work: Path,
+) -> CutResult:
+    """Cut the windows out of a file; what cannot be decoded is missing from its piece."""
+    begin = min(start for start, _ in windows)
+    seek = begin - SEEK_MARGIN if begin > SEEK_AFTER else 0.0
+    until = max(end for _, end in windows) - seek + SEEK_MARGIN
+    relative = [(start - seek, end - seek) for start, end in windows]
+    with tempfile.TemporaryDirectory(dir=work) as name:
+        folder = Path(name)
+        stream = ffmpeg.input(
+            f"file:{source.resolve()}",
+            **({"ss": f"{seek:.6f}"} if seek else {}),
+            t=f"{until:.6f}",
+            threads=1,
+            protocol_whitelist="file",
+            format_whitelist=FORMATS,
+        )
+        outputs = []
+        if media.video is not None:
+            outputs += _pictures(stream[str(media.video)], relative, params, folder)
+        if media.audio is not None:
+            outputs.append(_sound(stream[str(media.audio)], until, params, folder))
+        command = ffmpeg.merge_outputs(*outputs).compile(cmd=program)
+        complaint = _run([command[0], *_QUIET, "-filter_complex_threads", "1", *command[1:]], until)
+        if "No space left on device" in complaint:
+            raise MachineError(f"the disk of {work} is full", hint="free some space, run it again")
+        return CutResult(_collect(relative, params, folder), complaint)
+
+
+def _pictures(picture: Any, windows: Sequence[Window], params: PreprocessParams, work: Path) -> Any:
+    """One output a window. Windows on one frame grid share their rate conversion and scaling."""
+    side = params.short_side
+    short = f"min(iw*sar,ih)/{side}"
+    grids: dict[int, list[int]] = {}
+    for number, (start, _) in enumerate(windows):
+        grids.setdefault(round(start * params.fps % 1 * 1000) % 1000, []).append(number)
+    branches = picture.filter_multi_output("split", len(grids)) if len(grids) > 1 else None
+    outputs = []
+    for branch, numbers in enumerate(grids.values()):
+        zero = min(windows[number][0] for number in numbers)
+        frames = (
+            (branches[branch] if branches is not None else picture)
+            .filter("setpts", f"PTS-{zero:.6f}/TB")
+            .filter("fps", fps=params.fps, start_time=0)
+            .filter(
+                "scale",
+                w=f"2*round(min(iw*sar/({short}),{MAX_ASPECT * side})/2)",
+                h=f"2*round(min(ih/({short}),{MAX_ASPECT * side})/2)",
+            )
+            .filter("setsar", 1)
+        )
+        copies = frames.filter_multi_output("split", len(numbers)) if len(numbers) > 1 else None
+        for copy, number in enumerate(numbers):
+            first = round((windows[number][0] - zero) * params.fps)
+            trimmed = (
+                (copies[copy] if copies is not None else frames)
+                .filter(
+                    "trim", start_frame=first, end_frame=first + _frames(windows[number], params)
+                )
+                .filter("setpts", "PTS-STARTPTS")
+            )
+            outputs.append(
+                trimmed.output(
+                    f"file:{work / f'{number}.mp4'}", crf=params.crf, g=params.fps, **_ENCODER
+                )
+            )
+    return outputs
+
+
+def _sound(sound: Any, until: float, params: PreprocessParams, work: Path) -> Any:
+    """All of the sound from time 0, silence where the track has none; sliced by sample later."""
+    return (
+        sound.filter("aresample", params.audio_hz, **{"async": 1, "first_pts": 0})
+        .filter("aformat", sample_fmts="s16", channel_layouts="mono")
+        .output(f"file:{work / 'sound'}", f="s16le", acodec="pcm_s16le", t=f"{until:.6f}")
+    )
+
+
+def _run(command: Sequence[str], seconds: float) -> str:
+    """Run ffmpeg within limits of time; returns its last complaint, empty for a clean run."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, timeout=60 + 20 * seconds, check=False, text=True,
+            errors="replace",
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise BrokenMediaError("decoding takes too long") from None
+    lines = done.stderr.strip().splitlines()
+    full = [line for line in lines if "No space left on device" in line]
+    return next(iter(full or lines[-1:]), "")[:200]
+
+
+def _collect(windows: Sequence[Window], params: PreprocessParams, work: Path) -> list[Piece]:
+    track = work / "sound"
+    samples = np.fromfile(track, dtype="<i2") if track.exists() else np.zeros(0, np.int16)
+    pieces = []
+    for number, window in enumerate(windows):
+        path = work / f"{number}.mp4"
+        data = path.read_bytes() if path.exists() else b""
+        frames, height, width = _measure(data)
+        seconds = frames / params.fps if frames else window[1] - window[0]
+        first = round(window[0] * params.audio_hz)
+        heard = samples[first : first + round(seconds * params.audio_hz)]
+        audio = None
+        if heard.size:
+            audio = np.zeros(round(seconds * params.audio_hz), dtype=np.int16)
+            audio[: heard.size] = heard
+        pieces.append(Piece(data if frames else None, frames, height, width, audio))
+    return pieces
+
+
+def _measure(data: bytes) -> tuple[int, int, int]:
+    """The frames of an encoded window, their height and width; zeros when there are none."""
+    try:
+        with av.open(io.BytesIO(data), format="mp4") as container:
+            stream = container.streams.video[0]
+            return (
+                sum(1 for packet in container.demux(stream) if packet.size),
+                stream.height,
+                stream.width,
+            )
+    except (av.FFmpegError, IndexError):
+        return 0, 0, 0
+
+
+def _frames(window: Window, params: PreprocessParams) -> int:
+    return round((window[1] - window[0]) * params.fps)

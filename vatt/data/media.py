@@ -1,0 +1,130 @@
+"""Media in PyAV: what a file holds, and its frames and samples. Nothing here trusts a header.
+
+T H W C: frames, height, width, channels. S: samples.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+
+# What may be opened, by content: no playlist, pattern or script that would open something else.
+FORMATS = (
+    "aac,ac3,aiff,amr,asf,au,avi,caf,dv,flac,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mov,mp4,m4a,"
+    "3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,mxf,ogg,rm,vob,wav,w64,wv"
+)
+_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+
+
+class BrokenMediaError(Exception):
+    """A file that holds no media, or whose media cannot be decoded; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """What a file holds, from its packets; times in seconds from the file's first time stamp."""
+
+    video: int | None  # index of the stream to take
+    audio: int | None
+    seconds: float  # of the picture; of the sound where there is no picture
+    num_frames: int
+
+
+def probe(path: Path) -> Media:
+    """Read a file's packets, without decoding them; raises BrokenMediaError."""
+    if not path.is_file():
+        raise BrokenMediaError("not a file" if path.exists() else "no such file")
+    if path.stat().st_size == 0:
+        raise BrokenMediaError("empty file")
+    try:
+        with av.open(f"file:{path.resolve()}", options=_OPTIONS) as container:
+            return _scan(container)
+    except av.FFmpegError as error:
+        raise BrokenMediaError(f"not a media file: {error.strerror}") from None
+
+
+def _scan(container: av.container.InputContainer) -> Media:
+    video = _picture_stream(container)
+    audio = container.streams.best("audio")
+    chosen = [stream for stream in (video, audio) if stream is not None]
+    if not chosen:
+        raise BrokenMediaError("no picture and no sound in it")
+    first: dict[int, float] = {}
+    last: dict[int, float] = {}
+    packets = dict.fromkeys((stream.index for stream in chosen), 0)
+    try:
+        for packet in container.demux(chosen):
+            stamp = packet.pts if packet.pts is not None else packet.dts
+            if stamp is None or packet.time_base is None or not packet.size:
+                continue
+            begin = float(stamp * packet.time_base)
+            length = float((packet.duration or 0) * packet.time_base)
+            index = packet.stream_index
+            packets[index] += 1
+            first[index] = min(first.get(index, begin), begin)
+            last[index] = max(last.get(index, begin), begin + length)
+    except av.FFmpegError:
+        pass  # cut off: what came before counts
+    if not last:
+        raise BrokenMediaError("no packet in it")
+    zero = min(first.values())
+    main = next(stream.index for stream in chosen if stream.index in last)
+    return Media(
+        video=video.index if video is not None and video.index in last else None,
+        audio=audio.index if audio is not None and audio.index in last else None,
+        seconds=last[main] - zero,
+        num_frames=packets[main] if video is not None and main == video.index else 0,
+    )
+
+
+def _picture_stream(
+    container: av.container.InputContainer,
+) -> av.VideoStream | None:
+    """The first moving picture: cover art is none."""
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            return stream
+    return None
+
+
+def decode_frames(data: bytes, indices: Sequence[int], *, fps: int) -> np.ndarray:
+    """The frames at `indices`, in any order, of a stored clip of constant fps: (T, H, W, C)."""
+    first, last = min(indices), max(indices)
+    wanted = set(indices)
+    found: dict[int, np.ndarray] = {}
+    try:
+        with av.open(io.BytesIO(data), format="mp4") as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "NONE"
+            stream.codec_context.thread_count = 1
+            if first >= fps:  # before that a seek costs more than it saves
+                container.seek(int(first / fps / stream.time_base), stream=stream)
+            for frame in container.decode(stream):
+                index = round(frame.time * fps)
+                if index in wanted:
+                    found[index] = frame.to_ndarray(format="rgb24")
+                if index >= last:
+                    break
+        return np.stack([found[index] for index in indices])
+    except (av.FFmpegError, KeyError, IndexError, TypeError) as error:
+        raise BrokenMediaError(f"frames {first} to {last} cannot be decoded: {error}") from None
+
+
+def wav_header(num_samples: int, *, hz: int) -> bytes:
+    """The 44 bytes before mono 16-bit samples."""
+    size = 2 * num_samples
+    return b"".join(
+        (
+            b"RIFF" + (36 + size).to_bytes(4, "little") + b"WAVEfmt ",
+            (16).to_bytes(4, "little") + (1).to_bytes(2, "little") + (1).to_bytes(2, "little"),
+            hz.to_bytes(4, "little") + (2 * hz).to_bytes(4, "little"),
+            (2).to_bytes(2, "little") + (16).to_bytes(2, "little"),
+            b"data" + size.to_bytes(4, "little"),
+        )
+    )
+
+
+WAV_HEADER_BYTES = 44
