@@ -8,7 +8,8 @@ channel and layer; N is the kept tokens + 2. The 36 and the + 2 are fitted to th
 table 5, are of the training graph: 3 more for every element that may drop out.
 
 "true": two operations a multiply-add in the projections, the dense layers and *both* products of
-attention, over the kept tokens and the AGG token; nothing else.
+attention, over the tokens that our model computes: the kept ones (it drops before it projects) and
+the AGG token; nothing else.
 """
 
 import math
@@ -100,12 +101,12 @@ def _tower(
     convention: Convention,
 ) -> float:
     kept = num_kept(num_tokens, drop_rate)
-    patches = 2.0 * num_tokens * patch_values * size.dim
     if convention == "true":
-        return patches + _products(size, kept + 1)
+        return 2.0 * kept * patch_values * size.dim + _products(size, kept + 1)
     n = kept + 2
     scores = size.depth * size.heads * n**2
-    counted = patches + _products(size, n) - 2 * scores * size.head_dim
+    counted = 2.0 * num_tokens * patch_values * size.dim
+    counted += _products(size, n) - 2 * scores * size.head_dim
     counted += 6 * scores + 36 * size.depth * size.dim * n
     if training:
         elements = size.depth * n * (2 * size.dim + size.mlp_dim)
