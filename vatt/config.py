@@ -148,6 +148,14 @@ class TextParams(Section):
     vocabulary: PositiveInt  # rows of the embedding table
 
 
+class ReleaseParams(Section):
+    """What only the released models have; an imported checkpoint says it, params.yaml need not."""
+
+    word_dim: PositiveInt = 300  # width of the frozen word table
+    post_dim: PositiveInt = 1024  # agnostic: width of the features
+    scrambled_spectrogram: bool = False  # the release's position order
+
+
 class ModelParams(Section):
     """The model: three towers or one, and the common spaces."""
 
@@ -159,6 +167,7 @@ class ModelParams(Section):
     va_dim: PositiveInt  # common space of video and audio
     vt_dim: PositiveInt  # common space of video and text
     dropout: Rate
+    release: ReleaseParams = ReleaseParams()  # read by recipe: release
 
     @model_validator(mode="after")
     def _one_encoder_when_agnostic(self) -> "ModelParams":

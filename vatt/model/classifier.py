@@ -6,9 +6,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from vatt.config import ModelParams
+from vatt.model.assembly import build_towers, feature_dims
 from vatt.model.initialise import initialise
+from vatt.model.inputs import audio_grid, video_grid
 from vatt.model.operators import Linear
-from vatt.model.recipe import audio_grid, build_towers, feature_dims, video_grid
 
 Modality = Literal["video", "audio", "image"]
 

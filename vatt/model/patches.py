@@ -97,10 +97,26 @@ class AudioEmbedding(PatchEmbedding):
 class WordEmbedding(nn.Module):
     """Look each word up in a table; id 0 is a pad, which the encoder masks."""
 
-    def __init__(self, vocabulary: int, dim: int, *, dropout: float) -> None:
+    def __init__(self, table: nn.Embedding, *, dropout: float) -> None:
         super().__init__()
-        self.table = nn.Embedding(vocabulary, dim)
+        self.table = table
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, text: Tensor) -> Tensor:  # (B, L) -> (B, L, D)
         return self.dropout(self.table(text))
+
+
+class PositionedWords(nn.Module):
+    """Look each word up, lift it to the encoder's width, add its position."""
+
+    def __init__(
+        self, table: nn.Embedding, *, lift: nn.Module, positions: nn.Module, dropout: float
+    ) -> None:
+        super().__init__()
+        self.table = table
+        self.lift = lift
+        self.positions = positions
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, text: Tensor) -> Tensor:  # (B, L) -> (B, L, D)
+        return self.dropout(self.lift(self.table(text)) + self.positions((text.shape[1],)))

@@ -26,6 +26,30 @@ def bicubic(table: Tensor, size: int) -> Tensor:  # (n, D) -> (size, D)
     return rearrange(resized, "1 d n 1 -> n d")
 
 
+def spline(table: Tensor, size: int) -> Tensor:  # (n, D) -> (size, D)
+    """Resize a table as the release does: a polyharmonic spline of order 3 with an affine term.
+
+    Its nodes are i / n, its queries j / size. The small linear system is solved in fp64.
+    """
+    num = len(table)
+    if num == size:
+        return table
+    nodes = torch.arange(num, dtype=torch.float64, device=table.device)[:, None] / num
+    queries = torch.arange(size, dtype=torch.float64, device=table.device)[:, None] / size
+    affine = torch.cat([nodes, torch.ones_like(nodes)], dim=1)
+    corner = torch.zeros(2, 2, dtype=torch.float64, device=table.device)
+    system = torch.cat(
+        [
+            torch.cat([(nodes - nodes.T).abs() ** 3, affine], dim=1),
+            torch.cat([affine.T, corner], dim=1),
+        ]
+    )
+    values = torch.cat([table.double(), table.new_zeros(2, table.shape[1], dtype=torch.float64)])
+    basis = torch.cat([(queries - nodes.T).abs() ** 3, queries, torch.ones_like(queries)], dim=1)
+    # A table of one row has no slope; the least-squares inverse then leaves it constant.
+    return (basis @ torch.linalg.pinv(system) @ values).to(table.dtype)
+
+
 class AxisPositions(nn.Module):
     """The position of a token is the sum of its axes' entries, then `norm`."""
 
@@ -46,6 +70,18 @@ class AxisPositions(nn.Module):
             total = table if total is None else total[..., None, :] + table
         assert total is not None
         return self.norm(total.flatten(0, -2))
+
+
+class ReleasedSpectrogramPositions(AxisPositions):
+    """The release's fault, for its weights only: positions run along time first, tokens do not."""
+
+    def __init__(
+        self, axes: Sequence[str], grid: Sequence[int], dim: int, *, norm: nn.Module, resize: Resize
+    ) -> None:
+        super().__init__(axes[::-1], grid[::-1], dim, norm=norm, resize=resize)
+
+    def forward(self, grid: Sequence[int]) -> Tensor:
+        return super().forward(grid[::-1])
 
 
 def fit_tables(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

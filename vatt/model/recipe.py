@@ -1,123 +1,208 @@
-"""The parts of a model, put together: what the recipe, the backbone and the sizes choose."""
+"""The two recipes and the parts in which they differ; `assembly.py` puts them together.
 
-from torch import nn
+`paper` is the paper's model; where it is silent, the release's value is taken. `release` is the
+model whose weights were published (SPEC section 3).
+"""
 
-from vatt.config import AudioParams, ModelParams, VideoParams
-from vatt.model.patches import AudioEmbedding, PatchEmbedding, WordEmbedding, num_patches
-from vatt.model.positions import AxisPositions, bicubic
-from vatt.model.projection import Heads, NormalisedLinear
-from vatt.model.sizes import resolve
-from vatt.model.tower import TextTower, Tower
-from vatt.model.transformer import Encoder, RelativeBias
+from collections.abc import Callable
+from dataclasses import dataclass
 
-MODALITIES = ("video", "audio", "text")
+from torch import Tensor, nn
 
+from vatt.config import ModelParams, SizeParams
+from vatt.model.operators import Linear
+from vatt.model.patches import PositionedWords, WordEmbedding
+from vatt.model.positions import (
+    AxisPositions,
+    ReleasedSpectrogramPositions,
+    Resize,
+    bicubic,
+    spline,
+)
+from vatt.model.projection import Heads, NormalisedLinear, PlainLinear
+from vatt.model.tower import TextTower
+from vatt.model.transformer import Encoder, RelativeBias, layer_norm
 
-def video_grid(params: VideoParams) -> tuple[int, ...]:
-    """Voxels along time, height and width."""
-    height, width = _pair(params.frame_size)
-    return num_patches((params.frames, height, width), params.patch)
-
-
-def audio_grid(params: AudioParams) -> tuple[int, ...]:
-    """Segments along time, and along mel bins for a spectrogram."""
-    return num_patches(audio_sizes(params), audio_patch(params))
-
-
-def audio_sizes(params: AudioParams) -> tuple[int, ...]:
-    """The input's length, and its mel bins for a spectrogram."""
-    return (params.samples,) if params.mel_bins is None else (params.samples, params.mel_bins)
+Widths = dict[str, int]  # modality -> width
 
 
-def audio_patch(params: AudioParams) -> tuple[int, ...]:
-    """The patch as one number for each axis."""
-    return (params.patch,) if isinstance(params.patch, int) else params.patch
+class DenseGelu(nn.Module):
+    """A linear layer and a GELU: the release's way in and out of its shared encoder."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.linear = Linear(in_dim, out_dim)
+        self.activation = nn.GELU()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.activation(self.linear(inputs))
 
 
-def build_towers(params: ModelParams) -> dict[str, nn.Module]:
-    """Three towers; when agnostic they hold the same encoder."""
-    sizes = {name: resolve(getattr(params, name).size) for name in MODALITIES}
-    if params.backbone == "agnostic":
-        shared = Encoder(sizes["video"], dropout=params.dropout)
-        encoders = dict.fromkeys(MODALITIES, shared)
-    else:
-        encoders = {name: Encoder(sizes[name], dropout=params.dropout) for name in MODALITIES}
-    dims = {name: size.dim for name, size in sizes.items()}
-    return {
-        "video": Tower(
-            video_embedding(params, dims["video"]),
-            encoders["video"],
-            dim=dims["video"],
-            post=nn.Identity(),
-        ),
-        "audio": Tower(
-            audio_embedding(params, dims["audio"]),
-            encoders["audio"],
-            dim=dims["audio"],
-            post=nn.Identity(),
-        ),
-        "text": TextTower(
-            WordEmbedding(params.text.vocabulary, dims["text"], dropout=params.dropout),
-            encoders["text"],
-            dim=dims["text"],
-            lift=nn.Identity(),
-            relative=RelativeBias(sizes["text"].heads),
-            relative_layers=1,
-            post=nn.Identity(),
-        ),
-    }
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a recipe chooses."""
+
+    position_norm: Callable[[int], nn.Module]  # applied to the summed tables
+    resize: Resize  # of a position table
+    spectrogram_positions: Callable[[ModelParams], type[AxisPositions]]
+    spectrogram_bias: bool  # biases in the spectrogram tower's attention and MLP
+    shared_lift: Callable[[int], nn.Module]  # agnostic: patches -> shared encoder
+    shared_post: Callable[[int, ModelParams], nn.Module]  # agnostic: shared encoder -> features
+    shared_width: Callable[[int, ModelParams], int]  # agnostic: width of the features
+    text_encoder: Callable[[SizeParams, float], Encoder]
+    text_tower: Callable[[ModelParams, SizeParams, Encoder], TextTower]
+    shared_text_tower: Callable[[ModelParams, SizeParams, Encoder], TextTower]
+    heads: Callable[[ModelParams, Widths], Heads]
 
 
-def video_embedding(params: ModelParams, dim: int) -> PatchEmbedding:
-    """Voxels of t x h x w, projected, with three tables of positions."""
-    axes = ("temporal", "vertical", "horizontal")
-    return PatchEmbedding(
-        ("frames", "height", "width"),
-        params.video.patch,
-        channels=3,
+def no_change(*_: object) -> nn.Module:
+    """The part that does nothing."""
+    return nn.Identity()
+
+
+# --- paper ----------------------------------------------------------------------------------------
+
+
+def paper_text_tower(params: ModelParams, size: SizeParams, encoder: Encoder) -> TextTower:
+    """Learned words; relative positions in the first layer."""
+    table = nn.Embedding(params.text.vocabulary, size.dim)
+    return TextTower(
+        WordEmbedding(table, dropout=params.dropout),
+        encoder,
+        dim=size.dim,
         lift=nn.Identity(),
-        dim=dim,
-        positions=AxisPositions(
-            axes, video_grid(params.video), dim, norm=nn.Identity(), resize=bicubic
-        ),
-        dropout=params.dropout,
+        relative=RelativeBias(size.heads),
+        relative_layers=1,
+        post=nn.Identity(),
     )
 
 
-def audio_embedding(params: ModelParams, dim: int) -> AudioEmbedding:
-    """Segments of a waveform, or patches of a spectrogram."""
-    grid = audio_grid(params.audio)
-    axes = ("temporal", "spectral")[: len(grid)]
-    return AudioEmbedding(
-        ("samples", "mel bins")[: len(grid)],
-        audio_patch(params.audio),
-        channels=1,
-        lift=nn.Identity(),
-        dim=dim,
-        positions=AxisPositions(axes, grid, dim, norm=nn.Identity(), resize=bicubic),
-        dropout=params.dropout,
-    )
-
-
-def feature_dims(params: ModelParams) -> dict[str, int]:
-    """The width of each tower's answer."""
-    return {name: resolve(getattr(params, name).size).dim for name in MODALITIES}
-
-
-def build_heads(params: ModelParams) -> Heads:
-    """The projections into the common spaces."""
-    dims = feature_dims(params)
+def paper_heads(params: ModelParams, widths: Widths) -> Heads:
+    """Batch norm after each linear layer."""
+    va, vt = params.va_dim, params.vt_dim
     return Heads(
         video_to_va=nn.Sequential(
-            NormalisedLinear(dims["video"], params.va_dim),
-            nn.ReLU(),
-            NormalisedLinear(params.va_dim, params.va_dim),
+            NormalisedLinear(widths["video"], va), nn.ReLU(), NormalisedLinear(va, va)
         ),
-        audio_to_va=NormalisedLinear(dims["audio"], params.va_dim),
-        va_to_vt=NormalisedLinear(params.va_dim, params.vt_dim),
-        text_to_vt=NormalisedLinear(dims["text"], params.vt_dim),
+        audio_to_va=NormalisedLinear(widths["audio"], va),
+        va_to_vt=NormalisedLinear(va, vt),
+        text_to_vt=NormalisedLinear(widths["text"], vt),
     )
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
+# --- release --------------------------------------------------------------------------------------
+
+
+def t5_encoder(size: SizeParams, dropout: float) -> Encoder:
+    """T5's: RMS norms, no biases, unscaled scores; only the MLP has an ordinary layer norm."""
+    return Encoder(
+        size,
+        dropout=dropout,
+        norm=lambda dim: nn.RMSNorm(dim, eps=1e-6),
+        bias=False,
+        scaled=False,
+    )
+
+
+def release_text_tower(params: ModelParams, size: SizeParams, encoder: Encoder) -> TextTower:
+    """Frozen words and AGG in the words' width; relative positions in every layer."""
+    word_dim = params.release.word_dim
+    return TextTower(
+        WordEmbedding(frozen_words(params), dropout=0.0),
+        encoder,
+        dim=word_dim,
+        lift=nn.Sequential(
+            Linear(word_dim, size.dim, bias=False), nn.GELU(), nn.Dropout(params.dropout)
+        ),
+        relative=RelativeBias(size.heads),
+        relative_layers=size.depth,
+        post=nn.Dropout(params.dropout),
+    )
+
+
+def release_shared_text_tower(params: ModelParams, size: SizeParams, encoder: Encoder) -> TextTower:
+    """Frozen words with learned positions into the shared encoder; no relative bias."""
+    positions = AxisPositions(
+        ("temporal",), (params.text.words,), size.dim, norm=layer_norm(size.dim), resize=spline
+    )
+    return TextTower(
+        PositionedWords(
+            frozen_words(params),
+            lift=DenseGelu(params.release.word_dim, size.dim),
+            positions=positions,
+            dropout=params.dropout,
+        ),
+        encoder,
+        dim=size.dim,
+        lift=nn.Identity(),
+        relative=None,
+        relative_layers=0,
+        post=release_post(size.dim, params),
+    )
+
+
+def frozen_words(params: ModelParams) -> nn.Embedding:
+    """The word table that the release never trained."""
+    table = nn.Embedding(params.text.vocabulary, params.release.word_dim)
+    table.weight.requires_grad_(False)
+    return table
+
+
+def release_lift(dim: int) -> nn.Module:
+    """Patches -> the shared encoder's width."""
+    return DenseGelu(dim, dim)
+
+
+def release_post(dim: int, params: ModelParams) -> nn.Module:
+    """The shared encoder's answer -> features."""
+    return DenseGelu(dim, params.release.post_dim)
+
+
+def release_heads(params: ModelParams, widths: Widths) -> Heads:
+    """Batch norm for video alone, and a ReLU on the way from va to vt."""
+    va, vt = params.va_dim, params.vt_dim
+    return Heads(
+        video_to_va=nn.Sequential(
+            NormalisedLinear(widths["video"], va), nn.ReLU(), NormalisedLinear(va, va)
+        ),
+        audio_to_va=PlainLinear(widths["audio"], va),
+        va_to_vt=nn.Sequential(nn.ReLU(), NormalisedLinear(va, vt)),
+        text_to_vt=PlainLinear(widths["text"], vt),
+    )
+
+
+def release_spectrogram_positions(params: ModelParams) -> type[AxisPositions]:
+    """Correct ones, unless the weights were trained with the release's order."""
+    return ReleasedSpectrogramPositions if params.release.scrambled_spectrogram else AxisPositions
+
+
+# --- both, side by side ---------------------------------------------------------------------------
+
+RECIPES = {
+    "paper": Recipe(
+        position_norm=no_change,
+        resize=bicubic,
+        spectrogram_positions=lambda params: AxisPositions,
+        spectrogram_bias=True,
+        shared_lift=no_change,
+        shared_post=no_change,
+        shared_width=lambda dim, params: dim,
+        text_encoder=lambda size, dropout: Encoder(size, dropout=dropout),
+        text_tower=paper_text_tower,
+        shared_text_tower=paper_text_tower,
+        heads=paper_heads,
+    ),
+    "release": Recipe(
+        position_norm=layer_norm,
+        resize=spline,
+        spectrogram_positions=release_spectrogram_positions,
+        spectrogram_bias=False,
+        shared_lift=release_lift,
+        shared_post=release_post,
+        shared_width=lambda dim, params: params.release.post_dim,
+        text_encoder=t5_encoder,
+        text_tower=release_text_tower,
+        shared_text_tower=release_shared_text_tower,
+        heads=release_heads,
+    ),
+}

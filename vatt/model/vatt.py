@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vatt.config import ModelParams
+from vatt.model.assembly import build_heads, build_towers
 from vatt.model.initialise import initialise
-from vatt.model.recipe import audio_grid, build_heads, build_towers, video_grid
+from vatt.model.inputs import audio_grid, video_grid
 
 
 @dataclass(frozen=True, slots=True)
