@@ -1,0 +1,165 @@
+"""The command line: help, settings, errors by message and code. DVC runs are in test_stages.py."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.test_architecture import ROOT
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with the project's settings and pipeline, and nothing made yet."""
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "presets", tmp_path / "presets")
+    return tmp_path
+
+
+def vattctl(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vattctl.cli", "--project", str(project), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def settings(project: Path) -> dict[str, dict[str, object]]:
+    found: dict[str, dict[str, object]] = yaml.safe_load((project / "params.yaml").read_text())
+    return found
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, vattctl.cli\n"
+        "try: vattctl.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'mlflow', 'deepspeed', 'pydantic', 'numpy', 'av', 'yaml', 'rich'}\n"
+        "print('heavy:', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "heavy: []" in done.stdout
+    assert "pretrain" in done.stdout
+
+
+def test_set_keeps_comments_and_prints_the_change(project: Path) -> None:
+    done = vattctl(project, "pretrain", "--set", "pretrain.steps=1234", "--dry-run")
+    assert "params.yaml: pretrain.steps: " in done.stderr
+    assert "-> 1234" in done.stderr
+    assert settings(project) == settings(ROOT)  # a dry run writes nothing
+
+    from vattctl.params import change, parse_setting
+
+    key, value = parse_setting("pretrain.steps=1234")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        change({key: value})
+    before = (ROOT / "params.yaml").read_text().splitlines()
+    after = (project / "params.yaml").read_text().splitlines()
+    different = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
+    assert len(different) == 1
+    assert different[0][1].strip() == "steps: 1234"
+
+
+@pytest.mark.parametrize(
+    ("size", "backbone", "sizes"),
+    [
+        ("large", "specific", ("large", "base", "small")),
+        ("base", "specific", ("base", "base", "small")),
+        ("small", "specific", ("small", "small", "small")),
+        ("tiny", "specific", ("tiny", "tiny", "tiny")),
+        ("medium", "agnostic", ("medium", "medium", "medium")),
+    ],
+)
+def test_size_names_all_towers(size: str, backbone: str, sizes: tuple[str, ...]) -> None:
+    from vattctl.params import size_settings
+
+    assert tuple(size_settings(size, backbone).values()) == sizes
+
+
+def test_unknown_key_names_file_key_and_remedy(project: Path) -> None:
+    done = vattctl(project, "pretrain", "--set", "pretrain.stepz=5")
+    assert done.returncode == 2
+    assert "params.yaml has no key pretrain.stepz" in done.stderr
+    assert "did you mean 'pretrain.steps'?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_value_in_the_file_names_its_line(project: Path) -> None:
+    file = project / "params.yaml"
+    lines = file.read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.strip().startswith("dropout:"))
+    lines[at] = "  dropout: much"
+    file.write_text("\n".join(lines))
+    done = vattctl(project, "config", "validate")
+    assert done.returncode == 2
+    assert f"params.yaml:{at + 1}: model.dropout" in done.stderr
+    assert "'much'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_value_that_breaks_a_rule_is_not_written(project: Path) -> None:
+    before = (project / "params.yaml").read_text()
+    done = vattctl(project, "pretrain", "--set", "pretrain.batch_size=0")
+    assert done.returncode == 2
+    assert "pretrain.batch_size" in done.stderr
+    assert (project / "params.yaml").read_text() == before
+
+
+def test_preset_keeps_edited_settings_aside(project: Path) -> None:
+    (project / "params.yaml").write_text((project / "params.yaml").read_text() + "# mine\n")
+    done = vattctl(project, "config", "use", "paper")
+    assert done.returncode == 0
+    assert (project / "params.yaml").read_bytes() == (ROOT / "presets" / "paper.yaml").read_bytes()
+    assert (project / "params.yaml.bak").read_text().endswith("# mine\n")
+
+
+def test_unknown_preset_suggests_one(project: Path) -> None:
+    done = vattctl(project, "config", "use", "papr")
+    assert done.returncode == 2
+    assert "did you mean 'paper'?" in done.stderr
+
+
+def test_config_show_prints_json(project: Path) -> None:
+    done = vattctl(project, "config", "show", "model.video.patch", "--json")
+    assert json.loads(done.stdout)["value"] == [4, 16, 16]
+
+
+def test_outside_a_project_says_so(tmp_path: Path) -> None:
+    done = vattctl(tmp_path, "status")
+    assert done.returncode == 2
+    assert "--project" in done.stderr
+
+
+def test_paper_preset_is_the_paper(project: Path) -> None:
+    """SPEC of the paper's recipe (arXiv 2104.11178, section 4 and appendix)."""
+    from vatt.config import load_params
+
+    params = load_params(ROOT / "presets" / "paper.yaml")
+    pretrain, video, audio = params.pretrain, params.model.video, params.model.audio
+    assert (pretrain.batch_size, pretrain.steps, pretrain.drop_rate) == (2048, 500_000, 0.5)
+    assert (pretrain.optimizer.learning_rate, pretrain.optimizer.final_learning_rate) == (
+        1e-4,
+        5e-5,
+    )
+    assert (pretrain.optimizer.warmup_steps, pretrain.optimizer.schedule) == (
+        10_000,
+        "quarter_cosine",
+    )
+    assert (pretrain.temperature, pretrain.mil_nce_weight, pretrain.text_candidates) == (0.07, 1, 5)
+    assert (video.frames, video.frame_size, video.patch) == (32, 224, (4, 16, 16))
+    assert (audio.samples, audio.patch, params.preprocess.audio_hz) == (153_600, 128, 48_000)
+    assert (params.model.text.words, params.model.text.vocabulary) == (16, 2**16)
+    kinetics = params.finetune.tasks["kinetics"]
+    assert (kinetics.frames, kinetics.fps, kinetics.frame_size) == (32, 12.5, 320)
+    assert (kinetics.batch_size, kinetics.steps, kinetics.test_clips, kinetics.test_crops) == (
+        (64, 100_000, 4, 3)
+    )
+    audioset = params.finetune.tasks["audioset"]
+    assert audioset.audio_samples == 6.4 * (audioset.audio_hz or 0)
+    assert (audioset.mixup, audioset.loss, audioset.batch_size) == (5, "balanced_sigmoid", 1024)
+    imagenet = params.finetune.tasks["imagenet"]
+    assert (imagenet.frame_size, imagenet.batch_size) == (384, 512)
+    assert imagenet.steps == round(50 * 1_281_167 / 512)
