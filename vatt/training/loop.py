@@ -1,0 +1,133 @@
+"""The loop that pre-training and fine-tuning share: batches in, updates made, states kept."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vatt.data.batches import Batch
+from vatt.errors import DataError, Stopped, VattError
+from vatt.training import distributed
+from vatt.training.engine import Engine
+from vatt.training.state import States
+from vatt.training.stopping import stop_requests
+
+Report = Callable[[int, dict[str, float]], None]  # (updates made, metrics)
+Progress = Callable[[int, int], None]
+
+
+def ignore(*_: Any) -> None:
+    """A reporter for those who want none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How long to train, and what happens now and then on the way."""
+
+    steps: int
+    batch_size: int  # global
+    seed: int
+    save_every: int
+    report_every: int
+    learning_rate: Callable[[int], float]  # of update `step`, from 0
+    report: Report = ignore
+    progress: Progress = ignore
+    before_save: Callable[[], None] = ignore  # a state must not be ahead of what was reported
+
+
+def train(
+    engine: Engine,
+    batches_from: Callable[[int], Iterable[Batch]],
+    inputs_of: Callable[[Batch, int], tuple[Any, ...]],
+    plan: Plan,
+    states: States,
+) -> None:
+    """Make the updates that are left. A step's losses are named scalars; `loss` is minimised."""
+    first_step = states.resume(engine)
+    batches = iter(batches_from(first_step))
+    meter = _Meter(plan.batch_size)
+    with stop_requests() as asked_to_stop:
+        for step in range(first_step, plan.steps):
+            with meter.waiting():
+                batch = _next(batches, step)
+            seed_dropout(plan.seed, step)
+            losses = engine(*inputs_of(batch, step))
+            rate = plan.learning_rate(step)
+            norm = engine.update(losses["loss"], learning_rate=rate)
+            _check_finite(losses, norm, step, batch)
+            meter.steps += 1
+            done = step + 1
+            plan.progress(done, plan.steps)
+            if done % plan.report_every == 0 or done == plan.steps:
+                means = meter.read()
+                numbers = _floats(losses)
+                plan.report(done, numbers | {"learning_rate": rate, "gradient_norm": norm} | means)
+            stop = distributed.any_process(bool(asked_to_stop)) and done < plan.steps
+            if stop or done % plan.save_every == 0 or done == plan.steps:
+                plan.before_save()
+                states.save(engine, done)
+            if stop:
+                raise Stopped(
+                    f"stopped after step {done} of {plan.steps}; the state is saved",
+                    hint="run it again: it continues there",
+                )
+
+
+def seed_dropout(seed: int, step: int) -> None:
+    """One stream of random numbers per step and process, so that a resumed step repeats itself."""
+    key = f"dropout/{seed}/{step}/{distributed.rank()}".encode()
+    torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little", signed=True))
+
+
+def _next(batches: Any, step: int) -> Batch:
+    batch = next(batches, None)
+    if batch is None:
+        raise DataError(f"the batches ended before step {step}")
+    return batch
+
+
+def _floats(losses: dict[str, Tensor]) -> dict[str, float]:
+    return {name: value.item() for name, value in losses.items()}
+
+
+def _check_finite(losses: dict[str, Tensor], norm: float, step: int, batch: Batch) -> None:
+    numbers = _floats(losses) | {"gradient norm": norm}
+    bad = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
+    if bad:
+        raise VattError(
+            f"training left the finite numbers at step {step}: {', '.join(bad)}; "
+            f"clips of this process: {', '.join(batch.clip_ids)}",
+            hint="the last saved state is good; look at these clips, or lower the learning rate",
+        )
+
+
+@dataclass(slots=True)
+class _Meter:
+    """Speed since the last reading."""
+
+    batch_size: int
+    steps: int = 0
+    waited: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def read(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.began
+        numbers = {
+            "samples_per_second": self.steps * self.batch_size / seconds,
+            "data_wait_share": self.waited / seconds,
+            "peak_memory_gb": distributed.peak_memory_gb(),
+        }
+        self.steps, self.waited, self.began = 0, 0.0, time.perf_counter()
+        return numbers

@@ -1,0 +1,73 @@
+"""Adam and momentum SGD as the release computes them; they differ from torch's in small ways."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vatt.config import OptimizerParams
+
+ADAM_EPS = 1e-7
+MOMENTUM = 0.9
+
+
+class Adam(torch.optim.Adam):
+    """`w -= lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)`: eps is added before correction.
+
+    torch adds eps to the corrected root instead, so that its eps has to shrink with the step.
+    Weight decay takes its share of `w` first and is not scaled by the learning rate.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *, weight_decay: float = 0.0) -> None:
+        super().__init__(parameters, lr=0.0, eps=ADAM_EPS, fused=True)
+        for group in self.param_groups:
+            group.update(updates=0, decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Make one update."""
+        assert closure is None
+        for group in self.param_groups:
+            group["updates"] += 1
+            group["eps"] = ADAM_EPS / math.sqrt(1 - group["betas"][1] ** group["updates"])
+            _decay(group)
+        super().step()
+
+
+class Sgd(torch.optim.Optimizer):
+    """`v = 0.9 v - lr g; w += v`: the learning rate sits inside the velocity."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *, weight_decay: float = 0.0) -> None:
+        super().__init__(parameters, {"lr": 0.0, "decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Make one update."""
+        assert closure is None
+        for group in self.param_groups:
+            _decay(group)
+            trained = [weight for weight in group["params"] if weight.grad is not None]
+            velocities = [self._velocity(weight) for weight in trained]
+            torch._foreach_mul_(velocities, MOMENTUM)
+            torch._foreach_add_(velocities, [w.grad for w in trained], alpha=-group["lr"])
+            torch._foreach_add_(trained, velocities)
+
+    def _velocity(self, weight: Tensor) -> Tensor:
+        state = self.state[weight]
+        if "velocity" not in state:
+            state["velocity"] = torch.zeros_like(weight)
+        return state["velocity"]
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], params: OptimizerParams) -> Adam | Sgd:
+    """The optimiser that the settings name; its learning rate is set anew before each update."""
+    trained = [weight for weight in parameters if weight.requires_grad]
+    kind = {"adam": Adam, "sgd": Sgd}[params.name]
+    return kind(trained, weight_decay=params.weight_decay)
+
+
+def _decay(group: dict[str, Any]) -> None:
+    if group["decay"]:
+        torch._foreach_mul_(group["params"], 1 - group["decay"])

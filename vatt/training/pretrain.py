@@ -1,0 +1,193 @@
+"""Contrastive pre-training: batches -> weights.
+
+B clips of the global batch, K candidate texts of a clip, D feature width. Every process encodes
+its part of the batch; features are gathered with their gradients, and heads (with batch norm) and
+loss see the whole batch in every process, so that any number of them makes the same update.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vatt.config import MachineParams, ModelParams, PretrainParams
+from vatt.data.batches import Batch, model_inputs
+from vatt.errors import SettingsError
+from vatt.losses import pretraining_loss
+from vatt.model.drop_token import draw_kept
+from vatt.model.vatt import VATT, Features
+from vatt.training import distributed
+from vatt.training.engine import Engine, Weights, make_engine
+from vatt.training.gradient_cache import encode_in_micro_batches
+from vatt.training.loop import Plan, Progress, Report, ignore, train
+from vatt.training.schedule import learning_rate
+from vatt.training.state import flatten, open_states
+
+# Settings that shape no weight: changing them does not make a saved state useless.
+SHAPELESS = {"save_every", "keep_states", "report_every"}
+
+
+class Pretraining(nn.Module):
+    """A step's forward pass: this process's clips in, the whole batch's losses out."""
+
+    def __init__(
+        self, model: VATT, params: PretrainParams, *, micro_batch_size: int | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.params = params
+        self.micro_batch_size = micro_batch_size
+
+    def forward(
+        self,
+        video: Tensor,  # (B / processes, T, H, W, C)
+        audio: Tensor,  # (B / processes, S)
+        text: Tensor,  # (B / processes, K, L)
+        kept_video: Tensor | None,
+        kept_audio: Tensor | None,
+        has_video: Tensor,
+        has_audio: Tensor,
+    ) -> dict[str, Tensor]:
+        """Losses of the global batch by name; `loss` is the one to minimise."""
+        own = self._encode(video, audio, text, kept_video, kept_audio)
+        has_text = (text != 0).any(-1)
+        # Heads and loss are small next to the encoders, and better off in full precision.
+        with torch.autocast(video.device.type, enabled=False):
+            features = Features(*(distributed.gather(part) for part in own))
+            has_video, has_audio, has_text = (
+                distributed.gather(flag.to(torch.uint8)).bool()
+                for flag in (has_video, has_audio, has_text)
+            )
+            losses = pretraining_loss(
+                self.model.project(features, has_text=has_text),
+                has_video=has_video,
+                has_audio=has_audio,
+                has_text=has_text,
+                temperature=self.params.temperature,
+                mil_nce_weight=self.params.mil_nce_weight,
+            )
+        return {"loss": losses.total, "nce": losses.nce, "mil_nce": losses.mil_nce}
+
+    def _encode(
+        self,
+        video: Tensor,
+        audio: Tensor,
+        text: Tensor,
+        kept_video: Tensor | None,
+        kept_audio: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        def encode_video(clips: Tensor, kept: Tensor | None) -> Tensor:
+            return _full(self.model.encode(video=clips, kept_video=kept).video)
+
+        def encode_audio(clips: Tensor, kept: Tensor | None) -> Tensor:
+            return _full(self.model.encode(audio=clips, kept_audio=kept).audio)
+
+        def encode_text(clips: Tensor) -> Tensor:
+            return _full(self.model.encode(text=clips).text)
+
+        size = self.micro_batch_size
+        return (
+            encode_in_micro_batches(encode_video, video, kept_video, micro_batch_size=size),
+            encode_in_micro_batches(encode_audio, audio, kept_audio, micro_batch_size=size),
+            encode_in_micro_batches(encode_text, text, micro_batch_size=size),
+        )
+
+
+def pretrain(
+    model: VATT,
+    batches_from: Callable[[int], Iterable[Batch]],
+    params: PretrainParams,
+    *,
+    machine: MachineParams,
+    seed: int,
+    state: Path,
+    data_hash: str,
+    report: Report = ignore,
+    progress: Progress = ignore,
+    before_save: Callable[[], None] = ignore,
+    export: Callable[[Weights], object] = ignore,
+    engine_of: Callable[..., Engine] = make_engine,
+) -> Weights:
+    """Train, or go on training, `model`; returns its weights in rank 0, nothing elsewhere.
+
+    `batches_from(step)` yields this process's part of the batches from `step` on. `export` gets
+    the weights before the state is marked as done: a kill in between loses nothing.
+    """
+    _check_share(params.batch_size)
+    module = Pretraining(model, params, micro_batch_size=machine.micro_batch_size)
+    plan = Plan(
+        steps=params.steps,
+        batch_size=params.batch_size,
+        seed=seed,
+        save_every=params.save_every,
+        report_every=params.report_every,
+        learning_rate=lambda step: learning_rate(step, steps=params.steps, params=params.optimizer),
+        report=report,
+        progress=progress,
+        before_save=before_save,
+    )
+
+    def inputs_of(batch: Batch, step: int) -> tuple[Any, ...]:
+        return pretraining_inputs(model, batch, step, drop_rate=params.drop_rate, seed=seed)
+
+    identity = fingerprint(params, model.params, data_hash=data_hash, seed=seed)
+    engine = engine_of(module, params.optimizer, params.precision, machine)
+    with open_states(state, identity, keep=params.keep_states) as states:
+        train(engine, batches_from, inputs_of, plan, states)
+        weights = engine.weights()
+        weights = {name.removeprefix("model."): value for name, value in weights.items()}
+        if distributed.rank() == 0:
+            export(weights)
+        states.finish()
+    return weights
+
+
+def pretraining_inputs(
+    model: VATT, batch: Batch, step: int, *, drop_rate: float, seed: int
+) -> tuple[Tensor | None, ...]:
+    """A batch as `Pretraining.forward` takes it, with the tokens that DropToken keeps."""
+    batch = batch.to(distributed.device())
+    video, audio, text = model_inputs(batch)
+    first = distributed.rank() * len(batch.clip_ids)
+    samples = list(range(first, first + len(batch.clip_ids)))
+
+    def kept(num_tokens: int, stream: str) -> Tensor | None:
+        if drop_rate == 0:
+            return None
+        return draw_kept(
+            num_tokens, drop_rate, seed=seed, step=step, samples=samples, stream=stream
+        ).to(video.device)
+
+    kept_video = kept(model.num_video_tokens, "video")
+    kept_audio = kept(model.num_audio_tokens, "audio")
+    return video, audio, text, kept_video, kept_audio, batch.has_video, batch.has_audio
+
+
+def fingerprint(
+    params: PretrainParams, model: ModelParams, *, data_hash: str, seed: int
+) -> dict[str, Any]:
+    """What shapes the weights, key by key."""
+    return flatten(
+        {
+            "pretrain": params.model_dump(mode="json", exclude=SHAPELESS),
+            "model": model.model_dump(mode="json"),
+            "data": data_hash,
+            "seed": seed,
+        }
+    )
+
+
+def _check_share(batch_size: int) -> None:
+    if batch_size % distributed.world_size():
+        raise SettingsError(
+            f"pretrain.batch_size {batch_size} does not divide by {distributed.world_size()} "
+            "processes",
+            hint="change machine.processes or pretrain.batch_size",
+        )
+
+
+def _full(features: Tensor | None) -> Tensor:
+    assert features is not None
+    return features.float()

@@ -1,0 +1,175 @@
+"""A folder of resumable states: each appears whole, the last few are kept, a broken one is passed.
+
+folder/lock                     held by the writer
+folder/step-00000100/meta.json  step, fingerprint, engine, sha256 of every other file
+folder/step-00000100/...        what the engine wrote
+folder/done.json                the training has ended and its result is exported
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vatt.files import atomic_write, lock
+from vatt.training import distributed
+from vatt.training.engine import Engine
+
+FORMAT = 1  # of the state folder; another number starts anew
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """The states of one training; resumed only by a training with an equal fingerprint."""
+
+    folder: Path
+    fingerprint: dict[str, Any]  # dotted key -> value: what shapes the result
+    keep: int
+
+    def resume(self, engine: Engine) -> int:
+        """Load the newest whole state of this very training; returns the updates made so far."""
+        found = distributed.from_rank_0(self._choose(engine.kind) if _speaks() else None)
+        if found is None:
+            return 0
+        folder, step = found
+        engine.load(folder)
+        if _speaks():
+            log.warning("resuming at step %d from %s", step, folder)
+        return step
+
+    def save(self, engine: Engine, step: int) -> None:
+        """Write the state after `step` updates; it becomes visible when it is complete."""
+        temporary = self.folder / f".step-{step:08d}.tmp"
+        if _speaks():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        distributed.barrier()
+        engine.save(temporary)
+        distributed.barrier()
+        if _speaks():
+            self._publish(temporary, step, engine.kind)
+        distributed.barrier()
+
+    def finish(self) -> None:
+        """Mark the training as done: the next start begins from zero."""
+        if _speaks():
+            with atomic_write(self.folder / "done.json") as path:
+                path.write_text(json.dumps({"finished": True}))
+
+    def _choose(self, kind: str) -> tuple[Path, int] | None:
+        for leftover in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(leftover)
+        if (self.folder / "done.json").exists():
+            log.info("%s holds a finished training; starting from zero", self.folder)
+            for folder in self._newest_first():
+                shutil.rmtree(folder)
+            (self.folder / "done.json").unlink()
+        for folder in self._newest_first():
+            meta = _read_whole(folder)
+            if meta is None:
+                log.warning("%s is damaged; trying the state before it", folder)
+            elif difference := _difference(meta, self._identity(kind)):
+                log.warning("not resuming from %s, since %s", folder, difference)
+            else:
+                return folder, int(meta["step"])
+        return None
+
+    def _publish(self, temporary: Path, step: int, kind: str) -> None:
+        hashes = {
+            str(file.relative_to(temporary)): _sha256(file, flush=True)
+            for file in sorted(temporary.rglob("*"))
+            if file.is_file()
+        }
+        meta = {"step": step, "files": hashes, "identity": self._identity(kind)}
+        with atomic_write(temporary / "meta.json") as path:
+            path.write_text(json.dumps(meta, indent=1))
+        final = self.folder / f"step-{step:08d}"
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        self._prune(kind, step)
+
+    def _prune(self, kind: str, step: int) -> None:
+        """Keep the last few states up to `step`; others are from before or of other settings."""
+        kept = 0
+        for folder in self._newest_first():
+            meta = _read_meta(folder)
+            ours = meta is not None and not _difference(meta, self._identity(kind))
+            if ours and int(meta["step"]) <= step and kept < self.keep:  # type: ignore[index]
+                kept += 1
+            else:
+                shutil.rmtree(folder)
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"), reverse=True)
+
+    def _identity(self, kind: str) -> dict[str, Any]:
+        return json.loads(json.dumps({"format": FORMAT, "engine": kind} | self.fingerprint))
+
+
+@contextmanager
+def open_states(folder: Path, fingerprint: dict[str, Any], *, keep: int) -> Iterator[States]:
+    """Hold a folder of states alone; a second writer is refused."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not _speaks():
+        yield States(folder, fingerprint, keep)
+        return
+    with lock(folder / "lock"):
+        yield States(folder, fingerprint, keep)
+
+
+def flatten(settings: dict[str, Any], *, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `a.b.c: value`, so that a difference can be named."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, prefix=f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _speaks() -> bool:
+    return distributed.rank() == 0
+
+
+def _difference(meta: dict[str, Any], identity: dict[str, Any]) -> str:
+    theirs = meta["identity"]
+    changed = sorted(
+        key for key in theirs.keys() | identity.keys() if theirs.get(key) != identity.get(key)
+    )
+    return ", ".join(f"{key} was {theirs.get(key)} and is {identity.get(key)}" for key in changed)
+
+
+def _read_meta(folder: Path) -> dict[str, Any] | None:
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        return meta if {"step", "files", "identity"} <= meta.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _read_whole(folder: Path) -> dict[str, Any] | None:
+    """What a state says of itself, if every file still has the content it was written with."""
+    meta = _read_meta(folder)
+    if meta is None:
+        return None
+    for name, expected in meta["files"].items():
+        file = folder / name
+        if not file.is_file() or _sha256(file) != expected:
+            return None
+    return meta
+
+
+def _sha256(file: Path, *, flush: bool = False) -> str:
+    with file.open("rb") as handle:
+        if flush:
+            os.fsync(handle.fileno())
+        return hashlib.file_digest(handle, "sha256").hexdigest()
