@@ -1,4 +1,4 @@
-"""One command for any number of processes: a stage starts itself again under DeepSpeed's launcher."""
+"""Any number of processes from one command: a stage starts itself again under DeepSpeed."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from vatt.config import MachineParams
 from vatt.training.distributed import free_port

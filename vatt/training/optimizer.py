@@ -64,8 +64,9 @@ class Sgd(torch.optim.Optimizer):
 def make_optimizer(parameters: Iterable[nn.Parameter], params: OptimizerParams) -> Adam | Sgd:
     """The optimiser that the settings name; its learning rate is set anew before each update."""
     trained = [weight for weight in parameters if weight.requires_grad]
-    kind = {"adam": Adam, "sgd": Sgd}[params.name]
-    return kind(trained, weight_decay=params.weight_decay)
+    if params.name == "adam":
+        return Adam(trained, weight_decay=params.weight_decay)
+    return Sgd(trained, weight_decay=params.weight_decay)
 
 
 def _decay(group: dict[str, Any]) -> None:

@@ -1,0 +1,186 @@
+"""Fine-tuning on labels: one tower and a linear layer, from pre-trained weights or from scratch.
+
+B clips of the global batch, C classes. As in pre-training the loss sees the whole batch in every
+process: logits are gathered with their gradients.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vatt.checkpoint import load_weights
+from vatt.config import FinetuneTaskParams, MachineParams
+from vatt.data.batches import Batch, model_inputs
+from vatt.errors import SettingsError
+from vatt.model.classifier import Classifier
+from vatt.model.drop_token import draw_kept
+from vatt.training import distributed
+from vatt.training.classification import (
+    balanced_sigmoid_loss,
+    draw_mix,
+    mix,
+    neighbours,
+    one_hot,
+    softmax_loss,
+)
+from vatt.training.engine import Engine, Weights, make_engine
+from vatt.training.gradient_cache import encode_in_micro_batches
+from vatt.training.loop import Plan, Progress, Report, ignore, train
+from vatt.training.schedule import learning_rate
+from vatt.training.state import flatten, open_states
+
+# Settings that shape no weight: changing them does not make a saved state useless.
+SHAPELESS = {"save_every", "report_every", "test_clips", "test_crops"}
+LOSSES = {"softmax": softmax_loss, "balanced_sigmoid": balanced_sigmoid_loss}
+KEPT_STATES = 2
+
+
+class Finetuning(nn.Module):
+    """A step's forward pass: this process's clips in, the whole batch's loss out."""
+
+    def __init__(
+        self,
+        model: Classifier,
+        params: FinetuneTaskParams,
+        *,
+        micro_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = LOSSES[params.loss]
+        self.smoothing = params.label_smoothing
+        self.micro_batch_size = micro_batch_size
+
+    def forward(self, inputs: Tensor, kept: Tensor | None, targets: Tensor) -> dict[str, Tensor]:
+        """The loss to minimise, and how many clips' first guess is one of their classes."""
+        own = encode_in_micro_batches(
+            self.model, inputs, kept, micro_batch_size=self.micro_batch_size
+        )
+        logits, targets = distributed.gather(own.float()), distributed.gather(targets)
+        guessed = targets.gather(1, logits.argmax(1, keepdim=True))
+        return {
+            "loss": self.loss(logits, targets, smoothing=self.smoothing),
+            "accuracy": (guessed == targets.amax(1, keepdim=True)).float().mean(),
+        }
+
+
+def finetune(
+    model: Classifier,
+    batches_from: Callable[[int], Iterable[Batch]],
+    params: FinetuneTaskParams,
+    *,
+    classes: Sequence[str],
+    machine: MachineParams,
+    seed: int,
+    state: Path,
+    data_hash: str,
+    report: Report = ignore,
+    progress: Progress = ignore,
+    before_save: Callable[[], None] = ignore,
+    export: Callable[[Weights], object] = ignore,
+    engine_of: Callable[..., Engine] = make_engine,
+) -> Weights:
+    """Train, or go on training, `model`; returns its weights in rank 0, nothing elsewhere.
+
+    The arguments are as in `pretrain`; the weights that `model` comes with are the start.
+    """
+    _check_share(params)
+    identity = flatten(
+        {
+            "task": params.model_dump(mode="json", exclude=SHAPELESS),
+            "model": model.params.model_dump(mode="json"),
+            "classes": list(classes),
+            "start": hash_of_weights(model),
+            "data": data_hash,
+            "seed": seed,
+        }
+    )
+    plan = Plan(
+        steps=params.steps,
+        batch_size=params.batch_size,
+        seed=seed,
+        save_every=params.save_every,
+        report_every=params.report_every,
+        learning_rate=lambda step: learning_rate(step, steps=params.steps, params=params.optimizer),
+        report=report,
+        progress=progress,
+        before_save=before_save,
+    )
+
+    def inputs_of(batch: Batch, step: int) -> tuple[Any, ...]:
+        return finetuning_inputs(model, batch, step, params=params, classes=classes, seed=seed)
+
+    module = Finetuning(model, params, micro_batch_size=machine.micro_batch_size)
+    engine = engine_of(module, params.optimizer, params.precision, machine)
+    with open_states(state, identity, keep=KEPT_STATES) as states:
+        train(engine, batches_from, inputs_of, plan, states)
+        weights = engine.weights()
+        weights = {name.removeprefix("model."): value for name, value in weights.items()}
+        if distributed.rank() == 0:
+            export(weights)
+        states.finish()
+    return weights
+
+
+def finetuning_inputs(
+    model: Classifier,
+    batch: Batch,
+    step: int,
+    *,
+    params: FinetuneTaskParams,
+    classes: Sequence[str],
+    seed: int,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A batch as `Finetuning.forward` takes it: mixed, and with the tokens that are kept."""
+    targets = one_hot(batch.labels[params.label], classes)
+    batch = batch.to(distributed.device())
+    video, audio, _ = model_inputs(batch)
+    inputs = audio if params.modality == "audio" else video
+    first = distributed.rank() * len(inputs)
+    samples = list(range(first, first + len(inputs)))
+    targets = targets.to(inputs.device)
+    if params.mixup > 0:
+        own = draw_mix(params.mixup, seed=seed, step=step, samples=samples)
+        partners = neighbours(len(inputs)).to(inputs.device)
+        inputs, targets = mix(inputs, own, partners), mix(targets, own, partners)
+    kept = None
+    if params.drop_rate > 0:
+        kept = draw_kept(
+            model.num_tokens, params.drop_rate, seed=seed, step=step, samples=samples
+        ).to(inputs.device)
+    return inputs, kept, targets
+
+
+def load_backbone(model: Classifier, pretrained: Weights) -> None:
+    """Start from a pre-trained model's tower; its position tables are resized when they must be."""
+    tower = "audio." if model.modality == "audio" else "video."
+    weights = {
+        name.removeprefix(tower): value
+        for name, value in pretrained.items()
+        if name.startswith(tower)
+    }
+    load_weights(model.backbone, weights, source="the pre-trained checkpoint")
+
+
+def hash_of_weights(model: nn.Module) -> str:
+    """The sha256 of a model's weights."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_share(params: FinetuneTaskParams) -> None:
+    processes = distributed.world_size()
+    whole = processes * (2 if params.mixup > 0 else 1)
+    if params.batch_size % whole:
+        raise SettingsError(
+            f"a fine-tuning batch of {params.batch_size} does not divide by {whole}: "
+            f"{processes} processes{', pairs for mixup' if params.mixup > 0 else ''}",
+            hint="change machine.processes or the task's batch_size",
+        )
