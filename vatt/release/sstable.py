@@ -7,8 +7,8 @@ compression type and checksum; an index block names them, and a footer names the
 import struct
 from collections.abc import Iterator
 
-from vatt.release.crc32c import masked_crc32c
 from vatt.errors import DataError
+from vatt.release.crc32c import masked_crc32c
 
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER_BYTES = 48

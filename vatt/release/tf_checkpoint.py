@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vatt.release.crc32c import crc32c, mask
 from vatt.errors import DataError
+from vatt.release.crc32c import crc32c, mask
 from vatt.release.sstable import Malformed, read_table, read_varint
 
 INDEX_SUFFIX = ".index"
@@ -81,7 +81,7 @@ class TensorFlowCheckpoint:
         if entry.dtype is None:
             raise DataError(f"{key} holds text, not numbers")
         data = bytearray(self._bytes(entry))
-        if mask(crc32c(data)) != entry.checksum:
+        if mask(crc32c(memoryview(data))) != entry.checksum:
             raise self._changed(entry)
         if not data:
             return torch.empty(entry.shape, dtype=entry.dtype)

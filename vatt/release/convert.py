@@ -1,0 +1,221 @@
+"""A released TensorFlow checkpoint -> a folder of ours, every key accounted for."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vatt import checkpoint
+from vatt.errors import DataError
+from vatt.model.classifier import Classifier
+from vatt.model.vatt import VATT
+from vatt.release import keys
+from vatt.release.recognise import Recognised, recognise
+from vatt.release.tf_checkpoint import TensorFlowCheckpoint
+
+HEAD_DROPOUT = {"video": 0.5, "audio": 0.0}  # while fine-tuning; in use there is none
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What became of every key of a checkpoint, and of every weight of ours."""
+
+    used: list[str] = field(default_factory=list)
+    not_weights: dict[str, int] = field(default_factory=dict)  # kind -> how many keys
+    unused: list[str] = field(default_factory=list)  # weights that nothing here asks for
+    missing: list[str] = field(default_factory=list)  # keys that a weight of ours asks for
+    shape: list[str] = field(default_factory=list)  # weights that do not fit, with both shapes
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is unused, missing or of another shape."""
+        return not (self.unused or self.missing or self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What a conversion found and wrote."""
+
+    description: str
+    parameters: int
+    heads: dict[str, int]
+    account: Account
+    sha256: dict[str, str]  # file of the source -> hash
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def import_checkpoint(
+    prefix: Path,
+    out: Path,
+    *,
+    heads: Mapping[str, int],
+    source: str,
+    vocabulary: Path | None = None,
+    allow_partial: bool = False,
+    progress: Progress | None = None,
+) -> Imported:
+    """Convert the checkpoint at `prefix` into the folder `out`.
+
+    Weights that are missing or do not fit stop it, unless `allow_partial`: they then keep the
+    values of a newly initialised model (seed 0). `source` is recorded beside the files' hashes.
+    """
+    released = TensorFlowCheckpoint(prefix)
+    released.check_strings()
+    weights, not_weights = split_keys(released)
+    shapes = {key: released.entries[full].shape for key, full in weights.items()}
+    found = recognise(shapes, heads)
+    if vocabulary is not None:
+        check_vocabulary(vocabulary, found.params.text.vocabulary)
+    config = config_of(found)
+    model = checkpoint.build(config)
+    plan = {name: _plan(name, found, shapes) for name in model.state_dict()}
+    state, account = _convert(released, model, plan, weights, not_weights, progress)
+    if not account.is_complete and not allow_partial:
+        raise _incomplete(prefix, account)
+    if account.missing or account.shape:
+        state = _new_weights(config) | state
+    sha256 = released.sha256()
+    extra = {**config, "source": {"prefix": source, "sha256": sha256}}
+    checkpoint.save(state, found.params, out, extra=extra, vocabulary=vocabulary)
+    return Imported(
+        description=found.description,
+        parameters=sum(tensor.numel() for tensor in model.parameters()),
+        heads=_heads(model),
+        account=account,
+        sha256=sha256,
+    )
+
+
+def split_keys(released: TensorFlowCheckpoint) -> tuple[dict[str, str], dict[str, int]]:
+    """Short name -> key of all weights; and how many keys are slots, counters or the graph."""
+    weights, not_weights = {}, dict.fromkeys(("optimizer slots", "counters", "object graph"), 0)
+    for key in released.entries:
+        if keys.SLOT in key:
+            not_weights["optimizer slots"] += 1
+        elif key.startswith(keys.GRAPH):
+            not_weights["object graph"] += 1
+        elif key.startswith(keys.COUNTERS):
+            not_weights["counters"] += 1
+        elif key.startswith(keys.ROOT) and key.endswith(keys.ENDING):
+            weights[key.removeprefix(keys.ROOT).removesuffix(keys.ENDING)] = key
+        else:
+            weights[key] = key
+    return weights, not_weights
+
+
+def config_of(found: Recognised) -> dict[str, Any]:
+    """What config.json says of the model."""
+    config: dict[str, Any] = {"model": found.params.model_dump(mode="json")}
+    if found.modality is not None:
+        config["classifier"] = {
+            "modality": found.modality,
+            "classes": [str(index) for index in range(found.num_classes or 0)],
+            "head_dropout": HEAD_DROPOUT[found.modality],
+        }
+    return config
+
+
+def check_vocabulary(path: Path, rows: int) -> None:
+    """Refuse a word list that is no text, or has more words than the table has rows."""
+    try:
+        words = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is no list of words: {error}") from None
+    if not words or len(words) > rows:
+        raise DataError(
+            f"{path} has {len(words)} words, the model's table {rows} rows",
+            hint="give the word list that belongs to the checkpoint, one word a line",
+        )
+
+
+def _plan(name: str, found: Recognised, shapes: Mapping[str, Any]) -> tuple[str, ...]:
+    """The released keys behind one of our weights."""
+    sources = found.layout.get(name)
+    assert sources is not None, f"no released key is known for {name}"
+    return sources
+
+
+def _convert(
+    released: TensorFlowCheckpoint,
+    model: VATT | Classifier,
+    plan: Mapping[str, tuple[str, ...]],
+    weights: Mapping[str, str],
+    not_weights: dict[str, int],
+    progress: Progress | None,
+) -> tuple[dict[str, Tensor], Account]:
+    aliases = checkpoint.shared_names(model)
+    expected = {n: t for n, t in model.state_dict().items() if n not in aliases}
+    state: dict[str, Tensor] = {}
+    misfits: dict[str, str] = {}
+    for done, (name, tensor) in enumerate(expected.items(), start=1):
+        if all(source in weights for source in plan[name]):
+            parts = [_ours(released, weights[source]) for source in plan[name]]
+            joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+            if joined.shape == tensor.shape:
+                state[name] = joined
+            else:
+                misfits[name] = f"{name}: {list(joined.shape)} instead of {list(tensor.shape)}"
+        if progress:
+            progress(done, len(expected))
+    asked, used, misfit = (
+        {source for name in names for source in plan[name]} for names in (plan, state, misfits)
+    )
+    account = Account(
+        used=sorted(weights[key] for key in used),
+        not_weights=not_weights,
+        unused=sorted(weights[key] for key in weights.keys() - used - misfit),
+        missing=sorted(keys.ROOT + key + keys.ENDING for key in asked - weights.keys()),
+        shape=list(misfits.values()),
+    )
+    return state, account
+
+
+def _ours(released: TensorFlowCheckpoint, key: str) -> Tensor:
+    """A weight in our orientation: kernels [k..., in, out] become (out, k x in)."""
+    tensor = released.read(key)
+    if tensor.dtype not in _FLOATS:
+        raise DataError(f"{key} holds {tensor.dtype}, weights are floating-point numbers")
+    tensor = tensor.to(torch.float32)
+    if not tensor.isfinite().all():
+        raise DataError(f"{key} holds values that are not finite")
+    if key.removesuffix(keys.ENDING).endswith("/kernel") and tensor.ndim > 1:
+        tensor = tensor.flatten(0, -2).T.contiguous()
+    return tensor
+
+
+def _new_weights(config: dict[str, Any]) -> dict[str, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return checkpoint.build(config, device="cpu").state_dict()
+
+
+def _heads(model: VATT | Classifier) -> dict[str, int]:
+    if isinstance(model, Classifier):
+        return {model.modality: model.backbone.encoder.blocks[0].attention.heads}
+    towers = {"video": model.video, "audio": model.audio, "text": model.text}
+    return {name: tower.encoder.blocks[0].attention.heads for name, tower in towers.items()}
+
+
+def _incomplete(prefix: Path, account: Account) -> DataError:
+    parts = [
+        f"{len(found)} {what}: {', '.join(found[:3])}{' ...' if len(found) > 3 else ''}"
+        for what, found in (
+            ("keys missing", account.missing),
+            ("keys unused", account.unused),
+            ("weights of another shape", account.shape),
+        )
+        if found
+    ]
+    return DataError(
+        f"{prefix} does not match its model\n  " + "\n  ".join(parts),
+        hint="--allow-partial converts what fits and leaves the rest newly initialised",
+    )

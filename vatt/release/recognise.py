@@ -1,0 +1,259 @@
+"""Which released model a checkpoint holds: its settings, read from names and shapes of weights."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from vatt.config import (
+    AudioParams,
+    ModelParams,
+    ReleaseParams,
+    SizeName,
+    SizeParams,
+    TextParams,
+    VideoParams,
+)
+from vatt.errors import DataError, SettingsError
+from vatt.model.classifier import Modality
+from vatt.model.sizes import SIZES
+from vatt.release import keys
+from vatt.release.keys import Input, Layout
+
+Shape = tuple[int, ...]
+
+HEAD_DIM = 64  # of every released model
+ONLY = "the only encoder"  # in `heads`: whichever encoder there is
+WORDS = 16  # the specific model has no table that says it
+_PLACEHOLDER_SIZE: SizeName = "tiny"  # of the towers that a fine-tuned model does not have
+
+
+@dataclass(frozen=True, slots=True)
+class Recognised:
+    """A checkpoint's model; the last two are for fine-tuned ones."""
+
+    description: str
+    params: ModelParams
+    layout: Layout
+    modality: Modality | None = None
+    num_classes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The shapes of the released weights, without root and ending, and the heads asked for."""
+
+    shapes: Mapping[str, Shape]
+    heads: Mapping[str, int]
+
+    def of(self, key: str, rank: int) -> Shape:
+        """The shape of a weight that has `rank` axes."""
+        shape = self.shapes.get(key)
+        if shape is None or len(shape) != rank:
+            found = "is missing" if shape is None else f"has the shape {list(shape)}"
+            raise DataError(
+                f"{keys.ROOT}{key} {found}; the model cannot be recognised without it",
+                hint="is it a checkpoint of VATT, and whole?",
+            )
+        return shape
+
+    def depth(self, layers: str) -> int:
+        """How many layers there are under a key that ends in `layers/`."""
+        pattern = re.compile(re.escape(layers) + r"(\d{1,4})/")
+        found = {int(match[1]) for key in self.shapes if (match := pattern.match(key))}
+        if found != set(range(len(found))) or not found:
+            raise DataError(f"{keys.ROOT}{layers} has the layers {sorted(found)[:20]}")
+        return len(found)
+
+    def size(self, tower: str, layers: str, query: str, hidden: str) -> SizeName | SizeParams:
+        """An encoder's dimensions, by name where it is one of the named sizes."""
+        dim, inner = self.of(f"{layers}0/{query}/kernel", 2)
+        mlp_dim = self.of(f"{layers}0/{hidden}/kernel", 2)[1]
+        heads = self.heads.get(tower) or self.heads.get(ONLY) or _default_heads(tower, inner)
+        if inner % heads:
+            raise SettingsError(f"--heads {tower}={heads} does not divide {inner}, its inner width")
+        size = SizeParams(
+            depth=self.depth(layers),
+            dim=dim,
+            mlp_dim=mlp_dim,
+            heads=heads,
+            head_dim=inner // heads,
+        )
+        return next((name for name, known in SIZES.items() if known == size), size)
+
+    def encoder_size(self, tower: str, root: str) -> SizeName | SizeParams:
+        """An encoder of patches."""
+        return self.size(tower, f"{root}tx/layers/", "mha/q", "feed_forward/mlp/wi")
+
+    def video(self, size: SizeName | SizeParams, kernel: str, positions: str) -> VideoParams:
+        """The video input that the tables were made for."""
+        t, h, w = self.of(f"{kernel}/kernel", 5)[:3]
+        frames, rows, columns = (
+            self.of(f"{positions}{axis}_position_embeddings/embeddings", 2)[0] * step
+            for axis, step in zip(keys.AXES["video"], (t, h, w), strict=True)
+        )
+        frame_size = rows if rows == columns else (rows, columns)
+        return VideoParams(size=size, frames=frames, frame_size=frame_size, patch=(t, h, w))
+
+    def waveform(self, size: SizeName | SizeParams, kernel: str, positions: str) -> AudioParams:
+        """The waveform that the table was made for."""
+        patch = self.of(f"{kernel}/kernel", 3)[0]
+        steps = self.of(f"{positions}temporal_position_embeddings/embeddings", 2)[0]
+        return AudioParams(
+            size=size, input="waveform", samples=steps * patch, patch=patch, mel_bins=None
+        )
+
+    def spectrogram(self, size: SizeName | SizeParams, kernel: str, positions: str) -> AudioParams:
+        """The spectrogram that the tables were made for."""
+        t, f = self.of(f"{kernel}/kernel", 4)[:2]
+        steps = self.of(f"{positions}temporal_position_embeddings/embeddings", 2)[0]
+        bands = self.of(f"{positions}spectoral_position_embeddings/embeddings", 2)[0]
+        return AudioParams(
+            size=size, input="spectrogram", samples=steps * t, patch=(t, f), mel_bins=bands * f
+        )
+
+
+def recognise(shapes: Mapping[str, Shape], heads: Mapping[str, int]) -> Recognised:
+    """The model of these weights; `heads` overrides the number of heads of a tower."""
+    known = Shapes(shapes, heads)
+    try:
+        if _has(shapes, keys.SHARED):
+            return _agnostic(known)
+        if _has(shapes, keys.PRETRAINED):
+            return _specific(known)
+        for kind, patch in keys.PATCHES.items():
+            if _has(shapes, keys.FINE_TUNED + patch):
+                return _classifier(known, kind)
+    except ValidationError as error:
+        raise DataError(f"the shapes of the weights make no model: {error}") from None
+    raise DataError(
+        f"this is no checkpoint of VATT: none of its {len(shapes)} weights has a known name, "
+        f"such as {keys.ROOT}{keys.FINE_TUNED}...",
+        hint="the published ones are listed in docs/released-weights.md",
+    )
+
+
+def _specific(known: Shapes) -> Recognised:
+    video, audio, text = keys.TOWERS.values()
+    _towers_exist(known.heads, keys.TOWERS)
+    layers = f"{text}base_lm/layers/"
+    text_size = known.size("text", layers, "self_attention/attention/q", "feed_forward/mlp/wi")
+    table = known.of(f"{text}embedding/embeddings", 2)
+    params = ModelParams(
+        recipe="release",
+        backbone="specific",
+        video=known.video(
+            known.encoder_size("video", video),
+            f"{video}voxel_to_patch",
+            f"{video}pos_embedding_lookup/",
+        ),
+        audio=known.waveform(
+            known.encoder_size("audio", audio),
+            f"{audio}wave_to_patch",
+            f"{audio}pos_embedding_lookup/",
+        ),
+        text=TextParams(size=text_size, words=WORDS, vocabulary=table[0]),
+        **_common_spaces(known),
+        release=ReleaseParams(word_dim=table[1]),
+    )
+    depths = {
+        "video": known.depth(f"{video}tx/layers/"),
+        "audio": known.depth(f"{audio}tx/layers/"),
+        "text": known.depth(layers),
+    }
+    return Recognised("pre-trained, modality-specific", params, keys.specific_layout(depths))
+
+
+def _agnostic(known: Shapes) -> Recognised:
+    root, positions = keys.SHARED, f"{keys.SHARED}pos_embedding_lookup/"
+    _towers_exist(known.heads, ("shared",))
+    size = known.encoder_size("shared", root)
+    table = known.of(f"{root}raw_to_embeddings/text/embeddings", 2)
+    words = known.of(f"{positions}text/temporal_position_embeddings/embeddings", 2)[0]
+    params = ModelParams(
+        recipe="release",
+        backbone="agnostic",
+        video=known.video(size, f"{root}raw_to_embeddings/video", f"{positions}video/"),
+        audio=known.waveform(size, f"{root}raw_to_embeddings/audio", f"{positions}audio/"),
+        text=TextParams(size=size, words=words, vocabulary=table[0]),
+        **_common_spaces(known),
+        release=ReleaseParams(
+            word_dim=table[1], post_dim=known.of(f"{root}post_proj/video/kernel", 2)[1]
+        ),
+    )
+    layout = keys.agnostic_layout(known.depth(f"{root}tx/layers/"))
+    return Recognised("pre-trained, modality-agnostic", params, layout)
+
+
+def _classifier(known: Shapes, kind: Input) -> Recognised:
+    root = keys.FINE_TUNED
+    tower: Modality = "video" if kind == "video" else "audio"
+    _towers_exist(known.heads, (tower,))
+    size = known.encoder_size(tower, root)
+    read = {"video": known.video, "audio": known.waveform, "spectrogram": known.spectrogram}[kind]
+    found = read(size, root + keys.PATCHES[kind], f"{root}pos_embedding_lookup/")
+    is_agnostic = _has(known.shapes, f"{root}post_proj")
+    other = size if is_agnostic else _PLACEHOLDER_SIZE
+    params = ModelParams(
+        recipe="release",
+        backbone="agnostic" if is_agnostic else "specific",
+        video=found
+        if isinstance(found, VideoParams)
+        else VideoParams(size=other, frames=4, frame_size=16, patch=(4, 16, 16)),
+        audio=found
+        if isinstance(found, AudioParams)
+        else AudioParams(size=other, input="waveform", samples=128, patch=128, mel_bins=None),
+        text=TextParams(size=other, words=WORDS, vocabulary=1),
+        va_dim=1,
+        vt_dim=1,
+        dropout=0.1,
+        release=ReleaseParams(
+            post_dim=known.of(f"{root}post_proj/kernel", 2)[1] if is_agnostic else 1024,
+            scrambled_spectrogram=kind == "spectrogram",
+        ),
+    )
+    return Recognised(
+        f"fine-tuned on {kind}" + (", modality-agnostic" if is_agnostic else ""),
+        params,
+        keys.classifier_layout(kind, known.depth(f"{root}tx/layers/")),
+        modality=tower,
+        num_classes=known.of("_ops/cls/kernel", 2)[1],
+    )
+
+
+def _common_spaces(known: Shapes) -> dict[str, float]:
+    root = "_head_layer/_bridge_heads/0/"
+    return {
+        "va_dim": known.of(f"{root}aud_to_va/kernel", 2)[1],
+        "vt_dim": known.of(f"{root}txt_to_vat/kernel", 2)[1],
+        "dropout": 0.1,
+    }
+
+
+def _default_heads(tower: str, inner: int) -> int:
+    if inner % HEAD_DIM:
+        raise SettingsError(
+            f"the {tower} encoder's inner width {inner} is no multiple of {HEAD_DIM}, the width of "
+            "a head in all released models",
+            hint=f"say how many heads it has: --heads {tower}=N",
+        )
+    return inner // HEAD_DIM
+
+
+def _towers_exist(heads: Mapping[str, int], towers: Iterable[str]) -> None:
+    allowed = tuple(towers)
+    for tower in heads:
+        if tower == ONLY and len(allowed) > 1:
+            raise SettingsError(
+                "--heads gives one number to a checkpoint of several encoders",
+                hint=f"name each: --heads {','.join(f'{name}=N' for name in allowed)}",
+            )
+        if tower not in (*allowed, ONLY):
+            raise SettingsError(
+                f"--heads names '{tower}'; the encoders of this checkpoint are {', '.join(allowed)}"
+            )
+
+
+def _has(shapes: Mapping[str, Shape], start: str) -> bool:
+    return any(key.startswith(start) for key in shapes)
