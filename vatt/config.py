@@ -279,9 +279,11 @@ class ProbeParams(Section):
 class EvaluateParams(Section):
     """What is measured on the test split."""
 
+    clips: PositiveInt  # windows spread over a test clip; their embeddings averaged
     retrieval_pool: PositiveInt  # test clips searched
     class_labels: tuple[str, ...]  # class@1: the best hit agrees in all of these; may be empty
     probes: dict[str, ProbeParams]
+    low_rank_steps: NonNegativeInt  # of the low-rank probe, beside the SVM; 0: without it
     batch_size: PositiveInt
     bootstrap: PositiveInt  # resamples behind every 95 % interval
 

@@ -1,0 +1,124 @@
+"""A fine-tuned classifier on the test split: views averaged, accuracy, pre-trained against scratch.
+
+n clips, V views a clip, C classes.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vatt.data.batches import Batch, model_inputs
+from vatt.metrics import (
+    Floats,
+    Metric,
+    correct_at_k,
+    majority_share,
+    measured,
+    measured_difference,
+)
+from vatt.model.classifier import Classifier
+
+TOP = (1, 5)
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """A classifier's answers for the labelled clips of a split."""
+
+    clip_ids: NDArray[np.str_]  # (n,)
+    labels: NDArray[np.str_]  # (n,)
+    logits: Floats  # (n, C), averaged over the views
+    classes: tuple[str, ...]
+
+    def targets(self) -> NDArray[np.int64]:
+        """The column of each clip's label; -1 for a label that training never showed."""
+        columns = {name: column for column, name in enumerate(self.classes)}
+        return np.asarray([columns.get(str(label), -1) for label in self.labels])
+
+    def correct(self, k: int) -> NDArray[np.bool_]:
+        """Whether the label is among the k highest logits; an unknown label never is."""
+        targets = self.targets()
+        return correct_at_k(self.logits, np.maximum(targets, 0), k) & (targets >= 0)
+
+    def confusion(self) -> NDArray[np.int64]:
+        """Counts: rows are true classes, columns the answers (C, C)."""
+        counts = np.zeros((len(self.classes), len(self.classes)), dtype=np.int64)
+        targets = self.targets()
+        known = targets >= 0
+        np.add.at(counts, (targets[known], self.logits.argmax(axis=1)[known]), 1)
+        return counts
+
+
+@torch.inference_mode()
+def predict(
+    classifier: Classifier,
+    batches: Iterable[Batch],
+    *,
+    modality: str,
+    label: str,
+    classes: Sequence[str],
+    progress: Callable[[int], None],
+) -> Predictions:
+    """Answers for every clip that has the label; the logits of a clip's views are averaged."""
+    classifier.eval()
+    device = next(classifier.parameters()).device
+    sums: dict[str, Floats] = {}
+    views: dict[str, int] = {}
+    labels: dict[str, str] = {}
+    for batch in batches:
+        video, audio, _ = model_inputs(batch.to(device))
+        logits = classifier(audio if modality == "audio" else video).double().cpu().numpy()
+        present = (batch.has_audio if modality == "audio" else batch.has_video).tolist()
+        for clip, row, name, shown in zip(
+            batch.clip_ids, logits, batch.labels.get(label, ()), present, strict=False
+        ):
+            if name and shown:
+                sums[clip] = sums.get(clip, 0.0) + row
+                views[clip] = views.get(clip, 0) + 1
+                labels[clip] = name
+        progress(len(batch.clip_ids))
+    averaged = [total / views[clip] for clip, total in sums.items()]
+    return Predictions(
+        clip_ids=np.asarray(list(sums)),
+        labels=np.asarray([labels[clip] for clip in sums]),
+        logits=np.asarray(averaged).reshape(len(sums), len(classes)),
+        classes=tuple(classes),
+    )
+
+
+def classification_metrics(
+    predictions: Predictions, *, resamples: int, seed: int
+) -> dict[str, Metric]:
+    """Top-1 and top-5 accuracy over the clips; chance is always naming the most frequent class."""
+    counts = np.sort(np.unique(predictions.labels, return_counts=True)[1])[::-1]
+    chances = {1: majority_share(predictions.labels.tolist())}
+    return {
+        f"top_{k}": measured(
+            predictions.correct(k),
+            chance=chances.get(k, float(counts[:k].sum() / counts.sum())),
+            resamples=resamples,
+            seed=seed,
+        )
+        for k in TOP
+        if k < len(predictions.classes)
+    }
+
+
+def compare(
+    runs: Mapping[str, Predictions], *, resamples: int, seed: int
+) -> dict[str, dict[str, Metric] | Metric]:
+    """Each start's metrics, and pre-trained minus scratch on the clips that both answered."""
+    found: dict[str, dict[str, Metric] | Metric] = {
+        init: classification_metrics(answers, resamples=resamples, seed=seed)
+        for init, answers in runs.items()
+    }
+    if {"pretrained", "scratch"} <= runs.keys():
+        ours, theirs = runs["pretrained"], runs["scratch"]
+        _, mine, their = np.intersect1d(ours.clip_ids, theirs.clip_ids, return_indices=True)
+        found["difference"] = measured_difference(
+            ours.correct(1)[mine], theirs.correct(1)[their], resamples=resamples, seed=seed
+        )
+    return found

@@ -1,0 +1,180 @@
+"""Model and evaluation batches -> arrays of features and embeddings, computed once and kept.
+
+n clips, K candidate texts, L words, D encoder width, E common-space width.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import vatt
+from vatt.data.batches import Batch, model_inputs
+from vatt.files import atomic_write
+from vatt.model.vatt import VATT
+
+Array = NDArray[Any]
+Progress = Callable[[int, int], None]
+
+KEPT_FILES = 16  # in the cache; the oldest go first
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSet:
+    """What an encoder says of every clip of a split, with the clips' ids and labels."""
+
+    clip_ids: NDArray[np.str_]  # (n,)
+    labels: dict[str, NDArray[np.str_]]  # name -> (n,); "" where a clip has none
+    video: Array  # (n, D)
+    audio: Array  # (n, D)
+    video_va: Array  # (n, E)
+    audio_va: Array  # (n, E)
+    video_vt: Array  # (n, E)
+    text_vt: Array  # (n, K, E)
+    text: Array  # (n, K, L) word ids
+    has_video: Array  # (n,)
+    has_audio: Array  # (n,)
+    has_text: Array  # (n, K)
+
+    def take(self, rows: NDArray[np.integer]) -> "FeatureSet":
+        """The same for some of the clips, in the order given."""
+        labels = {name: values[rows] for name, values in self.labels.items()}
+        arrays = {name: getattr(self, name)[rows] for name in ARRAYS}
+        return FeatureSet(clip_ids=self.clip_ids[rows], labels=labels, **arrays)
+
+
+ARRAYS = tuple(f.name for f in fields(FeatureSet) if f.name not in ("clip_ids", "labels"))
+
+
+def extract(
+    encoders: Mapping[str, VATT], batches: Iterable[Batch], *, progress: Progress, total: int
+) -> dict[str, FeatureSet]:
+    """Show every batch to every encoder, so that clips are decoded once; views are averaged."""
+    rows: dict[str, list[dict[str, Array]]] = {name: [] for name in encoders}
+    clip_ids: list[str] = []
+    labels: dict[str, list[str]] = {}
+    for batch in batches:
+        clip_ids += batch.clip_ids
+        for name, values in batch.labels.items():
+            labels.setdefault(name, []).extend(values)
+        for name, encoder in encoders.items():
+            rows[name].append(_encode(encoder, batch))
+        progress(len(set(clip_ids)), total)
+    views = _views(clip_ids)
+    kept = {name: np.asarray(values)[::views] for name, values in labels.items()}
+    return {
+        name: FeatureSet(
+            clip_ids=np.asarray(clip_ids)[::views], labels=kept, **_stack(parts, views)
+        )
+        for name, parts in rows.items()
+    }
+
+
+@torch.inference_mode()
+def _encode(encoder: VATT, batch: Batch) -> dict[str, Array]:
+    encoder.eval()
+    here = batch.to(next(encoder.parameters()).device)
+    video, audio, text = model_inputs(here)
+    features = encoder.encode(video, audio, text)
+    has_text = (text != 0).any(dim=-1)
+    embeddings = encoder.project(features, has_text=has_text)
+    tensors = {
+        "video": features.video,
+        "audio": features.audio,
+        "video_va": embeddings.video_va,
+        "audio_va": embeddings.audio_va,
+        "video_vt": embeddings.video_vt,
+        "text_vt": embeddings.text_vt,
+        "text": text,
+        "has_video": here.has_video,
+        "has_audio": here.has_audio,
+        "has_text": has_text,
+    }
+    return {name: tensor.cpu().numpy() for name, tensor in tensors.items() if tensor is not None}
+
+
+def _views(clip_ids: list[str]) -> int:
+    """The number of adjacent rows that each clip has; a clip may not come back later."""
+    clips = len(dict.fromkeys(clip_ids))
+    views = len(clip_ids) // max(clips, 1)
+    expected = [clip for clip in dict.fromkeys(clip_ids) for _ in range(views)]
+    assert clip_ids == expected, "the views of a clip must be adjacent and equally many"
+    return max(views, 1)
+
+
+def _stack(parts: list[dict[str, Array]], views: int) -> dict[str, Array]:
+    stacked = {}
+    for name in ARRAYS:
+        rows = np.concatenate([part[name] for part in parts])
+        by_clip = rows.reshape(len(rows) // views, views, *rows.shape[1:])
+        # Windows differ in picture and sound; a clip's candidate texts are those of its first.
+        averaged = np.issubdtype(rows.dtype, np.floating) and not name.startswith("text")
+        stacked[name] = by_clip.mean(axis=1) if averaged and views > 1 else by_clip[:, 0]
+    return stacked
+
+
+def cached(
+    folder: Path | None,
+    keys: Mapping[str, str],
+    compute: Callable[[list[str]], dict[str, FeatureSet]],
+) -> dict[str, FeatureSet]:
+    """The feature sets named in `keys`; only those without a file under their key are computed."""
+    if folder is None:
+        return compute(list(keys))
+    files = {name: folder / f"{key}.npz" for name, key in keys.items()}
+    missing = [name for name, file in files.items() if not file.exists()]
+    found = {name: load_features(file) for name, file in files.items() if name not in missing}
+    computed = compute(missing) if missing else {}
+    for name, features in computed.items():
+        save_features(features, files[name])
+    _forget_old(folder, kept=set(files.values()))
+    return {name: computed.get(name) or found[name] for name in keys}
+
+
+def cache_key(*parts: object) -> str:
+    """A name for features made from these weights, clips and settings, by the present code."""
+    digest = hashlib.sha256(repr((torch.__version__, *parts)).encode())
+    package = Path(vatt.__file__).parent
+    for source in sorted([*package.glob("model/*.py"), *package.glob("data/*.py"), Path(__file__)]):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def file_hash(*files: Path) -> str:
+    """The sha256 of the contents of files, in the order given."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def save_features(features: FeatureSet, file: Path) -> None:
+    """Write a feature set as one npz file of plain arrays."""
+    arrays: dict[str, Any] = {name: getattr(features, name) for name in ARRAYS}
+    arrays |= {f"labels/{name}": values for name, values in features.labels.items()}
+    with atomic_write(file) as temporary, temporary.open("wb") as handle:
+        np.savez(handle, clip_ids=features.clip_ids, **arrays)
+
+
+def load_features(file: Path) -> FeatureSet:
+    """Read what `save_features` wrote."""
+    with np.load(file, allow_pickle=False) as stored:
+        labels = {
+            name.removeprefix("labels/"): stored[name]
+            for name in stored
+            if name.startswith("labels/")
+        }
+        arrays = {name: stored[name] for name in ARRAYS}
+        return FeatureSet(clip_ids=stored["clip_ids"], labels=labels, **arrays)
+
+
+def _forget_old(folder: Path, *, kept: set[Path]) -> None:
+    by_age = sorted(folder.glob("*.npz"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in by_age[KEPT_FILES:]:
+        if file not in kept:
+            file.unlink(missing_ok=True)

@@ -1,0 +1,141 @@
+"""The passes over the shards: which encoder or classifier sees which clips, and how far it is."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vatt.checkpoint import CONFIG, WEIGHTS, load, load_config
+from vatt.config import (
+    EvaluateParams,
+    FinetuneTaskParams,
+    MachineParams,
+    ModelParams,
+    PretrainParams,
+)
+from vatt.data.batches import Batch, Sampling, eval_batches
+from vatt.data.samples import INDEX, VOCABULARY
+from vatt.evaluation.classification import Predictions, predict
+from vatt.evaluation.features import (
+    FeatureSet,
+    Progress,
+    cache_key,
+    cached,
+    extract,
+    file_hash,
+)
+from vatt.model.classifier import Classifier
+from vatt.model.vatt import VATT
+
+
+@dataclass(slots=True)
+class Counter:
+    """Turns the progress of several passes into one."""
+
+    report: Progress
+    total: int
+    before: int = 0
+
+    def add(self, clips: int) -> None:
+        self.before += clips
+        self.report(self.before, self.total)
+
+    def inside(self, done: int, _: int) -> None:
+        self.report(self.before + done, self.total)
+
+
+def encoder_features(
+    split: str,
+    params: EvaluateParams,
+    *,
+    pretrained: Path,
+    pretrain: PretrainParams,
+    shards: Path,
+    cache: Path | None,
+    machine: MachineParams,
+    seed: int,
+    counter: Counter,
+    clips: int,
+) -> dict[str, FeatureSet]:
+    """Both encoders' features of a split, from the cache where they are known."""
+    model = ModelParams.model_validate(load_config(pretrained)["model"])
+    sampling = Sampling.for_pretraining(model, pretrain)
+    data = (file_hash(shards / INDEX, shards / VOCABULARY), repr(sampling), split, params.clips)
+    weights = file_hash(pretrained / WEIGHTS, pretrained / CONFIG)
+    keys = {
+        "pretrained": cache_key("pretrained", weights, *data),
+        "untrained": cache_key("untrained", model.model_dump_json(), seed, *data),
+    }
+
+    def compute(names: list[str]) -> dict[str, FeatureSet]:
+        encoders = {
+            name: _encoder(pretrained) if name == "pretrained" else untrained(model, seed)
+            for name in names
+        }
+        batches = _batches(params, shards, split, sampling, (params.clips, 1), machine)
+        return extract(encoders, batches, progress=counter.inside, total=clips)
+
+    found = cached(cache, keys, compute)
+    counter.add(clips)
+    return found
+
+
+def _encoder(folder: Path) -> VATT:
+    model = load(folder)
+    assert isinstance(model, VATT), f"{folder} holds a classifier"
+    return model.to(_device())
+
+
+def untrained(model: ModelParams, seed: int) -> VATT:
+    """The encoder before any training, its weights drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return VATT(model).eval().to(_device())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _batches(
+    params: EvaluateParams,
+    shards: Path,
+    split: str,
+    sampling: Sampling,
+    views: tuple[int, int],
+    machine: MachineParams,
+) -> Iterator[Batch]:
+    return eval_batches(
+        shards,
+        split=split,
+        batch_size=params.batch_size,
+        sampling=sampling,
+        views=views,
+        workers=machine.workers,
+        # A clip is shown once: keeping it decoded would only cost memory.
+        cache_gb=0.0,
+    )
+
+
+def classifier_predictions(
+    folder: Path,
+    task: FinetuneTaskParams,
+    params: EvaluateParams,
+    *,
+    shards: Path,
+    machine: MachineParams,
+    counter: Counter,
+) -> Predictions:
+    classifier = load(folder)
+    assert isinstance(classifier, Classifier), f"{folder} holds no classifier"
+    sampling = Sampling.for_task(classifier.params, task)
+    views = (task.test_clips, task.test_crops)
+    return predict(
+        classifier.to(_device()),
+        _batches(params, shards, "test", sampling, views, machine),
+        modality=task.modality,
+        label=task.label,
+        classes=load_config(folder)["classifier"]["classes"],
+        progress=counter.add,
+    )

@@ -1,0 +1,158 @@
+"""What the report is made from: everything the other stages left, each of it optional.
+
+Nothing here comes from a network, but all of it may hold text that strangers wrote (labels,
+captions, reasons); the templates escape it.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vatt.config import PathsParams
+
+STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate")
+
+Json = dict[str, Any]
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Attrition:
+    """How many clips ended in which state after one stage, and why."""
+
+    stage: str
+    states: dict[str, int]
+    reasons: dict[str, list[tuple[str, int]]]  # state -> most frequent reasons
+
+    @property
+    def total(self) -> int:
+        """Clips that the ledger accounts for."""
+        return sum(self.states.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """What the manifest lists."""
+
+    clips: int
+    splits: dict[str, int]
+    sources: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """All that was found; absent means not run."""
+
+    metrics: Mapping[str, Json] = field(default_factory=dict)  # file stem -> content
+    runs: Mapping[str, Json] = field(default_factory=dict)  # file stem -> run id, timings
+    curves: Mapping[str, list[dict[str, float]]] = field(default_factory=dict)
+    attrition: tuple[Attrition, ...] = ()
+    corpus: Corpus | None = None
+    arrays: Mapping[str, Arrays] = field(default_factory=dict)  # npz stem -> arrays
+    examples: tuple[Json, ...] = ()
+    model: Json | None = None  # the checkpoint's config
+
+    @property
+    def evaluation(self) -> Json:
+        """evaluate.json, or nothing."""
+        return self.metrics.get("evaluate", {})
+
+    def lookup(self, *path: str) -> Any:
+        """A value in evaluate.json by its path; None when it was not measured."""
+        value: Any = self.evaluation
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+
+def read_inputs(paths: PathsParams) -> Inputs:
+    """Read whatever exists below the project's paths."""
+    examples = _read_json(paths.evaluation / "examples.json")
+    config = _read_json(paths.pretrained / "config.json")
+    return Inputs(
+        metrics=_read_folder(paths.metrics),
+        runs=_read_folder(paths.runs),
+        curves=_read_curves(paths),
+        attrition=tuple(
+            _read_ledger(stage, file)
+            for stage, file in (
+                ("download", paths.download_ledger),
+                ("preprocess", paths.preprocess_ledger),
+            )
+            if file.exists()
+        ),
+        corpus=_read_corpus(paths.manifest),
+        arrays=_read_arrays(paths.evaluation),
+        examples=tuple(examples) if isinstance(examples, list) else (),
+        model=config if isinstance(config, dict) else None,
+    )
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _read_folder(folder: Path) -> dict[str, Json]:
+    found = {file.stem: _read_json(file) for file in sorted(folder.glob("*.json"))}
+    return {name: content for name, content in found.items() if isinstance(content, dict)}
+
+
+def _read_curves(paths: PathsParams) -> dict[str, list[dict[str, float]]]:
+    files = {"pretrain": paths.pretrained / "history.json"}
+    files |= {
+        f"finetune-{file.parent.name}": file
+        for file in sorted(paths.finetuned.glob("*/history.json"))
+    }
+    curves = {name: _read_json(file) for name, file in files.items()}
+    return {name: curve for name, curve in curves.items() if curve}
+
+
+def _read_lines(file: Path) -> list[Json]:
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def _read_ledger(stage: str, file: Path) -> Attrition:
+    last = {entry["clip_id"]: entry for entry in _read_lines(file)}
+    states = Counter(str(entry["state"]) for entry in last.values())
+    reasons: dict[str, Counter[str]] = {}
+    for entry in last.values():
+        if entry["state"] != "ok":
+            reason = str(entry.get("reason") or "no reason given")
+            reasons.setdefault(str(entry["state"]), Counter())[reason] += 1
+    ordered = sorted(states, key=lambda state: (state != "ok", -states[state], state))
+    return Attrition(
+        stage=stage,
+        states={state: states[state] for state in ordered},
+        reasons={state: counts.most_common(3) for state, counts in reasons.items()},
+    )
+
+
+def _read_corpus(file: Path) -> Corpus | None:
+    if not file.exists():
+        return None
+    splits: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            clip = json.loads(line)
+            splits[str(clip["split"])] += 1
+            sources[str(clip["source"])] += 1
+    return Corpus(clips=splits.total(), splits=dict(splits), sources=dict(sources.most_common()))
+
+
+def _read_arrays(folder: Path) -> dict[str, Arrays]:
+    found = {}
+    for file in sorted(folder.glob("*.npz")):
+        with np.load(file, allow_pickle=False) as stored:
+            found[file.stem] = {name: stored[name] for name in stored}
+    return found

@@ -1,0 +1,142 @@
+"""Everything the run left -> one self-contained HTML page and the same in Markdown."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from vatt.config import PathsParams, ReportParams
+from vatt.files import atomic_write
+from vatt.report.figures import (
+    confusions,
+    feature_maps,
+    learning_curves,
+    similarity_densities,
+)
+from vatt.report.inputs import STAGES, Inputs, read_inputs
+from vatt.report.published import published_sections
+from vatt.report.results import key_figures, result_tables, scales
+from vatt.report.tables import percent
+
+UNITS = ((3600.0, "h"), (60.0, "min"))
+
+
+@dataclass(frozen=True, slots=True)
+class StageLine:
+    """One line of "what was run"."""
+
+    name: str
+    ran: bool
+    seconds: float | None
+    run_id: str
+    facts: tuple[tuple[str, str], ...]  # from the stage's metrics file
+
+
+def write_report(paths: PathsParams, params: ReportParams) -> None:
+    """Write report.html and report.md from whatever the other stages left."""
+    inputs = read_inputs(paths)
+    context = _context(inputs, params)
+    for template, name in (("page.html.j2", "report.html"), ("page.md.j2", "report.md")):
+        text = render(template, context)
+        with atomic_write(paths.report / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def render(template: str, context: dict[str, Any]) -> str:
+    """Fill a template; in HTML every value is escaped, in Markdown through its `md` filter."""
+    environment = Environment(
+        loader=PackageLoader("vatt.report", "."),
+        autoescape=template.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"md": markdown, "duration": duration, "percent": percent}
+    environment.globals["style"] = Markup(
+        Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    )
+    return environment.get_template(template).render(context)
+
+
+def _context(inputs: Inputs, params: ReportParams) -> dict[str, Any]:
+    return {
+        "title": params.title,
+        "inputs": inputs,
+        "stages": stage_lines(inputs),
+        "manifest_hash": manifest_hash(inputs),
+        "figures": key_figures(inputs),
+        "scales": scales(inputs),
+        "tables": result_tables(inputs),
+        "sections": published_sections(inputs),
+        "curves": learning_curves(inputs),
+        "maps": feature_maps(inputs, clips=params.tsne_clips),
+        "densities": similarity_densities(inputs),
+        "confusions": confusions(inputs),
+    }
+
+
+def stage_lines(inputs: Inputs) -> tuple[StageLine, ...]:
+    """The stages in their order, fine-tuning runs one by one; those not run say so."""
+    lines = []
+    for stage in STAGES:
+        names = sorted(
+            name
+            for name in {*inputs.metrics, *inputs.runs}
+            if name == stage or name.startswith(f"{stage}-")
+        )
+        lines += [_stage_line(name, inputs) for name in names or [stage]]
+    return tuple(lines)
+
+
+def _stage_line(name: str, inputs: Inputs) -> StageLine:
+    metrics, run = inputs.metrics.get(name, {}), inputs.runs.get(name, {})
+    seconds = run.get("seconds")
+    return StageLine(
+        name=name,
+        ran=name in inputs.metrics,
+        seconds=float(seconds) if isinstance(seconds, int | float) else None,
+        run_id=str(run.get("run_id") or ""),
+        facts=tuple(
+            (key.replace("_", " "), _fact(value))
+            for key, value in metrics.items()
+            if isinstance(value, int | float | str) and not _is_hash(value)
+        )
+        if name != "evaluate"
+        else (),
+    )
+
+
+def manifest_hash(inputs: Inputs) -> str | None:
+    """The hash that names the set of clips, from the first stage that noted it."""
+    for content in (*inputs.metrics.values(), *inputs.runs.values()):
+        if content.get("manifest_hash"):
+            return str(content["manifest_hash"])
+    return None
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32,64}", value) is not None
+
+
+def _fact(value: float | str) -> str:
+    if isinstance(value, bool | str):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    for size, unit in UNITS:
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def markdown(text: object) -> str:
+    """Text that Markdown and the HTML inside it take literally, on one line."""
+    plain = " ".join(str(text).split())
+    escaped = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]|#!~])", r"\\\1", escaped)

@@ -1,0 +1,282 @@
+"""The results on the corpus at hand: key figures, scales with intervals, tables."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vatt.report.inputs import Inputs
+from vatt.report.tables import (
+    Cell,
+    Row,
+    Table,
+    chance_cell,
+    difference_cell,
+    metric_cell,
+    percent,
+    rank_cell,
+    signed,
+    verdict,
+)
+
+Metric = dict[str, Any]
+
+DIRECTIONS = {
+    "text_to_video": "text → video",
+    "video_to_text": "video → text",
+    "audio_to_video": "audio → video",
+    "video_to_audio": "video → audio",
+}
+MEASURES = {
+    "recall_at_1": "R@1",
+    "recall_at_5": "R@5",
+    "recall_at_10": "R@10",
+    "class_at_1": "class@1",
+}
+PROBES = {"svm": "linear SVM", "low_rank": "low-rank classifier"}
+WHY = "evaluate has not been run"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number worth a card at the top; without a metric it was not run."""
+
+    label: str
+    value: str | None
+    context: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A value on a scale from 0 to 1, with its interval."""
+
+    label: str
+    ours: Metric
+    baseline: Metric | None  # untrained or from scratch
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Values side by side on one scale from 0 to 100 %."""
+
+    title: str
+    ours: str
+    baseline: str
+    marks: tuple[Mark, ...]
+
+
+def key_figures(inputs: Inputs) -> tuple[Figure, ...]:
+    """The four numbers that say whether it learned."""
+    return (
+        _recall_figure(inputs, "text_to_video"),
+        _recall_figure(inputs, "video_to_audio"),
+        _difference_figure(
+            "Linear probe, frozen video features",
+            _best(inputs, "probes", "svm"),
+            "over the untrained encoder",
+        ),
+        _difference_figure(
+            "Fine-tuning, pre-trained start", _best(inputs, "classification"), "over scratch"
+        ),
+    )
+
+
+def _recall_figure(inputs: Inputs, direction: str) -> Figure:
+    label = f"{DIRECTIONS[direction].capitalize()}, R@10"
+    metric = inputs.lookup("retrieval", "pretrained", direction, "recall_at_10")
+    if metric is None:
+        return Figure(label, None, WHY)
+    times = metric["value"] / metric["chance"]
+    context = f"{times:.1f} × chance ({percent(metric['chance'])}), {metric['n']} clips searched"
+    return Figure(label, percent(metric["value"]), context)
+
+
+def _best(inputs: Inputs, section: str, *path: str) -> tuple[str, Metric] | None:
+    """The task with the largest difference, and that difference."""
+    tasks = inputs.lookup(section) or {}
+    found = {name: inputs.lookup(section, name, *path, "difference") for name in tasks}
+    measured = {name: metric for name, metric in found.items() if metric is not None}
+    if not measured:
+        return None
+    name = max(measured, key=lambda task: measured[task]["value"])
+    return name, measured[name]
+
+
+def _difference_figure(label: str, best: tuple[str, Metric] | None, against: str) -> Figure:
+    if best is None:
+        return Figure(label, None, "no pair of runs to compare")
+    name, metric = best
+    interval = f"{signed(100 * metric['low'])} to {signed(100 * metric['high'])}"
+    context = f"points {against}, on {name} (interval {interval})"
+    return Figure(label, signed(100 * metric["value"]), context)
+
+
+def scales(inputs: Inputs) -> tuple[Scale, ...]:
+    """What was measured, as pictures; nothing stands for what was not."""
+    found = [
+        Scale(
+            title="Zero-shot retrieval",
+            ours="pre-trained",
+            baseline="untrained",
+            marks=tuple(_retrieval_marks(inputs)),
+        ),
+        Scale(
+            title="Linear probe on frozen features",
+            ours="pre-trained encoder",
+            baseline="untrained encoder",
+            marks=tuple(_probe_marks(inputs)),
+        ),
+        Scale(
+            title="Fine-tuning, top-1 accuracy",
+            ours="from the pre-trained weights",
+            baseline="from scratch",
+            marks=tuple(_classification_marks(inputs)),
+        ),
+    ]
+    return tuple(scale for scale in found if scale.marks)
+
+
+def _retrieval_marks(inputs: Inputs) -> list[Mark]:
+    marks = []
+    for direction, name in DIRECTIONS.items():
+        for measure in ("recall_at_10", "class_at_1"):
+            ours = inputs.lookup("retrieval", "pretrained", direction, measure)
+            if ours is not None:
+                untrained = inputs.lookup("retrieval", "untrained", direction, measure)
+                marks.append(Mark(f"{name}, {MEASURES[measure]}", ours, untrained))
+    return marks
+
+
+def _probe_marks(inputs: Inputs) -> list[Mark]:
+    return [
+        Mark(f"{name}, {PROBES.get(kind, kind)}", run["pretrained"], run.get("untrained"))
+        for name, kinds in (inputs.lookup("probes") or {}).items()
+        for kind, run in kinds.items()
+        if "pretrained" in run
+    ]
+
+
+def _classification_marks(inputs: Inputs) -> list[Mark]:
+    return [
+        Mark(name, runs["pretrained"]["top_1"], runs.get("scratch", {}).get("top_1"))
+        for name, runs in (inputs.lookup("classification") or {}).items()
+        if "pretrained" in runs
+    ]
+
+
+def result_tables(inputs: Inputs) -> tuple[Table, ...]:
+    """Every number of evaluate.json, with its interval, chance and baseline."""
+    return (_retrieval_table(inputs), _probe_table(inputs), _classification_table(inputs))
+
+
+def _retrieval_table(inputs: Inputs) -> Table:
+    rows = [
+        row
+        for direction, name in DIRECTIONS.items()
+        for row in _direction_rows(inputs, direction, name)
+    ]
+    size = inputs.lookup("retrieval", "pretrained", "text_to_video", "recall_at_10", "n")
+    pool = f"Pool of {size} test clips. " if size else ""
+    return Table(
+        title="Zero-shot retrieval",
+        headings=("Direction", *MEASURES.values(), "median rank"),
+        rows=tuple(rows),
+        remark=f"{pool}Only a clip's own text or sound counts as a hit; class@1: the nearest clip "
+        "agrees with the query in every class label. Text embeddings of a clip are averaged; "
+        "the rows “similarities averaged” average their cosines instead.",
+    )
+
+
+def _direction_rows(inputs: Inputs, direction: str, name: str) -> list[Row]:
+    ours = inputs.lookup("retrieval", "pretrained", direction)
+    if ours is None:
+        empty = tuple(metric_cell(None) for _ in (*MEASURES, "median_rank"))
+        return [Row(name, empty, "not_run", WHY)]
+    rows = [Row(name, _retrieval_cells(ours), "ours", "pre-trained")]
+    averaged = inputs.lookup("retrieval", "pretrained", f"{direction}_similarities_averaged")
+    if averaged is not None:
+        rows.append(Row(name, _retrieval_cells(averaged), "ours", "similarities averaged"))
+    untrained = inputs.lookup("retrieval", "untrained", direction)
+    if untrained is not None:
+        cells = _retrieval_cells(untrained, kind="baseline")
+        rows.append(Row(name, cells, "baseline", "untrained encoder"))
+    chance = [chance_cell(ours.get(measure)) for measure in MEASURES]
+    chance.append(chance_cell(ours["median_rank"], as_share=False))
+    return [*rows, Row(name, tuple(chance), "chance", "chance")]
+
+
+def _retrieval_cells(metrics: dict[str, Metric], kind: Any = "ours") -> tuple[Cell, ...]:
+    shares = [
+        metric_cell(metrics[measure], kind) if measure in metrics else Cell("–", "none")
+        for measure in MEASURES
+    ]
+    return (*shares, rank_cell(metrics["median_rank"], kind))
+
+
+def _probe_table(inputs: Inputs) -> Table:
+    rows = [
+        Row(
+            name,
+            (
+                metric_cell(run.get("pretrained")),
+                metric_cell(run.get("untrained"), "baseline"),
+                difference_cell(run.get("difference")),
+                chance_cell(run.get("pretrained")),
+                Cell(str(run["pretrained"]["n"]), "text"),
+            ),
+            "ours",
+            PROBES.get(kind, kind),
+        )
+        for name, kinds in (inputs.lookup("probes") or {}).items()
+        for kind, run in kinds.items()
+        if "pretrained" in run
+    ]
+    headings = ("Probe", "pre-trained", "untrained", "difference", "chance", "clips")
+    return Table(
+        title="Linear probe on frozen features",
+        headings=headings,
+        rows=tuple(rows) or _nothing(headings, "no probe has been run"),
+        remark="The same classifier on the same clips, on features of the pre-trained encoder "
+        "and of one with its first random weights.",
+    )
+
+
+def _classification_table(inputs: Inputs) -> Table:
+    rows = []
+    for name, runs in (inputs.lookup("classification") or {}).items():
+        measures = sorted({key for run in ("pretrained", "scratch") for key in runs.get(run, {})})
+        for measure in measures:
+            rows.append(_classification_row(name, measure, runs))
+    headings = ("Task", "pre-trained", "from scratch", "difference", "chance", "clips")
+    return Table(
+        title="Fine-tuned accuracy",
+        headings=headings,
+        rows=tuple(rows) or _nothing(headings, "no task has been fine-tuned and evaluated"),
+        remark="Logits averaged over a clip's views. The difference is paired: "
+        "both classifiers answered the same clips.",
+    )
+
+
+def _classification_row(name: str, measure: str, runs: dict[str, Any]) -> Row:
+    ours = runs.get("pretrained", {}).get(measure)
+    scratch = runs.get("scratch", {}).get(measure)
+    first = measure == "top_1"
+    difference = runs.get("difference")
+    known = ours or scratch
+    assert known is not None
+    return Row(
+        name,
+        (
+            metric_cell(ours),
+            metric_cell(scratch, "baseline"),
+            difference_cell(difference) if first else Cell("–", "none"),
+            chance_cell(known),
+            Cell(str(known["n"]), "text"),
+        ),
+        "ours",
+        "; ".join(filter(None, [measure.replace("_", "-"), verdict(difference) if first else ""])),
+    )
+
+
+def _nothing(headings: Sequence[str], why: str) -> tuple[Row, ...]:
+    cells = tuple(metric_cell(None) for _ in headings[1:])
+    return (Row("–", cells, "not_run", why),)

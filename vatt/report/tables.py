@@ -1,0 +1,105 @@
+"""Numbers -> tables of text. A cell knows what it is: published, ours, chance, or not run."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["published", "ours", "computed", "baseline", "chance", "not_run", "none", "text"]
+
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A value as text; `detail` is its interval or reason, in smaller letters."""
+
+    text: str
+    kind: Kind
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of a table; its kind colours the line."""
+
+    head: str
+    cells: tuple[Cell, ...]
+    kind: Kind
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table with its caption; `remark` is said below it."""
+
+    title: str
+    headings: tuple[str, ...]  # the first one is of the row heads
+    rows: tuple[Row, ...]
+    remark: str = ""
+
+
+def percent(share: float) -> str:
+    """0.6836 -> `68.4 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def number(value: Any) -> str:
+    """A published number, as it was printed."""
+    return re.sub(r"(?<=\d)x(?=\d)", "×", str(value))
+
+
+def metric_cell(metric: dict[str, Any] | None, kind: Kind = "ours", *, why: str = "") -> Cell:
+    """A share with its interval; `not run` and the reason when there is none."""
+    if metric is None:
+        return Cell(NOT_RUN, "not_run", why)
+    return Cell(
+        percent(metric["value"]),
+        kind,
+        f"{100 * metric['low']:.1f} – {100 * metric['high']:.1f}",
+    )
+
+
+def rank_cell(metric: dict[str, Any] | None, kind: Kind = "ours", *, why: str = "") -> Cell:
+    """A median rank with its interval."""
+    if metric is None:
+        return Cell(NOT_RUN, "not_run", why)
+    return Cell(f"{metric['value']:g}", kind, f"{metric['low']:g} – {metric['high']:g}")
+
+
+def difference_cell(metric: dict[str, Any] | None, *, why: str = "") -> Cell:
+    """A difference of shares in points, signed, with its interval."""
+    if metric is None:
+        return Cell(NOT_RUN, "not_run", why)
+    value, low, high = (100 * metric[key] for key in ("value", "low", "high"))
+    return Cell(signed(value) + " points", "ours", f"{signed(low)} to {signed(high)}")
+
+
+def signed(points: float) -> str:
+    """A difference with its sign, as print sets it: `+8.4`, `−1.0`."""
+    return f"{points:+.1f}".replace("-", "−")
+
+
+def chance_cell(metric: dict[str, Any] | None, *, as_share: bool = True) -> Cell:
+    """The level that chance reaches."""
+    if metric is None or metric["chance"] is None:
+        return Cell("–", "none")
+    return Cell(percent(metric["chance"]) if as_share else f"{metric['chance']:g}", "chance")
+
+
+def published_cells(values: Sequence[Any]) -> tuple[Cell, ...]:
+    """Published numbers; a dash where the paper gives none."""
+    return tuple(
+        Cell("–", "none") if value is None else Cell(number(value), "published") for value in values
+    )
+
+
+def verdict(metric: dict[str, Any] | None) -> str:
+    """What the interval of a difference allows to say."""
+    if metric is None:
+        return ""
+    if metric["low"] > 0:
+        return "better: the whole interval lies above 0"
+    if metric["high"] < 0:
+        return "worse: the whole interval lies below 0"
+    return "not told apart: the interval holds 0"
