@@ -9,7 +9,7 @@ import json
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -208,6 +208,33 @@ class ShardReader:
             os.close(self._open.popitem()[1])
 
 
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A whole sample in memory; a modality that nobody asked for, or that is not there, is None."""
+
+    video: np.ndarray | None  # (T, H, W, C) uint8
+    audio: np.ndarray | None  # (S,) int16
+    facts: Facts
+
+
+def decode_clips(
+    index: ShardIndex, rows: Sequence[Row], with_video: bool, with_audio: bool
+) -> list[Decoded]:
+    """Decode whole samples."""
+    reader = ShardReader(index)
+    try:
+        return [
+            Decoded(
+                reader.frames(row, range(row.num_frames)) if with_video and row.video else None,
+                reader.audio(row, 0, row.num_samples) if with_audio and row.audio else None,
+                reader.facts(row),
+            )
+            for row in rows
+        ]
+    finally:
+        reader.close()
+
+
 def nearest(captions: Sequence[Caption], *, start: float, end: float, count: int) -> list[Caption]:
     """The captions nearest in time to a window, nearest first: by the gap, then by the centres."""
     centre = (start + end) / 2
@@ -217,9 +244,3 @@ def nearest(captions: Sequence[Caption], *, start: float, end: float, count: int
         return gap, abs((caption.start + caption.end) / 2 - centre), caption.start
 
     return sorted(captions, key=distance)[:count]
-
-
-def iterate(reader: ShardReader) -> Iterator[tuple[Row, Facts]]:
-    """All samples with their facts, in order."""
-    for row in reader.index.rows:
-        yield row, reader.facts(row)
