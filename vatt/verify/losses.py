@@ -1,77 +1,113 @@
-"""Losses on fixed inputs, against loops over the formula written out."""
+"""Losses on fixed inputs, against loops over the formulas written out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from vatt.losses import mil_nce, nce
+from vatt.losses import Form, mil_nce, nce, paper_form, release_form, symmetric_form
 from vatt.verify.row import Row, compare
 
 TEMPERATURES = (0.07, 1.0)
 _CLIPS, _WIDTH = 6, 10
-_TOLERANCE = 2e-6  # ours are computed in 32 bit; a loss here lies between 0 and 30
-_SOURCE = "paper (SPEC section 1)"
+_TOLERANCE = 1e-12  # 64-bit arithmetic on both sides
 
-# Candidates there are of each clip: all; some missing, one clip without any; none at all.
-MASKS = {
-    "every text": ((True, True, True),) * _CLIPS,
+Valid = Sequence[Sequence[bool]]
+Scores = list[list[list[float]]]  # of clip i's video with candidate l of clip j
+
+_ALL, _NONE = (True, True, True), (False, False, False)
+MASKS: dict[str, Valid] = {
+    "every text": (_ALL,) * _CLIPS,
     "texts missing": (
-        (True, True, True),
+        _ALL,
         (True, False, True),
-        (False, False, False),
+        _NONE,
         (False, False, True),
         (True, True, False),
-        (True, True, True),
+        _ALL,
     ),
-    "no text": ((False, False, False),) * _CLIPS,
+    "clips without text": (_ALL, _NONE, _ALL, _ALL, _NONE, _ALL),
+    "no text": (_NONE,) * _CLIPS,
 }
-Valid = Sequence[Sequence[bool]]
 
 
 def loss_rows() -> list[Row]:
-    """NCE and MIL-NCE of the paper, with and without missing texts, at two temperatures."""
+    """NCE and MIL-NCE of the paper and of the release, with and without missing texts."""
+    paper, release = "paper (SPEC section 1)", "release (SPEC section 3)"
+    masks = tuple(MASKS)
+    cases: tuple[tuple[str, str, Form, Callable[..., float], tuple[str, ...]], ...] = (
+        ("", paper, paper_form, _paper, masks),
+        ("release, ", release, release_form, _release, (masks[0], *masks[2:])),
+        ("release, symmetric, ", release, symmetric_form, _symmetric, (masks[0], *masks[2:])),
+    )
     video, audio, texts = _vectors(1)[:, 0], _vectors(2)[:, :1], _vectors(3)
     rows = []
     for temperature in TEMPERATURES:
-        everyone = [(True,)] * _CLIPS
-        ours = nce(video.float(), audio[:, 0].float(), temperature)
-        naive = _naive(video, audio, temperature, everyone)
-        rows.append(_row(f"NCE, temperature {temperature}", ours, naive))
-        for name, valid in MASKS.items():
-            ours = mil_nce(video.float(), texts.float(), temperature, valid=torch.tensor(valid))
-            naive = _naive(video, texts, temperature, valid)
-            rows.append(_row(f"MIL-NCE, {name}, temperature {temperature}", ours, naive))
-        ours = mil_nce(video.float(), texts.float(), temperature, block_size=4)
-        naive = _naive(video, texts, temperature, MASKS["every text"])
-        rows.append(_row(f"MIL-NCE in blocks, temperature {temperature}", ours, naive))
+        for name, source, form, naive, mask_names in cases:
+            ours = nce(video, audio[:, 0], temperature, form=form)
+            expected = _mean(naive, video, audio, temperature, [(True,)] * _CLIPS)
+            rows.append(_row(f"{name}NCE, temperature {temperature}", source, ours, expected))
+            for mask in mask_names:
+                valid = torch.tensor(MASKS[mask])
+                ours = mil_nce(video, texts, temperature, valid=valid, form=form)
+                expected = _mean(naive, video, texts, temperature, MASKS[mask])
+                title = f"{name}MIL-NCE, {mask}, temperature {temperature}"
+                rows.append(_row(title, source, ours, expected))
+    ours = mil_nce(video, texts, TEMPERATURES[0], max_scores=40)  # two anchors at a time
+    expected = _mean(_paper, video, texts, TEMPERATURES[0], MASKS["every text"])
+    rows.append(_row(f"MIL-NCE in blocks, temperature {TEMPERATURES[0]}", paper, ours, expected))
     return rows
 
 
-def _naive(video: Tensor, texts: Tensor, temperature: float, valid: Valid) -> float:
-    """The mean over clips with a text of log(positives + negatives both ways) - log positives."""
+def _mean(
+    naive: Callable[[Scores, int, Valid], float],
+    video: Tensor,
+    texts: Tensor,
+    temperature: float,
+    valid: Valid,
+) -> float:
+    """The mean over the clips with a candidate; 0 without any."""
     clips = range(len(valid))
-    score = [
+    scores = [
         [[float(video[i] @ text) / temperature for text in texts[j]] for j in clips] for i in clips
     ]
-    losses = []
-    for i in clips:
-        positive = sum(
-            math.exp(s) for s, is_there in zip(score[i][i], valid[i], strict=True) if is_there
-        )
-        if not positive:
-            continue
-        negative = 0.0
-        for j in clips:
-            if j == i:
-                continue
-            for candidate, is_there in enumerate(valid[j]):
-                negative += math.exp(score[i][j][candidate]) * is_there
-            for candidate, is_there in enumerate(valid[i]):
-                negative += math.exp(score[j][i][candidate]) * is_there * any(valid[j])
-        losses.append(math.log(positive + negative) - math.log(positive))
+    losses = [naive(scores, i, valid) for i in clips if any(valid[i])]
     return sum(losses) / len(losses) if losses else 0.0
+
+
+def _paper(scores: Scores, i: int, valid: Valid) -> float:
+    """log[sum_l e^s_iil + sum_{j!=i, l} (e^s_ijl + e^s_jil)] - log sum_l e^s_iil."""
+    positive = sum(
+        math.exp(score) for score, there in zip(scores[i][i], valid[i], strict=True) if there
+    )
+    negative = 0.0
+    for j in range(len(valid)):
+        if j == i or not any(valid[j]):
+            continue
+        for candidate in range(len(valid[j])):
+            negative += math.exp(scores[i][j][candidate]) * valid[j][candidate]
+            negative += math.exp(scores[j][i][candidate]) * valid[i][candidate]
+    return math.log(positive + negative) - math.log(positive)
+
+
+def _release(scores: Scores, i: int, valid: Valid) -> float:
+    """log[sum_jl e^s_ijl + sum_jl e^s_jil] - log sum_l e^s_iil."""
+    row, column, positive = _release_sums(scores, i, valid)
+    return math.log(row + column) - math.log(positive)
+
+
+def _symmetric(scores: Scores, i: int, valid: Valid) -> float:
+    """One loss for each direction."""
+    row, column, positive = _release_sums(scores, i, valid)
+    return math.log(row) + math.log(column) - 2 * math.log(positive)
+
+
+def _release_sums(scores: Scores, i: int, valid: Valid) -> tuple[float, float, float]:
+    clips = range(len(valid))
+    row = sum(math.exp(score) for j in clips if any(valid[j]) for score in scores[i][j])
+    column = sum(math.exp(score) for j in clips for score in scores[j][i])
+    return row, column, sum(math.exp(score) for score in scores[i][i])
 
 
 def _vectors(key: int) -> Tensor:
@@ -81,10 +117,10 @@ def _vectors(key: int) -> Tensor:
     return torch.nn.functional.normalize(vectors.reshape(_CLIPS, 3, _WIDTH), dim=-1)
 
 
-def _row(name: str, ours: Tensor, naive: float) -> Row:
+def _row(name: str, source: str, ours: Tensor, naive: float) -> Row:
     return compare(
         f"loss, {name}, {_CLIPS} clips",
-        source=_SOURCE,
+        source=source,
         unit="nats",
         ours=float(ours),
         expected=naive,
