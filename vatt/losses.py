@@ -1,8 +1,10 @@
 """NCE and MIL-NCE over a global batch: pure functions of embeddings, computed in fp32.
 
-B clips, K candidate texts of a clip, E common-space width; s_ijl = v_i . t_jl / temperature.
+B clips, K candidate texts of a clip, E common-space width, b anchors of a block;
+s_ijl = v_i . t_jl / temperature, with one l for audio.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +13,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 _NEVER = -1e30  # the score of a pair that takes no part; finite, so that no gradient is NaN
+_MAX_SCORES = 2**24  # scores held at a time, in each direction
+
+# Scores (b, B, K) of the anchors' videos with all texts and of their texts with all videos, the
+# anchors' places in the batch (b,), the candidates there are (B, K) -> a loss of each anchor (b,).
+Form = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class EmbeddingsLike(Protocol):
@@ -35,6 +42,34 @@ class Losses:
     mil_nce: Tensor
 
 
+def paper_form(row: Tensor, column: Tensor, own: Tensor, valid: Tensor) -> Tensor:
+    """log[sum_l e^s_iil + sum_{j!=i,l} (e^s_ijl + e^s_jil)] - log sum_l e^s_iil.
+
+    The positive counts once, the negatives come both ways; a candidate that is not there leaves
+    all sums, and a clip without any leaves them as a negative too.
+    """
+    row = row.masked_fill(~valid, _NEVER)
+    is_own = own[:, None] == torch.arange(len(valid), device=own.device)
+    others = valid[own][:, None] & (valid.any(1) & ~is_own)[..., None]
+    column = column.masked_fill(~others, _NEVER)
+    return torch.logaddexp(_log_sum(row), _log_sum(column)) - _positive(row, own)
+
+
+def release_form(row: Tensor, column: Tensor, own: Tensor, valid: Tensor) -> Tensor:
+    """log[sum_jl e^s_ijl + sum_jl e^s_jil] - log sum_l e^s_iil: positives count twice.
+
+    Candidates of a clip without text leave the first sum; its video stays in the second.
+    """
+    row = row.masked_fill(~valid.any(1)[:, None], _NEVER)
+    return torch.logaddexp(_log_sum(row), _log_sum(column)) - _positive(row, own)
+
+
+def symmetric_form(row: Tensor, column: Tensor, own: Tensor, valid: Tensor) -> Tensor:
+    """The release's variant: the two directions are two losses."""
+    row = row.masked_fill(~valid.any(1)[:, None], _NEVER)
+    return _log_sum(row) + _log_sum(column) - 2 * _positive(row, own)
+
+
 def pretraining_loss(
     embeddings: EmbeddingsLike,
     *,
@@ -43,26 +78,43 @@ def pretraining_loss(
     has_text: Tensor,
     temperature: float,
     mil_nce_weight: float,
+    form: Form = paper_form,
 ) -> Losses:
     """NCE(video, audio) + weight x MIL-NCE(video, texts) over the given, global batch.
 
     has_video, has_audio (B,) and has_text (B, K) are bool: a clip leaves a loss for which it lacks
-    a modality, as anchor, candidate and negative.
+    a modality. The release halves the total, which its optimiser, Adam, does not notice.
     """
     assert embeddings.video_va is not None and embeddings.audio_va is not None
     assert embeddings.video_vt is not None and embeddings.text_vt is not None
-    va = nce(embeddings.video_va, embeddings.audio_va, temperature, valid=has_video & has_audio)
+    va = nce(
+        embeddings.video_va,
+        embeddings.audio_va,
+        temperature,
+        valid=has_video & has_audio,
+        form=form,
+    )
     vt = mil_nce(
-        embeddings.video_vt, embeddings.text_vt, temperature, valid=has_video[:, None] & has_text
+        embeddings.video_vt,
+        embeddings.text_vt,
+        temperature,
+        valid=has_video[:, None] & has_text,
+        form=form,
     )
     return Losses(total=va + mil_nce_weight * vt, nce=va, mil_nce=vt)
 
 
-def nce(video: Tensor, audio: Tensor, temperature: float, *, valid: Tensor | None = None) -> Tensor:
+def nce(
+    video: Tensor,
+    audio: Tensor,
+    temperature: float,
+    *,
+    valid: Tensor | None = None,
+    form: Form = paper_form,
+) -> Tensor:
     """NCE of (B, E) and (B, E): MIL-NCE with one candidate; `valid` (B,) names clips."""
-    return mil_nce(
-        video, audio[:, None], temperature, valid=None if valid is None else valid[:, None]
-    )
+    valid = None if valid is None else valid[:, None]
+    return mil_nce(video, audio[:, None], temperature, valid=valid, form=form)
 
 
 def mil_nce(
@@ -71,44 +123,44 @@ def mil_nce(
     temperature: float,
     *,
     valid: Tensor | None = None,
-    block_size: int = 1024,
+    form: Form = paper_form,
+    max_scores: int = _MAX_SCORES,
 ) -> Tensor:
-    """The paper's MIL-NCE of (B, E) and (B, K, E), a mean over the valid clips, or 0.
+    """MIL-NCE of (B, E) and (B, K, E): the mean of `form` over the clips with a candidate, or 0.
 
-    loss_i = log[sum_l e^s_iil + sum_{j!=i,l} (e^s_ijl + e^s_jil)] - log sum_l e^s_iil: the positive
-    counts once, negatives come both ways. `valid` (B, K) names the candidates there are; a clip
-    without one leaves wholly. Anchors are taken `block_size` at a time, and a block is computed
-    again in the backward pass, so memory grows with block_size x B x K, not with B x B x K.
+    `valid` (B, K) names the candidates there are. Anchors are taken in blocks of at most
+    `max_scores` scores, and a block is computed again in the backward pass, so memory does not
+    grow with B x B x K.
     """
-    video, texts = video.float(), texts.float()
+    video, texts = (
+        part.to(torch.promote_types(part.dtype, torch.float32)) for part in (video, texts)
+    )
     if valid is None:
         valid = torch.ones(texts.shape[:2], dtype=torch.bool, device=texts.device)
+    block = max(1, max_scores // max(1, valid.numel()))
     total = video.new_zeros(())
-    for start in range(0, len(video), block_size):
-        stop = min(start + block_size, len(video))
-        if stop - start == len(video):
-            total = total + _anchors_loss(video, texts, valid, start, stop, temperature)
+    for own in torch.arange(len(video), device=video.device).split(block):
+        if len(own) == len(video):
+            total = total + _block_loss(video, texts, valid, own, temperature, form)
         else:
             total = total + checkpoint(
-                _anchors_loss, video, texts, valid, start, stop, temperature, use_reentrant=False
+                _block_loss, video, texts, valid, own, temperature, form, use_reentrant=False
             )
     return total / valid.any(1).sum().clamp(min=1)
 
 
-def _anchors_loss(
-    video: Tensor, texts: Tensor, valid: Tensor, start: int, stop: int, temperature: float
+def _block_loss(
+    video: Tensor, texts: Tensor, valid: Tensor, own: Tensor, temperature: float, form: Form
 ) -> Tensor:
-    """The sum of loss_i over the valid anchors i in [start, stop)."""
-    has_any = valid.any(1)
-    own = torch.arange(start, stop, device=video.device)
-    place = torch.arange(stop - start, device=video.device)
-    row = torch.einsum("ie,jle->ijl", video[start:stop], texts) / temperature
-    row = row.masked_fill(~valid, _NEVER)
-    column = torch.einsum("ile,je->ijl", texts[start:stop], video) / temperature
-    counts = valid[start:stop, None] & has_any[:, None]
-    # The positive is in the row already.
-    is_own = own[:, None] == torch.arange(len(video), device=video.device)
-    column = column.masked_fill(~counts | is_own[..., None], _NEVER)
-    everything = torch.cat([row.flatten(1), column.flatten(1)], dim=1).logsumexp(1)
-    losses = everything - row[place, own].logsumexp(1)
-    return torch.where(has_any[start:stop], losses, 0.0).sum()
+    """The sum of the losses of the anchors `own`; one without a candidate has none."""
+    row = torch.einsum("ie,jle->ijl", video[own], texts) / temperature
+    column = torch.einsum("ile,je->ijl", texts[own], video) / temperature
+    return torch.where(valid.any(1)[own], form(row, column, own, valid), 0.0).sum()
+
+
+def _log_sum(scores: Tensor) -> Tensor:  # (b, B, K) -> (b,)
+    return scores.flatten(1).logsumexp(1)
+
+
+def _positive(row: Tensor, own: Tensor) -> Tensor:  # (b, B, K) -> (b,)
+    return row[torch.arange(len(own), device=own.device), own].logsumexp(1)

@@ -9,7 +9,7 @@ from vatt.config import ModelParams
 from vatt.model.assembly import build_towers, feature_dims
 from vatt.model.initialise import initialise
 from vatt.model.inputs import audio_grid, video_grid
-from vatt.model.operators import Linear
+from vatt.model.operators import Linear, full_precision
 
 Modality = Literal["video", "audio", "image"]
 
@@ -38,4 +38,4 @@ class Classifier(nn.Module):
 
     def forward(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
         """Video (B, T, H, W, 3) or audio (B, S), floats in [-1, 1] -> logits (B, C), fp32."""
-        return self.head(self.dropout(self.backbone(inputs, kept))).float()
+        return full_precision(self.head(self.dropout(self.backbone(inputs, kept))))

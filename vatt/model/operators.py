@@ -27,3 +27,8 @@ def attention(
         scores = scores + bias
     weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=dropout > 0)
     return torch.matmul(weights.to(value.dtype), value)
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """At least fp32: what leaves the towers and goes through statistics and losses."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

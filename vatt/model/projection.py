@@ -6,7 +6,7 @@ B clips, K candidate texts of a clip, D feature width, E common-space width.
 import torch
 from torch import Tensor, nn
 
-from vatt.model.operators import Linear
+from vatt.model.operators import Linear, full_precision
 
 
 class BatchNorm(nn.Module):
@@ -28,7 +28,7 @@ class BatchNorm(nn.Module):
 
     def forward(self, rows: Tensor, valid: Tensor | None = None) -> Tensor:
         """(B, E) -> (B, E), fp32; statistics come from rows where `valid` (B,) holds."""
-        rows = rows.float()
+        rows = full_precision(rows)
         mean, var = self.running_mean, self.running_var
         if self.training:
             mean, var = self._observe(rows, valid)
@@ -67,7 +67,7 @@ class PlainLinear(nn.Module):
         self.linear = Linear(in_dim, out_dim)
 
     def forward(self, rows: Tensor, valid: Tensor | None = None) -> Tensor:
-        return self.linear(rows).float()
+        return full_precision(self.linear(rows))
 
 
 class Heads(nn.Module):

@@ -117,4 +117,4 @@ class VATT(nn.Module):
 
 def _unit(vectors: Tensor | None) -> Tensor | None:
     """L2-normalised; the norm's floor keeps a zero vector finite."""
-    return None if vectors is None else F.normalize(vectors.float(), dim=-1, eps=1e-6)
+    return None if vectors is None else F.normalize(vectors, dim=-1, eps=1e-6)
