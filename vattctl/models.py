@@ -1,14 +1,152 @@
 """Models in and out: import released checkpoints, export ours."""
 
 import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from vatt.errors import SettingsError
 
-@click.command("import")
-def import_command() -> None:
-    """Convert a released TensorFlow checkpoint."""
+if TYPE_CHECKING:
+    from vatt.release.convert import Imported
+
+VERSION = 1
+SHOWN_KEYS = 20  # of each kind of mismatch
+
+
+def parse_heads(text: str) -> Mapping[str, int]:
+    """`video=3,audio=4,text=3`, or one number for the only encoder."""
+    from vatt.release.recognise import ONLY
+
+    heads = {}
+    for part in text.split(","):
+        name, _, number = part.rpartition("=")
+        if not number.strip().isdecimal() or not 0 < int(number) <= 1024:
+            raise SettingsError(
+                f"--heads {text}: '{part}' gives no number of heads",
+                hint="write 3, or video=3,audio=4,text=3",
+            )
+        heads[name.strip() or ONLY] = int(number)
+    return heads
+
+
+@click.command(
+    "import",
+    epilog="""\b
+Examples:
+  vattctl import ckpt-500000 --out runs/bbs
+  vattctl import gs://tf_model_garden/vision/vatt/pretrain/tx_fac_bbs/ckpt-500000 --out runs/bbs
+  vattctl import small/ckpt-1 --out runs/small --heads video=4,audio=3,text=2""",
+)
+@click.argument("prefix")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--heads",
+    metavar="N | TOWER=N,...",
+    help="Attention heads, where a head is not 64 wide: one number for the only encoder, or "
+    "video=N,audio=N,text=N.",
+)
+@click.option(
+    "--vocab",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The word list, copied into the folder.",
+)
+@click.option(
+    "--allow-partial", is_flag=True, help="Convert what fits, leave the rest newly initialised."
+)
+@click.option("--force", is_flag=True, help="Overwrite --out.")
+@click.option("--dry-run", is_flag=True, help="Recognise and account, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def import_command(
+    prefix: str,
+    out: Path,
+    heads: str | None,
+    vocab: Path | None,
+    allow_partial: bool,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Convert a released TensorFlow checkpoint.
+
+    PREFIX is the part of its file names before `.index`, or an address (https, gs, s3). Every key
+    is accounted for; a checkpoint that matches in part is refused. TensorFlow is not needed.
+    """
+    from vatt.progress import progress
+    from vatt.release.convert import import_checkpoint
+    from vatt.release.fetch import download_folder, fetch_checkpoint, is_url
+
+    _refuse_existing(out, force=force or dry_run)
+    local, downloads = Path(prefix.removesuffix(".index")), None
+    if is_url(prefix):
+        downloads = download_folder(prefix, out)
+        with progress("fetch", "bytes") as tick:
+            local = fetch_checkpoint(prefix, downloads, progress=tick)
+    with progress("convert", "weights") as tick:
+        imported = import_checkpoint(
+            local,
+            None if dry_run else out,
+            heads=parse_heads(heads) if heads else {},
+            source=prefix,
+            vocabulary=vocab,
+            allow_partial=allow_partial,
+            progress=tick,
+        )
+    if downloads is not None and not dry_run:
+        shutil.rmtree(downloads)
+    written = None if dry_run else str(out)
+    if as_json:
+        content = {"version": VERSION, **asdict(imported), "source": prefix, "out": written}
+        click.echo(json.dumps(content, indent=2))
+    else:
+        click.echo(_describe(imported, written))
+
+
+def _refuse_existing(out: Path, *, force: bool) -> None:
+    """An empty folder or an earlier import may be written over, anything else must be meant."""
+    if out.exists() and not out.is_dir():
+        raise SettingsError(f"{out} is a file, not a folder")
+    if force or not out.exists() or not any(out.iterdir()):
+        return
+    config = out / "config.json"
+    try:
+        is_import = "source" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        is_import = False
+    if not is_import:
+        raise SettingsError(
+            f"{out} exists and is no imported checkpoint",
+            hint="give another --out, or --force to overwrite it",
+        )
+
+
+def _describe(imported: "Imported", out: str | None) -> str:
+    keys = imported.keys
+    others = ", ".join(f"{number} {kind}" for kind, number in keys.not_weights.items())
+    lines = [
+        f"model       {imported.model}, {imported.parameters / 1e6:.2f} M parameters",
+        f"heads       {', '.join(f'{name} {n}' for name, n in imported.heads.items())}",
+        f"keys        {len(keys.used)} used, {len(keys.unused)} unused, "
+        f"{len(keys.missing)} missing, {len(keys.shape)} of another shape",
+        f"not weights {others}",
+    ]
+    for title, found in (("unused", keys.unused), ("missing", keys.missing), ("shape", keys.shape)):
+        lines += [f"  {title}: {key}" for key in found[:SHOWN_KEYS]]
+        if len(found) > SHOWN_KEYS:
+            lines.append(f"  {title}: and {len(found) - SHOWN_KEYS} more")
+    lines += [f"sha256      {digest}  {name}" for name, digest in imported.sha256.items()]
+    if out is None:
+        lines.append("nothing written (--dry-run)")
+    else:
+        lines += [
+            f"written     {out}",
+            f"next        python -c \"import vatt; vatt.load('{out}')\"",
+        ]
+    return "\n".join(lines)
 
 
 @click.command("export")

@@ -1,7 +1,7 @@
 """A released TensorFlow checkpoint -> a folder of ours, every key accounted for."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +42,16 @@ class Account:
 class Imported:
     """What a conversion found and wrote."""
 
-    description: str
+    model: str
     parameters: int
     heads: dict[str, int]
-    account: Account
+    keys: Account
     sha256: dict[str, str]  # file of the source -> hash
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def import_checkpoint(
     prefix: Path,
-    out: Path,
+    out: Path | None,
     *,
     heads: Mapping[str, int],
     source: str,
@@ -63,7 +59,7 @@ def import_checkpoint(
     allow_partial: bool = False,
     progress: Progress | None = None,
 ) -> Imported:
-    """Convert the checkpoint at `prefix` into the folder `out`.
+    """Convert the checkpoint at `prefix` into the folder `out`; None only looks.
 
     Weights that are missing or do not fit stop it, unless `allow_partial`: they then keep the
     values of a newly initialised model (seed 0). `source` is recorded beside the files' hashes.
@@ -82,15 +78,16 @@ def import_checkpoint(
     if not account.is_complete and not allow_partial:
         raise _incomplete(prefix, account)
     if account.missing or account.shape:
-        state = _new_weights(config) | state
+        state = _new_weights(found) | state
     sha256 = released.sha256()
-    extra = {**config, "source": {"prefix": source, "sha256": sha256}}
-    checkpoint.save(state, found.params, out, extra=extra, vocabulary=vocabulary)
+    if out is not None:
+        extra = {**config, "source": {"prefix": source, "sha256": sha256}}
+        checkpoint.save(state, found.params, out, extra=extra, vocabulary=vocabulary)
     return Imported(
-        description=found.description,
+        model=found.description,
         parameters=sum(tensor.numel() for tensor in model.parameters()),
         heads=_heads(model),
-        account=account,
+        keys=account,
         sha256=sha256,
     )
 
@@ -192,10 +189,18 @@ def _ours(released: TensorFlowCheckpoint, key: str) -> Tensor:
     return tensor
 
 
-def _new_weights(config: dict[str, Any]) -> dict[str, Tensor]:
+def _new_weights(found: Recognised) -> dict[str, Tensor]:
+    """A newly initialised model's, always the same ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return checkpoint.build(config, device="cpu").state_dict()
+        if found.modality is None or found.num_classes is None:
+            return VATT(found.params).state_dict()
+        return Classifier(
+            found.params,
+            modality=found.modality,
+            num_classes=found.num_classes,
+            head_dropout=HEAD_DROPOUT[found.modality],
+        ).state_dict()
 
 
 def _heads(model: VATT | Classifier) -> dict[str, int]:

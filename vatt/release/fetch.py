@@ -133,7 +133,7 @@ def _copy(
                 can_seek = False
             except (OSError, ClientError) as error:
                 failures = 1 if out.tell() > before else failures + 1
-                if failures == _ATTEMPTS or isinstance(error, FileNotFoundError):
+                if failures == _ATTEMPTS or _is_final(error):
                     raise _unreachable(remote, error) from None
                 time.sleep(_PAUSE_SECONDS * 2 ** (failures - 1))
         out.flush()
@@ -181,16 +181,24 @@ def _describe(filesystem: Any, remote: str) -> tuple[int | None, dict[str, Any]]
             info = filesystem.info(remote)
             break
         except (OSError, ClientError) as error:
-            if attempt == _ATTEMPTS - 1 or isinstance(error, PermissionError):
+            if attempt == _ATTEMPTS - 1 or _is_final(error):
                 raise _unreachable(remote, error) from None
             time.sleep(_PAUSE_SECONDS * 2**attempt)
     marks = ("size", "ETag", "etag", "Last-Modified", "LastModified", "md5Hash")
     return info.get("size"), {mark: str(info[mark]) for mark in marks if info.get(mark)}
 
 
+def _is_final(error: BaseException) -> bool:
+    """Whether asking again is useless; fsspec calls every failed first request 'not found'."""
+    status = getattr(error.__cause__ or error, "status", None)
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in (408, 429)
+    return isinstance(error, FileNotFoundError | PermissionError) and error.__cause__ is None
+
+
 def _unreachable(remote: str, error: BaseException) -> MachineError:
     return MachineError(
-        f"{remote} cannot be fetched: {type(error).__name__} {error}",
+        f"{remote} cannot be fetched: {error.__cause__ or error!r}",
         hint="check the address; run the same command again to continue",
     )
 

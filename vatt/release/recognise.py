@@ -70,7 +70,7 @@ class Shapes:
         """An encoder's dimensions, by name where it is one of the named sizes."""
         dim, inner = self.of(f"{layers}0/{query}/kernel", 2)
         mlp_dim = self.of(f"{layers}0/{hidden}/kernel", 2)[1]
-        heads = self.heads.get(tower) or self.heads.get(ONLY) or _default_heads(tower, inner)
+        heads = self._heads(tower) or _default_heads(tower, inner)
         if inner % heads:
             raise SettingsError(f"--heads {tower}={heads} does not divide {inner}, its inner width")
         size = SizeParams(
@@ -81,6 +81,11 @@ class Shapes:
             head_dim=inner // heads,
         )
         return next((name for name, known in SIZES.items() if known == size), size)
+
+    def _heads(self, tower: str) -> int | None:
+        if _has(self.shapes, keys.SHARED):  # one encoder, by whatever name it was asked for
+            return next(iter(self.heads.values()), None)
+        return self.heads.get(tower, self.heads.get(ONLY))
 
     def encoder_size(self, tower: str, root: str) -> SizeName | SizeParams:
         """An encoder of patches."""
@@ -167,8 +172,8 @@ def _specific(known: Shapes) -> Recognised:
 
 def _agnostic(known: Shapes) -> Recognised:
     root, positions = keys.SHARED, f"{keys.SHARED}pos_embedding_lookup/"
-    _towers_exist(known.heads, ("shared",))
-    size = known.encoder_size("shared", root)
+    _towers_exist(known.heads, keys.TOWERS, one_encoder=True)
+    size = known.encoder_size("video", root)
     table = known.of(f"{root}raw_to_embeddings/text/embeddings", 2)
     words = known.of(f"{positions}text/temporal_position_embeddings/embeddings", 2)[0]
     params = ModelParams(
@@ -241,17 +246,22 @@ def _default_heads(tower: str, inner: int) -> int:
     return inner // HEAD_DIM
 
 
-def _towers_exist(heads: Mapping[str, int], towers: Iterable[str]) -> None:
+def _towers_exist(
+    heads: Mapping[str, int], towers: Iterable[str], *, one_encoder: bool = False
+) -> None:
+    """Refuse numbers of heads that do not say clearly which encoder has how many."""
     allowed = tuple(towers)
+    if ONLY in heads and len(allowed) > 1 and not one_encoder:
+        raise SettingsError(
+            "--heads gives one number to a checkpoint of several encoders",
+            hint=f"name each: --heads {','.join(f'{name}=N' for name in allowed)}",
+        )
+    if one_encoder and len(set(heads.values())) > 1:
+        raise SettingsError("--heads gives several numbers to a checkpoint of one shared encoder")
     for tower in heads:
-        if tower == ONLY and len(allowed) > 1:
-            raise SettingsError(
-                "--heads gives one number to a checkpoint of several encoders",
-                hint=f"name each: --heads {','.join(f'{name}=N' for name in allowed)}",
-            )
         if tower not in (*allowed, ONLY):
             raise SettingsError(
-                f"--heads names '{tower}'; the encoders of this checkpoint are {', '.join(allowed)}"
+                f"--heads names '{tower}'; the towers of this checkpoint are {', '.join(allowed)}"
             )
 
 
