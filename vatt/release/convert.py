@@ -11,6 +11,7 @@ from torch import Tensor
 from vatt import checkpoint
 from vatt.errors import DataError
 from vatt.model.classifier import Classifier
+from vatt.model.sizes import resolve
 from vatt.model.vatt import VATT
 from vatt.release import keys
 from vatt.release.recognise import Recognised, recognise
@@ -86,7 +87,7 @@ def import_checkpoint(
     return Imported(
         model=found.description,
         parameters=sum(tensor.numel() for tensor in model.parameters()),
-        heads=_heads(model),
+        heads=_heads(found),
         keys=account,
         sha256=sha256,
     )
@@ -203,11 +204,9 @@ def _new_weights(found: Recognised) -> dict[str, Tensor]:
         ).state_dict()
 
 
-def _heads(model: VATT | Classifier) -> dict[str, int]:
-    if isinstance(model, Classifier):
-        return {model.modality: model.backbone.encoder.blocks[0].attention.heads}
-    towers = {"video": model.video, "audio": model.audio, "text": model.text}
-    return {name: tower.encoder.blocks[0].attention.heads for name, tower in towers.items()}
+def _heads(found: Recognised) -> dict[str, int]:
+    towers = keys.TOWERS if found.modality is None else (found.modality,)
+    return {name: resolve(getattr(found.params, name).size).heads for name in towers}
 
 
 def _incomplete(prefix: Path, account: Account) -> DataError:

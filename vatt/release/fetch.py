@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec
+import fsspec  # type: ignore[import-untyped]
 from aiohttp import ClientError
 
 from vatt.errors import DataError, MachineError, SettingsError
@@ -81,9 +81,12 @@ def _open_url(url: str) -> tuple[Any, str]:
 
 def _anonymous(protocol: str) -> dict[str, Any]:
     """The published buckets are public; asking for credentials first would fail without any."""
-    return {"s3": {"anon": True}, "gs": {"token": "anon"}, "gcs": {"token": "anon"}}.get(
-        protocol, {}
-    )
+    options: dict[str, dict[str, Any]] = {
+        "s3": {"anon": True},
+        "gs": {"token": "anon"},
+        "gcs": {"token": "anon"},
+    }
+    return options.get(protocol, {})
 
 
 def _fetch(

@@ -6,6 +6,9 @@ key, or three that are joined (queries, keys and values are one layer here).
 
 from typing import Literal
 
+Input = Literal["video", "audio", "spectrogram"]
+Layout = dict[str, tuple[str, ...]]
+
 ROOT = "model/layer_with_weights-0/"
 ENDING = "/.ATTRIBUTES/VARIABLE_VALUE"
 SLOT = "/.OPTIMIZER_SLOT/"
@@ -14,13 +17,14 @@ COUNTERS = ("optimizer/", "save_counter/", "global_step/", "step/")
 
 PRETRAINED = "_base_layer/"
 FINE_TUNED = "_base/"
+HEADS = "_head_layer/_bridge_heads/0/"
 SHARED = PRETRAINED + "unified_backbone/unified_transformer/"
 TOWERS = {
     "video": PRETRAINED + "vid_backbone/_base/",
     "audio": PRETRAINED + "aud_backbone/_base/",
     "text": PRETRAINED + "txt_backbone/",
 }
-PATCHES = {
+PATCHES: dict[Input, str] = {
     "video": "voxel_to_patch",
     "audio": "wave_to_patch",
     "spectrogram": "spectrum_to_patch",
@@ -33,9 +37,6 @@ AXES = {
 }
 SHORT = {"video": "vid", "audio": "aud", "text": "txt"}
 _AXIS_KEYS = {"spectral": "spectoral"}  # as the release spells it
-
-Input = Literal["video", "audio", "spectrogram"]
-Layout = dict[str, tuple[str, ...]]
 
 _NORM = {"weight": "gamma", "bias": "beta"}
 _DENSE = {"weight": "kernel", "bias": "bias"}
@@ -51,7 +52,7 @@ _TEXT_BLOCK = _BLOCK | {
     "attention_norm": ("self_attention/layer_norm", {"weight": "weight"}),
     "attention.out": ("self_attention/attention/o", _DENSE),
 }
-_HEADS = {
+_HEAD_PARTS = {
     "video_to_va.0.linear": ("vid_to_hid", _DENSE),
     "video_to_va.0.norm": ("hid_to_va/pre_bn", _NORM),
     "video_to_va.2.linear": ("hid_to_va/dense", _DENSE),
@@ -115,7 +116,7 @@ def patch_tower(ours: str, theirs: str, kind: Input, depth: int) -> Layout:
 def text_tower(ours: str, theirs: str, depth: int) -> Layout:
     """The T5-style text tower."""
     layers = f"{theirs}base_lm/layers/"
-    layout = {
+    layout: Layout = {
         f"{ours}embed.table.weight": (f"{theirs}embedding/embeddings",),
         f"{ours}agg_token": (f"{theirs}agg_embedding",),
         f"{ours}lift.0.weight": (f"{theirs}pre_proj/kernel",),
@@ -143,11 +144,10 @@ def encoder(ours: str, theirs: str, depth: int) -> Layout:
 
 def heads() -> Layout:
     """The projections into the common spaces, with the statistics of their batch norms."""
-    theirs = "_head_layer/_bridge_heads/0/"
-    layout = _named("heads.", theirs, _HEADS)
-    for name, (source, kind) in _HEADS.items():
+    layout = _named("heads.", HEADS, _HEAD_PARTS)
+    for name, (source, kind) in _HEAD_PARTS.items():
         if kind is _NORM:
-            layout |= _named("heads.", theirs, {name: (source, _STATISTICS)})
+            layout |= _named("heads.", HEADS, {name: (source, _STATISTICS)})
     return layout
 
 

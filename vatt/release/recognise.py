@@ -24,6 +24,7 @@ from vatt.release.keys import Input, Layout
 Shape = tuple[int, ...]
 
 HEAD_DIM = 64  # of every released model
+DROPOUT = 0.1  # likewise
 ONLY = "the only encoder"  # in `heads`: whichever encoder there is
 WORDS = 16  # the specific model has no table that says it
 _PLACEHOLDER_SIZE: SizeName = "tiny"  # of the towers that a fine-tuned model does not have
@@ -159,7 +160,9 @@ def _specific(known: Shapes) -> Recognised:
             f"{audio}pos_embedding_lookup/",
         ),
         text=TextParams(size=text_size, words=WORDS, vocabulary=table[0]),
-        **_common_spaces(known),
+        va_dim=known.of(f"{keys.HEADS}aud_to_va/kernel", 2)[1],
+        vt_dim=known.of(f"{keys.HEADS}txt_to_vat/kernel", 2)[1],
+        dropout=DROPOUT,
         release=ReleaseParams(word_dim=table[1]),
     )
     depths = {
@@ -182,7 +185,9 @@ def _agnostic(known: Shapes) -> Recognised:
         video=known.video(size, f"{root}raw_to_embeddings/video", f"{positions}video/"),
         audio=known.waveform(size, f"{root}raw_to_embeddings/audio", f"{positions}audio/"),
         text=TextParams(size=size, words=words, vocabulary=table[0]),
-        **_common_spaces(known),
+        va_dim=known.of(f"{keys.HEADS}aud_to_va/kernel", 2)[1],
+        vt_dim=known.of(f"{keys.HEADS}txt_to_vat/kernel", 2)[1],
+        dropout=DROPOUT,
         release=ReleaseParams(
             word_dim=table[1], post_dim=known.of(f"{root}post_proj/video/kernel", 2)[1]
         ),
@@ -212,7 +217,7 @@ def _classifier(known: Shapes, kind: Input) -> Recognised:
         text=TextParams(size=other, words=WORDS, vocabulary=1),
         va_dim=1,
         vt_dim=1,
-        dropout=0.1,
+        dropout=DROPOUT,
         release=ReleaseParams(
             post_dim=known.of(f"{root}post_proj/kernel", 2)[1] if is_agnostic else 1024,
             scrambled_spectrogram=kind == "spectrogram",
@@ -225,15 +230,6 @@ def _classifier(known: Shapes, kind: Input) -> Recognised:
         modality=tower,
         num_classes=known.of("_ops/cls/kernel", 2)[1],
     )
-
-
-def _common_spaces(known: Shapes) -> dict[str, float]:
-    root = "_head_layer/_bridge_heads/0/"
-    return {
-        "va_dim": known.of(f"{root}aud_to_va/kernel", 2)[1],
-        "vt_dim": known.of(f"{root}txt_to_vat/kernel", 2)[1],
-        "dropout": 0.1,
-    }
 
 
 def _default_heads(tower: str, inner: int) -> int:

@@ -57,7 +57,7 @@ def parameter_rows() -> list[Row]:
             text = count_trainable(model.text)
             rows.append(_exact(f"{name}, text tower, trainable", text, TEXT_TOWER))
         else:
-            encoder = count(model.video.encoder)
+            encoder = count(model.get_submodule("video.encoder"))
             rows.append(_exact(f"{name}, shared encoder", encoder, SHARED_ENCODERS[name]))
     return rows + _classifier_rows() + _table_7_rows()
 
