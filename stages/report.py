@@ -2,6 +2,7 @@
 
 from vatt.config import load_params
 from vatt.outcome import run_stage
+from vatt.provenance import stage_hash
 from vatt.report.page import write_report
 from vatt.training import tracking
 
@@ -9,7 +10,7 @@ from vatt.training import tracking
 def main() -> None:
     """Write the report from whatever has been run."""
     params = load_params()
-    with tracking.run("report", params) as run:
+    with tracking.run("report", params, stage_hash=stage_hash("report", params)) as run:
         write_report(params.paths, params.report)
         run.artifact(params.paths.report / "report.html")
         run.artifact(params.paths.report / "report.md")

@@ -9,7 +9,13 @@ ALLOWED = {  # longest prefix wins
     "stages": ("vatt",),
     "vattctl": ("vatt", "vattctl"),
     "vatt.report": ("vatt.report", "vatt.paper", "vatt.model.flops"),
-    "vatt.verify": ("vatt.paper", "vatt.model", "vatt.losses", "vatt.training.schedule"),
+    "vatt.verify": (
+        "vatt.verify",
+        "vatt.paper",
+        "vatt.model",
+        "vatt.losses",
+        "vatt.training.schedule",
+    ),
     "vatt.training": (
         "vatt.training",
         "vatt.model",

@@ -6,23 +6,24 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.test_architecture import ROOT
+from vatt.config import Params, parse_params
 from vatt.provenance import stage_hash
 
 PIPELINE = {
     "stages": {
         "train": {
             "cmd": "true",
-            "params": ["seed", "tasks.${item.task}"],
+            "params": ["seed", "finetune.tasks.${item.task}.label"],
             "deps": ["train.py", "${paths.shards}"],
         }
     }
 }
-PARAMS: dict[str, Any] = {
-    "seed": 1,
-    "tasks": {"a": {"steps": 1}, "b": {"steps": 2}},
-    "paths": {"shards": "data/shards"},
-    "machine": {"workers": 1},
-}
+
+
+def settings(**more: Any) -> Params:
+    raw: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
+    return parse_params({**raw, **more}, source=ROOT / "params.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -40,18 +41,17 @@ def write_lock(project: Path, md5: str) -> None:
 
 
 def test_equal_inputs_give_equal_hashes_and_machine_does_not_count() -> None:
-    other = {**PARAMS, "machine": {"workers": 8}}
-    assert stage_hash("train", PARAMS, item={"task": "a"}) == stage_hash(
-        "train", other, item={"task": "a"}
-    )
+    machine = settings().machine.model_copy(update={"workers": 7})
+    other = settings().model_copy(update={"machine": machine})
+    assert stage_hash("train", settings(), task="audio") == stage_hash("train", other, task="audio")
 
 
 def test_settings_code_and_data_each_change_it(project: Path) -> None:
-    hashes = [stage_hash("train", PARAMS, item={"task": "a"})]
-    hashes.append(stage_hash("train", PARAMS, item={"task": "b"}))
-    hashes.append(stage_hash("train", {**PARAMS, "seed": 2}, item={"task": "a"}))
+    hashes = [stage_hash("train", settings(), task="audio")]
+    hashes.append(stage_hash("train", settings(), task="image"))
+    hashes.append(stage_hash("train", settings(seed=99), task="audio"))
     (project / "train.py").write_text("x = 2")
-    hashes.append(stage_hash("train", PARAMS, item={"task": "a"}))
+    hashes.append(stage_hash("train", settings(), task="audio"))
     write_lock(project, "bbb.dir")
-    hashes.append(stage_hash("train", PARAMS, item={"task": "a"}))
+    hashes.append(stage_hash("train", settings(), task="audio"))
     assert len(set(hashes)) == len(hashes)

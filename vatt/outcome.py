@@ -6,6 +6,7 @@ DVC answers 255 for any failed stage; `vattctl` reads the file and exits with th
 import errno
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,6 +20,7 @@ FOLDER = Path(".vattctl")  # in the project's root; locks, the last outcome, the
 OUTCOME = FOLDER / "outcome.json"
 TRACEBACK = FOLDER / "traceback.txt"
 DEBUG_VARIABLE = "VATTCTL_DEBUG"  # set by `vattctl --debug`
+LAUNCHED_VARIABLE = "VATT_LAUNCHED"  # set by vatt.training.launch for the processes it starts
 
 BUG = 101
 INTERRUPTED = 130
@@ -30,11 +32,13 @@ def run_stage(stage: str, main: Callable[[], None]) -> None:
 
 
 def _run(stage: str, main: Callable[[], None]) -> int:
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # training replaces these by its own
+        signal.signal(number, _stop)
     try:
-        if is_first_process():
+        if is_first_process() and LAUNCHED_VARIABLE not in os.environ:
             with lock(FOLDER / f"{stage}.lock"):
                 main()
-        else:
+        else:  # whoever launched this process holds the lock
             main()
     except VattError as error:
         return _leave(stage, error.exit_code, str(error))
@@ -58,11 +62,6 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def stop_on_sigterm(signum: int, frame: FrameType | None) -> None:
-    """Handler for stages without a step to finish: what is on disk is complete, so just stop."""
-    raise Stopped("stopped by a signal", hint="run it again: it continues where it stopped")
-
-
 def read_outcome() -> tuple[int, str] | None:
     """The last failed stage's code and message; None when no stage has left any."""
     try:
@@ -70,6 +69,11 @@ def read_outcome() -> tuple[int, str] | None:
         return int(outcome["code"]), str(outcome["message"])
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """What is on disk is complete at any moment, so a stage without steps just stops."""
+    raise Stopped("stopped by a signal", hint="run it again: it continues where it stopped")
 
 
 def _leave_bug(stage: str, error: BaseException) -> int:

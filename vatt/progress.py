@@ -41,8 +41,11 @@ def _rate(rate: float, unit: str) -> str:
 
 
 @contextmanager
-def progress(title: str, unit: str) -> Iterator[Tick]:
+def progress(title: str, unit: str, *, shown: bool = True) -> Iterator[Tick]:
     """Draw the progress of one piece of work; yields the function to call with (done, total)."""
+    if not shown:
+        yield lambda done, total, note="": None
+        return
     with _bar(title, unit) if sys.stderr.isatty() else _lines(title, unit) as tick:
         yield tick
 

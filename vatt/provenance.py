@@ -7,26 +7,28 @@ from typing import Any
 
 import yaml
 
+from vatt.config import Params
+
 PIPELINE_FILE = Path("dvc.yaml")
 LOCK_FILE = Path("dvc.lock")
 
 
-def stage_hash(
-    stage: str, raw_params: dict[str, Any], *, item: dict[str, str] | None = None
-) -> str:
+def stage_hash(stage: str, params: Params, **item: str) -> str:
     """The sha256 of a stage's resolved params and deps, as dvc.yaml declares them.
 
-    A dep that an earlier stage made counts by the hash in dvc.lock, a source file by its content.
+    A dep that an earlier stage made counts by the hash in dvc.lock, a source file by its content;
+    `item` names the variant of a stage with a matrix.
     """
     declared = yaml.safe_load(PIPELINE_FILE.read_text(encoding="utf-8"))["stages"][stage]
     declared = declared.get("do", declared)
+    raw_params = params.model_dump(mode="json")
     digest = hashlib.sha256()
     for key in sorted(map(str, declared.get("params", []))):
-        key = _resolve(key, raw_params, item or {})
+        key = _resolve(key, raw_params, item)
         digest.update(f"{key}={_lookup(raw_params, key)!r}\n".encode())
     made = _hashes_of_outputs()
     for dep in sorted(map(str, declared.get("deps", []))):
-        path = _resolve(dep, raw_params, item or {})
+        path = _resolve(dep, raw_params, item)
         digest.update(f"{path}:{made.get(path) or _hash_of_file(Path(path))}\n".encode())
     return digest.hexdigest()
 
@@ -56,3 +58,8 @@ def _resolve(text: str, raw_params: dict[str, Any], item: dict[str, str]) -> str
         return item[key[5:]] if key.startswith("item.") else str(_lookup(raw_params, key))
 
     return re.sub(r"\$\{([^}]+)\}", value, text)
+
+
+def data_hash(shards: Path) -> str:
+    """The sha256 that names exactly the clips in the shards, by their index."""
+    return _hash_of_file(shards / "index.jsonl")

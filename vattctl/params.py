@@ -70,6 +70,7 @@ def change(settings: dict[tuple[str, ...], Any], *, write: bool = True) -> list[
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4096
+    yaml.representer.add_representer(type(None), _null)
     yaml.indent(mapping=2, sequence=4, offset=2)
     try:
         document = yaml.load(PARAMS.read_text(encoding="utf-8"))
@@ -83,6 +84,10 @@ def change(settings: dict[tuple[str, ...], Any], *, write: bool = True) -> list[
         with atomic_write(PARAMS) as path:
             path.write_text(text.getvalue(), encoding="utf-8")
     return lines
+
+
+def _null(representer: Any, value: None) -> Any:
+    return representer.represent_scalar("tag:yaml.org,2002:null", "null")
 
 
 def yaml_plain(document: Any) -> Any:

@@ -1,0 +1,43 @@
+"""Stage preprocess: manifest + media -> shards and a ledger row for each clip."""
+
+import json
+
+from vatt.config import load_params
+from vatt.data.ledger import read_ledger
+from vatt.data.manifest import manifest_hash, read_manifest
+from vatt.data.shards import write_shards
+from vatt.files import atomic_write
+from vatt.outcome import run_stage
+from vatt.progress import progress
+from vatt.provenance import stage_hash
+from vatt.training import tracking
+
+
+def main() -> None:
+    """Cut, scale and pack every downloaded clip."""
+    params = load_params()
+    paths, made_from = params.paths, stage_hash("preprocess", params)
+    data_hash = manifest_hash(paths.manifest)
+    with (
+        tracking.run("preprocess", params, stage_hash=made_from, data_hash=data_hash) as run,
+        progress("preprocess", "clips") as tick,
+    ):
+        counts = write_shards(
+            read_manifest(paths.manifest),
+            read_ledger(paths.download_ledger),
+            params.preprocess,
+            params.data,
+            machine=params.machine,
+            media=paths.media,
+            folder=paths.shards,
+            ledger=paths.preprocess_ledger,
+            seed=params.seed,
+            progress=tick,
+        )
+        run.log(0, {f"clips.{state}": float(count) for state, count in counts.items()})
+        with atomic_write(paths.metrics / "preprocess.json") as path:
+            path.write_text(json.dumps({"clips": counts}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_stage("preprocess", main)

@@ -1,0 +1,46 @@
+"""Stage pretrain: shards -> checkpoint."""
+
+import sys
+
+import torch
+
+from vatt.config import load_params
+from vatt.data.batches import Sampling
+from vatt.model.vatt import VATT
+from vatt.outcome import run_stage
+from vatt.progress import progress
+from vatt.provenance import data_hash, stage_hash
+from vatt.training import distributed, tracking
+from vatt.training.launch import launch
+from vatt.training.pretrain import pretrain
+from vatt.training.session import Session, feed
+
+
+def main() -> None:
+    """Pre-train in as many processes as `machine` says."""
+    params = load_params()
+    paths, machine, settings = params.paths, params.machine, params.pretrain
+    if (code := launch("stages.pretrain", machine)) is not None:
+        sys.exit(code)
+    made_from, data = stage_hash("pretrain", params), data_hash(paths.shards)
+    sampling = Sampling.for_pretraining(params.model, settings)
+    batches = feed(paths.shards, sampling, settings, seed=params.seed, machine=machine)
+    with (
+        distributed.process_group(machine),
+        tracking.run("pretrain", params, stage_hash=made_from, data_hash=data) as run,
+        progress("pretrain", "steps", shown=distributed.rank() == 0) as tick,
+    ):
+        session = Session(run, paths.pretrain_state, tick)
+        torch.manual_seed(params.seed)  # every process builds the same start
+        pretrain(
+            VATT(params.model), batches, settings, machine=machine, seed=params.seed,
+            state=paths.pretrain_state, data_hash=data, **session.hooks(),
+            export=lambda weights: session.export(
+                weights, params.model, paths.pretrained, metrics=paths.metrics / "pretrain.json",
+                vocabulary=paths.shards / "vocabulary.txt",
+            ),
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_stage("pretrain", main)

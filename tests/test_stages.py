@@ -1,0 +1,205 @@
+"""The real pipeline, small: real DVC, yt-dlp, ffmpeg, DeepSpeed and MLflow in its own project."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_architecture import ROOT
+
+SMALL = {  # settings that make every stage take seconds
+    "data.demo.train_clips": 96,
+    "data.demo.test_clips": 48,
+    "data.demo.dead_links": 2,
+    "data.min_clips": 20,
+    "preprocess.samples_per_shard": 32,
+    "pretrain.batch_size": 16,
+    "pretrain.steps": 12,
+    "pretrain.optimizer.warmup_steps": 2,
+    "pretrain.save_every": 4,
+    "pretrain.report_every": 2,
+    "finetune.run": ["action", "audio"],
+    "finetune.tasks.action.train_labels": 32,
+    "finetune.tasks.action.steps": 4,
+    "finetune.tasks.audio.train_labels": 32,
+    "finetune.tasks.audio.steps": 4,
+    "evaluate.retrieval_pool": 32,
+    "evaluate.bootstrap": 50,
+    "report.tsne_clips": 40,
+}
+STAGES = ("download", "preprocess", "pretrain", "finetune@audio-scratch", "evaluate", "report")
+
+
+def environment() -> dict[str, str]:
+    """This interpreter, without a system ffmpeg or compiler on PATH, one thread."""
+    tools = Path(shutil.which("git") or "git").parent
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{tools}", "OMP_NUM_THREADS": "1"}
+
+
+def vattctl(project: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vattctl.cli", *arguments]
+    done = subprocess.run(
+        command, cwd=project, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert not check or done.returncode == 0, f"{arguments}:\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def sets(settings: dict[str, Any]) -> list[str]:
+    return [
+        part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")
+    ]
+
+
+def new_project(folder: Path) -> Path:
+    """The files that git tracks here, in a repository of their own."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    for command in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "start"],
+    ):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose whole pipeline has run once."""
+    project = new_project(tmp_path_factory.mktemp("project"))
+    vattctl(project, "repro", *sets(SMALL))
+    return project
+
+
+def metrics(project: Path, name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((project / "reports/metrics" / f"{name}.json").read_text())
+    return loaded
+
+
+def ledger_states(project: Path, name: str) -> list[str]:
+    lines = (project / f"data/{name}.ledger.jsonl").read_text().splitlines()
+    return [json.loads(line)["state"] for line in lines]
+
+
+def test_every_stage_leaves_its_files(finished: Path) -> None:
+    for name in ("download", "preprocess", "pretrain", "finetune-action-pretrained", "evaluate"):
+        assert metrics(finished, name)
+    html = (finished / "reports/report/report.html").read_text()
+    assert "<html" in html
+    assert (finished / "reports/report/report.md").stat().st_size > 1000
+    weights = finished / "runs/checkpoints/pretrained/model.safetensors"
+    assert weights.stat().st_size > 1_000_000
+
+
+def test_every_clip_ends_in_one_state_and_dead_links_are_known(finished: Path) -> None:
+    states = ledger_states(finished, "download")
+    clips = (finished / "data/manifest.jsonl").read_text().splitlines()
+    assert len(states) == len(clips) == 96 + 48 + 2
+    assert states.count("not-found") == 2
+    assert states.count("ok") == 96 + 48
+
+
+def test_a_second_repro_does_nothing(finished: Path) -> None:
+    done = vattctl(finished, "repro")
+    assert "up to date" in done.stdout + done.stderr
+    assert "Running stage" not in done.stdout + done.stderr
+
+
+def test_status_names_each_stage_and_its_run(finished: Path) -> None:
+    rows = json.loads(vattctl(finished, "status", "--json").stdout)["stages"]
+    assert {row["stage"] for row in rows} >= set(STAGES)
+    assert {row["state"] for row in rows} == {"up to date"}
+    assert all(len(row["run_id"]) == 32 for row in rows)
+
+
+def test_runs_are_in_mlflow_with_status_metrics_and_provenance(finished: Path) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{finished}/mlflow.db")
+    run_id = json.loads((finished / "reports/runs/pretrain.json").read_text())["run_id"]
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["pretrain.steps"] == "12"
+    steps = [m.step for m in client.get_metric_history(run_id, "loss")]
+    assert steps == sorted(set(steps))
+    assert {"git_commit", "manifest_hash", "stage_hash"} <= run.data.tags.keys()
+    assert any(f.path.endswith("model.safetensors") for f in artifacts(client, run_id))
+
+
+def artifacts(client: Any, run_id: str, path: str = "") -> list[Any]:
+    found = []
+    for item in client.list_artifacts(run_id, path):
+        found += artifacts(client, run_id, item.path) if item.is_dir else [item]
+    return found
+
+
+def test_a_changed_setting_reruns_only_what_depends_on_it(finished: Path, tmp_path: Path) -> None:
+    project = tmp_path / "copy"
+    shutil.copytree(finished, project, symlinks=True)
+    done = vattctl(project, "pretrain", "--set", "pretrain.steps=8")
+    text = done.stdout + done.stderr
+    assert "Running stage 'pretrain'" in text
+    assert "Running stage 'download'" not in text
+    assert "Running stage 'preprocess'" not in text
+    assert metrics(project, "pretrain")["steps"] == 8
+    after = vattctl(project, "repro", "--dry-run")
+    assert "Running stage 'evaluate'" in after.stdout + after.stderr
+    assert "Running stage 'preprocess'" not in after.stdout + after.stderr
+
+
+def make_kill(stage: str) -> Callable[[Path], None]:
+    """Wait until the stage's own process runs, let it work a little, kill it outright."""
+
+    def kill(project: Path) -> None:
+        import psutil
+
+        for _ in range(600):
+            for process in psutil.process_iter(["cmdline", "cwd"]):
+                words = process.info["cmdline"] or []
+                if f"stages.{stage}" in words and process.info["cwd"] == str(project):
+                    time.sleep(4.5 if stage == "pretrain" else 2.5)
+                    process.send_signal(signal.SIGKILL)
+                    return
+            time.sleep(0.1)
+
+    return kill
+
+
+@pytest.mark.parametrize("stage", ["download", "preprocess", "pretrain", "finetune", "evaluate"])
+def test_a_killed_stage_goes_on_with_nothing_lost_or_doubled(
+    stage: str, finished: Path, tmp_path: Path
+) -> None:
+    project = tmp_path / "copy"
+    shutil.copytree(finished, project, symlinks=True)
+    target = "finetune@audio-scratch" if stage == "finetune" else stage
+    if stage == "download":  # as in a fresh clone
+        shutil.rmtree(project / "data")
+    command = [sys.executable, "-m", "vattctl.cli", "repro", target, "--force"]
+    with subprocess.Popen(
+        command,
+        cwd=project,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        make_kill(stage)(project)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0, errors
+    vattctl(project, "repro", target)
+    file = target.replace("@", "-")
+    assert metrics(project, file) == metrics(finished, file)

@@ -1,0 +1,106 @@
+"""What a training stage tells while it runs, and leaves when it ends: to MLflow, to the history
+beside the state, to the terminal, and as a checkpoint."""
+
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, Protocol, TypedDict
+
+from vatt import checkpoint
+from vatt.config import FinetuneTaskParams, MachineParams, ModelParams, PretrainParams
+from vatt.data.batches import Batch, Sampling, train_batches
+from vatt.training import distributed
+from vatt.training.engine import Weights
+from vatt.training.history import History
+from vatt.training.tracking import Run
+
+CURVE = "history.json"  # in the checkpoint's folder
+
+
+class Tick(Protocol):
+    """Draws progress, with a note beside it."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+class Hooks(TypedDict):
+    """The keyword arguments of `pretrain` and `finetune` that tell."""
+
+    report: Callable[[int, dict[str, float]], None]
+    progress: Callable[[int, int], None]
+    before_save: Callable[[], None]
+
+
+def feed(
+    shards: Path,
+    sampling: Sampling,
+    settings: PretrainParams | FinetuneTaskParams,
+    *,
+    seed: int,
+    machine: MachineParams,
+    keys: Collection[str] | None = None,
+) -> Callable[[int], Iterator[Batch]]:
+    """This process's part of the train batches, as the loops take it: from any step on."""
+
+    def batches_from(first_step: int) -> Iterator[Batch]:
+        return train_batches(
+            shards,
+            split="train",
+            batch_size=settings.batch_size,
+            steps=settings.steps,
+            first_step=first_step,
+            seed=seed,
+            sampling=sampling,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            workers=machine.workers,
+            cache_gb=machine.cache_gb,
+            clip_ids=keys,
+        )
+
+    return batches_from
+
+
+class Session:
+    """The hooks that the training loops call; only rank 0 says anything."""
+
+    def __init__(self, run: Run, state: Path, tick: Tick) -> None:
+        self._run, self._history, self._tick = run, History(state), tick
+        self._note = ""
+
+    def hooks(self) -> Hooks:
+        """The keyword arguments of `pretrain` and `finetune` that tell."""
+        return {
+            "report": self.report,
+            "progress": self.progress,
+            "before_save": self.before_save,
+        }
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        """Note a step's metrics everywhere."""
+        self._run.log(step, metrics)
+        self._note = f"loss {metrics['loss']:.3f}, data wait {metrics['data_wait_share']:.0%}"
+        if distributed.rank() == 0:
+            self._history.add(step, metrics)
+
+    def progress(self, done: int, total: int) -> None:
+        """Draw how far it is."""
+        self._tick(done, total, self._note)
+
+    def before_save(self) -> None:
+        """A state must not be ahead of what was reported."""
+        self._run.flush()
+
+    def export(
+        self,
+        weights: Weights,
+        model: ModelParams,
+        folder: Path,
+        *,
+        metrics: Path,
+        vocabulary: Path | None = None,
+        **extra: Any,
+    ) -> None:
+        """Write checkpoint, curve and metrics file; `extra` joins config.json."""
+        checkpoint.save(weights, model, folder, extra=extra, vocabulary=vocabulary)
+        self._history.export(curve=folder / CURVE, metrics=metrics)
+        self._run.checkpoint(folder)
