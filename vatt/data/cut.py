@@ -26,7 +26,7 @@ Window = tuple[float, float]  # start and end, seconds of the source
 SEEK_AFTER = 20.0  # seconds; nearer the beginning, decoding from there is as fast and safer
 SEEK_MARGIN = 3.0  # a picture shown up to so long before the window still stands in its first frame
 MAX_ASPECT = 8  # a longer side beyond this many short sides is cut down: no endless frames
-_QUIET = ("-nostdin", "-hide_banner", "-loglevel", "error", "-y")
+_GLOBAL = ("-nostdin", "-hide_banner", "-loglevel", "error", "-filter_complex_threads", "1", "-y")
 _ENCODER: dict[str, Any] = {
     "vcodec": "libx264",
     "preset": "veryfast",
@@ -41,6 +41,15 @@ _ENCODER: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """The windows to cut out of a file."""
+
+    source: Path
+    media: Media
+    windows: tuple[Window, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A window's media: H.264 in mp4 and 16-bit samples; None where there is none."""
 
@@ -49,6 +58,7 @@ class Piece:
     height: int
     width: int
     audio: np.ndarray | None  # (S,) int16
+    audio_hz: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,42 +104,61 @@ def windows_of(start: float, end: float, params: PreprocessParams) -> list[Windo
 
 
 def cut(
-    source: Path,
-    windows: Sequence[Window],
-    params: PreprocessParams,
-    *,
-    media: Media,
-    program: str,
-    work: Path,
-) -> CutResult:
-    """Cut the windows out of a file; what cannot be decoded is missing from its piece."""
-    begin = min(start for start, _ in windows)
-    seek = begin - SEEK_MARGIN if begin > SEEK_AFTER else 0.0
-    until = max(end for _, end in windows) - seek + SEEK_MARGIN
-    relative = [(start - seek, end - seek) for start, end in windows]
+    cuts: Sequence[Cut], params: PreprocessParams, *, program: str, work: Path
+) -> list[CutResult]:
+    """Cut windows out of files in one call; what cannot be decoded is missing from its piece.
+
+    When anything is wrong with one of several files, each is cut by itself: the same bytes come
+    out, and it is known which one is broken.
+    """
     with tempfile.TemporaryDirectory(dir=work) as name:
         folder = Path(name)
-        stream = ffmpeg.input(
-            f"file:{source.resolve()}",
-            **({"ss": f"{seek:.6f}"} if seek else {}),
-            t=f"{until:.6f}",
-            threads=1,
-            protocol_whitelist="file",
-            format_whitelist=FORMATS,
-        )
-        outputs = []
-        if media.video is not None:
-            outputs += _pictures(stream[str(media.video)], relative, params, folder)
-        if media.audio is not None:
-            outputs.append(_sound(stream[str(media.audio)], until, params, folder))
+        outputs: list[Any] = []
+        for number, item in enumerate(cuts):
+            outputs += _outputs(item, params, f"{folder}/{number}")
         command = ffmpeg.merge_outputs(*outputs).compile(cmd=program)
-        complaint = _run([command[0], *_QUIET, "-filter_complex_threads", "1", *command[1:]], until)
+        seconds = sum(_span(item)[1] for item in cuts)
+        complaint = _run([command[0], *_GLOBAL, *command[1:]], seconds)
         if "No space left on device" in complaint:
             raise MachineError(f"the disk of {work} is full", hint="free some space, run it again")
-        return CutResult(_collect(relative, params, folder), complaint)
+        if not complaint or len(cuts) == 1:
+            return [
+                CutResult(_collect(item, params, f"{folder}/{number}"), complaint)
+                for number, item in enumerate(cuts)
+            ]
+    return [cut([item], params, program=program, work=work)[0] for item in cuts]
 
 
-def _pictures(picture: Any, windows: Sequence[Window], params: PreprocessParams, work: Path) -> Any:
+def _span(item: Cut) -> tuple[float, float]:
+    """Where reading begins, and for how long, in seconds of the source."""
+    begin = min(start for start, _ in item.windows)
+    seek = begin - SEEK_MARGIN if begin > SEEK_AFTER else 0.0
+    return seek, max(end for _, end in item.windows) - seek + SEEK_MARGIN
+
+
+def _outputs(item: Cut, params: PreprocessParams, prefix: str) -> list[Any]:
+    """What ffmpeg writes for one file: <prefix>-<window>.mp4 and <prefix>-sound."""
+    seek, length = _span(item)
+    stream = ffmpeg.input(
+        f"file:{item.source.resolve()}",
+        **({"ss": f"{seek:.6f}"} if seek else {}),
+        t=f"{length:.6f}",
+        threads=1,
+        protocol_whitelist="file",
+        format_whitelist=FORMATS,
+    )
+    windows = [(start - seek, end - seek) for start, end in item.windows]
+    outputs: list[Any] = []
+    if item.media.video is not None:
+        outputs += _pictures(stream[str(item.media.video)], windows, params, prefix)
+    if item.media.audio is not None:
+        outputs.append(_sound(stream[str(item.media.audio)], length, params, prefix))
+    return outputs
+
+
+def _pictures(
+    picture: Any, windows: Sequence[Window], params: PreprocessParams, prefix: str
+) -> Any:
     """One output a window. Windows on one frame grid share their rate conversion and scaling."""
     side = params.short_side
     short = f"min(iw*sar,ih)/{side}"
@@ -163,18 +192,18 @@ def _pictures(picture: Any, windows: Sequence[Window], params: PreprocessParams,
             )
             outputs.append(
                 trimmed.output(
-                    f"file:{work / f'{number}.mp4'}", crf=params.crf, g=params.fps, **_ENCODER
+                    f"file:{prefix}-{number}.mp4", crf=params.crf, g=params.fps, **_ENCODER
                 )
             )
     return outputs
 
 
-def _sound(sound: Any, until: float, params: PreprocessParams, work: Path) -> Any:
+def _sound(sound: Any, until: float, params: PreprocessParams, prefix: str) -> Any:
     """All of the sound from time 0, silence where the track has none; sliced by sample later."""
     return (
         sound.filter("aresample", params.audio_hz, **{"async": 1, "first_pts": 0})
         .filter("aformat", sample_fmts="s16", channel_layouts="mono")
-        .output(f"file:{work / 'sound'}", f="s16le", acodec="pcm_s16le", t=f"{until:.6f}")
+        .output(f"file:{prefix}-sound", f="s16le", acodec="pcm_s16le", t=f"{until:.6f}")
     )
 
 
@@ -192,22 +221,24 @@ def _run(command: Sequence[str], seconds: float) -> str:
     return next(iter(full or lines[-1:]), "")[:200]
 
 
-def _collect(windows: Sequence[Window], params: PreprocessParams, work: Path) -> list[Piece]:
-    track = work / "sound"
+def _collect(item: Cut, params: PreprocessParams, prefix: str) -> list[Piece]:
+    track = Path(f"{prefix}-sound")
     samples = np.fromfile(track, dtype="<i2") if track.exists() else np.zeros(0, np.int16)
+    seek, _ = _span(item)
+    hz = params.audio_hz
     pieces = []
-    for number, window in enumerate(windows):
-        path = work / f"{number}.mp4"
+    for number, (start, end) in enumerate(item.windows):
+        path = Path(f"{prefix}-{number}.mp4")
         data = path.read_bytes() if path.exists() else b""
         frames, height, width = _measure(data)
-        seconds = frames / params.fps if frames else window[1] - window[0]
-        first = round(window[0] * params.audio_hz)
-        heard = samples[first : first + round(seconds * params.audio_hz)]
+        length = round((frames / params.fps if frames else end - start) * hz)
+        first = round((start - seek) * hz)
+        heard = samples[first : first + length]
         audio = None
         if heard.size:
-            audio = np.zeros(round(seconds * params.audio_hz), dtype=np.int16)
+            audio = np.zeros(length, dtype=np.int16)
             audio[: heard.size] = heard
-        pieces.append(Piece(data if frames else None, frames, height, width, audio))
+        pieces.append(Piece(data if frames else None, frames, height, width, audio, hz))
     return pieces
 
 

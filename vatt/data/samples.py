@@ -123,7 +123,8 @@ def _read_index(path: Path) -> tuple[dict[str, Any], list[Row]]:
 class ShardWriter:
     """Writes one tar; the same members give the same bytes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, name: str) -> None:
+        self.name = name  # the shard's, in the end
         self._file = path.open("wb")
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
 

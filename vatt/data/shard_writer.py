@@ -1,0 +1,223 @@
+"""One shard: its clips cut, and written with what became of each."""
+
+import errno
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from vatt.config import PreprocessParams, fingerprint
+from vatt.data.cut import Cut, Piece, Window, cut
+from vatt.data.ledger import Entry
+from vatt.data.manifest import Caption, Clip
+from vatt.data.media import BrokenMediaError, probe, wav_header
+from vatt.data.plan import STAGE, Job, Shard
+from vatt.data.samples import FORMAT, Row, ShardWriter, nearest
+from vatt.errors import MachineError
+from vatt.files import atomic_write
+
+PARTS = "parts"  # folder of the part files
+WINDOWS_A_CALL = 32  # outputs of one ffmpeg call
+SOURCES_A_CALL = 16  # starting ffmpeg costs more than a second of small video
+SECONDS_A_CALL = 64.0  # of sources that share a call
+NEIGHBOURS = 32  # captions kept with a sample beside those within it
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a worker needs beside its shard."""
+
+    params: PreprocessParams
+    require: tuple[str, ...]
+    program: str
+    version: str
+    folder: Path
+    work: Path
+
+    def stamp(self, shard: Shard) -> str:
+        """Names everything that the bytes of a shard depend on."""
+        jobs = [
+            [asdict(job.clip), job.windows, job.sha256 or str(job.source)] for job in shard.jobs
+        ]
+        return fingerprint(FORMAT, self.version, self.params, self.require, shard.split, jobs)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of a job's windows."""
+
+    rows: list[Row] = field(default_factory=list)
+    has: set[str] = field(default_factory=set)
+    losses: Counter[str] = field(default_factory=Counter)
+    complaint: str = ""
+
+    def entry(self, clip: Clip) -> Entry:
+        """The clip's state, as far as this shard knows it."""
+        lost = sum(self.losses.values())
+        if not self.rows:
+            return Entry(clip.clip_id, self.losses.most_common(1)[0][0], STAGE, self.complaint)
+        reason = f"{lost} of its windows lost; {self.complaint}" if lost else self.complaint
+        names = tuple(name for name in ("video", "audio", "text") if name in self.has)
+        return Entry(
+            clip.clip_id, "ok", STAGE, reason.removesuffix("; "), names, samples=len(self.rows)
+        )
+
+
+def write_shard(shard: Shard, setting: Setting) -> dict[str, Any]:
+    """Write a shard and, when it stands, its part file; returns what that holds."""
+    path = setting.folder / shard.name
+    tallies = [Tally() for _ in shard.jobs]
+    try:
+        with atomic_write(path) as temporary:
+            writer = ShardWriter(temporary, name=shard.name)
+            for call in _calls(shard.jobs, tallies):
+                _add(call, tallies, shard, setting, writer)
+            writer.close()
+        entries = [tally.entry(job.clip) for job, tally in zip(shard.jobs, tallies, strict=True)]
+        part = {
+            "stamp": setting.stamp(shard),
+            "bytes": path.stat().st_size,
+            "rows": [asdict(row) for tally in tallies for row in tally.rows],
+            "entries": [asdict(entry) for entry in entries],
+        }
+        with atomic_write(setting.folder / PARTS / part_name(shard.name)) as temporary:
+            temporary.write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        raise no_space(error, setting.folder) from None
+    return part
+
+
+Call = list[tuple[int, Cut, Sequence[str]]]  # the job's number, what is cut, the samples' keys
+
+
+def _calls(jobs: Sequence[Job], tallies: Sequence[Tally]) -> Iterator[Call]:
+    """Group the jobs in calls of ffmpeg: several short sources in one, a long one in several."""
+    call: Call = []
+    room, seconds = WINDOWS_A_CALL, SECONDS_A_CALL
+    for number, job in enumerate(jobs):
+        try:
+            media = probe(job.source)
+        except BrokenMediaError as error:
+            tallies[number].losses["corrupt"] += len(job.windows)
+            tallies[number].complaint = str(error)
+            continue
+        for first in range(0, len(job.windows), WINDOWS_A_CALL):
+            part = job.windows[first : first + WINDOWS_A_CALL]
+            fits = len(part) <= room and media.seconds <= seconds and len(call) < SOURCES_A_CALL
+            if call and not fits:
+                yield call
+                call, room, seconds = [], WINDOWS_A_CALL, SECONDS_A_CALL
+            windows = tuple(window for _, window in part)
+            call.append((number, Cut(job.source, media, windows), [key for key, _ in part]))
+            room, seconds = room - len(part), seconds - media.seconds
+    if call:
+        yield call
+
+
+def _add(
+    call: Call, tallies: Sequence[Tally], shard: Shard, setting: Setting, writer: ShardWriter
+) -> None:
+    """Cut what a call holds and write the samples that are whole."""
+    params = setting.params
+    results = cut([item for _, item, _ in call], params, program=setting.program, work=setting.work)
+    for (number, item, keys), result in zip(call, results, strict=True):
+        job, tally = shard.jobs[number], tallies[number]
+        tally.complaint = tally.complaint or result.complaint
+        for key, window, piece in zip_longest(keys, item.windows, result.pieces):
+            captions = _nearby(job.clip.captions, window)
+            has = _has(piece, captions)
+            loss = _loss(piece, has, setting, picture=item.media.video is not None)
+            if loss:
+                tally.losses[loss] += 1
+                continue
+            tally.has.update(has)
+            row = _add_sample(key, piece, captions, window, job.clip, writer)
+            tally.rows.append(row)
+
+
+def _has(piece: Piece, captions: Sequence[Caption]) -> tuple[str, ...]:
+    present = {
+        "video": piece.video is not None,
+        "audio": piece.audio is not None,
+        "text": bool(captions),
+    }
+    return tuple(name for name, there in present.items() if there)
+
+
+def _loss(piece: Piece, has: Sequence[str], setting: Setting, *, picture: bool) -> str | None:
+    """The state of a window that is not kept; None when it is."""
+    params = setting.params
+    if picture and piece.num_frames < int(params.min_clip_seconds * params.fps + 1e-6):
+        return "too-short" if piece.num_frames else "corrupt"
+    for name, state in (("video", "no-video"), ("audio", "no-audio"), ("text", "no-caption")):
+        if name in setting.require and name not in has:
+            return state
+    return None if "video" in has or "audio" in has else "corrupt"
+
+
+def _add_sample(
+    key: str,
+    piece: Piece,
+    captions: Sequence[Caption],
+    window: Window,
+    clip: Clip,
+    writer: ShardWriter,
+) -> Row:
+    facts = {
+        "clip_id": clip.clip_id,
+        "source": clip.source,
+        "url": clip.url,
+        "start": window[0],
+        "end": window[1],
+        "labels": clip.labels,
+        "licence": clip.licence,
+        "captions": [
+            [round(c.start - window[0], 4), round(c.end - window[0], 4), c.text] for c in captions
+        ],
+    }
+    text = json.dumps(facts, ensure_ascii=False, sort_keys=True).encode()
+    where_json = writer.add(f"{key}.json", text)
+    where_video = writer.add(f"{key}.mp4", piece.video) if piece.video is not None else None
+    where_audio, num_samples = None, 0
+    if piece.audio is not None:
+        num_samples = len(piece.audio)
+        header = wav_header(num_samples, hz=piece.audio_hz)
+        where_audio = writer.add(f"{key}.wav", header + piece.audio.astype("<i2").tobytes())
+    return Row(
+        key=key,
+        clip_id=clip.clip_id,
+        media=clip.media_name,
+        split=clip.split,
+        shard=writer.name,
+        labels=clip.labels,
+        json=where_json,
+        video=where_video,
+        audio=where_audio,
+        num_frames=piece.num_frames,
+        height=piece.height,
+        width=piece.width,
+        num_samples=num_samples,
+    )
+
+
+def _nearby(captions: Sequence[Caption], window: Window) -> list[Caption]:
+    """The captions within a window and those nearest to it, in the order of time."""
+    start, end = window
+    within = [caption for caption in captions if caption.start < end and caption.end > start]
+    near = nearest(captions, start=start, end=end, count=len(within) + NEIGHBOURS)
+    return sorted(near, key=lambda caption: (caption.start, caption.end, caption.text))
+
+
+def part_name(shard: str) -> str:
+    """The name of a shard's part file."""
+    return shard.removesuffix(".tar") + ".json"
+
+
+def no_space(error: OSError, folder: Path) -> Exception:
+    """The error to raise for an OSError: a full disk is no bug of ours."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    return MachineError(f"the disk of {folder} is full", hint="free some space, run it again")
