@@ -8,8 +8,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from vatt.config import PathsParams, ReportParams
+from vatt.config import ModelParams, PathsParams, ReportParams, SizeParams
 from vatt.files import atomic_write
+from vatt.model.flops import Convention, multimodal_flops
 from vatt.report.figures import (
     confusions,
     feature_maps,
@@ -21,6 +22,7 @@ from vatt.report.published import published_sections
 from vatt.report.results import key_figures, result_tables, scales
 from vatt.report.tables import percent
 
+CONVENTIONS: tuple[Convention, ...] = ("true", "paper")
 UNITS = ((3600.0, "h"), (60.0, "min"))
 
 
@@ -66,6 +68,7 @@ def _context(inputs: Inputs, params: ReportParams) -> dict[str, Any]:
         "title": params.title,
         "inputs": inputs,
         "stages": stage_lines(inputs),
+        "model": model_facts(inputs),
         "manifest_hash": manifest_hash(inputs),
         "figures": key_figures(inputs),
         "scales": scales(inputs),
@@ -107,6 +110,33 @@ def _stage_line(name: str, inputs: Inputs) -> StageLine:
         if name != "evaluate"
         else (),
     )
+
+
+def model_facts(inputs: Inputs) -> tuple[tuple[str, str], ...]:
+    """What the pre-trained checkpoint is, in words, with its cost by formula."""
+    if inputs.model is None:
+        return ()
+    model = ModelParams.model_validate(inputs.model["model"])
+    video, audio, text = model.video, model.audio, model.text
+    gflops = {
+        convention: f"{multimodal_flops(model, convention=convention) / 1e9:.2f} GFLOPs"
+        for convention in CONVENTIONS
+    }
+    return (
+        ("backbone", f"modality-{model.backbone}"),
+        ("video", f"{_size(video.size)}, {video.frames} frames of {video.frame_size} pixels"),
+        ("video patch", "×".join(map(str, video.patch))),
+        ("audio", f"{_size(audio.size)}, {audio.samples:,} samples ({audio.input})"),
+        ("audio patch", str(audio.patch)),
+        ("text", f"{_size(text.size)}, {text.words} words of {text.vocabulary:,}"),
+        ("common spaces", f"{model.va_dim} (video–audio), {model.vt_dim} (video–text)"),
+        ("one clip, both products of attention", gflops["true"]),
+        ("one clip, as the paper counts", gflops["paper"]),
+    )
+
+
+def _size(size: str | SizeParams) -> str:
+    return size if isinstance(size, str) else f"{size.depth} layers, {size.dim} wide"
 
 
 def manifest_hash(inputs: Inputs) -> str | None:

@@ -271,11 +271,11 @@ def _small(headings: tuple[str, ...], rows: list[Row]) -> Table | None:
     if not rows:
         return None
     return Table(
-        title="The same protocol in small, on this run's corpus",
+        title="The same protocol in small: this run, on its own corpus",
         headings=headings,
         rows=tuple(rows),
         remark="Another corpus, other classes and another size of model: "
-        "not comparable with the published numbers above.",
+        "not to be compared with the published numbers.",
     )
 
 

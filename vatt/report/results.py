@@ -21,10 +21,10 @@ from vatt.report.tables import (
 Metric = dict[str, Any]
 
 DIRECTIONS = {
-    "text_to_video": "text → video",
-    "video_to_text": "video → text",
-    "audio_to_video": "audio → video",
-    "video_to_audio": "video → audio",
+    "text_to_video": "text\u00a0→\u00a0video",
+    "video_to_text": "video\u00a0→\u00a0text",
+    "audio_to_video": "audio\u00a0→\u00a0video",
+    "video_to_audio": "video\u00a0→\u00a0audio",
 }
 MEASURES = {
     "recall_at_1": "R@1",
@@ -70,13 +70,11 @@ def key_figures(inputs: Inputs) -> tuple[Figure, ...]:
         _recall_figure(inputs, "text_to_video"),
         _recall_figure(inputs, "video_to_audio"),
         _difference_figure(
-            "Linear probe, frozen video features",
-            _best(inputs, "probes", "svm"),
+            "Linear probe of frozen features",
+            _differences(inputs, "probes", "svm"),
             "over the untrained encoder",
         ),
-        _difference_figure(
-            "Fine-tuning, pre-trained start", _best(inputs, "classification"), "over scratch"
-        ),
+        _difference_figure("Fine-tuning", _differences(inputs, "classification"), "over scratch"),
     )
 
 
@@ -90,24 +88,28 @@ def _recall_figure(inputs: Inputs, direction: str) -> Figure:
     return Figure(label, percent(metric["value"]), context)
 
 
-def _best(inputs: Inputs, section: str, *path: str) -> tuple[str, Metric] | None:
-    """The task with the largest difference, and that difference."""
+def _differences(inputs: Inputs, section: str, *path: str) -> dict[str, Metric]:
+    """The difference of each task that has one, the largest first."""
     tasks = inputs.lookup(section) or {}
     found = {name: inputs.lookup(section, name, *path, "difference") for name in tasks}
     measured = {name: metric for name, metric in found.items() if metric is not None}
-    if not measured:
-        return None
-    name = max(measured, key=lambda task: measured[task]["value"])
-    return name, measured[name]
+    return dict(sorted(measured.items(), key=lambda task: -task[1]["value"]))
 
 
-def _difference_figure(label: str, best: tuple[str, Metric] | None, against: str) -> Figure:
-    if best is None:
+def _difference_figure(label: str, tasks: dict[str, Metric], against: str) -> Figure:
+    """The largest difference, said to be that, with all of them below it."""
+    if not tasks:
         return Figure(label, None, "no pair of runs to compare")
-    name, metric = best
-    interval = f"{signed(100 * metric['low'])} to {signed(100 * metric['high'])}"
-    context = f"points {against}, on {name} (interval {interval})"
-    return Figure(label, signed(100 * metric["value"]), context)
+    first = next(iter(tasks.values()))
+    if len(tasks) > 1:
+        label += f", best of {len(tasks)} tasks"
+    each = ", ".join(f"{name} {signed(100 * metric['value'])}" for name, metric in tasks.items())
+    return Figure(label, signed(100 * first["value"]), f"points {against}: {each}")
+
+
+def _why(inputs: Inputs) -> str:
+    """Why a direction of retrieval has no numbers."""
+    return "no test clip has both modalities" if inputs.evaluation else WHY
 
 
 def scales(inputs: Inputs) -> tuple[Scale, ...]:
@@ -190,8 +192,8 @@ def _direction_rows(inputs: Inputs, direction: str, name: str) -> list[Row]:
     ours = inputs.lookup("retrieval", "pretrained", direction)
     if ours is None:
         empty = tuple(metric_cell(None) for _ in (*MEASURES, "median_rank"))
-        return [Row(name, empty, "not_run", WHY)]
-    rows = [Row(name, _retrieval_cells(ours), "ours", "pre-trained")]
+        return [Row(name, empty, "not_run", _why(inputs))]
+    rows = [Row(name, _retrieval_cells(ours), "ours", "pre-trained", starts=True)]
     averaged = inputs.lookup("retrieval", "pretrained", f"{direction}_similarities_averaged")
     if averaged is not None:
         rows.append(Row(name, _retrieval_cells(averaged), "ours", "similarities averaged"))
@@ -234,7 +236,7 @@ def _probe_table(inputs: Inputs) -> Table:
     return Table(
         title="Linear probe on frozen features",
         headings=headings,
-        rows=tuple(rows) or _nothing(headings, "no probe has been run"),
+        rows=tuple(rows) or _nothing(headings, _skipped(inputs) or WHY),
         remark="The same classifier on the same clips, on features of the pre-trained encoder "
         "and of one with its first random weights.",
     )
@@ -275,6 +277,12 @@ def _classification_row(name: str, measure: str, runs: dict[str, Any]) -> Row:
         "ours",
         "; ".join(filter(None, [measure.replace("_", "-"), verdict(difference) if first else ""])),
     )
+
+
+def _skipped(inputs: Inputs) -> str:
+    """What the evaluation left out, and why."""
+    skipped: dict[str, str] = inputs.lookup("skipped") or {}
+    return "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
 
 
 def _nothing(headings: Sequence[str], why: str) -> tuple[Row, ...]:

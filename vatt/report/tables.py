@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["published", "ours", "computed", "baseline", "chance", "not_run", "none", "text"]
+Kind = Literal[
+    "published", "ours", "unsure", "computed", "baseline", "chance", "not_run", "none", "text"
+]
 
 NOT_RUN = "not run"
+NO_BREAK = "\u00a0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,7 @@ class Row:
     cells: tuple[Cell, ...]
     kind: Kind
     note: str = ""
+    starts: bool = False  # the first of a group of rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +44,8 @@ class Table:
 
 
 def percent(share: float) -> str:
-    """0.6836 -> `68.4 %`."""
-    return f"{100 * share:.1f} %"
+    """0.6836 -> `68.4 %`, never broken over two lines."""
+    return f"{100 * share:.1f}{NO_BREAK}%"
 
 
 def number(value: Any) -> str:
@@ -64,7 +68,8 @@ def rank_cell(metric: dict[str, Any] | None, kind: Kind = "ours", *, why: str = 
     """A median rank with its interval."""
     if metric is None:
         return Cell(NOT_RUN, "not_run", why)
-    return Cell(f"{metric['value']:g}", kind, f"{metric['low']:g} – {metric['high']:g}")
+    value, low, high = (f"{round(2 * metric[key]) / 2:g}" for key in ("value", "low", "high"))
+    return Cell(value, kind, f"{low} – {high}")
 
 
 def difference_cell(metric: dict[str, Any] | None, *, why: str = "") -> Cell:
@@ -72,7 +77,8 @@ def difference_cell(metric: dict[str, Any] | None, *, why: str = "") -> Cell:
     if metric is None:
         return Cell(NOT_RUN, "not_run", why)
     value, low, high = (100 * metric[key] for key in ("value", "low", "high"))
-    return Cell(signed(value) + " points", "ours", f"{signed(low)} to {signed(high)}")
+    kind: Kind = "ours" if low > 0 or high < 0 else "unsure"
+    return Cell(f"{signed(value)}{NO_BREAK}points", kind, f"{signed(low)} to {signed(high)}")
 
 
 def signed(points: float) -> str:
