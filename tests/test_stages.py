@@ -136,7 +136,12 @@ def test_runs_are_in_mlflow_with_status_metrics_and_provenance(finished: Path) -
     assert run.data.params["pretrain.steps"] == "12"
     steps = [m.step for m in client.get_metric_history(run_id, "loss")]
     assert steps == sorted(set(steps))
-    assert {"git_commit", "manifest_hash", "stage_hash"} <= run.data.tags.keys()
+    assert {"mlflow.source.git.commit", "vatt.data_hash", "vatt.stage_hash"} <= run.data.tags.keys()
+    parents = {
+        json.loads(f.read_text())["run_id"]: f for f in (finished / "reports/runs").iterdir()
+    }
+    groups = {client.get_run(r).data.tags["mlflow.parentRunId"] for r in parents}
+    assert len(groups) == 1
     assert any(f.path.endswith("model.safetensors") for f in artifacts(client, run_id))
 
 

@@ -29,7 +29,7 @@ def status(context: click.Context, as_json: bool) -> None:
     from vatt.training.tracking import mark_dead_runs
 
     params = load_params()
-    dead = mark_dead_runs(params.machine)
+    dead = mark_dead_runs(params) if params.paths.runs.exists() else []
     runs = _runs(params.paths.runs)
     changed = _changed_stages()
     rows = [_row(name, runs.get(name), changed.get(name)) for name in _names(runs, changed)]
@@ -63,7 +63,7 @@ def _row(name: str, run: dict[str, Any] | None, changes: list[str] | None) -> di
         "changes": changes or [],
         "run_id": run.get("run_id"),
         "seconds": run.get("seconds"),
-        "finished": run.get("finished"),
+        "ended": run.get("ended"),
     }
 
 
