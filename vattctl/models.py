@@ -149,6 +149,39 @@ def _describe(imported: "Imported", out: str | None) -> str:
     return "\n".join(lines)
 
 
-@click.command("export")
-def export_command() -> None:
-    """Write a checkpoint in another form."""
+@click.command(
+    "export",
+    epilog="""\b
+Examples:
+  vattctl export runs/pretrained --to onnx --out runs/onnx
+  vattctl export runs/bbs --to huggingface-folder --out runs/bbs-hf""",
+)
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--to", required=True, type=click.Choice(["safetensors", "onnx", "huggingface-folder"])
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--force", is_flag=True, help="Overwrite --out.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def export_command(folder: Path, to: str, out: Path, force: bool, as_json: bool) -> None:
+    """Write a checkpoint FOLDER in another form.
+
+    An ONNX graph is run with onnxruntime and compared; exit code 1 when it differs.
+    """
+    from vatt.export import FORMS, TOLERANCE
+
+    if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
+        raise SettingsError(f"{out} exists", hint="give another --out, or --force to overwrite it")
+    if out.resolve() == folder.resolve():
+        raise SettingsError("--out is the checkpoint's own folder", hint="give another --out")
+    comparisons = FORMS[to](folder, out)
+    files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
+    if as_json:
+        rows = [asdict(comparison) for comparison in comparisons]
+        content = {"version": VERSION, "form": to, "out": str(out), "files": files}
+        click.echo(json.dumps({**content, "tolerance": TOLERANCE, "compared": rows}, indent=2))
+        return
+    for row in comparisons:
+        click.echo(f"{row.graph} {row.output}, {row.clips} clips: differs by {row.difference:.1e}")
+    for name, size in files.items():
+        click.echo(f"{size:>13,} bytes  {out / name}")
