@@ -7,6 +7,7 @@ A module that an engine trains takes a step's tensors and answers with named sca
 import logging
 import os
 import sys
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -185,11 +186,13 @@ def _deepspeed_config(
 
 
 def _import_deepspeed() -> Any:
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", distributed.device().type)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # At every reduction, of names that torch will drop one day.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # It would compile a shared-memory collective: 20 s, and a compiler that may not be there.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     return deepspeed

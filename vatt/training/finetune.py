@@ -5,7 +5,7 @@ process: logits are gathered with their gradients.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from vatt.training.classification import (
 )
 from vatt.training.engine import Engine, Weights, make_engine
 from vatt.training.gradient_cache import encode_in_micro_batches
-from vatt.training.loop import Plan, Progress, Report, ignore, train
+from vatt.training.loop import BatchesFrom, Plan, Progress, Report, ignore, train
 from vatt.training.schedule import learning_rate
-from vatt.training.state import flatten, open_states
+from vatt.training.state import flatten
 
 # Settings that shape no weight: changing them does not make a saved state useless.
 SHAPELESS = {"save_every", "report_every", "test_clips", "test_crops"}
@@ -70,7 +70,7 @@ class Finetuning(nn.Module):
 
 def finetune(
     model: Classifier,
-    batches_from: Callable[[int], Iterable[Batch]],
+    batches_from: BatchesFrom,
     params: FinetuneTaskParams,
     *,
     classes: Sequence[str],
@@ -104,6 +104,7 @@ def finetune(
         batch_size=params.batch_size,
         seed=seed,
         save_every=params.save_every,
+        keep_states=KEPT_STATES,
         report_every=params.report_every,
         learning_rate=lambda step: learning_rate(step, steps=params.steps, params=params.optimizer),
         report=report,
@@ -116,14 +117,9 @@ def finetune(
 
     module = Finetuning(model, params, micro_batch_size=machine.micro_batch_size)
     engine = engine_of(module, params.optimizer, params.precision, machine)
-    with open_states(state, identity, keep=KEPT_STATES) as states:
-        train(engine, batches_from, inputs_of, plan, states)
-        weights = engine.weights()
-        weights = {name.removeprefix("model."): value for name, value in weights.items()}
-        if distributed.rank() == 0:
-            export(weights)
-        states.finish()
-    return weights
+    return train(
+        engine, batches_from, inputs_of, plan, state=state, identity=identity, export=export
+    )
 
 
 def finetuning_inputs(

@@ -13,7 +13,7 @@ from types import FrameType
 import psutil  # type: ignore[import-untyped]
 
 from vatt.config import MachineParams
-from vatt.training.distributed import free_port
+from vatt.training.distributed import device, free_port
 from vatt.training.stopping import STOP_SIGNALS
 
 LAUNCHED = "VATT_LAUNCHED"  # set in the processes that `launch` started: their parent holds locks
@@ -21,8 +21,8 @@ LAUNCHED = "VATT_LAUNCHED"  # set in the processes that `launch` started: their 
 log = logging.getLogger(__name__)
 
 
-def launch(module: str, machine: MachineParams) -> int | None:
-    """Run `python -m module` in `machine.processes` processes and return their exit code.
+def launch(module: str, machine: MachineParams, *arguments: str) -> int | None:
+    """Run `python -m module arguments` in `machine.processes` processes and return their exit code.
 
     None when there is nothing to start: one process is enough, or this is one of them already,
     started by this function, by torchrun or by Slurm. Stop signals are passed on to each process;
@@ -30,9 +30,10 @@ def launch(module: str, machine: MachineParams) -> int | None:
     """
     if "RANK" in os.environ or machine.processes == 1:
         return None
-    command = launch_line(module, machine)
+    command = [*launch_line(module, machine), *arguments]
     log.info("%s", shlex.join(command))
-    launcher = subprocess.Popen(command, env=os.environ | {LAUNCHED: "1"})
+    told = {LAUNCHED: "1", "DS_ACCELERATOR": device().type}
+    launcher = subprocess.Popen(command, env=os.environ | told)
     with _passing_on(launcher.pid):
         return launcher.wait()
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor
 from vatt.data.batches import Batch
 from vatt.errors import DataError, Stopped, VattError
 from vatt.training import distributed
-from vatt.training.engine import Engine
-from vatt.training.state import States
+from vatt.training.engine import Engine, Weights
+from vatt.training.state import States, open_states
 from vatt.training.stopping import stop_requests
 
 Report = Callable[[int, dict[str, float]], None]  # (updates made, metrics)
 Progress = Callable[[int, int], None]
+BatchesFrom = Callable[[int], Iterable[Batch]]  # first step -> this process's parts from there on
+InputsOf = Callable[[Batch, int], tuple[Any, ...]]  # batch, step -> what the module takes
 
 
 def ignore(*_: Any) -> None:
@@ -34,6 +37,7 @@ class Plan:
     batch_size: int  # global
     seed: int
     save_every: int
+    keep_states: int
     report_every: int
     learning_rate: Callable[[int], float]  # of update `step`, from 0
     report: Report = ignore
@@ -43,8 +47,32 @@ class Plan:
 
 def train(
     engine: Engine,
-    batches_from: Callable[[int], Iterable[Batch]],
-    inputs_of: Callable[[Batch, int], tuple[Any, ...]],
+    batches_from: BatchesFrom,
+    inputs_of: InputsOf,
+    plan: Plan,
+    *,
+    state: Path,
+    identity: dict[str, Any],
+    export: Callable[[Weights], object] = ignore,
+) -> Weights:
+    """Train from the newest state in the folder to the end; returns the weights in rank 0.
+
+    `identity` says, key by key, what shapes the weights; a state of another one is not resumed.
+    `export` gets the weights before the state is marked as done: a kill in between loses nothing.
+    """
+    with open_states(state, identity, keep=plan.keep_states) as states:
+        _make_updates(engine, batches_from, inputs_of, plan, states)
+        weights = {name.removeprefix("model."): value for name, value in engine.weights().items()}
+        if distributed.rank() == 0:
+            export(weights)
+        states.finish()
+    return weights
+
+
+def _make_updates(
+    engine: Engine,
+    batches_from: BatchesFrom,
+    inputs_of: InputsOf,
     plan: Plan,
     states: States,
 ) -> None:

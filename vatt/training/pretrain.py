@@ -5,7 +5,7 @@ its part of the batch; features are gathered with their gradients, and heads (wi
 loss see the whole batch in every process, so that any number of them makes the same update.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from vatt.model.vatt import VATT, Features
 from vatt.training import distributed
 from vatt.training.engine import Engine, Weights, make_engine
 from vatt.training.gradient_cache import encode_in_micro_batches
-from vatt.training.loop import Plan, Progress, Report, ignore, train
+from vatt.training.loop import BatchesFrom, Plan, Progress, Report, ignore, train
 from vatt.training.schedule import learning_rate
-from vatt.training.state import flatten, open_states
+from vatt.training.state import flatten
 
 # Settings that shape no weight: changing them does not make a saved state useless.
 SHAPELESS = {"save_every", "keep_states", "report_every"}
@@ -97,7 +97,7 @@ class Pretraining(nn.Module):
 
 def pretrain(
     model: VATT,
-    batches_from: Callable[[int], Iterable[Batch]],
+    batches_from: BatchesFrom,
     params: PretrainParams,
     *,
     machine: MachineParams,
@@ -122,6 +122,7 @@ def pretrain(
         batch_size=params.batch_size,
         seed=seed,
         save_every=params.save_every,
+        keep_states=params.keep_states,
         report_every=params.report_every,
         learning_rate=lambda step: learning_rate(step, steps=params.steps, params=params.optimizer),
         report=report,
@@ -134,14 +135,9 @@ def pretrain(
 
     identity = fingerprint(params, model.params, data_hash=data_hash, seed=seed)
     engine = engine_of(module, params.optimizer, params.precision, machine)
-    with open_states(state, identity, keep=params.keep_states) as states:
-        train(engine, batches_from, inputs_of, plan, states)
-        weights = engine.weights()
-        weights = {name.removeprefix("model."): value for name, value in weights.items()}
-        if distributed.rank() == 0:
-            export(weights)
-        states.finish()
-    return weights
+    return train(
+        engine, batches_from, inputs_of, plan, state=state, identity=identity, export=export
+    )
 
 
 def pretraining_inputs(

@@ -1,0 +1,77 @@
+"""Micro-batches give the gradient of the whole batch."""
+
+import pytest
+import torch
+
+from tests.training import tiny
+from vatt.training.loop import seed_dropout
+from vatt.training.pretrain import Pretraining, pretraining_inputs
+
+
+def double(params):
+    """A model whose encoders compute in fp64; the heads, which see the whole batch, in fp32."""
+    model = tiny.make_model(params).double()
+    model.heads.float()
+    return model
+
+
+def gradients(model, batch, *, micro_batch_size, drop_rate=0.5):
+    params = tiny.pretrain_params()
+    module = Pretraining(model, params, micro_batch_size=micro_batch_size).train()
+    inputs = pretraining_inputs(model, batch, 3, drop_rate=drop_rate, seed=0)
+    exact = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+    seed_dropout(0, 3)
+    losses = module(*exact)
+    losses["loss"].backward()
+    return losses, {name: weight.grad for name, weight in module.named_parameters()}
+
+
+@pytest.mark.parametrize("backbone", ["specific", "agnostic"])
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
+@pytest.mark.parametrize("textless", [range(0), range(1, 3), range(8)], ids=["all", "some", "none"])
+def test_gradients_equal_the_whole_batch_s(backbone, micro_batch_size, textless):
+    batch = tiny.make_batch(0, textless=textless)
+    model = double(tiny.model_params(backbone=backbone))
+    whole_losses, whole = gradients(model, batch, micro_batch_size=None)
+    running = {name: value.clone() for name, value in model.named_buffers()}
+    again = double(tiny.model_params(backbone=backbone))
+    losses, found = gradients(again, batch, micro_batch_size=micro_batch_size)
+    for name, value in losses.items():
+        torch.testing.assert_close(value, whole_losses[name], rtol=1e-6, atol=1e-6)
+    for name, value in found.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-6, atol=1e-6, msg=name)
+    for name, value in again.named_buffers():
+        torch.testing.assert_close(value, running[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_dropout_is_replayed_for_the_second_computation():
+    # Were it drawn anew, the gradient would not be that of the loss: compare a small move.
+    model = double(tiny.model_params(dropout=0.3))
+    batch = tiny.make_batch(0)
+    losses, found = gradients(model, batch, micro_batch_size=2)
+    weight = model.video.encoder.norm.weight
+    direction = found["model.video.encoder.norm.weight"].clone()
+    with torch.no_grad():
+        weight += 1e-4 * direction
+    moved, _ = gradients(model, batch, micro_batch_size=2)
+    slope = (moved["loss"] - losses["loss"]).item() / 1e-4
+    assert slope == pytest.approx(direction.square().sum().item(), rel=0.02)
+
+
+def test_fewer_activations_are_kept_than_for_the_whole_batch():
+    def kept_bytes(micro_batch_size):
+        model = tiny.make_model(tiny.model_params())
+        module = Pretraining(model, tiny.pretrain_params(), micro_batch_size=micro_batch_size)
+        inputs = pretraining_inputs(model, tiny.make_batch(0), 0, drop_rate=0.5, seed=0)
+        held = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module(*inputs)
+        return sum(held.values())
+
+    assert kept_bytes(2) < 0.5 * kept_bytes(None)

@@ -1,0 +1,121 @@
+"""A model of a few thousand weights and batches for it, made in memory."""
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vatt.config import MachineParams, ModelParams, PretrainParams, load_params
+from vatt.data.batches import Batch
+from vatt.model.vatt import VATT
+
+SIZE = {"depth": 1, "dim": 16, "mlp_dim": 32, "heads": 2, "head_dim": 8}
+BATCH_SIZE, CANDIDATES, WORDS = 8, 2, 4
+
+DEMO = load_params(Path(__file__).parents[2] / "presets" / "demo.yaml")
+
+
+def model_params(*, backbone: str = "specific", dropout: float = 0.0) -> ModelParams:
+    """Settings of a model that runs in a millisecond."""
+    return ModelParams.model_validate(
+        {
+            "recipe": "paper",
+            "backbone": backbone,
+            "video": {"size": SIZE, "frames": 4, "frame_size": 16, "patch": [2, 8, 8]},
+            "audio": {
+                "size": SIZE,
+                "input": "waveform",
+                "samples": 128,
+                "patch": 16,
+                "mel_bins": None,
+            },
+            "text": {"size": SIZE, "words": WORDS, "vocabulary": 32},
+            "va_dim": 12,
+            "vt_dim": 8,
+            "dropout": dropout,
+        }
+    )
+
+
+def pretrain_params(*, optimizer: dict[str, Any] | None = None, **changes: Any) -> PretrainParams:
+    """Settings of a training of a few steps."""
+    base = {
+        "batch_size": BATCH_SIZE,
+        "steps": 6,
+        "precision": "fp32",
+        "text_candidates": CANDIDATES,
+        "save_every": 2,
+        "report_every": 1,
+    }
+    settings = DEMO.pretrain.model_dump() | base | changes
+    settings["optimizer"] |= {"learning_rate": 1e-3, "warmup_steps": 2} | (optimizer or {})
+    return PretrainParams.model_validate(settings)
+
+
+def machine_params(**changes: Any) -> MachineParams:
+    """One process of one thread."""
+    settings = DEMO.machine.model_dump() | {"threads": 1, "workers": 0} | changes
+    return MachineParams.model_validate(settings)
+
+
+def make_model(params: ModelParams, seed: int = 0) -> VATT:
+    """A model with weights from a seed."""
+    torch.manual_seed(seed)
+    return VATT(params)
+
+
+def make_batch(number: int, *, size: int = BATCH_SIZE, textless: range = range(1, 2)) -> Batch:
+    """Random clips; those in `textless` have no words, one lacks a candidate, one its sound."""
+    generator = torch.Generator().manual_seed(number)
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    text = integers(1, 32, size, CANDIDATES, WORDS)
+    text[list(textless)] = 0
+    text[0, 1] = 0
+    has_audio = torch.ones(size, dtype=torch.bool)
+    has_audio[2] = False
+    return Batch(
+        clip_ids=[f"clip-{number}-{row}" for row in range(size)],
+        video=integers(0, 256, size, 4, 16, 16, 3).to(torch.uint8),
+        audio=integers(-(2**15), 2**15, size, 128).to(torch.int16),
+        text=text,
+        has_video=torch.ones(size, dtype=torch.bool),
+        has_audio=has_audio,
+        colour=torch.tensor([0.0, 1.0, 1.0, 0.0]).repeat(size, 1),
+        labels={"digit": [str(row % 3) for row in range(size)]},
+    )
+
+
+def part_of(batch: Batch, rank: int, world_size: int) -> Batch:
+    """The rows that one process gets."""
+    size = len(batch.clip_ids) // world_size
+    rows = slice(rank * size, (rank + 1) * size)
+    return Batch(
+        clip_ids=batch.clip_ids[rows],
+        video=batch.video[rows],
+        audio=batch.audio[rows],
+        text=batch.text[rows],
+        has_video=batch.has_video[rows],
+        has_audio=batch.has_audio[rows],
+        colour=batch.colour[rows],
+        labels={name: values[rows] for name, values in batch.labels.items()},
+    )
+
+
+def batches_from(first_step: int) -> Iterator[Batch]:
+    """One process's batches: a function of the step."""
+    return (make_batch(step) for step in itertools.count(first_step))
+
+
+def hash_of(weights: dict[str, torch.Tensor]) -> str:
+    """One number for all weights, bit for bit."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
