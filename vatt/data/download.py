@@ -1,0 +1,210 @@
+"""Manifest -> media. The journal beside the media holds every fact; the ledger its last words."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from urllib.parse import parse_qs, quote, urlsplit
+
+from vatt.config import DataParams, MachineParams
+from vatt.data.cut import find_ffmpeg
+from vatt.data.fetch import PARTIAL, Fetching, Order, Outcome, fetch_all
+from vatt.data.ledger import RETRYABLE, Entry, Ledger, read_ledger, write_ledger
+from vatt.data.manifest import Clip, media_path
+from vatt.data.pool import worker_pool
+from vatt.errors import DataError, MachineError
+from vatt.files import lock
+
+STAGE = "download"
+JOURNAL = "download.journal.jsonl"
+CHUNK = 8  # files a worker is given at a time
+THREADS = 4  # files a worker fetches at once: most of it is waiting
+HOST_IS_DOWN = 8  # files that found no way to a host, and none that did: the others are not tried
+YOUTUBE = ("youtube.com", "youtu.be", "youtube-nocookie.com")
+
+Progress = Callable[[int, int], None]
+
+
+def download(
+    clips: Iterable[Clip],
+    params: DataParams,
+    machine: MachineParams,
+    *,
+    media: Path,
+    ledger: Path,
+    progress: Progress | None = None,
+) -> dict[str, int]:
+    """Fetch the media of all clips; returns the number of clips in each state.
+
+    A folder's own files are looked at where they lie. A clip lost for good is not tried again, one
+    that met a weak network is.
+    """
+    clips = list(clips)
+    (media / PARTIAL).mkdir(parents=True, exist_ok=True)
+    fetching = Fetching(
+        media=media.absolute(),
+        ffmpeg=find_ffmpeg(machine.ffmpeg),
+        allow_youtube=params.allow_youtube,
+        proxy=machine.proxy,
+        cookies=machine.cookies,
+        threads=THREADS,
+    )
+    with lock(media / ".download.lock"), Ledger(media / JOURNAL) as journal:
+        known = read_ledger(media / JOURNAL)
+        groups: dict[str, list[Clip]] = {}
+        for clip in clips:
+            if not _is_settled(clip, known.get(clip.clip_id), media):
+                groups.setdefault(clip.url, []).append(clip)
+        work = _Work(groups, params, fetching, journal, known, progress or (lambda *_: None))
+        work.begin(len(clips))
+        with worker_pool(machine.workers, preload=["vatt.data.fetch"]) as pool:
+            work.run(pool, ahead=2 * machine.workers or 1)
+        final = [known[clip.clip_id] for clip in clips]
+        counts = write_ledger(ledger, final)
+        _check(final, params)
+    return counts
+
+
+def _is_settled(clip: Clip, entry: Entry | None, media: Path) -> bool:
+    """Whether nothing is left to do for a clip."""
+    if entry is None or entry.state in RETRYABLE or clip.url.startswith("folder:"):
+        return False
+    return entry.state != "ok" or (media / clip.media_name).is_file()
+
+
+@dataclass(slots=True)
+class _Work:
+    """The files still to be fetched, and what became of them so far."""
+
+    groups: dict[str, list[Clip]]  # by url
+    params: DataParams
+    fetching: Fetching
+    journal: Ledger
+    known: dict[str, Entry]
+    progress: Progress
+    done: int = 0
+    total: int = 0
+    lost_by_host: Counter[str] = field(default_factory=Counter)
+    reached: set[str] = field(default_factory=set)
+
+    def begin(self, total: int) -> None:
+        """Count what is settled already."""
+        self.total = total
+        self.done = total - sum(len(group) for group in self.groups.values())
+        self.progress(self.done, total)
+
+    def run(self, pool: Executor, *, ahead: int) -> None:
+        """Hand the orders out in chunks, a bounded number ahead, and note what comes back."""
+        by_name = {group[0].media_name: group for group in self.groups.values()}
+        chunks = _chunks(self._orders())
+        waiting: set[Future[list[Outcome]]] = set()
+        try:
+            while True:
+                for chunk in islice(chunks, max(ahead - len(waiting), 0)):
+                    waiting.add(pool.submit(fetch_all, chunk, self.fetching))
+                if not waiting:
+                    return
+                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    for outcome in future.result():
+                        self._note(by_name[outcome.name], outcome)
+        except BrokenProcessPool:
+            raise MachineError(
+                "a worker process died, perhaps for want of memory",
+                hint="lower machine.workers and run it again: what is fetched is kept",
+            ) from None
+
+    def _orders(self) -> Iterator[Order]:
+        for url, group in self.groups.items():
+            name = group[0].media_name
+            if url.startswith("folder:"):
+                path = media_path(
+                    group[0], media=self.fetching.media, location=self.params.location
+                )
+                yield Order(name, (), path)
+                continue
+            addresses = addresses_of(url, self.params)
+            hosts = {urlsplit(address).hostname or "" for address in addresses}
+            if not addresses:
+                self._note(group, Outcome(name, "filtered", "YouTube is off: data.allow_youtube"))
+            elif all(self._is_down(host) for host in hosts):
+                reason = f"{', '.join(sorted(hosts))} cannot be reached"
+                self._note(group, Outcome(name, "network", reason, reached=False))
+            else:
+                yield Order(name, addresses)
+
+    def _is_down(self, host: str) -> bool:
+        return host not in self.reached and self.lost_by_host[host] >= HOST_IS_DOWN
+
+    def _note(self, group: Sequence[Clip], outcome: Outcome) -> None:
+        """One line of the journal for each clip of a file."""
+        if outcome.reached:
+            self.reached.add(outcome.host)
+        else:
+            self.lost_by_host[outcome.host] += 1
+        entries = [
+            Entry(
+                clip.clip_id,
+                outcome.state,
+                STAGE,
+                outcome.reason,
+                outcome.has,
+                seconds=outcome.seconds,
+                sha256=outcome.sha256,
+            )
+            for clip in group
+        ]
+        self.journal.record(*entries)
+        self.known.update((entry.clip_id, entry) for entry in entries)
+        self.done += len(group)
+        self.progress(self.done, self.total)
+
+
+def _chunks(orders: Iterator[Order]) -> Iterator[list[Order]]:
+    while chunk := list(islice(orders, CHUNK)):
+        yield chunk
+
+
+def addresses_of(url: str, params: DataParams) -> tuple[str, ...]:
+    """Where a url's media can be fetched: the mirrors first, then the source itself."""
+    parts = urlsplit(url)
+    at_home = parts.scheme in ("http", "https")
+    host = parts.hostname or ""
+    is_youtube = at_home and any(host == name or host.endswith("." + name) for name in YOUTUBE)
+    if is_youtube:
+        name = parse_qs(parts.query).get("v", [parts.path.rpartition("/")[2]])[0] + ".mp4"
+    else:
+        name = parts.path.rpartition("/")[2] if at_home else parts.path
+    mirrors = [base.rstrip("/") + "/" + quote(name) for base in params.base_urls if name]
+    if at_home and (params.allow_youtube or not is_youtube):
+        return (*mirrors, url)
+    if not mirrors and not at_home:
+        raise DataError(
+            f"{url} needs a server to come from", hint="set data.base_urls in params.yaml"
+        )
+    return tuple(mirrors)
+
+
+def _check(final: Sequence[Entry], params: DataParams) -> None:
+    """Stop when there is no network, or too little came."""
+    states = Counter(entry.state for entry in final)
+    why = ", ".join(f"{count} {state}" for state, count in states.most_common() if state != "ok")
+    if final and states["network"] == len(final):
+        raise MachineError(
+            f"nothing could be fetched: {final[0].reason}",
+            hint="check the network, data.base_urls and machine.proxy, then run it again",
+        )
+    if states["ok"] == 0:
+        raise DataError(
+            f"no clip is left after download{f' ({why})' if why else ''}",
+            hint="`vattctl ledger` says why; check data.source, data.location, data.base_urls",
+        )
+    if states["ok"] < params.min_share * len(final):
+        raise DataError(
+            f"{states['ok']} of {len(final)} clips came ({why}), data.min_share asks for "
+            f"{params.min_share:.0%}",
+            hint="run it again for those that can be retried, or lower data.min_share",
+        )
