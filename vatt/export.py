@@ -149,13 +149,14 @@ def _trace(part: Part, inputs: Tensor, path: Path) -> None:
     if part.modality == "text":
         dynamic[1] = torch.export.Dim("candidates")
     with _quiet():
+        # Strict: Python's len() of a tensor stays a size that may vary, instead of a number.
+        program = torch.export.export(part, (inputs,), dynamic_shapes=(dynamic,), strict=True)
         torch.onnx.export(
-            part,
-            (inputs,),
+            program,
+            (),
             str(path),
             input_names=[part.modality],
             output_names=list(part.outputs),
-            dynamic_shapes=(dynamic,),
             dynamo=True,
             verbose=False,
         )
@@ -199,15 +200,17 @@ def _onnx_packages() -> tuple[Any, Any]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter warns of its own deprecations and of packages that no graph here needs."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _write_weights(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
