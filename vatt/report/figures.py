@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from vatt.report.inputs import Arrays, Inputs
 from vatt.report.svg import COLOURS, Picture, densities, lines, matrix, scatter
 
+ENCODERS = {"pretrained": "pre-trained", "untrained": "untrained"}  # in the arrays: in words
+STARTS = {"pretrained": "from the pre-trained weights", "scratch": "from scratch"}
 SMOOTH_SHARE = 0.02  # of a curve, for its moving mean
 MATRIX_CLASSES = 16  # more do not fit a picture
 
@@ -38,7 +40,10 @@ def learning_curves(inputs: Inputs) -> list[Picture]:
             task, _, init = name.removeprefix("finetune-").rpartition("-")
             by_task.setdefault(task, {})[init] = curve
     for task, curves in by_task.items():
-        series = [(init, *_curve(curve, "loss")) for init, curve in sorted(curves.items())]
+        series = [
+            (STARTS.get(init, init), *_curve(curve, "loss"))
+            for init, curve in sorted(curves.items())
+        ]
         title = f"Fine-tuning: {task}"
         pictures.append(lines(title, series, x_label="step", y_label="training loss"))
     return pictures
@@ -65,16 +70,16 @@ def feature_maps(inputs: Inputs, *, clips: int) -> list[Picture]:
         for name, values in features.items()
         if name.startswith("labels/") and 1 < len(set(values)) <= COLOURS
     }
-    pictures = []
-    for encoder in ("pretrained", "untrained"):
-        if f"{encoder}/video" not in features:
-            continue
-        plane = _tsne(features[f"{encoder}/video"][:clips])
-        for name, values in labels.items():
-            pictures.append(
-                scatter(f"Video features by {name}, {encoder}", plane, values[:clips].tolist())
-            )
-    return pictures
+    planes = {
+        name: _tsne(features[f"{encoder}/video"][:clips])
+        for encoder, name in ENCODERS.items()
+        if labels and f"{encoder}/video" in features
+    }
+    return [
+        scatter(f"Video features by {label}, {encoder}", plane, values[:clips].tolist())
+        for label, values in labels.items()
+        for encoder, plane in planes.items()
+    ]
 
 
 def _tsne(features: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -132,7 +132,7 @@ def _formula_row(name: str, values: list[float | None], *, digits: int = 2) -> R
 def _table_1() -> list[Row]:
     return [
         _formula_row(
-            f"VATT-{size.capitalize()}",
+            f"VATT-{size.capitalize()}, TFLOPs",
             [None] * 6
             + [VIEWS * video_flops(_video(size, frame_size=320), convention="paper") / 1e12],
         )

@@ -137,6 +137,7 @@ def densities(
     """Smooth densities of several groups of values, each of area 1."""
     values = [np.asarray(group, dtype=float).ravel() for _, group in groups]
     low, high = _span(np.concatenate(values))
+    low, high = low - 0.06 * (high - low), high + 0.06 * (high - low)  # where the kernel ends
     grid = np.linspace(low, high, 120)
     series = [
         (name, grid, _density(group, grid)) for (name, _), group in zip(groups, values, strict=True)
