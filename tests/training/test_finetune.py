@@ -1,0 +1,142 @@
+"""Fine-tuning: it learns, resumes, starts where it is told, and refuses what cannot be."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.training import tiny
+from vatt.config import FinetuneTaskParams
+from vatt.errors import DataError, SettingsError
+from vatt.model.classifier import Classifier
+from vatt.training.engine import LocalEngine
+from vatt.training.finetune import (
+    Finetuning,
+    finetune,
+    finetuning_inputs,
+    hash_of_weights,
+    load_backbone,
+)
+
+CLASSES = ["0", "1", "2"]
+
+
+def local(module, optimizer, precision, machine):
+    return LocalEngine(module, optimizer, precision)
+
+
+def task(**changes):
+    settings = tiny.DEMO.finetune.tasks["action"].model_dump()
+    optimizer = settings["optimizer"] | {"learning_rate": 3e-3, "warmup_steps": 2}
+    base = {
+        "label": "digit",
+        "batch_size": tiny.BATCH_SIZE,
+        "steps": 12,
+        "precision": "fp32",
+        "head_dropout": 0.0,
+        "label_smoothing": 0.0,
+        "save_every": 5,
+        "report_every": 1,
+        "optimizer": optimizer,
+    }
+    return FinetuneTaskParams.model_validate(settings | base | changes)
+
+
+def classifier(modality="video", seed=0):
+    torch.manual_seed(seed)
+    return Classifier(tiny.model_params(), modality=modality, num_classes=3, head_dropout=0.0)
+
+
+def run(model, params, folder, batches_from, **more):
+    losses = []
+    weights = finetune(
+        model,
+        batches_from,
+        params,
+        classes=CLASSES,
+        machine=tiny.machine_params(),
+        seed=0,
+        state=folder,
+        data_hash="none",
+        report=lambda step, metrics: losses.append(metrics),
+        engine_of=local,
+        **more,
+    )
+    return losses, weights
+
+
+@pytest.mark.parametrize("loss", ["softmax", "balanced_sigmoid"])
+@pytest.mark.parametrize("modality", ["video", "audio"])
+def test_one_batch_is_learned_by_heart(tmp_path, modality, loss):
+    params = task(modality=modality, loss=loss, steps=60)
+    losses, _ = run(
+        classifier(modality), params, tmp_path, lambda first: itertools.repeat(tiny.make_batch(0))
+    )
+    assert losses[-1]["loss"] < 0.1 * losses[0]["loss"]
+    assert losses[-1]["accuracy"] == 1
+
+
+def test_what_comes_out_are_the_classifier_s_weights(tmp_path):
+    model = classifier()
+    exported = []
+    _, weights = run(model, task(), tmp_path, tiny.batches_from, export=exported.append)
+    classifier(seed=1).load_state_dict(weights)
+    assert exported == [weights]
+    assert (tmp_path / "done.json").exists()
+
+
+def test_it_resumes_from_the_same_start_only(tmp_path, caplog):
+    def broken_after(step):
+        return itertools.islice(tiny.batches_from(0), step)
+
+    with pytest.raises(DataError, match="before step 7"):
+        run(classifier(), task(), tmp_path, lambda first: broken_after(7))
+    calm_losses, calm = run(classifier(), task(), tmp_path / "calm", tiny.batches_from)
+    losses, weights = run(classifier(), task(), tmp_path, tiny.batches_from)
+    assert "resuming at step 5" in caplog.text
+    assert tiny.hash_of(weights) == tiny.hash_of(calm)
+    assert [row["loss"] for row in losses] == [row["loss"] for row in calm_losses[5:]]
+
+    with pytest.raises(DataError):
+        run(classifier(), task(), tmp_path / "b", lambda first: broken_after(7))
+    losses, _ = run(classifier(seed=1), task(), tmp_path / "b", tiny.batches_from)
+    assert len(losses) == 12
+    assert "not resuming" in caplog.text and "start was" in caplog.text
+
+
+def test_the_backbone_starts_from_the_pretrained_tower():
+    vatt = tiny.make_model(tiny.model_params(), seed=5)
+    for modality, tower in (("video", vatt.video), ("audio", vatt.audio)):
+        model = classifier(modality)
+        head = model.head.weight.clone()
+        load_backbone(model, vatt.state_dict())
+        assert hash_of_weights(model.backbone) == hash_of_weights(tower)
+        assert torch.equal(model.head.weight, head)
+
+
+def test_mixed_targets_follow_the_mixed_inputs():
+    params = task(modality="audio", mixup=5.0)
+    batch = tiny.make_batch(0)
+    plain, _, hard = finetuning_inputs(
+        classifier("audio"), batch, 4, params=task(modality="audio"), classes=CLASSES, seed=0
+    )
+    mixed, _, soft = finetuning_inputs(
+        classifier("audio"), batch, 4, params=params, classes=CLASSES, seed=0
+    )
+    share = (mixed[0] - plain[1]).norm() / (plain[0] - plain[1]).norm()
+    torch.testing.assert_close(soft[0], share * hard[0] + (1 - share) * hard[1])
+
+
+def test_micro_batches_and_dropped_tokens_give_the_same_loss():
+    model, batch = classifier(), tiny.make_batch(0)
+    params = task(drop_rate=0.5)
+    inputs = finetuning_inputs(model, batch, 4, params=params, classes=CLASSES, seed=0)
+    assert inputs[1].shape == (tiny.BATCH_SIZE, model.num_tokens // 2)
+    whole = Finetuning(model, params)(*inputs)["loss"]
+    parts = Finetuning(model, params, micro_batch_size=3)(*inputs)["loss"]
+    torch.testing.assert_close(whole, parts)
+
+
+def test_an_odd_batch_cannot_be_mixed(tmp_path):
+    with pytest.raises(SettingsError, match="pairs for mixup"):
+        run(classifier(), task(batch_size=7, mixup=1.0), tmp_path, tiny.batches_from)

@@ -1,0 +1,114 @@
+"""The pre-training loop: what it reports, when it refuses, what it resumes from."""
+
+import itertools
+import logging
+
+import pytest
+import torch
+
+from tests.training import tiny
+from vatt.errors import VattError
+from vatt.training.engine import LocalEngine
+from vatt.training.pretrain import fingerprint, pretrain
+
+CLOCKS = {"samples_per_second", "data_wait_share", "peak_memory_gb"}
+
+
+def local(module, optimizer, precision, machine):
+    return LocalEngine(module, optimizer, precision)
+
+
+def run(folder, *, batches_from=tiny.batches_from, seed=0, **changes):
+    rows = []
+    weights = pretrain(
+        tiny.make_model(tiny.model_params()),
+        batches_from,
+        tiny.pretrain_params(**changes),
+        machine=tiny.machine_params(),
+        seed=seed,
+        state=folder,
+        data_hash="none",
+        report=lambda step, metrics: rows.append((step, metrics)),
+        engine_of=local,
+    )
+    return rows, weights
+
+
+def test_every_report_tells_losses_rate_norm_and_speed(tmp_path):
+    rows, _ = run(tmp_path, report_every=4)
+    assert [step for step, _ in rows] == [4, 6]
+    expected = {"loss", "nce", "mil_nce", "learning_rate", "gradient_norm"} | CLOCKS
+    for _, metrics in rows:
+        assert metrics.keys() == expected
+        assert metrics["loss"] == pytest.approx(metrics["nce"] + metrics["mil_nce"], rel=1e-6)
+    assert 0 <= rows[0][1]["data_wait_share"] <= 1
+
+
+def test_one_batch_is_learned_by_heart(tmp_path):
+    rows, _ = run(
+        tmp_path, steps=60, drop_rate=0, batches_from=lambda _: itertools.repeat(tiny.make_batch(0))
+    )
+    assert rows[-1][1]["loss"] < 0.25 * rows[0][1]["loss"]
+
+
+def test_weights_come_out_under_the_model_s_own_names(tmp_path):
+    _, weights = run(tmp_path)
+    tiny.make_model(tiny.model_params(), seed=1).load_state_dict(weights)
+
+
+def test_a_loss_that_is_no_number_names_step_and_clips_and_keeps_the_last_state(tmp_path):
+    def poisoned(first_step):
+        for step in itertools.count(first_step):
+            batch = tiny.make_batch(step)
+            if step == 5:
+                batch.colour[3] = float("nan")
+            yield batch
+
+    with pytest.raises(VattError, match=r"(?s)step 5.*loss = nan.*clip-5-3"):
+        run(tmp_path, batches_from=poisoned)
+    assert [folder.name for folder in sorted(tmp_path.glob("step-*"))][-1] == "step-00000004"
+
+
+def test_changed_settings_start_anew_and_are_named(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    with pytest.raises(VattError):
+        run(tmp_path, batches_from=lambda first: itertools.islice(tiny.batches_from(0), 3))
+    rows, _ = run(tmp_path, temperature=0.2)
+    assert rows[0][0] == 1
+    assert "pretrain.temperature was 0.07 and is 0.2" in caplog.text
+
+
+def test_settings_without_influence_on_the_weights_do_not_hinder_resuming(tmp_path):
+    with pytest.raises(VattError):
+        run(tmp_path, batches_from=lambda first: itertools.islice(tiny.batches_from(0), 3))
+    rows, _ = run(tmp_path, save_every=5, keep_states=1, report_every=1)
+    assert rows[0][0] == 3
+
+
+def test_only_the_last_states_are_kept(tmp_path):
+    run(tmp_path, steps=9, save_every=2, keep_states=2)
+    assert [f.name for f in sorted(tmp_path.glob("step-*"))] == ["step-00000008", "step-00000009"]
+
+
+def test_the_fingerprint_has_every_setting_that_shapes_the_weights():
+    model = tiny.model_params()
+
+    def identity(seed=0, data="x", **changes):
+        return fingerprint(tiny.pretrain_params(**changes), model, data_hash=data, seed=seed)
+
+    base = identity()
+    assert identity(save_every=7, report_every=3, keep_states=9) == base
+    for changed in (
+        identity(seed=1),
+        identity(data="y"),
+        identity(steps=7),
+        identity(optimizer={"clip_norm": None}),
+    ):
+        assert changed != base
+
+
+def test_bf16_stays_close_to_fp32(tmp_path):
+    exact, _ = run(tmp_path / "exact", steps=1)
+    rough, _ = run(tmp_path / "rough", steps=1, precision="bf16")
+    assert rough[0][1]["loss"] == pytest.approx(exact[0][1]["loss"], rel=0.05)
+    assert torch.tensor(rough[0][1]["loss"]) != torch.tensor(exact[0][1]["loss"])
