@@ -124,9 +124,10 @@ class _Work:
                 path = media_path(
                     group[0], media=self.fetching.media, location=self.params.location
                 )
-                yield Order(name, (), path)
+                yield Order(name, here=path)
                 continue
-            addresses = addresses_of(url, self.params)
+            mirrors, page = addresses_of(url, self.params)
+            addresses = [*mirrors, *([page] if page else [])]
             hosts = {urlsplit(address).hostname or "" for address in addresses}
             if not addresses:
                 self._note(group, Outcome(name, "filtered", "YouTube is off: data.allow_youtube"))
@@ -134,7 +135,7 @@ class _Work:
                 reason = f"{', '.join(sorted(hosts))} cannot be reached"
                 self._note(group, Outcome(name, "network", reason, reached=False))
             else:
-                yield Order(name, addresses)
+                yield Order(name, mirrors, page)
 
     def _is_down(self, host: str) -> bool:
         return host not in self.reached and self.lost_by_host[host] >= HOST_IS_DOWN
@@ -168,8 +169,8 @@ def _chunks(orders: Iterator[Order]) -> Iterator[list[Order]]:
         yield chunk
 
 
-def addresses_of(url: str, params: DataParams) -> tuple[str, ...]:
-    """Where a url's media can be fetched: the mirrors first, then the source itself."""
+def addresses_of(url: str, params: DataParams) -> tuple[tuple[str, ...], str | None]:
+    """Where a url's media can be fetched: the mirrors, and the source itself."""
     parts = urlsplit(url)
     at_home = parts.scheme in ("http", "https")
     host = parts.hostname or ""
@@ -177,15 +178,15 @@ def addresses_of(url: str, params: DataParams) -> tuple[str, ...]:
     if is_youtube:
         name = parse_qs(parts.query).get("v", [parts.path.rpartition("/")[2]])[0] + ".mp4"
     else:
-        name = parts.path.rpartition("/")[2] if at_home else parts.path
-    mirrors = [base.rstrip("/") + "/" + quote(name) for base in params.base_urls if name]
+        name = parts.path.rpartition("/")[2] if at_home else url.partition(":")[2]
+    mirrors = tuple(base.rstrip("/") + "/" + quote(name) for base in params.base_urls if name)
     if at_home and (params.allow_youtube or not is_youtube):
-        return (*mirrors, url)
+        return mirrors, url
     if not mirrors and not at_home:
         raise DataError(
             f"{url} needs a server to come from", hint="set data.base_urls in params.yaml"
         )
-    return tuple(mirrors)
+    return mirrors, None
 
 
 def _check(final: Sequence[Entry], params: DataParams) -> None:

@@ -51,10 +51,11 @@ _SAYS = (
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A file to fetch: where from, in order of preference, and its final name."""
+    """A file to fetch: its final name, and where it can come from."""
 
     name: str
-    addresses: tuple[str, ...]
+    mirrors: tuple[str, ...] = ()  # tried first; each is the file itself, no page about it
+    page: str | None = None  # what yt-dlp's extractors look into
     here: Path | None = None  # a file of the user's own: looked at, not moved
 
 
@@ -98,8 +99,9 @@ def fetch(order: Order, fetching: Fetching) -> Outcome:
     if path.is_file():
         return _examine(order.name, path, path)
     outcomes = []
-    for address in order.addresses:
-        outcome = _fetch_from(address, order.name, fetching)
+    for address in (*order.mirrors, *([order.page] if order.page else [])):
+        is_page = address == order.page
+        outcome = _fetch_from(address, order.name, fetching, is_page=is_page)
         if outcome.state == "ok":
             return outcome
         outcomes.append(outcome)
@@ -108,13 +110,14 @@ def fetch(order: Order, fetching: Fetching) -> Outcome:
     return (retryable or outcomes)[-1]
 
 
-def _fetch_from(address: str, name: str, fetching: Fetching) -> Outcome:
+def _fetch_from(address: str, name: str, fetching: Fetching, *, is_page: bool) -> Outcome:
     folder = fetching.media / PARTIAL
     host = urlsplit(address).hostname or ""
     failed = Outcome(name, "network", host=host)
     for pause in (*PAUSES, None):
         try:
-            got = _youtube_dl(folder, name, host, fetching).extract_info(address)
+            tool = _youtube_dl(folder, name, host, fetching)
+            got = tool.extract_info(address) if is_page else _download_file(tool, address, name)
         except YoutubeDLError as error:
             failed = _explain(error, name, host)
             if failed.state not in ("rate-limited", "network") or pause is None:
@@ -124,6 +127,20 @@ def _fetch_from(address: str, name: str, fetching: Fetching) -> Outcome:
         outcome = _examine(name, _file_of(got, folder, name), fetching.media / name)
         return replace(outcome, host=host)
     return failed
+
+
+def _download_file(tool: yt_dlp.YoutubeDL, address: str, name: str) -> Any:
+    """Download what is known to be a file, without asking first what it is."""
+    found = {
+        "id": name,
+        "title": name,
+        "url": address,
+        "ext": "media",
+        "extractor": "generic",
+        "extractor_key": "Generic",
+        "webpage_url": address,
+    }
+    return tool.process_ie_result(found, download=True)
 
 
 def _file_of(got: Any, folder: Path, name: str) -> Path:

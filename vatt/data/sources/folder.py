@@ -1,0 +1,196 @@
+"""A person's own folder of videos -> clips; the files are used where they lie."""
+
+import hashlib
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vatt.config import DataParams, Params, PreprocessParams
+from vatt.data.cut import windows_of
+from vatt.data.manifest import Caption, Clip
+from vatt.data.media import BrokenMediaError, probe
+from vatt.data.subtitles import SUFFIXES, embedded_captions, read_subtitles
+from vatt.errors import DataError
+
+AUDIO = {".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"}
+VIDEO = {".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"}
+MEDIA = AUDIO | VIDEO | {".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
+LABEL = "class"  # named after the sub-folder
+HEAD = 2**16  # bytes that tell a file from another
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a folder holds; every file of it is counted once."""
+
+    clips: list[Clip]
+    with_captions: int
+    broken: list[tuple[str, str]]  # file and reason; they stay in the manifest, the ledger says why
+    num_samples: int  # clips of preprocess.clip_seconds that can be cut
+    ignored: dict[str, int]  # other files, by what they are
+    captions_dropped: int  # cues that could not be read
+
+    def counts(self) -> dict[str, Any]:
+        """Numbers, for `--json`."""
+        return {
+            "videos": len(self.clips),
+            "by_split": dict(Counter(clip.split for clip in self.clips)),
+            "labelled": sum(bool(clip.labels) for clip in self.clips),
+            "with_captions": self.with_captions,
+            "captions": sum(len(clip.captions) for clip in self.clips),
+            "captions_dropped": self.captions_dropped,
+            "clips": self.num_samples,
+            "broken": len(self.broken),
+            "ignored": self.ignored,
+        }
+
+    def describe(self) -> str:
+        """Some lines for a person."""
+        counts = self.counts()
+        splits = ", ".join(f"{count} {split}" for split, count in counts["by_split"].items())
+        lines = [
+            f"{counts['videos']} media files ({splits}), about {counts['clips']} clips",
+            f"{counts['with_captions']} with captions ({counts['captions']} sentences), "
+            f"{counts['labelled']} labelled by their folder",
+        ]
+        if self.captions_dropped:
+            lines.append(f"{self.captions_dropped} captions could not be read")
+        lines += [f"cannot be used: {name}: {reason}" for name, reason in self.broken]
+        if self.ignored:
+            what = ", ".join(f"{count} {kind}" for kind, count in sorted(self.ignored.items()))
+            lines.append(f"left out: {what}")
+        return "\n".join(lines)
+
+
+def scan(folder: Path, data: DataParams, preprocess: PreprocessParams | None = None) -> Found:
+    """List the media in a folder and below; a file that cannot be opened is listed too.
+
+    With `preprocess` the files are also opened, to tell how many clips they will give.
+    """
+    files, ignored = _files(folder)
+    if not files:
+        raise DataError(
+            f"no video in {folder}", hint=f"known file names end in {', '.join(sorted(MEDIA))}"
+        )
+    subtitles = _subtitles_of(folder, ignored)
+    tests = _tests(folder, files, data.test_share)
+    clips, broken = [], []
+    dropped = with_captions = num_samples = 0
+    for name in files:
+        captions, lost = _captions(folder / name, subtitles.pop(_stem(name), []))
+        clip = _clip(name, captions, split="test" if name in tests else "train")
+        clips.append(clip)
+        dropped += lost
+        with_captions += bool(captions)
+        if preprocess is None:
+            continue
+        try:
+            num_samples += len(windows_of(0.0, probe(folder / name).seconds, preprocess))
+        except BrokenMediaError as error:
+            broken.append((name, str(error)))
+    ignored["subtitles of no video"] += sum(len(paths) for paths in subtitles.values())
+    return Found(clips, with_captions, broken, num_samples, dict(+ignored), dropped)
+
+
+def ingest_settings(found: Found, folder: Path, params: Params) -> dict[str, Any]:
+    """The settings that make the pipeline run on what was found."""
+    tests = sum(clip.split == "test" for clip in found.clips)
+    settings: dict[str, Any] = {"data.source": "folder", "data.location": str(folder)}
+    if found.num_samples < params.data.min_clips:
+        settings["data.min_clips"] = max(found.num_samples // 2, 1)
+    if tests and tests * found.num_samples < params.evaluate.retrieval_pool * len(found.clips):
+        settings["evaluate.retrieval_pool"] = max(tests * found.num_samples // len(found.clips), 2)
+    return settings
+
+
+def _files(folder: Path) -> tuple[list[str], Counter[str]]:
+    """The media below a folder, as sorted relative names, and what else there is."""
+    names = []
+    ignored: Counter[str] = Counter()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        suffix = path.suffix.lower()
+        if path.is_dir():
+            if suffix in MEDIA:
+                ignored["folders named like a video"] += 1
+        elif any(part.startswith(".") for part in Path(name).parts):
+            ignored["hidden files"] += 1
+        elif suffix == ".part" or suffix == ".ytdl":
+            ignored["unfinished downloads"] += 1
+        elif suffix in MEDIA:
+            names.append(name)
+        elif suffix not in SUFFIXES:
+            ignored[f"{suffix} files" if suffix else "files without an ending"] += 1
+    return names, ignored
+
+
+def _subtitles_of(folder: Path, ignored: Counter[str]) -> dict[str, list[Path]]:
+    """Subtitle files by the name, without ending and language, of the video they belong to."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not name.startswith("."):
+            stem = re.sub(r"\.[A-Za-z]{2,3}(-[A-Za-z]+)?$", "", _stem(name))
+            found.setdefault(stem, []).append(path)
+    return found
+
+
+def _stem(name: str) -> str:
+    return str(Path(name).with_suffix(""))
+
+
+def _captions(path: Path, beside: list[Path]) -> tuple[tuple[Caption, ...], int]:
+    """From the files beside a video, else from a track inside it; and how many were unreadable."""
+    dropped = 0
+    for subtitles in beside:
+        read = read_subtitles(subtitles)
+        dropped += read.dropped
+        if read.captions:
+            return read.captions, dropped
+    read = embedded_captions(path)
+    return read.captions, dropped
+
+
+def _tests(folder: Path, files: list[str], share: float) -> set[str]:
+    """The files to test on: a share of them by their content, so that copies stay together."""
+    groups: dict[str, list[str]] = {}
+    for name in files:
+        groups.setdefault(_mark(folder / name), []).append(name)
+    wanted = round(len(files) * share)
+    if share > 0 and len(groups) > 1:
+        wanted = max(wanted, 1)
+    tests: set[str] = set()
+    for mark in sorted(groups):
+        if len(tests) >= wanted:
+            break
+        tests.update(groups[mark])
+    return tests
+
+
+def _mark(path: Path) -> str:
+    """Equal for equal content, without reading all of it."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+        return hashlib.sha256(head + str(path.stat().st_size).encode()).hexdigest()
+    except OSError:
+        return hashlib.sha256(str(path).encode()).hexdigest()
+
+
+def _clip(name: str, captions: tuple[Caption, ...], *, split: str) -> Clip:
+    path = Path(name)
+    readable = re.sub(r"[^A-Za-z0-9_]+", "-", path.stem).strip("-")[:40] or "clip"
+    short = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:10]
+    return Clip(
+        clip_id=f"{readable}-{short}",
+        source="folder",
+        url=f"folder:{name}",
+        start=0.0,
+        end=None,
+        split=split,
+        labels={LABEL: path.parent.name} if path.parent.name else {},
+        captions=captions,
+        licence=None,
+    )

@@ -1,0 +1,162 @@
+"""A csv of addresses -> clips. Columns: url (or path, or youtube_id); start, end, split, id, text,
+licence if there are any; every other column is a label."""
+
+import csv
+import hashlib
+import io
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from vatt.config import DataParams
+from vatt.data.manifest import CLIP_ID, SPLITS, Caption, Clip
+from vatt.errors import DataError
+
+ALIASES = {
+    "time_start": "start",
+    "start_seconds": "start",
+    "time_end": "end",
+    "end_seconds": "end",
+    "clip_id": "id",
+    "caption": "text",
+    "license": "licence",
+}
+KNOWN = ("url", "path", "youtube_id", "start", "end", "split", "id", "text", "licence")
+PLACES = ("url", "path", "youtube_id")
+SHOWN = 10  # bad rows named in the message
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """The clips of a list."""
+
+    clips: list[Clip]
+
+
+def read_urls(path: Path, data: DataParams) -> Listed:
+    """Read the list whole; bad rows are named with their lines, all at once."""
+    rows = _rows(path)
+    clips: list[Clip] = []
+    problems: list[str] = []
+    seen: dict[str, int] = {}
+    for line, row in rows:
+        try:
+            clip = _clip(row)
+        except ValueError as error:
+            problems.append(f"{path}:{line}: {error}")
+            continue
+        if clip.clip_id in seen:
+            problems.append(f"{path}:{line}: the same clip as in line {seen[clip.clip_id]}")
+            continue
+        seen[clip.clip_id] = line
+        clips.append(clip if row.get("split") else replace(clip, split=_split(clip.url, data)))
+    if problems:
+        more = len(problems) - SHOWN
+        shown = problems[:SHOWN] + ([f"... and {more} more"] if more > 0 else [])
+        raise DataError("\n".join(shown), hint="correct or delete these lines")
+    if not clips:
+        raise DataError(f"{path} lists no clip", hint="a header line and one line a clip")
+    return Listed(clips)
+
+
+def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing", hint="set data.location to a csv file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8: {error}", hint="save it as UTF-8") from None
+    reader = csv.reader(io.StringIO(text, newline=""))
+    header = _header(next(reader, []), path)
+    rows = []
+    for row in reader:
+        if row and len(row) != len(header):
+            raise DataError(
+                f"{path}:{reader.line_num}: {len(row)} fields under {len(header)} column names",
+                hint='put fields that hold a comma in "quotes"',
+            )
+        if row:
+            named = zip(header, (value.strip() for value in row), strict=True)
+            rows.append((reader.line_num, dict(named)))
+    return rows
+
+
+def _header(fields: list[str], path: Path) -> list[str]:
+    names = [ALIASES.get(name.strip().lower(), name.strip()) for name in fields]
+    if not names:
+        raise DataError(f"{path} is empty", hint="a header line and one line a clip")
+    if set(PLACES) & set(names):
+        return names
+    if any(mark in ",".join(names) for mark in (";", "\t")):
+        raise DataError(f"{path}:1: fields must be separated by commas", hint="save it as csv")
+    raise DataError(
+        f"{path}:1: no column named {', '.join(PLACES)}", hint="name the columns in line 1"
+    )
+
+
+def _clip(row: dict[str, str]) -> Clip:
+    url = _url(row)
+    start = _time(row.get("start", ""), "start") or 0.0
+    end = _time(row.get("end", ""), "end")
+    if start < 0 or (end is not None and end <= start):
+        raise ValueError(f"the span from {start} to {end} is empty")
+    split = row.get("split", "")
+    split = {"validate": "val", "validation": "val", "valid": "val"}.get(split, split) or "train"
+    if split not in SPLITS:
+        raise ValueError(f"split '{split}' is none of {', '.join(SPLITS)}")
+    name = row.get("id") or _name(url, start, end)
+    if not CLIP_ID.fullmatch(name):
+        raise ValueError(f"id '{name}' may hold letters, digits, - and _ only")
+    text = row.get("text", "")
+    return Clip(
+        clip_id=name,
+        source="urls",
+        url=url,
+        start=start,
+        end=end,
+        split=split,
+        labels={key: value for key, value in row.items() if key not in KNOWN and value},
+        captions=(Caption(start, end if end is not None else start + 1.0, text),) if text else (),
+        licence=row.get("licence") or None,
+    )
+
+
+def _url(row: dict[str, str]) -> str:
+    if row.get("youtube_id"):
+        if not re.fullmatch(r"[\w-]{1,64}", row["youtube_id"], re.ASCII):
+            raise ValueError(f"'{row['youtube_id']}' is no YouTube id")
+        return f"https://www.youtube.com/watch?v={row['youtube_id']}"
+    if row.get("url"):
+        parts = urlsplit(row["url"])
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"'{row['url']}' is no http or https address")
+        return row["url"]
+    if row.get("path"):
+        return f"urls:{row['path'].lstrip('/')}"
+    raise ValueError("no address in it")
+
+
+def _time(value: str, column: str) -> float | None:
+    if not value:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise ValueError(f"{column} '{value}' is no number of seconds")
+    return seconds
+
+
+def _name(url: str, start: float, end: float | None) -> str:
+    readable = re.sub(r"[^A-Za-z0-9_]+", "-", Path(urlsplit(url).path).stem).strip("-")[:40]
+    short = hashlib.sha256(f"{url} {start} {end}".encode()).hexdigest()[:10]
+    return f"{readable or 'clip'}-{short}"
+
+
+def _split(url: str, data: DataParams) -> str:
+    """By the video, so that its clips stay on one side."""
+    place = int(hashlib.sha256(url.encode()).hexdigest()[:8], 16) / 16**8
+    return "test" if place < data.test_share else "train"
