@@ -70,6 +70,9 @@ def symmetric_form(row: Tensor, column: Tensor, own: Tensor, valid: Tensor) -> T
     return _log_sum(row) + _log_sum(column) - 2 * _positive(row, own)
 
 
+FORMS: dict[str, Form] = {"paper": paper_form, "release": release_form}  # by recipe
+
+
 def pretraining_loss(
     embeddings: EmbeddingsLike,
     *,

@@ -26,7 +26,8 @@ def draw_kept(
     """Indices (B, K) of the tokens to keep, fresh for each step and sample.
 
     `samples` are positions in the global batch, so the draw does not depend on how the batch is
-    spread over processes. `stream` keeps draws of the same shape apart ("video", "audio").
+    spread over processes; the release's one draw for a whole batch is sample 0 for all. `stream`
+    keeps draws of the same shape apart ("video", "audio").
     """
     kept = num_kept(num_tokens, drop_rate)
     rows = []

@@ -40,6 +40,25 @@ def cut(inputs: Tensor, patch: Sequence[int]) -> Tensor:  # (B, *sizes, C) -> (B
     return rearrange(inputs, _CUT[len(patch)], **dict(zip(letters, patch, strict=True)))
 
 
+def check_shape(inputs: Tensor, axes: Sequence[str | int]) -> None:
+    """Raise unless the axes after the clips' are these: a name for any size, or a size."""
+    allowed = f"(clips, {', '.join(map(str, axes))})"
+    came = tuple(inputs.shape)
+    if inputs.ndim != len(axes) + 1:
+        raise SettingsError(
+            f"the input has {inputs.ndim} dimensions, {came}; allowed are {len(axes) + 1}",
+            hint=f"give it the shape {allowed}",
+        )
+    for place, (axis, size) in enumerate(zip(axes, inputs.shape[1:], strict=True), start=1):
+        if size < 1 or (isinstance(axis, int) and size != axis):
+            limit = str(axis) if isinstance(axis, int) else "1 or more"
+            name = "channels" if isinstance(axis, int) else axis
+            raise SettingsError(
+                f"the input's dimension {place}, {name}, is {size}; allowed is {limit}",
+                hint=f"the shape is {came}, meant is {allowed}",
+            )
+
+
 class PatchEmbedding(nn.Module):
     """Cut the input into patches, project each linearly, add its position."""
 
@@ -63,7 +82,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
         """(B, *sizes, C) -> (B, N, D), or (B, K, D) where `kept` (B, K) names tokens."""
-        self._check(inputs)
+        check_shape(inputs, (*self.axes, self.channels))
         patches = cut(inputs, self.patch)
         positions = self.positions(num_patches(inputs.shape[1:-1], self.patch))[None]
         if kept is not None:
@@ -72,25 +91,12 @@ class PatchEmbedding(nn.Module):
             positions = drop_tokens(positions.expand(len(kept), -1, -1), kept)
         return self.dropout(self.lift(self.project(patches)) + positions)
 
-    def _check(self, inputs: Tensor) -> None:
-        expected = f"(clips, {', '.join(self.axes)}, {self.channels} channels)"
-        if inputs.ndim != len(self.axes) + 2 or inputs.shape[-1] != self.channels:
-            raise SettingsError(
-                f"the input's shape is {tuple(inputs.shape)}, allowed is {expected}",
-                hint="put the axes in this order",
-            )
-        for axis, size in zip(self.axes, inputs.shape[1:-1], strict=True):
-            if size < 1:
-                raise SettingsError(
-                    f"the input's {axis} size is {size}, allowed is 1 or more",
-                    hint=f"the whole shape is {tuple(inputs.shape)}, meant as {expected}",
-                )
-
 
 class AudioEmbedding(PatchEmbedding):
     """Patches of a signal that comes without a channel axis: (B, S) or (B, frames, mel bins)."""
 
     def forward(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
+        check_shape(inputs, self.axes)
         return super().forward(inputs[..., None], kept)
 
 

@@ -14,6 +14,7 @@ from vatt.config import ModelParams
 from vatt.model.assembly import build_heads, build_towers
 from vatt.model.initialise import initialise
 from vatt.model.inputs import audio_grid, video_grid
+from vatt.model.patches import check_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,8 @@ class VATT(nn.Module):
         kept_audio: Tensor | None = None,
     ) -> Features:
         """Raw signals -> features; arguments as in `forward`."""
+        if text is not None:
+            check_shape(text, ("candidates", "words"))
         return Features(
             video=None if video is None else self.video(video, kept_video),
             audio=None if audio is None else self.audio(audio, kept_audio),
