@@ -5,6 +5,7 @@ file's first time stamp. The same input gives the same bytes.
 """
 
 import io
+import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -218,7 +219,8 @@ def _run(command: Sequence[str], seconds: float) -> str:
         raise BrokenMediaError("decoding takes too long") from None
     lines = done.stderr.strip().splitlines()
     full = [line for line in lines if "No space left on device" in line]
-    return next(iter(full or lines[-1:]), "")[:200]
+    said = next(iter(full or lines[-1:]), "")
+    return re.sub(r"\[[^\]]*@ 0x[0-9a-f]+\]\s*", "", said)[:200]  # addresses differ from run to run
 
 
 def _collect(item: Cut, params: PreprocessParams, prefix: str) -> list[Piece]:

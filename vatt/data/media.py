@@ -70,7 +70,8 @@ def _scan(container: av.container.InputContainer) -> Media:
         pass  # cut off: what came before counts
     if not last:
         raise BrokenMediaError("no packet in it")
-    zero = min(first.values())
+    # AAC's priming packets lie before it: their time is cut away by every player.
+    zero = container.start_time / 1e6 if container.start_time is not None else min(first.values())
     main = next(stream.index for stream in chosen if stream.index in last)
     return Media(
         video=video.index if video is not None and video.index in last else None,

@@ -11,7 +11,7 @@ from vatt.config import DataParams, Params, PreprocessParams
 from vatt.data.cut import windows_of
 from vatt.data.manifest import Caption, Clip
 from vatt.data.media import BrokenMediaError, probe
-from vatt.data.subtitles import SUFFIXES, embedded_captions, read_subtitles
+from vatt.data.subtitles import SUFFIXES, Subtitles, embedded_captions, read_subtitles
 from vatt.errors import DataError
 
 AUDIO = {".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"}
@@ -75,23 +75,29 @@ def scan(folder: Path, data: DataParams, preprocess: PreprocessParams | None = N
             f"no video in {folder}", hint=f"known file names end in {', '.join(sorted(MEDIA))}"
         )
     subtitles = _subtitles_of(folder, ignored)
-    tests = _tests(folder, files, data.test_share)
-    clips, broken = [], []
-    dropped = with_captions = num_samples = 0
+    read = {name: _captions(folder / name, subtitles.get(_stem(name), [])) for name in files}
+    spoken = [name for name in files if read[name].captions]
+    mute = [name for name in files if not read[name].captions]
+    tests = _tests(folder, spoken, data.test_share) | _tests(folder, mute, data.test_share)
+    clips = [
+        _clip(name, read[name].captions, split="test" if name in tests else "train")
+        for name in files
+    ]
+    broken: list[tuple[str, str]] = []
+    num_samples = 0
     for name in files:
-        captions, lost = _captions(folder / name, subtitles.pop(_stem(name), []))
-        clip = _clip(name, captions, split="test" if name in tests else "train")
-        clips.append(clip)
-        dropped += lost
-        with_captions += bool(captions)
         if preprocess is None:
-            continue
+            break
         try:
             num_samples += len(windows_of(0.0, probe(folder / name).seconds, preprocess))
         except BrokenMediaError as error:
             broken.append((name, str(error)))
-    ignored["subtitles of no video"] += sum(len(paths) for paths in subtitles.values())
-    return Found(clips, with_captions, broken, num_samples, dict(+ignored), dropped)
+    for stem in sorted(set(subtitles) - {_stem(name) for name in files}):
+        for path in subtitles[stem]:
+            is_json = path.suffix.lower() == ".json"
+            ignored[".json files" if is_json else "subtitles of no video"] += 1
+    dropped = sum(subtitles.dropped for subtitles in read.values())
+    return Found(clips, len(spoken), broken, num_samples, dict(+ignored), dropped)
 
 
 def ingest_settings(found: Found, folder: Path, params: Params) -> dict[str, Any]:
@@ -141,16 +147,15 @@ def _stem(name: str) -> str:
     return str(Path(name).with_suffix(""))
 
 
-def _captions(path: Path, beside: list[Path]) -> tuple[tuple[Caption, ...], int]:
-    """From the files beside a video, else from a track inside it; and how many were unreadable."""
+def _captions(path: Path, beside: list[Path]) -> Subtitles:
+    """From the files beside a video, else from a track inside it."""
     dropped = 0
-    for subtitles in beside:
-        read = read_subtitles(subtitles)
+    for file in beside:
+        read = read_subtitles(file)
         dropped += read.dropped
         if read.captions:
-            return read.captions, dropped
-    read = embedded_captions(path)
-    return read.captions, dropped
+            return Subtitles(read.captions, dropped)
+    return Subtitles(embedded_captions(path).captions, dropped)
 
 
 def _tests(folder: Path, files: list[str], share: float) -> set[str]:

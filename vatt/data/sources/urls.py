@@ -6,7 +6,7 @@ import hashlib
 import io
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -28,14 +28,7 @@ PLACES = ("url", "path", "youtube_id")
 SHOWN = 10  # bad rows named in the message
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """The clips of a list."""
-
-    clips: list[Clip]
-
-
-def read_urls(path: Path, data: DataParams) -> Listed:
+def read_urls(path: Path, data: DataParams) -> list[Clip]:
     """Read the list whole; bad rows are named with their lines, all at once."""
     rows = _rows(path)
     clips: list[Clip] = []
@@ -58,7 +51,7 @@ def read_urls(path: Path, data: DataParams) -> Listed:
         raise DataError("\n".join(shown), hint="correct or delete these lines")
     if not clips:
         raise DataError(f"{path} lists no clip", hint="a header line and one line a clip")
-    return Listed(clips)
+    return clips
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
