@@ -264,6 +264,8 @@ def _cause(error: BaseException) -> BaseException:
     """The error inside a DownloadError, or the one that an extractor met."""
     info = getattr(error, "exc_info", None)
     inner = info[1] if info else error
+    if isinstance(inner, (HTTPError, TransportError)):
+        return inner
     return getattr(inner, "cause", None) or inner
 
 

@@ -71,9 +71,9 @@ def plan_shards(
         source = media_path(clip, media=media, location=data.location)
         jobs.append(Job(clip, source, tuple(_keyed(clip, windows)), before.sha256))
 
-    def order(job: Job) -> tuple[str, str, str, float]:
+    def order(job: Job) -> tuple[str, str, float, str]:
         mixed = hashlib.sha256(f"{seed}:{job.clip.url}".encode()).hexdigest()
-        return job.clip.split, mixed, job.clip.clip_id, job.clip.start
+        return job.clip.split, mixed, job.clip.start, job.clip.clip_id
 
     jobs.sort(key=order)  # the clips of one file stay together: it is decoded once
     shards = []

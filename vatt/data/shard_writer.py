@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -90,31 +90,42 @@ def write_shard(shard: Shard, setting: Setting) -> dict[str, Any]:
     return part
 
 
-Call = list[tuple[int, Cut, Sequence[str]]]  # the job's number, what is cut, the samples' keys
+Owner = tuple[int, str]  # number of the job, key of the sample
+Call = list[tuple[Cut, list[Owner]]]  # what one run of ffmpeg cuts, and for whom, window by window
 
 
 def _calls(jobs: Sequence[Job], tallies: Sequence[Tally]) -> Iterator[Call]:
     """Group the jobs in calls of ffmpeg: several short sources in one, a long one in several."""
     call: Call = []
     room, seconds = WINDOWS_A_CALL, SECONDS_A_CALL
-    for number, job in enumerate(jobs):
-        try:
-            media = probe(job.source)
-        except BrokenMediaError as error:
-            tallies[number].losses["corrupt"] += len(job.windows)
-            tallies[number].complaint = str(error)
-            continue
-        for first in range(0, len(job.windows), WINDOWS_A_CALL):
-            part = job.windows[first : first + WINDOWS_A_CALL]
-            fits = len(part) <= room and media.seconds <= seconds and len(call) < SOURCES_A_CALL
-            if call and not fits:
-                yield call
-                call, room, seconds = [], WINDOWS_A_CALL, SECONDS_A_CALL
-            windows = tuple(window for _, window in part)
-            call.append((number, Cut(job.source, media, windows), [key for key, _ in part]))
-            room, seconds = room - len(part), seconds - media.seconds
+    for item, owners in _cuts(jobs, tallies):
+        length = item.media.seconds
+        fits = len(owners) <= room and length <= seconds and len(call) < SOURCES_A_CALL
+        if call and (not fits or call[-1][0].source == item.source):
+            yield call
+            call, room, seconds = [], WINDOWS_A_CALL, SECONDS_A_CALL
+        call.append((item, owners))
+        room, seconds = room - len(owners), seconds - length
     if call:
         yield call
+
+
+def _cuts(jobs: Sequence[Job], tallies: Sequence[Tally]) -> Iterator[tuple[Cut, list[Owner]]]:
+    """The windows of each source, those of all its clips together: it is decoded once."""
+    for source, group in groupby(enumerate(jobs), key=lambda item: item[1].source):
+        members = list(group)
+        try:
+            media = probe(source)
+        except BrokenMediaError as error:
+            for number, job in members:
+                tallies[number].losses["corrupt"] += len(job.windows)
+                tallies[number].complaint = str(error)
+            continue
+        wanted = [(window, (number, key)) for number, job in members for key, window in job.windows]
+        for first in range(0, len(wanted), WINDOWS_A_CALL):
+            part = wanted[first : first + WINDOWS_A_CALL]
+            windows = tuple(window for window, _ in part)
+            yield Cut(source, media, windows), [owner for _, owner in part]
 
 
 def _add(
@@ -122,20 +133,20 @@ def _add(
 ) -> None:
     """Cut what a call holds and write the samples that are whole."""
     params = setting.params
-    results = cut([item for _, item, _ in call], params, program=setting.program, work=setting.work)
-    for (number, item, keys), result in zip(call, results, strict=True):
-        job, tally = shard.jobs[number], tallies[number]
-        tally.complaint = tally.complaint or result.complaint
-        for key, window, piece in zip_longest(keys, item.windows, result.pieces):
-            captions = _nearby(job.clip.captions, window)
+    items = [item for item, _ in call]
+    results = cut(items, params, program=setting.program, work=setting.work)
+    for (item, owners), result in zip(call, results, strict=True):
+        for (number, key), window, piece in zip(owners, item.windows, result.pieces, strict=True):
+            clip, tally = shard.jobs[number].clip, tallies[number]
+            tally.complaint = tally.complaint or result.complaint
+            captions = _nearby(clip.captions, window)
             has = _has(piece, captions)
             loss = _loss(piece, has, setting, picture=item.media.video is not None)
             if loss:
                 tally.losses[loss] += 1
                 continue
             tally.has.update(has)
-            row = _add_sample(key, piece, captions, window, job.clip, writer)
-            tally.rows.append(row)
+            tally.rows.append(_add_sample(key, piece, captions, window, clip, writer))
 
 
 def _has(piece: Piece, captions: Sequence[Caption]) -> tuple[str, ...]:

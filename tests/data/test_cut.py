@@ -1,0 +1,121 @@
+"""ffmpeg cuts exactly: the right frames, the right samples, the same bytes."""
+
+import numpy as np
+import pytest
+
+from tests.data.corpus import STEP, demo_params, write_media
+from vatt.data.cut import Cut, cut, find_ffmpeg, windows_of
+from vatt.data.media import BrokenMediaError, decode_frames, probe
+from vatt.errors import MachineError
+
+PARAMS = demo_params().preprocess
+
+
+def cut_file(path, windows, tmp_path, params=PARAMS):
+    work = Cut(path, probe(path), tuple(windows))
+    return cut([work], params, program=find_ffmpeg(None), work=tmp_path)[0]
+
+
+def numbers(piece) -> list[int]:
+    """Which frames of the source these are, told from their grey."""
+    video = decode_frames(piece.video, range(piece.num_frames), fps=PARAMS.fps)
+    return (video.mean(axis=(1, 2, 3)) / STEP).round().astype(int).tolist()
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """2.4 s: 24 frames of 10 a second, sound in the second half."""
+    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    write_media(path, seconds=2.4, size=(48, 64))
+    return path
+
+
+def test_windows_cover_the_span_and_drop_a_short_rest():
+    params = PARAMS.model_copy(update={"clip_seconds": 1.0, "min_clip_seconds": 0.4})
+    assert windows_of(0.5, 3.0, params) == [(0.5, 1.5), (1.5, 2.5), (2.5, 3.0)]
+    assert windows_of(0.0, 2.3, params) == [(0.0, 1.0), (1.0, 2.0)]
+    assert windows_of(0.0, 0.3, params) == []
+
+
+def test_windows_hold_exactly_their_frames(film, tmp_path):
+    result = cut_file(film, [(0.0, 1.0), (1.0, 2.0), (0.5, 1.5), (1.7, 2.4)], tmp_path)
+    assert result.complaint == ""
+    assert [numbers(piece) for piece in result.pieces] == [
+        list(range(10)), list(range(10, 20)), list(range(5, 15)), list(range(17, 24)),
+    ]  # fmt: skip
+
+
+def test_a_window_off_the_frame_grid_begins_with_the_nearest_frame(film, tmp_path):
+    [piece] = cut_file(film, [(0.96, 1.96)], tmp_path).pieces
+    assert numbers(piece) == list(range(10, 20))
+
+
+def test_sound_is_as_long_as_the_picture_and_in_step(film, tmp_path):
+    pieces = cut_file(film, [(0.0, 1.0), (0.8, 1.8)], tmp_path).pieces
+    assert [len(piece.audio) for piece in pieces] == [8000, 8000]
+    assert np.abs(pieces[0].audio).max() < 300  # silent before 1.2 s
+    onset = np.flatnonzero(np.abs(pieces[1].audio) > 3000)[0] / 8000
+    assert abs(onset - 0.4) < 0.02
+
+
+def test_short_side_and_even_sizes(tmp_path):
+    for size, stored in (((48, 64), (32, 42)), ((96, 48), (64, 32)), ((32, 32), (32, 32))):
+        path = tmp_path / f"{size[0]}.mp4"
+        write_media(path, size=size)
+        [piece] = cut_file(path, [(0.0, 1.0)], tmp_path).pieces
+        assert (piece.height, piece.width) == stored
+
+
+def test_frames_are_repeated_or_left_out_to_reach_the_rate(tmp_path):
+    path = tmp_path / "slow.mp4"
+    write_media(path, seconds=2.0, fps=5)
+    [piece] = cut_file(path, [(0.0, 1.0)], tmp_path).pieces
+    assert numbers(piece) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_many_sources_in_a_call_give_the_bytes_of_one_each(film, tmp_path):
+    other = tmp_path / "other.mp4"
+    write_media(other, seconds=1.2, sound=False)
+    jobs = [
+        Cut(film, probe(film), ((0.0, 1.0), (1.0, 2.0))),
+        Cut(other, probe(other), ((0.0, 1.0),)),
+    ]
+    program = find_ffmpeg(None)
+    together = cut(jobs, PARAMS, program=program, work=tmp_path)
+    alone = [cut([job], PARAMS, program=program, work=tmp_path)[0] for job in jobs]
+    for one, two in zip(together, alone, strict=True):
+        for piece, same in zip(one.pieces, two.pieces, strict=True):
+            assert piece.video == same.video and np.array_equal(piece.audio, same.audio)
+    assert together[1].pieces[0].audio is None
+
+
+def test_a_broken_file_among_others_costs_only_itself(film, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    data = bytearray(film.read_bytes())
+    start = data.index(b"mdat") + 4
+    data[start : start + 4000] = b"\xff" * 4000
+    broken.write_bytes(data)
+    jobs = [Cut(path, probe(path), ((0.0, 1.0),)) for path in (film, broken)]
+    good, bad = cut(jobs, PARAMS, program=find_ffmpeg(None), work=tmp_path)
+    assert good.complaint == "" and numbers(good.pieces[0]) == list(range(10))
+    assert bad.complaint and "0x" not in bad.complaint
+
+
+def test_what_is_no_media_says_why(tmp_path):
+    cases = {
+        "empty": b"",
+        "page.mp4": b"<!doctype html><p>404</p>" * 50,
+        "x.mp4": b"#EXTM3U\nfile:///",
+    }
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BrokenMediaError, match=r"empty file|not a media file"):
+            probe(tmp_path / name)
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(BrokenMediaError, match="not a file"):
+        probe(tmp_path / "folder.mp4")
+
+
+def test_a_missing_ffmpeg_is_the_machines_fault(tmp_path):
+    with pytest.raises(MachineError, match=r"machine\.ffmpeg"):
+        find_ffmpeg(tmp_path / "none")

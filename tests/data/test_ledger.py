@@ -1,0 +1,64 @@
+"""The ledger: one state a clip, whatever dies while it is written."""
+
+import subprocess
+import sys
+
+import pytest
+
+from vatt.data.ledger import Entry, Ledger, read_ledger, summary, write_ledger
+from vatt.errors import DataError
+
+WRITER = """
+import sys
+from pathlib import Path
+from vatt.data.ledger import Entry, Ledger
+with Ledger(Path(sys.argv[1])) as ledger:
+    for number in range(200):
+        ledger.record(Entry(f"{sys.argv[2]}-{number}", "ok", "download", reason="x" * 50))
+"""
+
+
+def test_the_last_word_on_a_clip_counts(tmp_path):
+    with Ledger(tmp_path / "j") as journal:
+        journal.record(
+            Entry("a", "network", "download"), Entry("b", "ok", "download", has=("video",))
+        )
+        journal.record(Entry("a", "ok", "download", seconds=1.5, sha256="f"))
+    entries = read_ledger(tmp_path / "j")
+    assert summary(entries.values()) == {"ok": 2}
+    assert entries["a"].seconds == 1.5 and entries["b"].has == ("video",)
+    assert all(entry.time for entry in entries.values())
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_a_line_cut_off_by_a_kill_costs_only_itself(tmp_path, cut):
+    path = tmp_path / "j"
+    with Ledger(path) as journal:
+        journal.record(Entry("a", "ok", "download"))
+        journal.record(Entry("b", "ok", "download"))
+    path.write_bytes(path.read_bytes()[:-cut])
+    with Ledger(path) as journal:
+        journal.record(Entry("c", "not-found", "download"))
+    assert {"a", "c"} <= set(read_ledger(path)) <= {"a", "b", "c"}
+
+
+def test_several_writers_lose_no_line(tmp_path):
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "j")]
+    writers = [subprocess.Popen([*command, str(number)]) for number in range(3)]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert len(read_ledger(tmp_path / "j")) == 600
+
+
+def test_the_final_ledger_is_sorted_and_without_times(tmp_path):
+    first = [Entry("b", "ok", "download", time="2026-01-01"), Entry("a", "corrupt", "preprocess")]
+    assert write_ledger(tmp_path / "1", first) == {"ok": 1, "corrupt": 1}
+    write_ledger(tmp_path / "2", first[::-1])
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    assert list(read_ledger(tmp_path / "1")) == ["a", "b"]
+
+
+def test_two_states_for_a_clip_and_unknown_states_are_refused(tmp_path):
+    with pytest.raises(DataError, match="two states"):
+        write_ledger(tmp_path / "1", [Entry("a", "ok", "x"), Entry("a", "geo", "x")])
+    with pytest.raises(ValueError, match="vanished"):
+        Entry("a", "vanished", "x")
