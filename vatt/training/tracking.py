@@ -54,6 +54,11 @@ class Run:
         """Note results that belong to no step."""
         self.log(0, metrics)
 
+    def tag(self, name: str, value: str) -> None:
+        """Name a fact that is known only now."""
+        if self._client is not None:
+            self._client.set_tag(self.run_id, name, value)
+
     def artifact(self, path: Path) -> None:
         """Keep a copy of a file or folder with the run."""
         if self._client is None:

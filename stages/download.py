@@ -1,0 +1,44 @@
+"""Stage download: a source -> manifest, media, and a ledger row for each clip."""
+
+import json
+
+from vatt.config import load_params
+from vatt.data.download import download
+from vatt.data.manifest import manifest_hash, write_manifest
+from vatt.data.sources.chosen import open_source
+from vatt.files import atomic_write
+from vatt.outcome import run_stage
+from vatt.progress import progress
+from vatt.provenance import stage_hash
+from vatt.training import tracking
+
+
+def main() -> None:
+    """List the clips of the source and fetch their media."""
+    params = load_params()
+    paths, workers = params.paths, params.machine.workers
+    with (
+        tracking.run("download", params, stage_hash=stage_hash("download", params)) as run,
+        progress("make the corpus", "clips") as made,
+        open_source(
+            params.data,
+            seed=params.seed,
+            corpus=paths.media.with_name("corpus"),
+            workers=workers,
+            progress=made,
+        ) as source,
+        progress("download", "clips") as tick,
+    ):
+        write_manifest(paths.manifest, source.clips)
+        counts = download(
+            source.clips, source.data, params.machine,
+            media=paths.media, ledger=paths.download_ledger, progress=tick,
+        )  # fmt: skip
+        run.log(0, {f"clips.{state}": float(count) for state, count in counts.items()})
+        run.tag("vatt.data_hash", manifest_hash(paths.manifest))
+        with atomic_write(paths.metrics / "download.json") as path:
+            path.write_text(json.dumps({"clips": counts}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_stage("download", main)
