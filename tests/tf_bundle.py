@@ -111,7 +111,7 @@ def write(
     graph: bytes | None = b"a graph",
 ) -> None:
     """Tensors by their full keys, dealt to the shards in turn."""
-    files = [b""] * shards
+    files = [bytearray() for _ in range(shards)]
     values: dict[bytes, bytes] = {}
     for index, (key, array) in enumerate(tensors.items()):
         shard, data = index % shards, np.ascontiguousarray(array).tobytes()
