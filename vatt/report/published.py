@@ -10,7 +10,6 @@ from typing import Any
 
 from vatt.config import AudioParams, ModelParams, SizeParams, TextParams, VideoParams
 from vatt.model.flops import multimodal_flops, video_flops
-from vatt.model.sizes import resolve
 from vatt.paper import PaperTable, heading, paper_tables
 from vatt.report.inputs import Inputs
 from vatt.report.results import DIRECTIONS, PROBES
@@ -56,6 +55,7 @@ SIZES_TABLE = 7
 VIEWS = 12  # 4 clips x 3 crops
 DROP_RATES = (0.75, 0.5, 0.25, 0.0)  # columns of tables 5 and 6
 PATCH = (4, 16, 16)
+HEAD_DIM = 64
 PATCH_VALUES = 4 * 16 * 16 * 3
 GRID = (8, 14, 14)  # of a 32x224x224 clip
 
@@ -80,7 +80,7 @@ def _section(table: PaperTable, inputs: Inputs) -> Section:
         Row(_row_name(row.name), published_cells(row.values), "published") for row in table.rows
     ]
     ours = _measured_row(table, inputs)
-    computed = FORMULAS[table.number]() if table.number in FORMULAS else []
+    computed = FORMULAS[table.number](table) if table.number in FORMULAS else []
     # Table 7 holds sizes: there is nothing in it to measure.
     lines = [*rows, *computed] if table.number == SIZES_TABLE else [*rows, *computed, ours]
     published = Table(
@@ -129,7 +129,7 @@ def _formula_row(name: str, values: list[float | None], *, digits: int = 2) -> R
     return Row(name, cells, "computed", "by our formula, not measured")
 
 
-def _table_1() -> list[Row]:
+def _table_1(_: PaperTable) -> list[Row]:
     return [
         _formula_row(
             f"VATT-{size.capitalize()}, TFLOPs",
@@ -140,7 +140,7 @@ def _table_1() -> list[Row]:
     ]
 
 
-def _table_5() -> list[Row]:
+def _table_5(_: PaperTable) -> list[Row]:
     model = ModelParams(
         recipe="paper",
         backbone="specific",
@@ -158,7 +158,7 @@ def _table_5() -> list[Row]:
     return [_formula_row("multimodal GFLOPs", flops)]
 
 
-def _table_6() -> list[Row]:
+def _table_6(_: PaperTable) -> list[Row]:
     rows = []
     for frames, size in ((32, 224), (64, 224), (32, 320)):
         flops: list[float | None] = [
@@ -175,14 +175,16 @@ def _table_6() -> list[Row]:
     return rows
 
 
-def _table_7() -> list[Row]:
+def _table_7(table: PaperTable) -> list[Row]:
     rows = []
-    for name in ("small", "base", "medium", "large"):
-        size = resolve(name)
-        cells = [size.depth, size.dim, size.mlp_dim, size.heads]
+    for published in table.rows:
+        depth, dim, mlp_dim, heads = (int(str(value)) for value in published.values[:4])
+        size = SizeParams(depth=depth, dim=dim, mlp_dim=mlp_dim, heads=heads, head_dim=HEAD_DIM)
         parameters = Cell(f"{video_classifier_parameters(size) / 1e6:.1f}", "computed")
-        row = (*(Cell(str(value), "computed") for value in cells), parameters)
-        rows.append(Row(name, row, "computed", "video tower with a 600-class head, counted"))
+        cells = (*(Cell(str(value), "computed") for value in published.values[:4]), parameters)
+        rows.append(
+            Row(published.name, cells, "computed", "video tower with a 600-class head, counted")
+        )
     return rows
 
 
@@ -199,7 +201,7 @@ def video_classifier_parameters(size: SizeParams, *, classes: int = 600) -> int:
     return patches + positions + layers + agg_token_and_last_norm + head
 
 
-FORMULAS: dict[int, Callable[[], list[Row]]] = {
+FORMULAS: dict[int, Callable[[PaperTable], list[Row]]] = {
     1: _table_1,
     5: _table_5,
     6: _table_6,

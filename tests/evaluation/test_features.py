@@ -1,0 +1,128 @@
+"""Features: every clip once, views averaged, the same from the cache as from the model."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.evaluation.clips import MODEL, batches
+from vatt.evaluation.features import (
+    ARRAYS,
+    KEPT_FILES,
+    cache_key,
+    cached,
+    extract,
+    load_features,
+    save_features,
+)
+from vatt.evaluation.passes import untrained
+
+
+def quiet(done, total):
+    """Progress that nobody watches."""
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.set_num_threads(1)
+    return untrained(MODEL, seed=0)
+
+
+def features(encoder, **how):
+    return extract({"one": encoder}, batches(**how), progress=quiet, total=12)["one"]
+
+
+def test_features_do_not_depend_on_the_batch_size(encoder):
+    small, large = features(encoder, batch_size=1), features(encoder, batch_size=12)
+    assert (
+        small.clip_ids.tolist() == large.clip_ids.tolist() == [f"clip-{i:03d}" for i in range(12)]
+    )
+    for name in ARRAYS:
+        np.testing.assert_allclose(getattr(small, name), getattr(large, name), atol=1e-5)
+
+
+def test_a_last_batch_that_is_not_full_is_neither_dropped_nor_doubled(encoder):
+    found = features(encoder, clips=11, batch_size=4)
+    assert found.clip_ids.tolist() == [f"clip-{i:03d}" for i in range(11)]
+    assert found.labels["shade"].shape == (11,)
+
+
+def test_the_views_of_a_clip_are_averaged(encoder):
+    both = features(encoder, clips=3, views=2)
+    (batch,) = batches(clips=3, batch_size=3, views=2)
+    video = batch.video.float() / 255 * 2 - 1
+    with torch.inference_mode():
+        each = encoder.encode(video=video).video
+    naive = torch.stack([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2, (each[4] + each[5]) / 2])
+    np.testing.assert_allclose(both.video, naive.numpy(), atol=1e-6)
+    assert both.clip_ids.tolist() == ["clip-000", "clip-001", "clip-002"]
+
+
+def test_a_clip_whose_views_are_apart_is_refused(encoder):
+    twice = [*batches(clips=4), *batches(clips=4)]
+    with pytest.raises(AssertionError, match="adjacent"):
+        extract({"one": encoder}, twice, progress=quiet, total=4)
+
+
+def test_embeddings_have_length_one_and_masks_say_what_is_there(encoder):
+    found = features(encoder)
+    for name in ("video_va", "audio_va", "video_vt"):
+        np.testing.assert_allclose(np.linalg.norm(getattr(found, name), axis=-1), 1, atol=1e-5)
+    assert found.has_text.sum(axis=1).tolist() == [2, 2, 2, 1, 2, 0, 2, 1, 2, 2, 2, 0]
+    assert found.has_audio.tolist() == [i != 6 for i in range(12)]
+
+
+def test_progress_counts_clips_to_the_end(encoder):
+    seen = []
+    extract(
+        {"one": encoder},
+        batches(views=2),
+        progress=lambda done, total: seen.append((done, total)),
+        total=12,
+    )
+    assert seen == [(4, 12), (8, 12), (12, 12)]
+
+
+def test_saved_features_come_back_bit_for_bit(encoder, tmp_path):
+    made = features(encoder)
+    save_features(made, tmp_path / "features.npz")
+    back = load_features(tmp_path / "features.npz")
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(back, name), getattr(made, name))
+    assert back.labels["shade"].tolist() == made.labels["shade"].tolist()
+
+
+def test_only_what_the_cache_lacks_is_computed(encoder, tmp_path):
+    asked = []
+
+    def compute(names):
+        asked.append(names)
+        return {name: features(encoder, seed=i) for i, name in enumerate(names)}
+
+    cached(tmp_path, {"first": "a"}, compute)
+    both = cached(tmp_path, {"first": "a", "second": "b"}, compute)
+    again = cached(tmp_path, {"first": "a", "second": "b"}, compute)
+    assert asked == [["first"], ["second"]]
+    np.testing.assert_array_equal(both["second"].video, again["second"].video)
+    cached(None, {"first": "a"}, compute)
+    assert asked[-1] == ["first"]
+
+
+def test_the_cache_forgets_the_oldest(encoder, tmp_path):
+    made = features(encoder, clips=2, batch_size=2)
+    for number in range(KEPT_FILES + 3):
+        cached(tmp_path, {"one": f"key{number}"}, lambda names: {"one": made})
+    assert len(list(tmp_path.glob("*.npz"))) == KEPT_FILES
+
+
+def test_the_cache_key_tells_weights_and_data_apart():
+    assert cache_key("weights", "data") == cache_key("weights", "data")
+    assert len({cache_key("a", "b"), cache_key("a", "c"), cache_key("b", "b")}) == 3
+
+
+def test_the_untrained_encoder_is_the_same_for_the_same_seed_and_touches_no_global_state():
+    before = torch.random.get_rng_state()
+    first, second, other = (untrained(MODEL, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(before, torch.random.get_rng_state())
+    weights = [model.state_dict() for model in (first, second, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
