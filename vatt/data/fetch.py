@@ -135,7 +135,7 @@ def _download_file(tool: yt_dlp.YoutubeDL, address: str, name: str) -> Any:
         "id": name,
         "title": name,
         "url": address,
-        "ext": "media",
+        "ext": "mp4",  # yt-dlp refuses names it does not know; the content decides in the end
         "extractor": "generic",
         "extractor_key": "Generic",
         "webpage_url": address,
@@ -213,7 +213,7 @@ def _options(fetching: Fetching, *, direct: bool) -> dict[str, Any]:
         "noprogress": True,
         "playlist_items": "1",
         "quiet": True,
-        "retries": 2,
+        "retries": 0,  # ours, which also cover the first request, are enough
         "socket_timeout": SILENCE,
         "updatetime": False,
     }
@@ -242,11 +242,19 @@ def _explain(error: YoutubeDLError, name: str, host: str) -> Outcome:
     if "No space left on device" in said or "Errno 122" in said:
         raise MachineError("the disk of the media folder is full", hint="free some space")
     cause = _cause(error)
-    if isinstance(cause, HTTPError):
-        return Outcome(name, _state_of_status(cause.status), f"HTTP {cause.status}", host=host)
-    if isinstance(cause, TransportError):
-        return Outcome(name, "network", reason, host=host, reached=False)
+    status = cause.status if isinstance(cause, HTTPError) else _status_in(said)
+    if status is not None:
+        return Outcome(name, _state_of_status(status), f"HTTP {status}", host=host)
+    if isinstance(cause, TransportError) or "Got error: " in said:
+        reached = not re.search(r"Failed to (establish|resolve)|unreachable|ProxyError", said)
+        return Outcome(name, "network", reason, host=host, reached=reached)
     return Outcome(name, _state_said(cause, said), reason, host=host)
+
+
+def _status_in(said: str) -> int | None:
+    """The status in the words that are all yt-dlp's file downloader gives."""
+    found = re.search(r"HTTP Error (\d{3})", said)
+    return int(found[1]) if found else None
 
 
 def _state_said(cause: BaseException, said: str) -> str:

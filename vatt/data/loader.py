@@ -13,12 +13,11 @@ import numpy as np
 import torch
 
 from vatt.data.background import Background
-from vatt.data.media import BrokenMediaError
 from vatt.data.pool import worker_pool
 from vatt.data.samples import VOCABULARY, Decoded, Facts, Row, ShardIndex, ShardReader, decode_clips
 from vatt.data.sampling import Request, Sample, Sampling, Stored, make_sample
 from vatt.data.text import Vocabulary
-from vatt.errors import DataError, MachineError
+from vatt.errors import MachineError
 
 Loaded = tuple[list[Request], list[Sample]]
 
@@ -162,25 +161,18 @@ def _make(
     sampling: Sampling,
 ) -> list[Sample]:
     vocabulary = _vocabulary(index) if sampling.candidates else None
-    samples = []
-    for row, request in zip(rows, asked, strict=True):
-        try:
-            sample = make_sample(
-                stored,
-                row,
-                sampling,
-                fps=index.fps,
-                audio_hz=index.audio_hz,
-                vocabulary=vocabulary,
-                request=request,
-            )
-        except BrokenMediaError as error:
-            raise DataError(
-                f"sample {row.key} of {index.folder / row.shard} is broken: {error}",
-                hint="delete that shard and run `vattctl preprocess`",
-            ) from None
-        samples.append(sample)
-    return samples
+    return [
+        make_sample(
+            stored,
+            row,
+            sampling,
+            fps=index.fps,
+            audio_hz=index.audio_hz,
+            vocabulary=vocabulary,
+            request=request,
+        )
+        for row, request in zip(rows, asked, strict=True)
+    ]
 
 
 def _vocabulary(index: ShardIndex) -> Vocabulary:

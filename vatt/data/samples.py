@@ -166,14 +166,19 @@ class ShardReader:
 
     def frames(self, row: Row, indices: Sequence[int]) -> np.ndarray:
         """The frames at ascending or repeating `indices`: (T, H, W, C)."""
-        if row.video is None:
-            raise BrokenMediaError("the sample has no picture")
-        return decode_frames(self._read(row.shard, row.video), indices, fps=self.index.fps)
+        assert row.video is not None
+        data = self._read(row.shard, row.video)
+        try:
+            return decode_frames(data, indices, fps=self.index.fps)
+        except BrokenMediaError as error:
+            raise DataError(
+                f"sample {row.key} of {self.index.folder / row.shard} is broken: {error}",
+                hint="delete that shard and run `vattctl preprocess`",
+            ) from None
 
     def audio(self, row: Row, first: int, last: int) -> np.ndarray:
         """Samples first to last (exclusive), as far as there are: (S,)."""
-        if row.audio is None:
-            raise BrokenMediaError("the sample has no sound")
+        assert row.audio is not None
         offset, _ = row.audio
         first, last = max(first, 0), min(last, row.num_samples)
         span = (offset + WAV_HEADER_BYTES + 2 * first, 2 * max(last - first, 0))

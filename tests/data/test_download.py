@@ -1,0 +1,263 @@
+"""Download against a server that behaves as servers do."""
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.data.corpus import demo_params, make_clip, write_media
+from vatt.data import fetch
+from vatt.data.download import addresses_of, download
+from vatt.data.ledger import read_ledger
+from vatt.errors import DataError, MachineError
+
+
+class Server:
+    """Serves one video under any name; a name says how: fail-503-2-x fails twice, cut-x once."""
+
+    def __init__(self, media: bytes) -> None:
+        self.media = media
+        self.asked: list[tuple[str, str | None]] = []  # path and Range
+        self.sent = 0
+        self.pause = 0.0  # seconds between two pieces of a body
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        name = request.path.removeprefix("/")
+        span = request.headers.get("Range")
+        times = sum(path == name for path, _ in self.asked)
+        self.asked.append((name, span))
+        kind, *rest = name.removesuffix(".mp4").split("-")
+        if kind == "fail" and times < int(rest[1]):
+            request.send_error(int(rest[0]))
+            return
+        body = b"<html>no video here</html>" if kind == "page" else self.media
+        first = int(span.removeprefix("bytes=").split("-")[0]) if span else 0
+        request.send_response(206 if span else 200)
+        request.send_header("Content-Type", "text/html" if kind == "page" else "video/mp4")
+        request.send_header("Content-Length", str(len(body) - first))
+        if span:
+            request.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
+        request.end_headers()
+        until = len(body) // 2 if kind == "cut" and times == 0 else len(body)
+        for start in range(first, until, 4096):
+            piece = body[start : min(start + 4096, until)]
+            request.wfile.write(piece)
+            self.sent += len(piece)
+            time.sleep(self.pause)
+
+
+@contextmanager
+def serving(server: Server):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.answer(self)
+
+        def log_message(self, *args):
+            pass
+
+    class Quiet(ThreadingHTTPServer):
+        def handle_error(self, request, client_address):
+            pass
+
+    with Quiet(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("media") / "a.mp4"
+    write_media(path)
+    return path.read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(fetch, "PAUSES", (0.01, 0.01, 0.01))
+
+
+def clip(number: int, name: str):
+    return replace(make_clip(number), url=f"demo:{name}.mp4")
+
+
+def run(tmp_path, clips, base: str | None, *, workers=0, **data):
+    params = demo_params(base_urls=(base,) if base else (), **data)
+    machine = params.machine.model_copy(update={"workers": workers})
+    return download(
+        clips, params.data, machine, media=tmp_path / "media", ledger=tmp_path / "ledger.jsonl"
+    )
+
+
+def test_every_answer_ends_in_its_state(tmp_path, media):
+    names = {
+        "a": "ok", "a b#%1": "ok", "fail-503-2": "ok", "fail-500-3": "ok", "cut": "ok",
+        "fail-404-9": "not-found", "fail-410-9": "removed", "fail-403-9": "needs-login",
+        "fail-429-9": "rate-limited", "fail-503-9": "rate-limited", "fail-502-9": "network",
+        "fail-451-9": "geo", "page": "corrupt",
+    }  # fmt: skip
+    clips = [clip(number, name) for number, name in enumerate(names)]
+    seen = []
+    with serving(Server(media)) as base:
+        params = demo_params(base_urls=(base,))
+        counts = download(
+            clips, params.data, params.machine, media=tmp_path / "media",
+            ledger=tmp_path / "ledger.jsonl", progress=lambda *done: seen.append(done),
+        )  # fmt: skip
+    ledger = read_ledger(tmp_path / "ledger.jsonl")
+    assert {c.url[5:-4]: ledger[c.clip_id].state for c in clips} == names
+    assert sum(counts.values()) == len(clips) and seen[-1] == (13, 13)
+    whole = [c for c in clips if ledger[c.clip_id].state == "ok"]
+    for one in whole:
+        assert (tmp_path / "media" / one.media_name).read_bytes() == media
+        entry = ledger[one.clip_id]
+        assert entry.has == ("video", "audio") and abs(entry.seconds - 1.0) < 0.01
+    assert ledger[clips[5].clip_id].reason == "HTTP 404"
+
+
+def test_a_second_run_asks_only_for_what_can_be_tried_again(tmp_path, media):
+    clips = [clip(0, "a"), clip(1, "fail-404-9"), clip(2, "fail-503-6")]
+    server = Server(media)
+    with serving(server) as base:
+        assert run(tmp_path, clips, base) == {"ok": 1, "rate-limited": 1, "not-found": 1}
+        first, asked = (tmp_path / "ledger.jsonl").read_bytes(), len(server.asked)
+        assert run(tmp_path, clips, base) == {"ok": 2, "not-found": 1}
+        assert {path for path, _ in server.asked[asked:]} == {"fail-503-6.mp4"}
+        second, asked = (tmp_path / "ledger.jsonl").read_bytes(), len(server.asked)
+        assert run(tmp_path, clips, base) == {"ok": 2, "not-found": 1}
+        assert len(server.asked) == asked
+        assert (tmp_path / "ledger.jsonl").read_bytes() == second != first
+
+
+def test_media_that_was_deleted_is_fetched_again(tmp_path, media):
+    clips = [clip(0, "a"), clip(1, "b")]
+    with serving(Server(media)) as base:
+        run(tmp_path, clips, base)
+        (tmp_path / "media" / clips[0].media_name).unlink()
+        run(tmp_path, clips, base)
+    assert (tmp_path / "media" / clips[0].media_name).read_bytes() == media
+
+
+def test_clips_of_one_file_share_one_download(tmp_path, media):
+    clips = [replace(clip(0, "a"), clip_id=f"clip-{k}", start=k / 10, end=1.0) for k in range(5)]
+    server = Server(media)
+    with serving(server) as base:
+        assert run(tmp_path, clips, base) == {"ok": 5}
+    assert len(server.asked) == 1
+
+
+def test_mirrors_are_asked_in_order_and_the_source_last(tmp_path, media):
+    server = Server(media)
+    with serving(server) as base:
+        params = demo_params(base_urls=(f"{base}/fail-404-9-", base + "/"))
+        away = replace(make_clip(0), url=f"{base}/fail-404-1-source.mp4")
+        machine = params.machine
+        counts = download(
+            [away], params.data, machine, media=tmp_path / "media", ledger=tmp_path / "ledger.jsonl"
+        )
+    assert counts == {"ok": 1}
+    assert [path for path, _ in server.asked][-2:] == ["fail-404-1-source.mp4"] * 2
+
+
+def test_youtube_only_when_allowed_but_mirrors_always():
+    url = "https://www.youtube.com/watch?v=abc_-123"
+    closed = demo_params(base_urls=("http://mirror/x",)).data
+    assert addresses_of(url, closed) == (("http://mirror/x/abc_-123.mp4",), None)
+    allowed = closed.model_copy(update={"allow_youtube": True, "base_urls": ()})
+    assert addresses_of(url, allowed) == ((), url)
+    with pytest.raises(DataError, match=r"data\.base_urls"):
+        addresses_of("demo:a.mp4", demo_params(base_urls=()).data)
+
+
+def test_a_youtube_clip_that_is_not_allowed_is_left_out_with_the_reason(tmp_path, media):
+    clips = [clip(0, "a"), replace(make_clip(1), url="https://youtu.be/abc")]
+    with serving(Server(media)) as base:
+        params = demo_params(base_urls=())
+        clips[0] = replace(clips[0], url=f"{base}/a.mp4")
+        download(
+            clips,
+            params.data,
+            params.machine,
+            media=tmp_path / "media",
+            ledger=tmp_path / "l.jsonl",
+        )
+    entry = read_ledger(tmp_path / "l.jsonl")["clip-001"]
+    assert entry.state == "filtered" and "allow_youtube" in entry.reason
+
+
+def test_no_network_is_one_clear_error(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, not listening: refused at once
+        base = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        begun = time.monotonic()
+        with pytest.raises(MachineError, match="nothing could be fetched") as caught:
+            run(tmp_path, [clip(number, str(number)) for number in range(200)], base)
+    assert caught.value.exit_code == 4
+    assert time.monotonic() - begun < 20
+    assert len(read_ledger(tmp_path / "ledger.jsonl")) == 200
+
+
+def test_no_clip_left_or_too_few_stop_the_pipeline(tmp_path, media):
+    with serving(Server(media)) as base:
+        with pytest.raises(DataError, match=r"no clip is left after download \(1 not-found\)"):
+            run(tmp_path, [clip(0, "fail-404-9")], base)
+        with pytest.raises(DataError, match=r"data\.min_share asks for 80%"):
+            run(tmp_path, [clip(0, "fail-404-9"), clip(1, "a")], base, min_share=0.8)
+
+
+def test_a_full_disk_is_the_machines_fault(tmp_path, media):
+    one = clip(0, "a")
+    partial = tmp_path / "media" / ".partial"
+    partial.mkdir(parents=True)
+    (partial / f"{one.media_name}.mp4.part").symlink_to("/dev/full")
+    with serving(Server(media)) as base, pytest.raises(MachineError, match="disk") as caught:
+        run(tmp_path, [one], base)
+    assert caught.value.exit_code == 4
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tests.data.test_download import clip, run
+run(Path(sys.argv[1]), [clip(n, str(n)) for n in range(12)], sys.argv[2], workers=int(sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kills_lose_nothing_and_fetch_little_twice(tmp_path, media, workers):
+    server = Server(media)
+    server.pause = 0.02
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    with serving(server) as base:
+        for wait in (1.0, 1.3):
+            process = subprocess.Popen([*command, base, str(workers)])
+            time.sleep(wait)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        server.pause = 0.0
+        clips = [clip(number, str(number)) for number in range(12)]
+        assert run(tmp_path, clips, base) == {"ok": 12}
+        for one in clips:
+            assert (tmp_path / "media" / one.media_name).read_bytes() == media
+        assert not any((tmp_path / "media" / ".partial").iterdir())
+
+
+def test_a_partial_file_is_continued_where_it_ends(tmp_path, media):
+    server = Server(media)
+    one = clip(0, "a")
+    folder = tmp_path / "media" / ".partial"
+    folder.mkdir(parents=True)
+    half = len(media) // 2
+    (folder / f"{one.media_name}.mp4.part").write_bytes(media[:half])
+    with serving(server) as base:
+        assert run(tmp_path, [one], base) == {"ok": 1}
+    assert server.asked == [("a.mp4", f"bytes={half}-")] and server.sent == len(media) - half
+    assert (Path(tmp_path) / "media" / one.media_name).read_bytes() == media
