@@ -132,9 +132,10 @@ def cut(
 
 def _span(item: Cut) -> tuple[float, float]:
     """Where reading begins, and for how long, in seconds of the source."""
-    begin = min(start for start, _ in item.windows)
+    begin = item.media.start + min(start for start, _ in item.windows)
     seek = begin - SEEK_MARGIN if begin > SEEK_AFTER else 0.0
-    return seek, max(end for _, end in item.windows) - seek + SEEK_MARGIN
+    until = item.media.start + max(end for _, end in item.windows)
+    return seek, until - seek + SEEK_MARGIN
 
 
 def _outputs(item: Cut, params: PreprocessParams, prefix: str) -> list[Any]:
@@ -148,7 +149,8 @@ def _outputs(item: Cut, params: PreprocessParams, prefix: str) -> list[Any]:
         protocol_whitelist="file",
         format_whitelist=FORMATS,
     )
-    windows = [(start - seek, end - seek) for start, end in item.windows]
+    shift = item.media.start - seek
+    windows = [(start + shift, end + shift) for start, end in item.windows]
     outputs: list[Any] = []
     if item.media.video is not None:
         outputs += _pictures(stream[str(item.media.video)], windows, params, prefix)
@@ -234,7 +236,7 @@ def _collect(item: Cut, params: PreprocessParams, prefix: str) -> list[Piece]:
         data = path.read_bytes() if path.exists() else b""
         frames, height, width = _measure(data)
         length = round((frames / params.fps if frames else end - start) * hz)
-        first = round((start - seek) * hz)
+        first = round((item.media.start + start - seek) * hz)
         heard = samples[first : first + length]
         audio = None
         if heard.size:

@@ -16,6 +16,7 @@ FORMATS = (
     "aac,ac3,aiff,amr,asf,au,avi,caf,dv,flac,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mov,mp4,m4a,"
     "3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,mxf,ogg,rm,vob,wav,w64,wv"
 )
+NEAR_START = 0.1  # seconds
 _OPTIONS = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
 
 
@@ -25,11 +26,12 @@ class BrokenMediaError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """What a file holds, from its packets; times in seconds from the file's first time stamp."""
+    """What a file holds, from its packets."""
 
     video: int | None  # index of the stream to take
     audio: int | None
-    seconds: float  # of the picture; of the sound where there is no picture
+    start: float  # time 0 of its clips, in seconds from the file's first time stamp
+    seconds: float  # of the picture from there on; of the sound where there is no picture
     num_frames: int
 
 
@@ -73,10 +75,14 @@ def _scan(container: av.container.InputContainer) -> Media:
     # AAC's priming packets lie before it: their time is cut away by every player.
     zero = container.start_time / 1e6 if container.start_time is not None else min(first.values())
     main = next(stream.index for stream in chosen if stream.index in last)
+    # Clips begin with the first frame; a picture that sets in long after the sound waits for it.
+    late = max(first[main] - zero, 0.0)
+    start = late if late <= NEAR_START else 0.0
     return Media(
         video=video.index if video is not None and video.index in last else None,
         audio=audio.index if audio is not None and audio.index in last else None,
-        seconds=last[main] - zero,
+        start=start,
+        seconds=last[main] - zero - start,
         num_frames=packets[main] if video is not None and main == video.index else 0,
     )
 

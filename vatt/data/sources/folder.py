@@ -31,6 +31,7 @@ class Found:
     num_samples: int  # clips of preprocess.clip_seconds that can be cut
     ignored: dict[str, int]  # other files, by what they are
     captions_dropped: int  # cues that could not be read
+    mark: str  # changes when a file comes, goes or changes
 
     def counts(self) -> dict[str, Any]:
         """Numbers, for `--json`."""
@@ -97,18 +98,48 @@ def scan(folder: Path, data: DataParams, preprocess: PreprocessParams | None = N
             is_json = path.suffix.lower() == ".json"
             ignored[".json files" if is_json else "subtitles of no video"] += 1
     dropped = sum(subtitles.dropped for subtitles in read.values())
-    return Found(clips, len(spoken), broken, num_samples, dict(+ignored), dropped)
+    return Found(
+        clips,
+        len(spoken),
+        broken,
+        num_samples,
+        dict(+ignored),
+        dropped,
+        _mark_of_all(folder, files, clips),
+    )
 
 
-def ingest_settings(found: Found, folder: Path, params: Params) -> dict[str, Any]:
+def ingest_settings(found: Found, folder: Path, params: Params) -> dict[tuple[str, ...], Any]:
     """The settings that make the pipeline run on what was found."""
     tests = sum(clip.split == "test" for clip in found.clips)
-    settings: dict[str, Any] = {"data.source": "folder", "data.location": str(folder)}
+    samples_a_file = found.num_samples / len(found.clips)
+    settings: dict[tuple[str, ...], Any] = {
+        ("data", "source"): "folder",
+        ("data", "location"): str(folder),
+        ("data", "location_hash"): found.mark,
+    }
     if found.num_samples < params.data.min_clips:
-        settings["data.min_clips"] = max(found.num_samples // 2, 1)
-    if tests and tests * found.num_samples < params.evaluate.retrieval_pool * len(found.clips):
-        settings["evaluate.retrieval_pool"] = max(tests * found.num_samples // len(found.clips), 2)
-    return settings
+        settings["data", "min_clips"] = max(found.num_samples // 2, 1)
+    if tests * samples_a_file < params.evaluate.retrieval_pool:
+        settings["evaluate", "retrieval_pool"] = max(int(tests * samples_a_file), 2)
+    return settings | _label_settings(found, params)
+
+
+def _label_settings(found: Found, params: Params) -> dict[tuple[str, ...], Any]:
+    """Tasks learn the sub-folders' names; where there are not two to tell apart, there is none."""
+    labels = {
+        split: {clip.labels.get(LABEL, "") for clip in found.clips if clip.split == split} - {""}
+        for split in ("train", "test")
+    }
+    if len(labels["train"]) < 2 or not labels["test"]:
+        return {
+            ("finetune", "run"): [],
+            ("evaluate", "class_labels"): [],
+            ("evaluate", "probes"): {},
+        }
+    tasks = {("finetune", "tasks", name, "label"): LABEL for name in params.finetune.run}
+    probes = {("evaluate", "probes", name, "label"): LABEL for name in params.evaluate.probes}
+    return tasks | probes | {("evaluate", "class_labels"): [LABEL]}
 
 
 def _files(folder: Path) -> tuple[list[str], Counter[str]]:
@@ -182,6 +213,13 @@ def _mark(path: Path) -> str:
         return hashlib.sha256(head + str(path.stat().st_size).encode()).hexdigest()
     except OSError:
         return hashlib.sha256(str(path).encode()).hexdigest()
+
+
+def _mark_of_all(folder: Path, files: list[str], clips: list[Clip]) -> str:
+    """The names, contents and captions of all files, in short."""
+    marks = [f"{name} {_mark(folder / name)}" for name in files]
+    marks += [repr(clip.captions) for clip in clips]
+    return hashlib.sha256("\n".join(marks).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _clip(name: str, captions: tuple[Caption, ...], *, split: str) -> Clip:
