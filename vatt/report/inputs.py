@@ -4,6 +4,7 @@ Nothing here comes from a network, but all of it may hold text that strangers wr
 captions, reasons); the templates escape it.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -43,6 +44,7 @@ class Corpus:
     clips: int
     splits: dict[str, int]
     sources: dict[str, int]
+    hash: str  # names the set of clips: equal to vatt.data.manifest.manifest_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +144,19 @@ def _read_corpus(file: Path) -> Corpus | None:
         return None
     splits: Counter[str] = Counter()
     sources: Counter[str] = Counter()
+    total = 0
     with file.open(encoding="utf-8") as lines:
         for line in lines:
             clip = json.loads(line)
             splits[str(clip["split"])] += 1
             sources[str(clip["source"])] += 1
-    return Corpus(clips=splits.total(), splits=dict(splits), sources=dict(sources.most_common()))
+            total += int.from_bytes(hashlib.sha256(line.rstrip("\n").encode()).digest(), "big")
+    return Corpus(
+        clips=splits.total(),
+        splits=dict(splits),
+        sources=dict(sources.most_common()),
+        hash=hashlib.sha256((total % 2**256).to_bytes(32, "big")).hexdigest(),
+    )
 
 
 def _read_arrays(folder: Path) -> dict[str, Arrays]:

@@ -1,6 +1,7 @@
 """Everything the run left -> one self-contained HTML page and the same in Markdown."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class StageLine:
     """One line of "what was run"."""
 
     name: str
-    ran: bool
+    state: str  # done, failed, killed, running, or not run
     seconds: float | None
     run_id: str
     facts: tuple[tuple[str, str], ...]  # from the stage's metrics file
@@ -69,7 +70,6 @@ def _context(inputs: Inputs, params: ReportParams) -> dict[str, Any]:
         "inputs": inputs,
         "stages": stage_lines(inputs),
         "model": model_facts(inputs),
-        "manifest_hash": manifest_hash(inputs),
         "figures": key_figures(inputs),
         "scales": scales(inputs),
         "tables": result_tables(inputs),
@@ -95,21 +95,29 @@ def stage_lines(inputs: Inputs) -> tuple[StageLine, ...]:
 
 
 def _stage_line(name: str, inputs: Inputs) -> StageLine:
-    metrics, run = inputs.metrics.get(name, {}), inputs.runs.get(name, {})
-    seconds = run.get("seconds")
+    run = inputs.runs.get(name, {})
+    seconds, status = run.get("seconds"), str(run.get("status") or "")
+    if status in ("FAILED", "KILLED", "RUNNING"):
+        state = status.lower()
+    else:
+        state = "done" if name in inputs.metrics else "not run"
     return StageLine(
         name=name,
-        ran=name in inputs.metrics,
+        state=state,
         seconds=float(seconds) if isinstance(seconds, int | float) else None,
         run_id=str(run.get("run_id") or ""),
-        facts=tuple(
-            (key.replace("_", " "), _fact(value))
-            for key, value in metrics.items()
-            if isinstance(value, int | float | str) and not _is_hash(value)
-        )
-        if name != "evaluate"
-        else (),
+        facts=() if name == "evaluate" else tuple(_facts(inputs.metrics.get(name, {}))),
     )
+
+
+def _facts(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The plain values of a metrics file, nested ones by their path."""
+    for key, value in content.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            yield from _facts(value, f"{name} ")
+        elif isinstance(value, int | float | str):
+            yield name, _fact(value)
 
 
 def model_facts(inputs: Inputs) -> tuple[tuple[str, str], ...]:
@@ -137,18 +145,6 @@ def model_facts(inputs: Inputs) -> tuple[tuple[str, str], ...]:
 
 def _size(size: str | SizeParams) -> str:
     return size if isinstance(size, str) else f"{size.depth} layers, {size.dim} wide"
-
-
-def manifest_hash(inputs: Inputs) -> str | None:
-    """The hash that names the set of clips, from the first stage that noted it."""
-    for content in (*inputs.metrics.values(), *inputs.runs.values()):
-        if content.get("manifest_hash"):
-            return str(content["manifest_hash"])
-    return None
-
-
-def _is_hash(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32,64}", value) is not None
 
 
 def _fact(value: float | str) -> str:
