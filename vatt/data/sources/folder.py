@@ -9,7 +9,7 @@ from typing import Any
 
 from vatt.config import DataParams, Params, PreprocessParams
 from vatt.data.cut import windows_of
-from vatt.data.manifest import Caption, Clip
+from vatt.data.manifest import SPLITS, Caption, Clip
 from vatt.data.media import BrokenMediaError, probe
 from vatt.data.subtitles import SUFFIXES, Subtitles, embedded_captions, read_subtitles
 from vatt.errors import DataError
@@ -80,10 +80,7 @@ def scan(folder: Path, data: DataParams, preprocess: PreprocessParams | None = N
     spoken = [name for name in files if read[name].captions]
     mute = [name for name in files if not read[name].captions]
     tests = _tests(folder, spoken, data.test_share) | _tests(folder, mute, data.test_share)
-    clips = [
-        _clip(name, read[name].captions, split="test" if name in tests else "train")
-        for name in files
-    ]
+    clips = [_clip(name, read[name].captions, is_test=name in tests) for name in files]
     broken: list[tuple[str, str]] = []
     num_samples = 0
     for name in files:
@@ -190,19 +187,23 @@ def _captions(path: Path, beside: list[Path]) -> Subtitles:
 
 
 def _tests(folder: Path, files: list[str], share: float) -> set[str]:
-    """The files to test on: a share of them by their content, so that copies stay together."""
+    """About a share of the files, at least one of two.
+
+    By content: copies stay together, and a file stays on its side when others come.
+    """
     groups: dict[str, list[str]] = {}
     for name in files:
-        groups.setdefault(_mark(folder / name), []).append(name)
-    wanted = round(len(files) * share)
-    if share > 0 and len(groups) > 1:
-        wanted = max(wanted, 1)
-    tests: set[str] = set()
-    for mark in sorted(groups):
-        if len(tests) >= wanted:
-            break
-        tests.update(groups[mark])
-    return tests
+        if _split_of(name) is None:
+            groups.setdefault(_mark(folder / name), []).append(name)
+    chosen = [mark for mark in groups if int(mark[:12], 16) < share * 16**12]
+    if not chosen and share > 0 and len(groups) > 1:
+        chosen = [min(groups)]
+    return {name for mark in chosen for name in groups[mark]}
+
+
+def _split_of(name: str) -> str | None:
+    """The split that a sub-folder of that name decides."""
+    return next((part for part in Path(name).parts[:-1] if part in SPLITS), None)
 
 
 def _mark(path: Path) -> str:
@@ -222,8 +223,9 @@ def _mark_of_all(folder: Path, files: list[str], clips: list[Clip]) -> str:
     return hashlib.sha256("\n".join(marks).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _clip(name: str, captions: tuple[Caption, ...], *, split: str) -> Clip:
+def _clip(name: str, captions: tuple[Caption, ...], *, is_test: bool) -> Clip:
     path = Path(name)
+    label = path.parent.name if path.parent.name not in SPLITS else ""
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", path.stem).strip("-")[:40] or "clip"
     short = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:10]
     return Clip(
@@ -232,8 +234,8 @@ def _clip(name: str, captions: tuple[Caption, ...], *, split: str) -> Clip:
         url=f"folder:{name}",
         start=0.0,
         end=None,
-        split=split,
-        labels={LABEL: path.parent.name} if path.parent.name else {},
+        split=_split_of(name) or ("test" if is_test else "train"),
+        labels={LABEL: label} if label else {},
         captions=captions,
         licence=None,
     )
