@@ -33,7 +33,7 @@ class Setting:
     params: PreprocessParams
     require: tuple[str, ...]
     program: str
-    version: str
+    version: str  # of ffmpeg and of our code
     folder: Path
     work: Path
 

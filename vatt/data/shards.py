@@ -5,6 +5,7 @@ ledger, the settings and the seed. A shard is finished when its part file (index
 entries) stands beside it and names the same plan.
 """
 
+import hashlib
 import json
 import shutil
 from collections import Counter
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from vatt.config import DataParams, MachineParams, PreprocessParams
+from vatt.data import cut, samples, shard_writer
+from vatt.data import media as media_module
 from vatt.data.cut import ffmpeg_version, find_ffmpeg
 from vatt.data.ledger import Entry, write_ledger
 from vatt.data.manifest import Clip
@@ -51,7 +54,8 @@ def write_shards(
     """Cut all downloaded clips into shards; returns the number of clips in each state."""
     program = find_ffmpeg(machine.ffmpeg)
     work = folder.with_name(f".{folder.name}.work")
-    setting = Setting(preprocess, data.require, program, ffmpeg_version(program), folder, work)
+    version = f"{ffmpeg_version(program)} {_code_hash()}"
+    setting = Setting(preprocess, data.require, program, version, folder, work)
     with lock(folder.with_name(f".{folder.name}.lock")):
         clips = list(clips)
         shards, entries = plan_shards(clips, downloads, preprocess, data, media=media, seed=seed)
@@ -66,6 +70,15 @@ def write_shards(
         _check(entries, downloads, num_samples=len(rows), preprocess=preprocess, data=data)
         _finish(clips, entries, rows, preprocess, folder)
     return counts
+
+
+def _code_hash() -> str:
+    """Changes with the code that shards are written by: a shard of older code is written again."""
+    digest = hashlib.sha256()
+    for module in (cut, media_module, samples, shard_writer):
+        assert module.__file__ is not None
+        digest.update(Path(module.__file__).read_bytes())
+    return digest.hexdigest()
 
 
 def _tidy(folder: Path, shards: Sequence[Shard], work: Path) -> None:
