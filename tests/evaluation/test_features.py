@@ -1,5 +1,7 @@
 """Features: every clip once, views averaged, the same from the cache as from the model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -126,3 +128,13 @@ def test_the_untrained_encoder_is_the_same_for_the_same_seed_and_touches_no_glob
     weights = [model.state_dict() for model in (first, second, other)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+
+
+def test_a_modality_that_is_not_sampled_is_not_encoded(encoder):
+    (batch,) = batches(clips=3, batch_size=3)
+    whole = extract({"one": encoder}, [batch], progress=quiet, total=3)["one"]
+    bare = replace(batch, audio=batch.audio[:, :0], text=batch.text[:, :0])
+    seen = extract({"one": encoder}, [bare], progress=quiet, total=3)["one"]
+    np.testing.assert_array_equal(seen.video, whole.video)
+    assert seen.audio.shape == seen.audio_va.shape == (3, 0)
+    assert seen.text_vt.shape[:2] == seen.has_text.shape == (3, 0)

@@ -77,25 +77,34 @@ def extract(
 
 @torch.inference_mode()
 def _encode(encoder: VATT, batch: Batch) -> dict[str, Array]:
+    """What the encoder says of a batch; a modality that was not sampled has width 0."""
     encoder.eval()
     here = batch.to(next(encoder.parameters()).device)
     video, audio, text = model_inputs(here)
-    features = encoder.encode(video, audio, text)
+    features = encoder.encode(
+        video if video.numel() else None,
+        audio if audio.numel() else None,
+        text if text.numel() else None,
+    )
     has_text = (text != 0).any(dim=-1)
     embeddings = encoder.project(features, has_text=has_text)
+    nothing, nothing_said = here.has_video.new_zeros(len(video), 0).float(), here.text[..., :0]
     tensors = {
         "video": features.video,
         "audio": features.audio,
         "video_va": embeddings.video_va,
         "audio_va": embeddings.audio_va,
         "video_vt": embeddings.video_vt,
-        "text_vt": embeddings.text_vt,
+        "text_vt": nothing_said.float() if embeddings.text_vt is None else embeddings.text_vt,
         "text": text,
         "has_video": here.has_video,
         "has_audio": here.has_audio,
         "has_text": has_text,
     }
-    return {name: tensor.cpu().numpy() for name, tensor in tensors.items() if tensor is not None}
+    return {
+        name: (nothing if tensor is None else tensor).cpu().numpy()
+        for name, tensor in tensors.items()
+    }
 
 
 def _views(clip_ids: list[str]) -> int:

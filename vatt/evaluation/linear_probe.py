@@ -96,7 +96,7 @@ def low_rank_correct(
     classes, targets = np.unique(train[1], return_inverse=True)
     generator = torch.Generator().manual_seed(seed)
     model = LowRankClassifier(train[0].shape[1], len(classes), generator)
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
     features = torch.as_tensor(scaler.transform(train[0]), dtype=torch.float32)
     wanted = torch.as_tensor(targets)
     model.train()

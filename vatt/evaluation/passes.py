@@ -1,7 +1,7 @@
 """The passes over the shards: which encoder or classifier sees which clips, and how far it is."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -61,6 +61,8 @@ def encoder_features(
     """Both encoders' features of a split, from the cache where they are known."""
     model = ModelParams.model_validate(load_config(pretrained)["model"])
     sampling = Sampling.for_pretraining(model, pretrain)
+    if split == "train":
+        sampling = _of_probes(sampling, params)
     data = (file_hash(shards / INDEX, shards / VOCABULARY), repr(sampling), split, params.clips)
     weights = file_hash(pretrained / WEIGHTS, pretrained / CONFIG)
     keys = {
@@ -79,6 +81,17 @@ def encoder_features(
     found = cached(cache, keys, compute)
     counter.add(clips)
     return found
+
+
+def _of_probes(sampling: Sampling, params: EvaluateParams) -> Sampling:
+    """Training clips are shown for the probes' sake only: no words, and what no probe asks for."""
+    asked = {probe.modality for probe in params.probes.values()}
+    return replace(
+        sampling,
+        frames=sampling.frames if "video" in asked else 0,
+        samples=sampling.samples if "audio" in asked else 0,
+        candidates=0,
+    )
 
 
 def _encoder(folder: Path) -> VATT:

@@ -43,6 +43,7 @@ class Figure:
     label: str
     value: str | None
     context: str
+    sure: bool = True  # whether the interval excludes chance, or no difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def _recall_figure(inputs: Inputs, direction: str) -> Figure:
         return Figure(label, None, WHY)
     times = metric["value"] / metric["chance"]
     context = f"{times:.1f} × chance ({percent(metric['chance'])}), {metric['n']} clips searched"
-    return Figure(label, percent(metric["value"]), context)
+    return Figure(label, percent(metric["value"]), context, sure=metric["low"] > metric["chance"])
 
 
 def _differences(inputs: Inputs, section: str, *path: str) -> dict[str, Metric]:
@@ -104,7 +105,9 @@ def _difference_figure(label: str, tasks: dict[str, Metric], against: str) -> Fi
     if len(tasks) > 1:
         label += f", best of {len(tasks)} tasks"
     each = ", ".join(f"{name} {signed(100 * metric['value'])}" for name, metric in tasks.items())
-    return Figure(label, signed(100 * first["value"]), f"points {against}: {each}")
+    sure = first["low"] > 0
+    context = f"points {against}: {each}" + ("" if sure else " (not told apart)")
+    return Figure(label, signed(100 * first["value"]), context, sure=sure)
 
 
 def _why(inputs: Inputs) -> str:
