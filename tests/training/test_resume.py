@@ -11,22 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import victim
-
 ROOT = Path(__file__).parents[2]
+STEPS = 24  # of victim.py
 
 
 class Training:
     """One training in a folder, started as often as it takes."""
 
     def __init__(self, folder, **environment):
-        self.files = [str(folder / name) for name in ("state", "losses", "result")]
         self.losses, self.result = folder / "losses", folder / "result"
         self.states = folder / "state"
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        self.environment["VATT_TEST_FOLDER"] = str(folder)
 
     def start(self):
-        command = [sys.executable, "-m", "tests.training.victim", *self.files]
+        command = [sys.executable, "-m", "tests.training.victim"]
         return subprocess.Popen(
             command, cwd=ROOT, env=self.environment, stderr=subprocess.PIPE, text=True
         )
@@ -47,7 +46,7 @@ def undisturbed(tmp_path_factory):
     training = Training(tmp_path_factory.mktemp("undisturbed"))
     process = training.start()
     assert process.wait() == 0, process.stderr.read()
-    assert len(training.steps()) == victim.STEPS
+    assert len(training.steps()) == STEPS
     return training
 
 
@@ -87,14 +86,14 @@ def test_a_stop_signal_saves_at_the_step_s_end(undisturbed, tmp_path, number):
     process.send_signal(number)
     assert process.wait() == 75
     last = training.steps()[-1][0]
-    assert f"stopped after step {last} of {victim.STEPS}" in process.stderr.read()
+    assert f"stopped after step {last} of {STEPS}" in process.stderr.read()
     assert training.start().wait() == 0
-    assert [step for step, *_ in training.steps()] == list(range(1, victim.STEPS + 1))
+    assert [step for step, *_ in training.steps()] == list(range(1, STEPS + 1))
     assert training.result.read_text() == undisturbed.result.read_text()
 
 
 def test_a_second_start_beside_a_running_one_is_refused(tmp_path):
-    training = Training(tmp_path, VATT_TEST_SLEEP="0.2")
+    training = Training(tmp_path, VATT_TEST_SLEEP="3")
     first = training.start()
     training.wait_for_steps(1, first)
     second = training.start()
@@ -126,7 +125,7 @@ def test_a_finished_training_starts_from_zero_when_it_is_run_again(undisturbed, 
     training = Training(tmp_path)
     for _ in range(2):
         assert training.start().wait() == 0
-    assert [step for step, *_ in training.steps()] == [*range(1, victim.STEPS + 1)] * 2
+    assert [step for step, *_ in training.steps()] == [*range(1, STEPS + 1)] * 2
     assert training.result.read_text() == undisturbed.result.read_text()
 
 

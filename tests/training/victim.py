@@ -1,7 +1,8 @@
-"""A tiny pre-training or fine-tuning that tests kill; started as a process of its own.
+"""A tiny pre-training that tests kill; started as a process of its own.
 
-Arguments: the state folder, the file for the losses, the file for the final weights' hash.
-VATT_TEST_SLEEP makes a step last longer, VATT_TEST_DEEPSPEED chooses that engine.
+In VATT_TEST_FOLDER it keeps `state`, appends to `losses`, leaves the final weights' hash in
+`result`. VATT_TEST_SLEEP makes a step last longer, VATT_TEST_DEEPSPEED chooses that engine,
+VATT_TEST_PROCESSES starts several.
 """
 
 import itertools
@@ -17,49 +18,55 @@ from vatt.data.batches import Batch
 from vatt.errors import VattError
 from vatt.training import distributed
 from vatt.training.engine import LocalEngine, make_engine
+from vatt.training.launch import launch
 from vatt.training.pretrain import pretrain
 
 STEPS = 24
 
 
+FOLDER = Path(os.environ["VATT_TEST_FOLDER"])
+MACHINE = tiny.machine_params(processes=int(os.environ.get("VATT_TEST_PROCESSES", "1")))
+
+
 def main() -> None:
-    state, losses, result = map(Path, sys.argv[1:4])
-    pause = float(os.environ.get("VATT_TEST_SLEEP", "0"))
-    machine = tiny.machine_params()
-
-    def batches_from(first_step: int) -> Iterator[Batch]:
-        for step in itertools.count(first_step):
-            time.sleep(pause)
-            batch = tiny.make_batch(step)
-            yield tiny.part_of(batch, distributed.rank(), distributed.world_size())
-
-    def report(step: int, metrics: dict[str, float]) -> None:
-        with losses.open("a") as file:
-            file.write(json.dumps([step, metrics["loss"], metrics["gradient_norm"]]) + "\n")
-
-    def train() -> None:
-        pretrain(
-            tiny.make_model(tiny.model_params(dropout=0.1)),
-            batches_from,
-            tiny.pretrain_params(steps=STEPS, save_every=3),
-            machine=machine,
-            seed=0,
-            state=state,
-            data_hash="none",
-            report=report,
-            export=lambda weights: result.write_text(tiny.hash_of(weights)),
-            engine_of=make_engine if "VATT_TEST_DEEPSPEED" in os.environ else local,
-        )
-
+    if (code := launch("tests.training.victim", MACHINE)) is not None:
+        sys.exit(code)
     try:
         if "VATT_TEST_DEEPSPEED" in os.environ:
-            with distributed.process_group(machine):
-                train()
+            with distributed.process_group(MACHINE):
+                train(make_engine)
         else:
-            train()
+            train(local)
     except VattError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)
+
+
+def train(engine_of):  # type: ignore[no-untyped-def]
+    pretrain(
+        tiny.make_model(tiny.model_params(dropout=0.1)),
+        batches_from,
+        tiny.pretrain_params(steps=STEPS, save_every=3),
+        machine=MACHINE,
+        seed=0,
+        state=FOLDER / "state",
+        data_hash="none",
+        report=report,
+        export=lambda weights: (FOLDER / "result").write_text(tiny.hash_of(weights)),
+        engine_of=engine_of,
+    )
+
+
+def batches_from(first_step: int) -> Iterator[Batch]:
+    for step in itertools.count(first_step):
+        time.sleep(float(os.environ.get("VATT_TEST_SLEEP", "0")))
+        batch = tiny.make_batch(step)
+        yield tiny.part_of(batch, distributed.rank(), distributed.world_size())
+
+
+def report(step: int, metrics: dict[str, float]) -> None:
+    with (FOLDER / "losses").open("a") as file:
+        file.write(json.dumps([step, metrics["loss"], metrics["gradient_norm"]]) + "\n")
 
 
 def local(module, optimizer, precision, machine):  # type: ignore[no-untyped-def]

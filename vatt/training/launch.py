@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from vatt.config import MachineParams
 from vatt.training.distributed import device, free_port
@@ -68,8 +68,9 @@ def _workers(launcher: int) -> list[psutil.Process]:
     workers = []
     for process in psutil.Process(launcher).children(recursive=True):
         try:
-            if "deepspeed.launcher.launch" in process.parent().cmdline():
+            parent = process.parent()
+            if parent is not None and "deepspeed.launcher.launch" in parent.cmdline():
                 workers.append(process)
-        except (psutil.Error, AttributeError):  # it ended while we looked
+        except psutil.Error:  # it ended while we looked
             continue
     return workers

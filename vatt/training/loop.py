@@ -40,7 +40,7 @@ class Plan:
     keep_states: int
     report_every: int
     learning_rate: Callable[[int], float]  # of update `step`, from 0
-    report: Report = ignore
+    report: Report = ignore  # this and what follows: in rank 0 only
     progress: Progress = ignore
     before_save: Callable[[], None] = ignore  # a state must not be ahead of what was reported
 
@@ -80,6 +80,7 @@ def _make_updates(
     first_step = states.resume(engine)
     batches = iter(batches_from(first_step))
     meter = _Meter(plan.batch_size)
+    tells = distributed.rank() == 0
     with stop_requests() as asked_to_stop:
         for step in range(first_step, plan.steps):
             with meter.waiting():
@@ -91,20 +92,26 @@ def _make_updates(
             _check_finite(losses, norm, step, batch)
             meter.steps += 1
             done = step + 1
-            plan.progress(done, plan.steps)
-            if done % plan.report_every == 0 or done == plan.steps:
-                means = meter.read()
-                numbers = _floats(losses)
-                plan.report(done, numbers | {"learning_rate": rate, "gradient_norm": norm} | means)
+            if tells:
+                _tell(plan, done, losses, {"learning_rate": rate, "gradient_norm": norm}, meter)
             stop = distributed.any_process(bool(asked_to_stop)) and done < plan.steps
             if stop or done % plan.save_every == 0 or done == plan.steps:
-                plan.before_save()
+                if tells:
+                    plan.before_save()
                 states.save(engine, done)
             if stop:
                 raise Stopped(
                     f"stopped after step {done} of {plan.steps}; the state is saved",
                     hint="run it again: it continues there",
                 )
+
+
+def _tell(
+    plan: Plan, done: int, losses: dict[str, Tensor], more: dict[str, float], meter: "_Meter"
+) -> None:
+    if done % plan.report_every == 0 or done == plan.steps:
+        plan.report(done, _floats(losses) | more | meter.read())
+    plan.progress(done, plan.steps)
 
 
 def seed_dropout(seed: int, step: int) -> None:

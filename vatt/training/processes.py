@@ -3,7 +3,7 @@
 import json
 import socket
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 CLOCK_SECONDS = 2.0  # a start time is derived from the boot time, which may be corrected
 

@@ -8,9 +8,10 @@ import hashlib
 import json
 import logging
 import os
+import sqlite3
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,9 +152,10 @@ def _connect(machine: MachineParams) -> Any:
     uri = store_uri(machine)
     try:
         with _one_at_a_time(uri):  # two that make the same new database spoil it
+            _check_database(uri)
             client = MlflowClient(uri)
             _experiment(client, machine.experiment, machine)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, OSError, sqlite3.Error) as error:
         raise MachineError(
             f"the MLflow store does not answer: {error}", hint="look at machine.mlflow_uri"
         ) from None
@@ -242,6 +244,13 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
     with database.with_name(f".{database.name}.lock").open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def _check_database(uri: str) -> None:
+    """Fail at once where MLflow would try again for minutes."""
+    if uri.startswith("sqlite:///"):
+        with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
+            database.execute("PRAGMA schema_version")
 
 
 def _git_tags() -> dict[str, str]:
