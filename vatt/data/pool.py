@@ -30,18 +30,24 @@ class InProcess(Executor):
 
 @contextmanager
 def worker_pool(workers: int, *, preload: Sequence[str] = ()) -> Iterator[Executor]:
-    """An executor of `workers` processes; 0: this one. On an error what waits is dropped."""
+    """An executor of `workers` processes; 0: this one. On an error they are ended at once."""
     if workers == 0:
         yield InProcess()
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
+    others = multiprocessing.active_children()
     with _without_main():
         for _ in range(workers):
             pool.submit(os.getpid)  # starts a worker
     try:
         yield pool
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            if worker not in others:
+                worker.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -10,7 +10,6 @@ from typing import Protocol, Self
 
 import numpy as np
 import torch
-from scipy.signal import resample_poly
 
 from vatt.config import AugmentationParams, FinetuneTaskParams, ModelParams, PretrainParams
 from vatt.data import augment
@@ -210,6 +209,8 @@ def resample(wave: np.ndarray, have: int, want: int) -> np.ndarray:
     """16-bit samples at another rate."""
     if have == want or not len(wave):
         return wave
+    from scipy.signal import resample_poly  # slow to import, and seldom needed
+
     common = gcd(have, want)
     changed = resample_poly(wave.astype(np.float32), want // common, have // common)
     return np.clip(np.round(changed), -32768, 32767).astype(np.int16)
