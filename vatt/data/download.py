@@ -64,7 +64,7 @@ def download(
             work.run(pool, ahead=2 * machine.workers or 1)
         final = [known[clip.clip_id] for clip in clips]
         counts = write_ledger(ledger, final)
-        _check(final, params)
+        _check(final, params, ledger)
     return counts
 
 
@@ -189,7 +189,7 @@ def addresses_of(url: str, params: DataParams) -> tuple[tuple[str, ...], str | N
     return mirrors, None
 
 
-def _check(final: Sequence[Entry], params: DataParams) -> None:
+def _check(final: Sequence[Entry], params: DataParams, ledger: Path) -> None:
     """Stop when there is no network, or too little came."""
     states = Counter(entry.state for entry in final)
     why = ", ".join(f"{count} {state}" for state, count in states.most_common() if state != "ok")
@@ -201,7 +201,7 @@ def _check(final: Sequence[Entry], params: DataParams) -> None:
     if states["ok"] == 0:
         raise DataError(
             f"no clip is left after download{f' ({why})' if why else ''}",
-            hint="`vattctl ledger` says why; check data.source, data.location, data.base_urls",
+            hint=f"{ledger} says why; check data.source, data.location and data.base_urls",
         )
     if states["ok"] < params.min_share * len(final):
         raise DataError(

@@ -67,7 +67,9 @@ def write_shards(
         finally:
             shutil.rmtree(work, ignore_errors=True)
         counts = write_ledger(ledger, entries.values())
-        _check(entries, downloads, num_samples=len(rows), preprocess=preprocess, data=data)
+        tried = [entries[name] for name in entries if downloads[name].state == "ok"]
+        _check_failures(tried, preprocess, ledger)
+        _check_rest(len(entries), tried, len(rows), data, ledger)
         _finish(clips, entries, rows, preprocess, folder)
     return counts
 
@@ -157,36 +159,33 @@ def _read_part(shard: Shard, setting: Setting) -> dict[str, Any] | None:
     return part if (part["stamp"], part["bytes"]) == (setting.stamp(shard), size) else None
 
 
-def _check(
-    entries: Mapping[str, Entry],
-    downloads: Mapping[str, Entry],
-    *,
-    num_samples: int,
-    preprocess: PreprocessParams,
-    data: DataParams,
-) -> None:
-    """Stop when too many clips failed here, or too few are left in all."""
-    tried = [entry for name, entry in entries.items() if downloads[name].state == "ok"]
+def _check_failures(tried: Sequence[Entry], preprocess: PreprocessParams, ledger: Path) -> None:
+    """Stop when too many of the clips that came could not be used."""
     failed = Counter(entry.state for entry in tried if entry.state != "ok")
-    lost = sum(failed.values())
-    why = ", ".join(f"{count} {state}" for state, count in failed.most_common())
-    if lost > preprocess.max_failed_share * len(tried):
+    if failed.total() > preprocess.max_failed_share * len(tried):
+        why = ", ".join(f"{count} {state}" for state, count in failed.most_common())
         raise DataError(
-            f"{lost} of {len(tried)} clips failed ({why}), more than preprocess.max_failed_share",
-            hint="`vattctl ledger` says why; raise preprocess.max_failed_share to go on",
+            f"{failed.total()} of {len(tried)} clips failed ({why}), more than "
+            "preprocess.max_failed_share",
+            hint=f"{ledger} says why; raise preprocess.max_failed_share to go on",
         )
+
+
+def _check_rest(
+    num_clips: int, tried: Sequence[Entry], num_samples: int, data: DataParams, ledger: Path
+) -> None:
+    """Stop when too little is left of the manifest."""
     if num_samples < data.min_clips:
         raise DataError(
-            f"{num_samples} clips are left, data.min_clips asks for {data.min_clips}"
-            + (f" ({why})" if why else ""),
-            hint="add data, or lower data.min_clips",
+            f"{num_samples} clips are left, data.min_clips asks for {data.min_clips}",
+            hint=f"{ledger} says what was lost; add data, or lower data.min_clips",
         )
-    kept = len(tried) - lost
-    if kept < data.min_share * len(entries):
+    kept = sum(entry.state == "ok" for entry in tried)
+    if kept < data.min_share * num_clips:
         raise DataError(
-            f"{kept} of {len(entries)} clips of the manifest are left, data.min_share asks for "
+            f"{kept} of {num_clips} clips of the manifest are left, data.min_share asks for "
             f"{data.min_share:.0%}",
-            hint="`vattctl ledger` says what was lost; lower data.min_share to go on",
+            hint=f"{ledger} says what was lost; lower data.min_share to go on",
         )
 
 
