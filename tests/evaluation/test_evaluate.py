@@ -120,7 +120,9 @@ def test_everything_that_was_trained_is_measured_and_nothing_else(measured):
 
 
 def test_a_probe_without_its_label_says_why_it_is_absent(measured):
-    assert measured[0]["skipped"] == {"probe absent": "fewer than two values of label 'species'"}
+    assert measured[0]["skipped"] == {
+        "probe absent": "0 values of label 'species' in the train split"
+    }
 
 
 def test_an_untrained_checkpoint_is_no_better_than_the_untrained_encoder(measured):

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from vatt.evaluation.linear_probe import balanced_rows, low_rank_correct, svm_correct
+from vatt.evaluation.linear_probe import balanced_rows, held_out_rows, low_rank_correct, svm_correct
 
 CLASSES = np.array(["cat", "dog", "owl"])
 
@@ -52,6 +52,13 @@ def test_the_scale_of_a_feature_does_not_matter(probe):
 def test_a_test_label_that_training_never_showed_is_never_right():
     train, (test, _) = features(60, signal=6.0, seed=0), features(30, signal=6.0, seed=1)
     assert not svm_correct(train, (test, np.full(30, "yak"))).any()
+
+
+def test_the_held_out_fifth_holds_every_class_of_a_corpus_made_in_turns():
+    for classes in range(2, 21):
+        held_out = held_out_rows(400)
+        assert held_out.sum() == 80
+        assert set(np.arange(400)[held_out] % classes) == set(range(classes))
 
 
 def test_balanced_rows_take_equally_many_of_each_class_whatever_the_order():

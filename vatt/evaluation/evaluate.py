@@ -144,9 +144,9 @@ def _metrics(
     probes: Metrics = {}
     for name, probe in params.probes.items():
         train, test = features["train"], features["test"]
-        labels = train["pretrained"].labels.get(probe.label)
-        if labels is None or len(set(labels) - {""}) < 2:
-            skipped[f"probe {name}"] = f"fewer than two values of label '{probe.label}'"
+        why = _cannot_probe(probe, train["pretrained"], test["pretrained"])
+        if why:
+            skipped[f"probe {name}"] = why
             continue
         probes[name] = _probe(probe, params, train, test, seed=seed)
     classification: Metrics = {
@@ -159,6 +159,17 @@ def _metrics(
     }
     metrics = {"retrieval": retrieval, "probes": probes, "classification": classification}
     return metrics, tables["pretrained"], skipped
+
+
+def _cannot_probe(probe: ProbeParams, train: FeatureSet, test: FeatureSet) -> str:
+    """Why there is nothing to learn or to ask; empty when there is."""
+    for split, clips in (("train", train), ("test", test)):
+        present = getattr(clips, f"has_{probe.modality}")
+        labels = clips.labels.get(probe.label, np.full(len(present), ""))
+        values = set(labels[present].tolist()) - {""}
+        if len(values) < (2 if split == "train" else 1):
+            return f"{len(values)} values of label '{probe.label}' in the {split} split"
+    return ""
 
 
 def _probe(

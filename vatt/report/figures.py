@@ -10,6 +10,7 @@ from vatt.report.svg import COLOURS, Picture, densities, lines, matrix, scatter
 
 ENCODERS = {"pretrained": "pre-trained", "untrained": "untrained"}  # in the arrays: in words
 STARTS = {"pretrained": "from the pre-trained weights", "scratch": "from scratch"}
+FEWEST_CLIPS = 8  # that make a map
 SMOOTH_SHARE = 0.02  # of a curve, for its moving mean
 MATRIX_CLASSES = 16  # more do not fit a picture
 
@@ -63,7 +64,7 @@ def _curve(
 def feature_maps(inputs: Inputs, *, clips: int) -> list[Picture]:
     """t-SNE of the test clips' video features by label, both encoders (figure 2)."""
     features = inputs.arrays.get("features")
-    if features is None:
+    if features is None or len(features["clip_ids"]) < FEWEST_CLIPS:
         return []
     labels = {
         name.removeprefix("labels/"): values
