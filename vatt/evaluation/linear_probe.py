@@ -60,7 +60,7 @@ def svm_correct(
 
 
 def held_out_rows(rows: int) -> Booleans:
-    """A fifth, drawn: every fifth row of a corpus made in turns would be of the same few classes."""
+    """A drawn fifth: every fifth row of a corpus made in turns would be of few classes."""
     return np.random.default_rng(0).permutation(rows) % HELD_OUT == 0
 
 
