@@ -187,17 +187,20 @@ def _captions(path: Path, beside: list[Path]) -> Subtitles:
 
 
 def _tests(folder: Path, files: list[str], share: float) -> set[str]:
-    """About a share of the files, at least one of two.
+    """About a share of the files, not less, and at least one of two.
 
-    By content: copies stay together, and a file stays on its side when others come.
+    By content: copies stay together, and nearly every file stays on its side when others come.
     """
     groups: dict[str, list[str]] = {}
     for name in files:
         if _split_of(name) is None:
             groups.setdefault(_mark(folder / name), []).append(name)
-    chosen = [mark for mark in groups if int(mark[:12], 16) < share * 16**12]
-    if not chosen and share > 0 and len(groups) > 1:
-        chosen = [min(groups)]
+    least = max(int(share * len(groups)), 1) if share > 0 and len(groups) > 1 else 0
+    chosen = [
+        mark
+        for rank, mark in enumerate(sorted(groups))
+        if rank < least or int(mark[:12], 16) < share * 16**12
+    ]
     return {name for mark in chosen for name in groups[mark]}
 
 

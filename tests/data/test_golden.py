@@ -1,0 +1,78 @@
+"""Sampling, resizing, cropping and colour, against arrays recorded from the released code."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vatt.data import augment
+from vatt.data.samples import Facts, Row
+from vatt.data.sampling import Request, Sampling, View, make_sample
+
+GOLDEN = dict(np.load(Path(__file__).parent / "golden.npz"))
+SAMPLES = sorted(name for name in GOLDEN if name.startswith("sample/"))
+
+
+class Numbered:
+    """A stored clip whose frame k is grey k."""
+
+    def facts(self, row):
+        return Facts({}, ())
+
+    def frames(self, row, indices):
+        return np.array(indices, np.uint8)[:, None, None, None].repeat(3, axis=3)
+
+    def audio(self, row, first, last):
+        return np.zeros(0, np.int16)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_frames_of_test_windows(name):
+    length, steps, stride = (int(n) for n in re.findall(r"(?:len|steps|stride)(\d+)", name))
+    windows = int(re.findall(r"windows(\d+)", name)[0]) if "windows" in name else 1
+    if "linspace" in name and windows == 1:
+        pytest.skip("one window: ours is the middle one")
+    row = Row("k", "k", "m", "test", "s", {}, (0, 0), (0, 0), None, length, 1, 1, 0)
+    sampling = Sampling(steps, 50 / stride, (1, 1), 0, None, 0, 0, None)
+    shown = [
+        make_sample(
+            Numbered(), row, sampling, fps=50, audio_hz=8000, vocabulary=None,
+            request=Request(0, None, View(window, windows)),
+        ).video[:, 0, 0, 0]
+        for window in range(windows)
+    ]  # fmt: skip
+    assert np.concatenate(shown).tolist() == GOLDEN[name].tolist()
+
+
+def test_resizing_is_bilinear_to_a_grey_level():
+    frames, golden = (
+        GOLDEN["image/frames_uint8"],
+        GOLDEN["image/resize_smallest_24(uint8, truncated)"],
+    )
+    ours = augment.take(frames, (0, 0, 40, 56), (24, 33), flip=False)
+    assert np.abs(ours.astype(int) - golden).max() <= 1  # rounded, there cut off
+
+
+def test_crops_lie_where_they_should():
+    resized = GOLDEN["image/resize_smallest_24(uint8, truncated)"]
+    golden = GOLDEN["image/three_crops_24(concatenated on time, wide input)"].reshape(
+        3, 3, 24, 24, 3
+    )
+    for view in range(3):
+        box = augment.view_box((24, 33), (24, 24), view=view, views=3)
+        ours = augment.take(resized, box, (24, 24), flip=False) / 127.5 - 1
+        np.testing.assert_allclose(ours, golden[view], atol=1e-6)
+    box = augment.view_box((24, 33), (24, 24), view=0, views=1)
+    ours = augment.take(resized, box, (24, 24), flip=False)
+    assert np.array_equal(ours, GOLDEN["image/central_crop_24"])
+
+
+def test_colour_with_the_recorded_factors():
+    factors = GOLDEN["color/factors(brightness_delta,saturation,contrast,hue_delta)"]
+    brightness, saturation, contrast, hue = factors.tolist()
+    video = torch.from_numpy(GOLDEN["image/normalized_0_1"])[None]
+    ours = augment.change_colour(video, torch.tensor([[brightness, contrast, saturation, hue]]))
+    golden = torch.from_numpy(GOLDEN["color/final_zero_centered"])
+    torch.testing.assert_close(ours[0] * 2 - 1, golden, atol=1e-5, rtol=0)
