@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vatt.config import MachineParams, OptimizerParams
+from vatt.errors import SettingsError
 from vatt.training import distributed
 from vatt.training.optimizer import make_optimizer
 
@@ -97,6 +98,7 @@ class DeepSpeedEngine:
         precision: Precision,
         machine: MachineParams,
     ) -> None:
+        _check_offload(machine)
         deepspeed = _import_deepspeed()
         self.zero_stage = machine.zero_stage
         self.clip_norm = optimizer.clip_norm or float("inf")
@@ -169,9 +171,9 @@ def _deepspeed_config(
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
-    if machine.offload != "none" and machine.zero_stage > 0:
+    if machine.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
-    if machine.offload == "all" and machine.zero_stage == 3:
+    if machine.offload == "all":
         zero["offload_param"] = {"device": "cpu"}
     return {
         # Counts that DeepSpeed wants to know; the batch is ours, one forward and backward a step.
@@ -183,6 +185,15 @@ def _deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": sys.maxsize,
     }
+
+
+def _check_offload(machine: MachineParams) -> None:
+    needed = {"none": 0, "optimizer": 1, "all": 3}[machine.offload]
+    if machine.zero_stage < needed:
+        raise SettingsError(
+            f"machine.offload: {machine.offload} needs machine.zero_stage {needed} or more",
+            hint=f"set machine.zero_stage={needed}, or machine.offload=none",
+        )
 
 
 def _import_deepspeed() -> Any:

@@ -6,6 +6,7 @@ folder/step-00000100/...        what the engine wrote
 folder/done.json                the training has ended and its result is exported
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -22,6 +23,7 @@ from vatt.training import distributed
 from vatt.training.engine import Engine
 
 FORMAT = 1  # of the state folder; another number starts anew
+FULL = 2**20  # free bytes on a disk that counts as full
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +54,22 @@ class States:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         distributed.barrier()
-        engine.save(temporary)
+        try:
+            engine.save(temporary)
+        except RuntimeError as error:
+            self._explain(error, temporary)
+            raise
         distributed.barrier()
         if _speaks():
             self._publish(temporary, step, engine.kind)
         distributed.barrier()
+
+    def _explain(self, error: RuntimeError, temporary: Path) -> None:
+        """torch does not say it when the disk is full."""
+        free = shutil.disk_usage(self.folder).free
+        shutil.rmtree(temporary, ignore_errors=True)
+        if free < FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder)) from error
 
     def finish(self) -> None:
         """Mark the training as done: the next start begins from zero."""
