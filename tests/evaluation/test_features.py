@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.evaluation.clips import MODEL, batches
+from vatt.errors import DataError
 from vatt.evaluation.features import (
     ARRAYS,
     KEPT_FILES,
@@ -138,3 +139,11 @@ def test_a_modality_that_is_not_sampled_is_not_encoded(encoder):
     np.testing.assert_array_equal(seen.video, whole.video)
     assert seen.audio.shape == seen.audio_va.shape == (3, 0)
     assert seen.text_vt.shape[:2] == seen.has_text.shape == (3, 0)
+
+
+def test_an_encoder_that_diverged_is_named():
+    broken = untrained(MODEL, seed=0)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    with pytest.raises(DataError, match="the pretrained encoder"):
+        extract({"pretrained": broken}, batches(), progress=quiet, total=12)

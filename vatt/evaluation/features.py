@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import vatt
 from vatt.data.batches import Batch, model_inputs
+from vatt.errors import DataError
 from vatt.files import atomic_write
 from vatt.model.vatt import VATT
 
@@ -67,12 +68,22 @@ def extract(
         progress(len(set(clip_ids)), total)
     views = _views(clip_ids)
     kept = {name: np.asarray(values)[::views] for name, values in labels.items()}
+    for name, parts in rows.items():
+        _check_finite(name, parts)
     return {
         name: FeatureSet(
             clip_ids=np.asarray(clip_ids)[::views], labels=kept, **_stack(parts, views)
         )
         for name, parts in rows.items()
     }
+
+
+def _check_finite(name: str, parts: list[dict[str, Array]]) -> None:
+    if not all(np.isfinite(array).all() for part in parts for array in part.values()):
+        raise DataError(
+            f"the {name} encoder answers with numbers that are not finite",
+            hint="its training diverged: lower pretrain.optimizer.learning_rate and run it again",
+        )
 
 
 @torch.inference_mode()

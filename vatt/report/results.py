@@ -187,7 +187,8 @@ def _retrieval_table(inputs: Inputs) -> Table:
         rows=tuple(rows),
         remark=f"{pool}Only a clip's own text or sound counts as a hit; class@1: the nearest clip "
         "agrees with the query in every class label. Text embeddings of a clip are averaged; "
-        "the rows “similarities averaged” average their cosines instead.",
+        "the rows “similarities averaged” average their cosines instead, "
+        "which changes no order where the words are the query.",
     )
 
 
