@@ -101,6 +101,18 @@ def test_a_broken_file_among_others_costs_only_itself(film, tmp_path):
     assert bad.complaint and "0x" not in bad.complaint
 
 
+def test_a_file_that_takes_too_long_is_given_up(film, tmp_path, monkeypatch):
+    monkeypatch.setattr("vatt.data.cut.PATIENCE", 1e-4)
+    result = cut_file(film, [(0.0, 1.0)], tmp_path)
+    assert result.complaint == "decoding takes too long" and result.pieces[0].video is None
+
+
+def test_a_frame_of_too_many_pixels_is_not_decoded(film, tmp_path, monkeypatch):
+    monkeypatch.setattr("vatt.data.cut.MAX_PIXELS", 1000)
+    result = cut_file(film, [(0.0, 1.0)], tmp_path)
+    assert "max pixel count" in result.complaint and result.pieces[0].video is None
+
+
 def test_what_is_no_media_says_why(tmp_path):
     cases = {
         "empty": b"",

@@ -19,7 +19,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from vatt.config import PreprocessParams
-from vatt.data.media import FORMATS, BrokenMediaError, Media
+from vatt.data.media import FORMATS, Media
 from vatt.errors import MachineError
 
 Window = tuple[float, float]  # start and end, seconds of the source
@@ -27,6 +27,8 @@ Window = tuple[float, float]  # start and end, seconds of the source
 SEEK_AFTER = 20.0  # seconds; nearer the beginning, decoding from there is as fast and safer
 SEEK_MARGIN = 3.0  # a picture shown up to so long before the window still stands in its first frame
 MAX_ASPECT = 8  # a longer side beyond this many short sides is cut down: no endless frames
+PATIENCE = 20.0  # seconds that a second of video may take
+MAX_PIXELS = 2**26  # of a frame: 8192 x 8192; a file that claims more is not decoded
 _GLOBAL = ("-nostdin", "-hide_banner", "-loglevel", "error", "-filter_complex_threads", "1", "-y")
 _ENCODER: dict[str, Any] = {
     "vcodec": "libx264",
@@ -144,6 +146,7 @@ def _outputs(item: Cut, params: PreprocessParams, prefix: str) -> list[Any]:
     stream = ffmpeg.input(
         f"file:{item.source.resolve()}",
         **({"ss": f"{seek:.6f}"} if seek else {}),
+        **({"max_pixels:v": MAX_PIXELS} if item.media.video is not None else {}),
         t=f"{length:.6f}",
         threads=1,
         protocol_whitelist="file",
@@ -211,17 +214,17 @@ def _sound(sound: Any, until: float, params: PreprocessParams, prefix: str) -> A
 
 
 def _run(command: Sequence[str], seconds: float) -> str:
-    """Run ffmpeg within limits of time; returns its last complaint, empty for a clean run."""
+    """Run ffmpeg within limits of time; returns its first complaint, empty for a clean run."""
+    limit = PATIENCE * (3 + seconds)
     try:
         done = subprocess.run(
-            command, capture_output=True, timeout=60 + 20 * seconds, check=False, text=True,
-            errors="replace",
-        )  # fmt: skip
+            command, capture_output=True, timeout=limit, check=False, text=True, errors="replace"
+        )
     except subprocess.TimeoutExpired:
-        raise BrokenMediaError("decoding takes too long") from None
+        return "decoding takes too long"
     lines = done.stderr.strip().splitlines()
     full = [line for line in lines if "No space left on device" in line]
-    said = next(iter(full or lines[-1:]), "")
+    said = next(iter(full or lines), "")  # the first is the cause, the others follow from it
     return re.sub(r"\[[^\]]*@ 0x[0-9a-f]+\]\s*", "", said)[:200]  # addresses differ from run to run
 
 
