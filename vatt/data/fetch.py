@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -118,7 +119,7 @@ def _fetch_from(address: str, name: str, fetching: Fetching, *, is_page: bool) -
         try:
             tool = _youtube_dl(folder, name, host, fetching)
             got = tool.extract_info(address) if is_page else _download_file(tool, address, name)
-        except YoutubeDLError as error:
+        except (YoutubeDLError, HTTPException, OSError, ValueError) as error:
             failed = _explain(error, name, host)
             if failed.state not in ("rate-limited", "network") or pause is None:
                 return failed
@@ -235,7 +236,7 @@ def _limits() -> Callable[[dict[str, Any]], None]:
     return check
 
 
-def _explain(error: YoutubeDLError, name: str, host: str) -> Outcome:
+def _explain(error: Exception, name: str, host: str) -> Outcome:
     """The state that an error of yt-dlp means; a full disk is no clip's fault."""
     said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).removeprefix("ERROR: ")
     reason = " ".join(said.split())[:200]
