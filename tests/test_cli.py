@@ -152,7 +152,7 @@ def test_paper_preset_is_the_paper(project: Path) -> None:
     assert (video.frames, video.frame_size, video.patch) == (32, 224, (4, 16, 16))
     assert (audio.samples, audio.patch, params.preprocess.audio_hz) == (153_600, 128, 48_000)
     assert (params.model.text.words, params.model.text.vocabulary) == (16, 2**16)
-    kinetics = params.finetune.tasks["kinetics"]
+    kinetics = params.finetune.tasks["kinetics400"]
     assert (kinetics.frames, kinetics.fps, kinetics.frame_size) == (32, 12.5, 320)
     assert (kinetics.batch_size, kinetics.steps, kinetics.test_clips, kinetics.test_crops) == (
         (64, 100_000, 4, 3)

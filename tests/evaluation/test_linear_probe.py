@@ -1,11 +1,9 @@
 """Linear probes: they find what is there, nothing where nothing is, and the same twice."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 
-from vatt.evaluation.linear_probe import balanced_rows, held_out_rows, low_rank_correct, svm_correct
+from vatt.evaluation.linear_probe import held_out_rows, low_rank_correct, svm_correct
 
 CLASSES = np.array(["cat", "dog", "owl"])
 
@@ -59,26 +57,3 @@ def test_the_held_out_fifth_holds_every_class_of_a_corpus_made_in_turns():
         held_out = held_out_rows(400)
         assert held_out.sum() == 80
         assert set(np.arange(400)[held_out] % classes) == set(range(classes))
-
-
-def test_balanced_rows_take_equally_many_of_each_class_whatever_the_order():
-    ids = np.array([f"clip-{i}" for i in range(100)])
-    labels = np.where(np.arange(100) < 80, "often", "seldom")
-    rows = balanced_rows(ids, labels, 30)
-    assert sorted(labels[rows].tolist()) == ["often"] * 15 + ["seldom"] * 15
-    order = np.random.default_rng(0).permutation(100)
-    again = balanced_rows(ids[order], labels[order], 30)
-    assert set(ids[order][again]) == set(ids[rows])
-
-
-def test_more_labels_never_take_a_clip_away():
-    ids = np.array([f"clip-{i}" for i in range(60)])
-    labels = CLASSES[np.arange(60) % 3]
-    chosen = [set(balanced_rows(ids, labels, count)) for count in (9, 21, 45, None)]
-    assert all(fewer < more for fewer, more in pairwise(chosen))
-    assert len(chosen[-1]) == 60
-
-
-def test_clips_without_the_label_are_left_out():
-    ids = np.array(["a", "b", "c"])
-    assert balanced_rows(ids, np.array(["x", "", "y"]), None).tolist() == [0, 2]

@@ -19,11 +19,12 @@ from vatt.config import (
     PretrainParams,
     ProbeParams,
 )
+from vatt.data.labels import balanced
 from vatt.data.samples import VOCABULARY, splits_of
 from vatt.evaluation.classification import Predictions, compare
 from vatt.evaluation.examples import retrieval_examples
 from vatt.evaluation.features import Array, FeatureSet, Progress
-from vatt.evaluation.linear_probe import balanced_rows, low_rank_correct, svm_correct
+from vatt.evaluation.linear_probe import low_rank_correct, svm_correct
 from vatt.evaluation.passes import Counter, classifier_predictions, encoder_features
 from vatt.evaluation.retrieval import draw_pool, retrieval_metrics, similarities
 from vatt.files import atomic_folder, atomic_write
@@ -184,7 +185,7 @@ def _probe(
     first, shown = train["pretrained"], test["pretrained"]
     present = getattr(first, f"has_{probe.modality}")
     labels = np.where(present, first.labels[probe.label], "")
-    rows = balanced_rows(first.clip_ids, labels, probe.train_labels)
+    rows = balanced(first.clip_ids.tolist(), labels.tolist(), probe.train_labels)
     usable = getattr(shown, f"has_{probe.modality}") & (shown.labels[probe.label] != "")
     wanted = shown.labels[probe.label][usable]
     chance = majority_share(wanted.tolist())

@@ -4,8 +4,6 @@ n clips, D encoder width, C classes. Two classifiers, as in the paper: a linear 
 low-rank one, W = U V with 128 components of which a tenth is sampled at each step.
 """
 
-import hashlib
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,22 +21,6 @@ COMPONENTS = 128  # paper, appendix: rank of the classifier,
 SAMPLED = 0.1  # the share of it that a step sees,
 LEARNING_RATE = 5e-4
 BATCH_SIZE = 64
-
-
-def balanced_rows(
-    clip_ids: NDArray[np.str_], labels: NDArray[np.str_], count: int | None
-) -> NDArray[np.integer]:
-    """Rows of `count` labelled clips, equally many a class, chosen by the hash of their ids."""
-    by_class: dict[str, list[int]] = {}
-    keys = [hashlib.sha256(str(clip).encode()).digest() for clip in clip_ids]
-    for row in sorted(range(len(keys)), key=keys.__getitem__):
-        if labels[row] != "":
-            by_class.setdefault(str(labels[row]), []).append(row)
-    turns = [
-        (place, name, row) for name, rows in by_class.items() for place, row in enumerate(rows)
-    ]
-    chosen = [row for _, _, row in sorted(turns)][: count or None]
-    return np.asarray(sorted(chosen), dtype=np.int64)
 
 
 def svm_correct(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SEPARATOR = "|"  # between the labels of a clip that has several
+from vatt.data.labels import SEPARATOR
 
 
 def one_hot(labels: Sequence[str], classes: Sequence[str]) -> Tensor:  # -> (B, C)
