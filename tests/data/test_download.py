@@ -35,6 +35,9 @@ class Server:
         times = sum(path == name for path, _ in self.asked)
         self.asked.append((name, span))
         kind, *rest = name.removesuffix(".mp4").split("-")
+        if kind == "endless":
+            self.stream(request)
+            return
         if kind == "fail" and times < int(rest[1]):
             request.send_error(int(rest[0]))
             return
@@ -51,6 +54,15 @@ class Server:
             piece = body[start : min(start + 4096, until)]
             request.wfile.write(piece)
             self.sent += len(piece)
+            time.sleep(self.pause)
+
+    def stream(self, request: BaseHTTPRequestHandler) -> None:
+        """A body without length and end."""
+        request.send_response(200)
+        request.send_header("Content-Type", "video/mp4")
+        request.end_headers()
+        while True:
+            request.wfile.write(bytes(8192))
             time.sleep(self.pause)
 
 
@@ -152,6 +164,22 @@ def test_clips_of_one_file_share_one_download(tmp_path, media):
     with serving(server) as base:
         assert run(tmp_path, clips, base) == {"ok": 5}
     assert len(server.asked) == 1
+
+
+def test_a_body_that_never_ends_is_cut_off(tmp_path, media, monkeypatch):
+    monkeypatch.setattr(fetch, "MAX_BYTES", 10**6)
+    clips = [clip(0, "a"), clip(1, "endless")]
+    with serving(Server(media)) as base:
+        assert run(tmp_path, clips, base) == {"ok": 1, "filtered": 1}
+    assert not any((tmp_path / "media" / ".partial").iterdir())
+
+
+def test_a_body_that_drips_is_given_up(tmp_path, media, monkeypatch):
+    monkeypatch.setattr(fetch, "MAX_SECONDS", 0.5)
+    server = Server(media)
+    server.pause = 0.05
+    with serving(server) as base:
+        assert run(tmp_path, [clip(0, "a"), clip(1, "endless")], base) == {"ok": 1, "network": 1}
 
 
 def test_mirrors_are_asked_in_order_and_the_source_last(tmp_path, media):

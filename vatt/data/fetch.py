@@ -27,6 +27,7 @@ from yt_dlp.utils import (
     YoutubeDLError,
 )
 
+from vatt.data.ledger import RETRYABLE
 from vatt.data.media import BrokenMediaError, probe
 from vatt.errors import MachineError
 
@@ -107,7 +108,7 @@ def fetch(order: Order, fetching: Fetching) -> Outcome:
             return outcome
         outcomes.append(outcome)
     # What can be tried again must be: a mirror's 404 does not outweigh a time-out at the source.
-    retryable = [one for one in outcomes if one.state in ("rate-limited", "network")]
+    retryable = [one for one in outcomes if one.state in RETRYABLE]
     return (retryable or outcomes)[-1]
 
 
@@ -121,7 +122,11 @@ def _fetch_from(address: str, name: str, fetching: Fetching, *, is_page: bool) -
             got = tool.extract_info(address) if is_page else _download_file(tool, address, name)
         except (YoutubeDLError, HTTPException, OSError, ValueError) as error:
             failed = _explain(error, name, host)
-            if failed.state not in ("rate-limited", "network") or pause is None:
+            if failed.state not in RETRYABLE:
+                for rest in folder.glob(f"{name}.*"):
+                    rest.unlink()
+                return failed
+            if pause is None:
                 return failed
             time.sleep(pause)
             continue
