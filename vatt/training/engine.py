@@ -166,10 +166,14 @@ def _deepspeed_config(
 ) -> dict[str, Any]:
     elements = sum(weight.numel() for weight in module.parameters())
     bucket = min(elements, LARGEST_BUCKET)
+    on_gpu = distributed.device().type == "cuda"
     zero: dict[str, Any] = {
         "stage": machine.zero_stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
+        # Against fragmentation and idling of a GPU; on a CPU they only cost copies.
+        "contiguous_gradients": on_gpu,
+        "overlap_comm": on_gpu,
     }
     if machine.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
