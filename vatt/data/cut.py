@@ -34,6 +34,7 @@ _ENCODER: dict[str, Any] = {
     "vcodec": "libx264",
     "preset": "veryfast",
     "tune": "fastdecode",
+    "x264-params": "mbtree=0",  # its macroblock tree may come out otherwise at every run
     "pix_fmt": "yuv420p",
     "threads": 1,
     "map_metadata": -1,

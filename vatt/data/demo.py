@@ -1,6 +1,7 @@
 """The demo corpus: real mp4 files made on the spot from a seed, and the server they come from."""
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -120,7 +121,7 @@ def serve(folder: Path) -> Iterator[str]:
     class Handler(_FileHandler):
         root = folder
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     thread = Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
@@ -130,6 +131,14 @@ def serve(folder: Path) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    """Lets a client hang up without a word: the download tells what became of the file."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _FileHandler(BaseHTTPRequestHandler):
