@@ -171,9 +171,12 @@ def headline(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         for kind, values in classifiers.items()
         for start, metric in values.items()
     ]
-    for task, values in results.get("classification", {}).items():
-        for start, metric in values.items():
-            found.append((f"fine-tuned {task}, {start}", metric.get("top_1", metric)))
+    found += [
+        (f"fine-tuned {task}, {start}", values[start].get("top_1", values[start]))
+        for task, values in results.get("classification", {}).items()
+        for start in ("pretrained", "scratch", "difference")
+        if start in values
+    ]
     return found
 
 
