@@ -134,7 +134,8 @@ def summary() -> str:
     for column in ("what", "value", "interval", "chance", "clips"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for name, metric in headline(json.loads(file.read_text(encoding="utf-8"))):
-        table.add_row(name, *_cells(metric, ranks="median rank" in name))
+        value, interval, chance, clips = _cells(metric, ranks="median rank" in name)
+        table.add_row(name, value, interval, "" if "difference" in name else chance, clips)
     console = Console(width=100, color_system=None)
     with console.capture() as text:
         console.print(table)
