@@ -84,8 +84,10 @@ def test_onnx_graphs_of_a_pretrained_model_take_any_number_of_clips(
     graphs = {path.name for path in (tmp_path / "o").glob("*.onnx")}
     assert graphs == {"video.onnx", "audio.onnx", "text.onnx"}
     session = onnxruntime.InferenceSession(str(tmp_path / "o" / "text.onnx"))
-    text = np.ones((7, 5, 8), dtype=np.int64)
-    assert session.run(["text_vt"], {"text": text})[0].shape == (7, 5, 12)
+    text = np.arange(40, dtype=np.int64).reshape(5, 8)
+    (embedded,) = session.run(["text_vt"], {"text": text})
+    ours = vatt.load(pretrained)(text=torch.from_numpy(text)[None]).text_vt[0].detach().numpy()
+    np.testing.assert_allclose(embedded, ours, rtol=1e-4, atol=1e-6)
 
 
 def test_a_graph_that_differs_is_not_written(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vatt import checkpoint
 from vatt.errors import MachineError, VattError
@@ -22,7 +23,6 @@ from vatt.model.vatt import VATT
 
 TOLERANCE = 1e-4  # of the largest value of an output
 _TRACED_CLIPS, _COMPARED_CLIPS = 2, (1, 3)
-_CANDIDATES = 2  # texts of a clip, while tracing
 _OUTPUTS = {
     "video": ("video_va", "video_vt", "video_features"),
     "audio": ("audio_va", "audio_features"),
@@ -79,7 +79,7 @@ def export_huggingface(folder: Path, out: Path) -> list[Comparison]:
 def export_onnx(folder: Path, out: Path) -> list[Comparison]:
     """A graph for each modality, run with onnxruntime and compared with ours.
 
-    Any number of clips; frames, frame size, samples and words are those of the settings.
+    Any number of clips, or of texts (texts, words); the other sizes are those of the settings.
     """
     onnx, onnxruntime = _onnx_packages()
     config, model = checkpoint.load_config(folder), checkpoint.load(folder)
@@ -116,6 +116,9 @@ class Part(nn.Module):
         """The values of `outputs`."""
         if isinstance(self.model, Classifier):
             return (self.model(inputs),)
+        if self.modality == "text":  # (texts, words): which clip a text is of plays no part
+            answer = self.model(text=inputs[:, None])
+            return tuple(getattr(answer, name)[:, 0] for name in self.outputs)
         answer = self.model(**{self.modality: inputs})
         return tuple(getattr(answer, name) for name in self.outputs)
 
@@ -126,12 +129,12 @@ def _parts(model: VATT | Classifier) -> dict[str, Part]:
 
 
 def _example(model: VATT | Classifier, modality: str, clips: int, *, seed: int) -> Tensor:
-    """Random input of the sizes that the settings say; the last text of a clip is all pads."""
+    """Random input of the sizes that the settings say; the last text is all pads."""
     random, params = torch.Generator().manual_seed(seed), model.params
     if modality == "text":
-        texts = (clips, _CANDIDATES, params.text.words)
+        texts = (clips, params.text.words)
         text = torch.randint(1, max(2, params.text.vocabulary), texts, generator=random)
-        text[:, -1] = 0
+        text[-1] = 0
         return text
     if modality == "audio":
         bins = () if params.audio.mel_bins is None else (params.audio.mel_bins,)
@@ -146,9 +149,10 @@ def _example(model: VATT | Classifier, modality: str, clips: int, *, seed: int) 
 
 def _trace(part: Part, inputs: Tensor, path: Path) -> None:
     # AUTO: a choice of operator by size is no limit here, since all choices trace to the same.
-    axes = (0, 1) if part.modality == "text" else (0,)
-    dynamic = dict.fromkeys(axes, torch.export.Dim.AUTO)
-    with _quiet():
+    dynamic = {0: torch.export.Dim.AUTO}
+    # A fused attention kernel would leave its memory layout in the trace, which the exporter's own
+    # attention does not have.
+    with _quiet(), sdpa_kernel(SDPBackend.MATH):
         # Strict: Python's len() of a tensor stays a size that may vary, instead of a number.
         program = torch.export.export(part, (inputs,), dynamic_shapes=(dynamic,), strict=True)
         torch.onnx.export(
