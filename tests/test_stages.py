@@ -26,9 +26,7 @@ SMALL = {  # settings that make every stage take seconds
     "pretrain.optimizer.warmup_steps": 2,
     "pretrain.save_every": 4,
     "pretrain.report_every": 2,
-    "finetune.run": ["action", "audio"],
-    "finetune.tasks.action.train_labels": 32,
-    "finetune.tasks.action.steps": 4,
+    "finetune.run": ["audio"],
     "finetune.tasks.audio.train_labels": 32,
     "finetune.tasks.audio.steps": 4,
     "evaluate.retrieval_pool": 32,
@@ -96,7 +94,7 @@ def ledger_states(project: Path, name: str) -> list[str]:
 
 
 def test_every_stage_leaves_its_files(finished: Path) -> None:
-    for name in ("download", "preprocess", "pretrain", "finetune-action-pretrained", "evaluate"):
+    for name in ("download", "preprocess", "pretrain", "finetune-audio-pretrained", "evaluate"):
         assert metrics(finished, name)
     html = (finished / "reports/report/report.html").read_text()
     assert "<html" in html
@@ -160,7 +158,7 @@ def test_a_changed_setting_reruns_only_what_depends_on_it(finished: Path, tmp_pa
     assert "Running stage 'pretrain'" in text
     assert "Running stage 'download'" not in text
     assert "Running stage 'preprocess'" not in text
-    assert metrics(project, "pretrain")["steps"] == 8
+    assert metrics(project, "pretrain")["step"] == 8
     after = vattctl(project, "repro", "--dry-run")
     assert "Running stage 'evaluate'" in after.stdout + after.stderr
     assert "Running stage 'preprocess'" not in after.stdout + after.stderr

@@ -60,16 +60,24 @@ def run_stages(
     changes = change(settings, write=not dry_run)
     for line in changes:
         click.echo(f"params.yaml: {line}", err=True)
-    load_params()
-    arguments = [
-        "repro",
-        *(["--dry"] if dry_run else []),
-        *(["--force"] if force else []),
-        *targets,
-    ]
-    run_dvc(arguments, quiet=quiet)
+    has_tasks = bool(load_params().finetune.run)
+    dry = ["--dry"] if dry_run else []
+    if force and targets:  # the target itself, on top of what is up to date before it
+        before = stage_before(targets[0], has_tasks=has_tasks)
+        if before is not None:
+            run_dvc(["repro", *dry, before], quiet=quiet)
+        run_dvc(["repro", *dry, "--force", "--single-item", *targets], quiet=quiet)
+    else:
+        run_dvc(["repro", *dry, *(["--force"] if force else []), *targets], quiet=quiet)
     if not dry_run:
         click.echo(closing_lines(targets))
+
+
+def stage_before(target: str, *, has_tasks: bool) -> str | None:
+    """The stage that a target builds on; fine-tuning is passed over where there are no tasks."""
+    stages = [name for name in STAGES if has_tasks or name != "finetune"]
+    place = stages.index(target.partition("@")[0])
+    return stages[place - 1] if place else None
 
 
 def run_dvc(arguments: list[str], *, quiet: bool) -> None:
