@@ -8,8 +8,9 @@ import torch
 
 from tests.training import tiny
 from vatt.errors import VattError
+from vatt.losses import paper_form, pretraining_loss, release_form
 from vatt.training.engine import LocalEngine
-from vatt.training.pretrain import fingerprint, pretrain
+from vatt.training.pretrain import Pretraining, fingerprint, pretrain, pretraining_inputs
 
 CLOCKS = {"samples_per_second", "data_wait_share", "peak_memory_gb"}
 
@@ -112,3 +113,26 @@ def test_bf16_stays_close_to_fp32(tmp_path):
     rough, _ = run(tmp_path / "rough", steps=1, precision="bf16")
     assert rough[0][1]["loss"] == pytest.approx(exact[0][1]["loss"], rel=0.05)
     assert torch.tensor(rough[0][1]["loss"]) != torch.tensor(exact[0][1]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "form", "alike"), [("paper", paper_form, False), ("release", release_form, True)]
+)
+def test_the_recipe_chooses_the_loss_and_how_tokens_are_dropped(recipe, form, alike):
+    params = tiny.model_params().model_copy(update={"recipe": recipe})
+    module = Pretraining(tiny.make_model(params), tiny.pretrain_params()).eval()
+    inputs = pretraining_inputs(module.model, tiny.make_batch(0), 0, drop_rate=0.5, seed=0)
+    video, audio, text, kept_video, kept_audio, has_video, has_audio = inputs
+    for kept in (kept_video, kept_audio):
+        assert bool((kept == kept[0]).all()) is alike
+    out = module.model(video, audio, text, kept_video=kept_video, kept_audio=kept_audio)
+    wanted = pretraining_loss(
+        out,
+        has_video=has_video,
+        has_audio=has_audio,
+        has_text=(text != 0).any(-1),
+        temperature=0.07,
+        mil_nce_weight=1.0,
+        form=form,
+    )
+    torch.testing.assert_close(module(*inputs)["loss"], wanted.total)

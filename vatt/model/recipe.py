@@ -53,6 +53,7 @@ class Recipe:
     text_tower: Callable[[ModelParams, SizeParams, Encoder], TextTower]
     shared_text_tower: Callable[[ModelParams, SizeParams, Encoder], TextTower]
     heads: Callable[[ModelParams, Widths], Heads]
+    drops_alike: bool  # DropToken keeps the same tokens of every clip in a batch
 
 
 def no_change(*_: object) -> nn.Module:
@@ -191,6 +192,7 @@ RECIPES = {
         text_tower=paper_text_tower,
         shared_text_tower=paper_text_tower,
         heads=paper_heads,
+        drops_alike=False,
     ),
     "release": Recipe(
         position_norm=layer_norm,
@@ -204,5 +206,6 @@ RECIPES = {
         text_tower=release_text_tower,
         shared_text_tower=release_shared_text_tower,
         heads=release_heads,
+        drops_alike=True,
     ),
 }

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from vatt.config import MachineParams, ModelParams, PretrainParams
 from vatt.data.batches import Batch, model_inputs
 from vatt.errors import SettingsError
-from vatt.losses import pretraining_loss
+from vatt.losses import FORMS, pretraining_loss
 from vatt.model.drop_token import draw_kept
+from vatt.model.recipe import RECIPES
 from vatt.model.vatt import VATT, Features
 from vatt.training import distributed
 from vatt.training.engine import Engine, Weights, make_engine
@@ -67,6 +68,7 @@ class Pretraining(nn.Module):
                 has_text=has_text,
                 temperature=self.params.temperature,
                 mil_nce_weight=self.params.mil_nce_weight,
+                form=FORMS[self.model.params.recipe],
             )
         return {"loss": losses.total, "nce": losses.nce, "mil_nce": losses.mil_nce}
 
@@ -148,6 +150,8 @@ def pretraining_inputs(
     video, audio, text = model_inputs(batch)
     first = distributed.rank() * len(batch.clip_ids)
     samples = list(range(first, first + len(batch.clip_ids)))
+    if RECIPES[model.params.recipe].drops_alike:
+        samples = [0] * len(samples)
 
     def kept(num_tokens: int, stream: str) -> Tensor | None:
         if drop_rate == 0:
