@@ -5,6 +5,7 @@ DVC answers 255 for any failed stage; `vattctl` reads the file and exits with th
 
 import errno
 import json
+import logging
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ FOLDER = Path(".vattctl")  # in the project's root; locks, the last outcome, the
 OUTCOME = FOLDER / "outcome.json"
 TRACEBACK = FOLDER / "traceback.txt"
 DEBUG_VARIABLE = "VATTCTL_DEBUG"  # set by `vattctl --debug`
+VERBOSE_VARIABLE = "VATTCTL_VERBOSE"  # set by `vattctl --verbose`
 LAUNCHED_VARIABLE = "VATT_LAUNCHED"  # set by vatt.training.launch for the processes it starts
 
 BUG = 101
@@ -32,6 +34,8 @@ def run_stage(stage: str, main: Callable[[], None]) -> None:
 
 
 def _run(stage: str, main: Callable[[], None]) -> int:
+    level = logging.INFO if os.environ.get(VERBOSE_VARIABLE) else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s")
     for number in (signal.SIGTERM, signal.SIGUSR1):  # training replaces these by its own
         signal.signal(number, _stop)
     try:

@@ -15,7 +15,15 @@ from vattctl import checks, models, params, pipeline, runs
 BUG, INTERRUPTED = 101, 130
 
 
+class InOrder(click.Group):
+    """Lists commands as the pipeline has them, not by the alphabet."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)
+
+
 @click.group(
+    cls=InOrder,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 Examples:
@@ -44,8 +52,10 @@ def cli(
     Each stage runs through DVC with what it depends on, and is a run in MLflow.
     """
     if debug:
-        os.environ["VATTCTL_DEBUG"] = "1"
-    context.obj = {"quiet": quiet, "verbose": verbose, "project": project}
+        os.environ["VATTCTL_DEBUG"] = "1"  # the stages read these two
+    if verbose:
+        os.environ["VATTCTL_VERBOSE"] = "1"
+    context.obj = {"quiet": quiet, "project": project}
 
 
 for command in (
