@@ -69,7 +69,7 @@ def full_precision(values: Tensor) -> Tensor:
 
 
 class _ConvolutionLinear(torch.autograd.Function):
-    """A linear layer as a 1 x 1 convolution: oneDNN's fp32 products are up to twice as fast."""
+    """A linear layer as a 1 x 1 convolution, which takes oneDNN's fp32 path."""
 
     @staticmethod
     def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
