@@ -11,7 +11,7 @@ from vatt.data import augment
 from vatt.data.samples import Facts, Row
 from vatt.data.sampling import Request, Sampling, View, make_sample
 
-GOLDEN = dict(np.load(Path(__file__).parent / "golden.npz"))
+GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "data.npz"))
 SAMPLES = sorted(name for name in GOLDEN if name.startswith("sample/"))
 
 
