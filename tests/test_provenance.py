@@ -55,3 +55,12 @@ def test_settings_code_and_data_each_change_it(project: Path) -> None:
     write_lock(project, "bbb.dir")
     hashes.append(stage_hash("train", settings(), task="audio"))
     assert len(set(hashes)) == len(hashes)
+
+
+def test_a_folder_of_several_outputs_counts_by_what_is_in_it(project: Path) -> None:
+    (project / "dvc.yaml").write_text(
+        yaml.safe_dump({"stages": {"judge": {"params": [], "deps": ["data"]}}})
+    )
+    before = stage_hash("judge", settings())
+    write_lock(project, "bbb.dir")
+    assert stage_hash("judge", settings()) != before

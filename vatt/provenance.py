@@ -16,8 +16,8 @@ LOCK_FILE = Path("dvc.lock")
 def stage_hash(stage: str, params: Params, **item: str) -> str:
     """The sha256 of a stage's resolved params and deps, as dvc.yaml declares them.
 
-    A dep that an earlier stage made counts by the hash in dvc.lock, a source file by its content;
-    `item` names the variant of a stage with a matrix.
+    What earlier stages made counts by its hash in dvc.lock, also inside a folder that is the dep; a
+    source file counts by its content. `item` names the variant of a stage with a matrix.
     """
     declared = yaml.safe_load(PIPELINE_FILE.read_text(encoding="utf-8"))["stages"][stage]
     declared = declared.get("do", declared)
@@ -29,7 +29,11 @@ def stage_hash(stage: str, params: Params, **item: str) -> str:
     made = _hashes_of_outputs()
     for dep in sorted(map(str, declared.get("deps", []))):
         path = _resolve(dep, raw_params, item)
-        digest.update(f"{path}:{made.get(path) or _hash_of_file(Path(path))}\n".encode())
+        within = sorted(out for out in made if Path(out).is_relative_to(path))
+        for out in within:
+            digest.update(f"{out}:{made[out]}\n".encode())
+        if not within:
+            digest.update(f"{path}:{_hash_of_file(Path(path))}\n".encode())
     return digest.hexdigest()
 
 
