@@ -1,10 +1,11 @@
 """Stage download: a source -> manifest, media, and a ledger row for each clip."""
 
 import json
+from dataclasses import asdict
 
 from vatt.config import load_params
 from vatt.data.download import download
-from vatt.data.manifest import manifest_hash, write_manifest
+from vatt.data.manifest import describe_manifest, read_manifest, write_manifest
 from vatt.data.sources.chosen import open_source
 from vatt.files import atomic_write
 from vatt.outcome import run_stage
@@ -30,14 +31,16 @@ def main() -> None:
         progress("download", "clips") as tick,
     ):
         write_manifest(paths.manifest, source.clips)
+        corpus = describe_manifest(paths.manifest)
         counts = download(
-            source.clips, source.data, params.machine,
+            read_manifest(paths.manifest), source.data, params.machine,
             media=paths.media, ledger=paths.download_ledger, progress=tick,
         )  # fmt: skip
         run.log(0, {f"clips.{state}": float(count) for state, count in counts.items()})
-        run.tag("vatt.data_hash", manifest_hash(paths.manifest))
+        run.tag("vatt.data_hash", corpus.hash)
         with atomic_write(paths.metrics / "download.json") as path:
-            path.write_text(json.dumps({"clips": counts}, indent=2) + "\n")
+            content = {"clips": counts, "corpus": asdict(corpus)}
+            path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,10 @@ class PathsParams(Section):
 # --- data -----------------------------------------------------------------------------------------
 
 
+OWN_SOURCES = ("demo", "folder", "urls")
+LISTS = ("howto100m", "audioset")  # official lists: one reader each in vatt/data/sources
+
+
 class DemoParams(Section):
     """The generated corpus: moving handwritten digits with their telephone tones."""
 
@@ -76,21 +80,39 @@ class DemoParams(Section):
 class DataParams(Section):
     """Where clips come from and how many must survive."""
 
-    source: Literal["demo", "folder", "urls"]
+    source: str  # demo, folder, urls, or official lists joined by +, as howto100m+audioset
     location: Path | None  # folder: a folder of videos; urls: a csv file; demo: null
     location_hash: str | None  # what lay there when `vattctl ingest` looked; it makes DVC notice
+    annotations: Path | None  # official lists: <annotations>/<list>/ holds the files of each
+    mix: dict[str, Annotated[float, Field(gt=0, le=1)]] | None  # of the hours; null: all there is
+    sample_share: Annotated[float, Field(gt=0, le=1)]  # of the clips, by the hash of their ids
+    sections: bool  # fetch the listed part of a video, not the whole
     base_urls: tuple[str, ...]  # mirrors tried first, in order
-    allow_youtube: bool  # read docs/download.md first: their terms apply
+    allow_youtube: bool  # read docs/data-sources.md first: their terms apply
     test_share: Share  # of the videos without a split of their own
     require: tuple[Modality, ...]  # a clip without one of these is not kept
     min_clips: PositiveInt  # fewer clips left: stop
     min_share: Share  # a smaller share of the manifest left: stop
     demo: DemoParams
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources that `source` joins."""
+        return tuple(self.source.split("+"))
+
     @model_validator(mode="after")
-    def _location_when_needed(self) -> "DataParams":
-        if self.source != "demo" and self.location is None:
+    def _source_is_known(self) -> "DataParams":
+        if self.source not in OWN_SOURCES and not set(self.sources) <= set(LISTS):
+            raise ValueError(
+                f"data.source {self.source} is none of {', '.join(OWN_SOURCES)}, "
+                f"nor made of {', '.join(LISTS)} joined by +"
+            )
+        if self.source in ("folder", "urls") and self.location is None:
             raise ValueError(f"data.location is needed when data.source is {self.source}")
+        if self.source not in OWN_SOURCES and self.annotations is None:
+            raise ValueError(f"data.annotations is needed when data.source is {self.source}")
+        if self.mix is not None and set(self.mix) != set(self.sources):
+            raise ValueError(f"data.mix must name exactly {', '.join(self.sources)}")
         return self
 
 

@@ -1,15 +1,19 @@
 """A manifest holds what was written, and refuses what could do harm."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.data.corpus import make_clip
+from tests.test_architecture import ROOT
 from vatt.data.manifest import (
     Caption,
     Clip,
+    describe_manifest,
     manifest_hash,
     media_path,
     read_manifest,
@@ -18,25 +22,44 @@ from vatt.data.manifest import (
 from vatt.errors import DataError
 
 
-def test_clips_come_back_as_written(tmp_path):
+@pytest.mark.parametrize("name", ["m.jsonl", "m.parquet"])
+def test_clips_come_back_as_written(tmp_path, name):
     clips = [make_clip(1), make_clip(2, end=None, captions=(Caption(-1.5, 0.25, "żółw 🐢"),))]
-    assert write_manifest(tmp_path / "m.jsonl", clips) == 2
-    assert list(read_manifest(tmp_path / "m.jsonl")) == clips
+    clips.append(replace(make_clip(3, captions=()), labels={}, licence="CC0"))
+    assert write_manifest(tmp_path / name, iter(clips)) == 3
+    assert list(read_manifest(tmp_path / name)) == clips
 
 
 def test_hash_names_the_set_whatever_its_order(tmp_path):
     clips = [make_clip(number) for number in range(5)]
     write_manifest(tmp_path / "a", clips)
-    write_manifest(tmp_path / "b", clips[::-1])
+    write_manifest(tmp_path / "b.parquet", clips[::-1])
     write_manifest(tmp_path / "c", clips[:4])
-    assert manifest_hash(tmp_path / "a") == manifest_hash(tmp_path / "b")
+    assert manifest_hash(tmp_path / "a") == manifest_hash(tmp_path / "b.parquet")
     assert manifest_hash(tmp_path / "a") != manifest_hash(tmp_path / "c")
 
 
-def test_an_id_given_twice_is_refused_and_nothing_is_written(tmp_path):
+@pytest.mark.parametrize("name", ["m.jsonl", "m.parquet"])
+def test_an_id_given_twice_is_refused_and_nothing_is_written(tmp_path, name):
     with pytest.raises(DataError, match="two clips are called clip-001"):
-        write_manifest(tmp_path / "m.jsonl", [make_clip(1), make_clip(1)])
+        write_manifest(tmp_path / name, [make_clip(1), make_clip(2), make_clip(1)])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_is_described_in_one_pass(tmp_path):
+    write_manifest(tmp_path / "m", [make_clip(1), make_clip(2), make_clip(3, split="test")])
+    corpus = describe_manifest(tmp_path / "m")
+    assert (corpus.clips, corpus.splits, corpus.sources) == (
+        3,
+        {"train": 2, "test": 1},
+        {"test": 3},
+    )
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path):
+    (tmp_path / "m.parquet").write_text("{}")
+    with pytest.raises(DataError, match=r"m\.parquet is no Parquet manifest"):
+        list(read_manifest(tmp_path / "m.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -77,3 +100,16 @@ def test_a_folder_clip_stays_inside_its_folder(tmp_path):
         with pytest.raises(DataError, match="points out of"):
             media_path(at(url), **here)
     assert media_path(at("demo:x.mp4"), **here).parent == Path(tmp_path / "media")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["jsonl", "parquet"])
+def test_ten_million_clips_stay_within_two_gigabytes(name):
+    command = [sys.executable, "bench/manifest.py", "--json", "--format", name]
+    done = subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
+    steps = json.loads(done.stdout)["steps"]
+    counted = steps["count and hash"]["result"]
+    assert counted["clips"] == counted["splits"]["train"] + counted["splits"]["test"] == 10**7
+    assert counted["sources"] == {"audioset": 8 * 10**6, "howto100m": 2 * 10**6}
+    assert steps["sample"]["result"] == pytest.approx(10**6, rel=0.01)
+    assert max(step["peak_mb"] for step in steps.values()) < 2000

@@ -1,13 +1,14 @@
 """A made-up run: the files that stages leave, with known numbers."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vatt.config import PathsParams, ReportParams, load_params
-from vatt.data.manifest import Clip, write_manifest
+from vatt.data.manifest import Clip, describe_manifest, write_manifest
 
 DEMO = load_params(Path(__file__).parents[2] / "presets" / "demo.yaml")
 REPORT = ReportParams(title="A made-up run", tsne_clips=12)
@@ -92,6 +93,9 @@ def leave_run(place: PathsParams, *, label: str = "seven", sentence: str = "a se
         for i, split in enumerate(("train", "train", "test"))
     ]
     write_manifest(place.manifest, clips)
+    corpus = {"corpus": asdict(describe_manifest(place.manifest))}
+    place.metrics.mkdir(parents=True, exist_ok=True)
+    (place.metrics / "download.json").write_text(json.dumps(corpus))
     states = [("c0", "ok", ""), ("c1", "not-found", sentence), ("c2", "ok", "")]
     place.download_ledger.write_text(
         "".join(

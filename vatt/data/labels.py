@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vatt.data.manifest import LABEL_SEPARATOR
 from vatt.data.samples import ShardIndex
 from vatt.errors import DataError
-
-SEPARATOR = "|"  # between the labels of a sample that has several
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +28,7 @@ def labelled_samples(shards: Path, *, split: str, label: str, count: int | None)
         )
     labels = [row.labels[label] for row in rows]
     chosen = balanced([row.key for row in rows], labels, count)
-    classes = sorted({name for several in labels for name in several.split(SEPARATOR)})
+    classes = sorted({name for several in labels for name in several.split(LABEL_SEPARATOR)})
     return Labelled([rows[place].key for place in chosen], classes)
 
 

@@ -1,18 +1,28 @@
-"""The list of clips: JSON lines, one clip each, read and written as a stream."""
+"""The list of clips: JSON lines, one clip each, or Parquet; read and written as a stream.
+
+Nothing here holds the list in memory: 8 bytes a clip while it is written, none while it is read.
+"""
 
 import hashlib
 import json
 import math
 import re
+import sys
+from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from vatt.data.manifest_parquet import read_parquet, write_parquet
 from vatt.errors import DataError
 from vatt.files import atomic_write
 
 SPLITS = ("train", "val", "test")
+LABEL_SEPARATOR = "|"  # between the labels of a clip that has several of one name
 # A clip id becomes a name inside a tar and a WebDataset key, where a dot or a slash would cut it.
 CLIP_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,69}")
 
@@ -64,41 +74,103 @@ def media_path(clip: Clip, *, media: Path, location: Path | None) -> Path:
     return path
 
 
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """What a manifest lists."""
+
+    clips: int
+    splits: dict[str, int]
+    sources: dict[str, int]
+    hash: str  # names exactly this set of clips, whatever their order in the file
+
+
 def write_manifest(path: Path, clips: Iterable[Clip]) -> int:
     """Write the clips whole or not at all; returns their number. An id given twice is refused."""
-    seen: set[bytes] = set()
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    marks = array("Q")
+
+    def records() -> Iterator[dict[str, Any]]:
         for clip in clips:
-            short = hashlib.sha256(clip.clip_id.encode()).digest()[:12]
-            if short in seen:
-                raise DataError(f"two clips are called {clip.clip_id}", hint="give each its own id")
-            seen.add(short)
-            file.write(_to_line(clip) + "\n")
-    return len(seen)
+            marks.append(_mark(clip.clip_id))
+            yield _to_record(clip)
+
+    is_parquet = path.suffix == ".parquet"
+    with atomic_write(path) as temporary:
+        if is_parquet:
+            write_parquet(temporary, records())
+        else:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(_to_line(record) + "\n" for record in records())
+        _refuse_twins(temporary, np.asarray(marks), is_parquet=is_parquet)
+    return len(marks)
 
 
 def read_manifest(path: Path) -> Iterator[Clip]:
     """The clips in the file's order; a bad line is named with its number."""
-    try:
-        file = path.open(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing", hint="run `vattctl download`") from None
-    with file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _from_line(line, where=f"{path}:{number}")
+    if not path.exists():
+        raise DataError(f"{path} is missing", hint="run `vattctl download`")
+    for number, record in enumerate(_records(path, is_parquet=path.suffix == ".parquet"), start=1):
+        if record is not None:
+            yield _from_record(record, where=f"{path}:{number}")
+
+
+def describe_manifest(path: Path) -> Corpus:
+    """Count and name the clips in one pass."""
+    splits: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    total = 0
+    for clip in read_manifest(path):
+        splits[clip.split] += 1
+        sources[clip.source] += 1
+        line = _to_line(_to_record(clip))
+        total += int.from_bytes(hashlib.sha256(line.encode()).digest(), "big")
+    name = hashlib.sha256((total % 2**256).to_bytes(32, "big")).hexdigest()
+    return Corpus(splits.total(), dict(splits), dict(sources.most_common()), name)
 
 
 def manifest_hash(path: Path) -> str:
-    """The sha256 that names the set of clips, whatever their order in the file."""
-    total = 0
-    for clip in read_manifest(path):
-        total += int.from_bytes(hashlib.sha256(_to_line(clip).encode()).digest(), "big")
-    return hashlib.sha256((total % 2**256).to_bytes(32, "big")).hexdigest()
+    """The sha256 that names the set of clips."""
+    return describe_manifest(path).hash
 
 
-def _to_line(clip: Clip) -> str:
-    record = {
+def drawn_split(url: str, test_share: float) -> str:
+    """The split of a clip whose list names none: by its video, so that its clips stay together."""
+    place = int(hashlib.sha256(url.encode()).hexdigest()[:8], 16) / 16**8
+    return "test" if place < test_share else "train"
+
+
+def _mark(clip_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(clip_id.encode(), digest_size=8).digest(), "big")
+
+
+def _refuse_twins(path: Path, marks: np.ndarray, *, is_parquet: bool) -> None:
+    """Look for equal ids: for equal marks first, then at the ids that bear them."""
+    ordered = np.sort(marks)
+    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    seen: set[str] = set()
+    for record in _records(path, is_parquet=is_parquet) if suspects else ():
+        assert record is not None  # we wrote it
+        name = record["clip_id"]
+        if name in seen:
+            raise DataError(f"two clips are called {name}", hint="give each its own id")
+        if _mark(name) in suspects:
+            seen.add(name)
+
+
+def _records(path: Path, *, is_parquet: bool) -> Iterator[Any]:
+    """What stands in each line (or row), still to be checked; None for an empty line."""
+    if is_parquet:
+        yield from read_parquet(path)
+        return
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield json.loads(line) if line.strip() else None
+            except ValueError as error:
+                raise _no_clip(f"{path}:{number}", str(error)) from None
+
+
+def _to_record(clip: Clip) -> dict[str, Any]:
+    return {
         "clip_id": clip.clip_id,
         "source": clip.source,
         "url": clip.url,
@@ -109,20 +181,24 @@ def _to_line(clip: Clip) -> str:
         "captions": [[caption.start, caption.end, caption.text] for caption in clip.captions],
         "licence": clip.licence,
     }
+
+
+def _to_line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, sort_keys=True, allow_nan=False)
 
 
-def _from_line(line: str, *, where: str) -> Clip:
+def _from_record(record: Any, *, where: str) -> Clip:
     try:
-        record = json.loads(line)
         clip = Clip(
             clip_id=_text(record["clip_id"]),
-            source=_text(record["source"]),
+            source=sys.intern(_text(record["source"])),
             url=_text(record["url"]),
             start=_seconds(record["start"]),
             end=None if record["end"] is None else _seconds(record["end"]),
-            split=_text(record["split"]),
-            labels={_text(name): _text(value) for name, value in record["labels"].items()},
+            split=sys.intern(_text(record["split"])),
+            labels={
+                sys.intern(_text(name)): _text(value) for name, value in record["labels"].items()
+            },
             captions=tuple(
                 Caption(_seconds(start), _seconds(end), _text(text))
                 for start, end, text in record["captions"]
@@ -132,8 +208,12 @@ def _from_line(line: str, *, where: str) -> Clip:
         _check(clip)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{where}: not a clip: {reason}", hint="run `vattctl download`") from None
+        raise _no_clip(where, reason) from None
     return clip
+
+
+def _no_clip(where: str, reason: str) -> DataError:
+    return DataError(f"{where}: not a clip: {reason}", hint="run `vattctl download`")
 
 
 def _check(clip: Clip) -> None:

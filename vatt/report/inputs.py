@@ -4,7 +4,6 @@ Nothing here comes from a network, but all of it may hold text that strangers wr
 captions, reasons); the templates escape it.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -77,8 +76,9 @@ def read_inputs(paths: PathsParams) -> Inputs:
     """Read whatever exists below the project's paths."""
     examples = _read_json(paths.evaluation / "examples.json")
     config = _read_json(paths.pretrained / "config.json")
+    metrics = _read_folder(paths.metrics)
     return Inputs(
-        metrics=_read_folder(paths.metrics),
+        metrics=metrics,
         runs=_read_folder(paths.runs),
         curves=_read_curves(paths),
         attrition=tuple(
@@ -89,7 +89,7 @@ def read_inputs(paths: PathsParams) -> Inputs:
             )
             if file.exists()
         ),
-        corpus=_read_corpus(paths.manifest),
+        corpus=_read_corpus(metrics),
         arrays=_read_arrays(paths.evaluation),
         examples=tuple(examples) if isinstance(examples, list) else (),
         model=config if isinstance(config, dict) else None,
@@ -139,24 +139,10 @@ def _read_ledger(stage: str, file: Path) -> Attrition:
     )
 
 
-def _read_corpus(file: Path) -> Corpus | None:
-    if not file.exists():
-        return None
-    splits: Counter[str] = Counter()
-    sources: Counter[str] = Counter()
-    total = 0
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            clip = json.loads(line)
-            splits[str(clip["split"])] += 1
-            sources[str(clip["source"])] += 1
-            total += int.from_bytes(hashlib.sha256(line.rstrip("\n").encode()).digest(), "big")
-    return Corpus(
-        clips=splits.total(),
-        splits=dict(splits),
-        sources=dict(sources.most_common()),
-        hash=hashlib.sha256((total % 2**256).to_bytes(32, "big")).hexdigest(),
-    )
+def _read_corpus(metrics: Mapping[str, Json]) -> Corpus | None:
+    """As the download stage counted it; the manifest itself may be large, or Parquet."""
+    found = metrics.get("download", {}).get("corpus")
+    return Corpus(**found) if found else None
 
 
 def _read_arrays(folder: Path) -> dict[str, Arrays]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vatt.data.labels import SEPARATOR
+from vatt.data.manifest import LABEL_SEPARATOR
 
 
 def one_hot(labels: Sequence[str], classes: Sequence[str]) -> Tensor:  # -> (B, C)
@@ -19,7 +19,7 @@ def one_hot(labels: Sequence[str], classes: Sequence[str]) -> Tensor:  # -> (B, 
     place = {name: number for number, name in enumerate(classes)}
     targets = torch.zeros(len(labels), len(classes))
     for row, label in enumerate(labels):
-        for name in label.split(SEPARATOR):
+        for name in label.split(LABEL_SEPARATOR):
             targets[row, place[name]] = 1
     return targets
 

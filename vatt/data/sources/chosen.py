@@ -1,22 +1,31 @@
 """The source that the settings name: its clips, and where their files can be fetched meanwhile."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vatt.config import DataParams
 from vatt.data.demo import make_demo, serve
 from vatt.data.manifest import Clip
+from vatt.data.sources.audioset import read_audioset
 from vatt.data.sources.folder import scan
+from vatt.data.sources.howto100m import read_howto100m
+from vatt.data.sources.mix import sampled, union
 from vatt.data.sources.urls import read_urls
+
+READERS: dict[str, Callable[[Path, DataParams], Iterator[Clip]]] = {
+    "audioset": read_audioset,
+    "howto100m": read_howto100m,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """Clips, and the settings with the servers that are up as long as the source is open."""
 
-    clips: Sequence[Clip]
+    clips: Iterable[Clip]  # to be read once
     data: DataParams
 
 
@@ -33,10 +42,20 @@ def open_source(
     if data.source == "demo":
         clips = make_demo(corpus, data.demo, seed=seed, workers=workers, progress=progress)
         with serve(corpus) as base_url:
-            yield Source(clips, data.model_copy(update={"base_urls": (base_url,)}))
+            mirrored = data.model_copy(update={"base_urls": (base_url,)})
+            yield Source(sampled(clips, data.sample_share, seed), mirrored)
         return
-    assert data.location is not None  # the schema asks for it
+    yield Source(sampled(listed(data, seed), data.sample_share, seed), data)
+
+
+def listed(data: DataParams, seed: int) -> Iterable[Clip]:
+    """The clips of a folder, a list of addresses, or official lists in their ratio."""
     if data.source == "folder":
-        yield Source(scan(data.location, data).clips, data)
-    else:
-        yield Source(read_urls(data.location, data), data)
+        assert data.location is not None  # the schema asks for it
+        return scan(data.location, data).clips
+    if data.source == "urls":
+        assert data.location is not None
+        return read_urls(data.location, data)
+    assert data.annotations is not None
+    parts = {name: partial(READERS[name], data.annotations / name, data) for name in data.sources}
+    return union(parts, data.mix, seed)

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from vatt.config import DataParams
-from vatt.data.manifest import CLIP_ID, SPLITS, Caption, Clip
+from vatt.data.manifest import CLIP_ID, SPLITS, Caption, Clip, drawn_split
 from vatt.errors import DataError
 
 ALIASES = {
@@ -44,7 +44,11 @@ def read_urls(path: Path, data: DataParams) -> list[Clip]:
             problems.append(f"{path}:{line}: the same clip as in line {seen[clip.clip_id]}")
             continue
         seen[clip.clip_id] = line
-        clips.append(clip if row.get("split") else replace(clip, split=_split(clip.url, data)))
+        clips.append(
+            clip
+            if row.get("split")
+            else replace(clip, split=drawn_split(clip.url, data.test_share))
+        )
     if problems:
         more = len(problems) - SHOWN
         shown = problems[:SHOWN] + ([f"... and {more} more"] if more > 0 else [])
@@ -147,9 +151,3 @@ def _name(url: str, start: float, end: float | None) -> str:
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", Path(urlsplit(url).path).stem).strip("-")[:40]
     short = hashlib.sha256(f"{url} {start} {end}".encode()).hexdigest()[:10]
     return f"{readable or 'clip'}-{short}"
-
-
-def _split(url: str, data: DataParams) -> str:
-    """By the video, so that its clips stay on one side."""
-    place = int(hashlib.sha256(url.encode()).hexdigest()[:8], 16) / 16**8
-    return "test" if place < data.test_share else "train"

@@ -1,0 +1,98 @@
+"""What the readers of official lists share: faults by line, csv as a stream, YouTube addresses."""
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vatt.errors import DataError
+
+SHOWN = 10  # faults named in the message
+_VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{11}")
+
+
+class Faults:
+    """Bad lines of a file; all of it is read, then they are named at once."""
+
+    def __init__(self, path: Path, *, hint: str) -> None:
+        self._path, self._hint = path, hint
+        self._shown: list[str] = []
+        self._count = 0
+
+    def add(self, line: int, problem: str) -> None:
+        """Note what is wrong in a line."""
+        self._count += 1
+        if len(self._shown) < SHOWN:
+            self._shown.append(f"{self._path}:{line}: {problem}")
+
+    def check(self) -> None:
+        """Refuse the file if anything was wrong in it."""
+        if self._count:
+            more = self._count - len(self._shown)
+            rest = [f"... and {more} more lines"] if more else []
+            raise DataError("\n".join(self._shown + rest), hint=self._hint)
+
+
+MANGLED = "get the official file again, and keep spreadsheet programs away from it"
+
+
+def open_text(path: Path) -> Iterator[str]:
+    """The lines of a text file, without their ends."""
+    try:
+        with path.open(encoding="utf-8-sig", newline=None) as file:
+            for line in file:
+                yield line.rstrip("\n")
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} is missing", hint="docs/data-sources.md says where to get it"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8: {error}", hint=MANGLED) from None
+
+
+def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a csv file with a header that names at least `columns`, with their lines."""
+    reader = csv.reader(open_text(path), skipinitialspace=True)
+    header = [name.strip() for name in next(reader, [])]
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise DataError(
+            f"{path}:1: no column {', '.join(missing)} among {', '.join(header) or 'none'}",
+            hint=MANGLED,
+        )
+    faults = Faults(path, hint=MANGLED)
+    for row in reader:
+        if len(row) == len(header):
+            yield reader.line_num, dict(zip(header, row, strict=True))
+        elif row:
+            faults.add(reader.line_num, f"{len(row)} fields under {len(header)} column names")
+    faults.check()
+
+
+def youtube_url(video_id: str) -> str:
+    """The address of a video; ValueError when that is no video's id."""
+    if not _VIDEO_ID.fullmatch(video_id):
+        raise ValueError(f"'{video_id}' is no YouTube id")
+    return f"https://www.youtube.com/watch?v={video_id}"
+
+
+def number(value: str, what: str) -> float:
+    """Seconds, from text; ValueError when it is no number."""
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{what} '{value}' is no number of seconds") from None
+
+
+def youtube_span(
+    video_id: str, start: float, end: float, *, sections: bool
+) -> tuple[str, float, float]:
+    """Address and span of a part of a video.
+
+    With `sections` the address names that part alone (a media fragment, as browsers know it), so
+    the file that is fetched for it begins at 0.
+    """
+    if end <= start or start < 0:
+        raise ValueError(f"the span from {start:g} to {end:g} is empty")
+    url = youtube_url(video_id)
+    return (f"{url}#t={start:g},{end:g}", 0.0, end - start) if sections else (url, start, end)
