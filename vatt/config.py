@@ -29,6 +29,7 @@ PARAMS_FILE = Path("params.yaml")
 
 SizeName = Literal["tiny", "small", "base", "medium", "large"]
 Modality = Literal["video", "audio", "text"]
+AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 Rate = Annotated[float, Field(ge=0, lt=1)]  # a share that leaves something, e.g. of tokens dropped
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -123,11 +124,26 @@ class PreprocessParams(Section):
     min_clip_seconds: PositiveFloat  # a shorter one is left out
     fps: PositiveInt
     short_side: PositiveInt  # pixels
-    crf: Annotated[int, Field(ge=0, le=51)]  # H.264 quality of the stored clips
+    video_storage: Literal["h264", "jpeg"]  # docs/data-format.md measures them
+    crf: Annotated[int, Field(ge=0, le=51)]  # h264: quality, lower is better
+    gop: PositiveInt  # h264: frames from one key frame to the next
+    fast_decode: bool  # h264: a little larger, far faster to read
+    jpeg_scale: Annotated[int, Field(ge=2, le=31)]  # jpeg: quality, lower is better
+    audio_storage: Literal["pcm", "flac", "aac"]
+    aac_kbps: PositiveInt  # aac: bit rate
     audio_hz: PositiveInt  # sample rate, mono
     samples_per_shard: PositiveInt
     vocabulary: PositiveInt  # words kept, most frequent first; id 0 pads, id 1 is unknown
     max_failed_share: Share  # more clips failing than this: stop
+
+    @model_validator(mode="after")
+    def _rate_that_aac_knows(self) -> "PreprocessParams":
+        if self.audio_storage == "aac" and self.audio_hz not in AAC_RATES:
+            raise ValueError(
+                f"preprocess.audio_storage: aac cannot hold {self.audio_hz} Hz; "
+                f"preprocess.audio_hz may be one of {', '.join(map(str, AAC_RATES))}"
+            )
+        return self
 
 
 # --- model ----------------------------------------------------------------------------------------

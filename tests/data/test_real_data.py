@@ -13,10 +13,11 @@ from vatt.data.batches import eval_batches
 from vatt.data.cut import Cut, cut, find_ffmpeg
 from vatt.data.download import download
 from vatt.data.ledger import Entry, read_ledger
-from vatt.data.media import decode_frames, probe
+from vatt.data.media import probe
 from vatt.data.samples import ShardIndex, ShardReader
 from vatt.data.sources.folder import Found, scan
 from vatt.data.sources.urls import read_urls
+from vatt.data.storage import decode_frames
 from vatt.errors import DataError
 
 pytestmark = needs_data
@@ -115,7 +116,7 @@ def test_picture_and_sound_stay_in_step(name, window, tmp_path):
     path = DATA / "hostile" / name
     item = Cut(path, probe(path), (window,))
     [piece] = cut([item], params, program=find_ffmpeg(None), work=tmp_path)[0].pieces
-    video = decode_frames(piece.video, range(piece.num_frames), fps=50).mean(axis=(1, 2, 3))
+    video = decode_frames(piece.video[0], range(piece.num_frames), fps=50).mean(axis=(1, 2, 3))
     flashes = (np.flatnonzero((video[1:] > 120) & (video[:-1] <= 120)) + 1) / 50 + window[0]
     loud = np.flatnonzero(np.abs(piece.audio.astype(int)) > 2000) / 48000 + window[0]
     beeps = loud[np.insert(np.diff(loud) > 0.2, 0, True)]

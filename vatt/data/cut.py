@@ -31,11 +31,6 @@ PATIENCE = 20.0  # seconds that a second of video may take
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192; a file that claims more is not decoded
 _GLOBAL = ("-nostdin", "-hide_banner", "-loglevel", "error", "-filter_complex_threads", "1", "-y")
 _ENCODER: dict[str, Any] = {
-    "vcodec": "libx264",
-    "preset": "veryfast",
-    "tune": "fastdecode",
-    "x264-params": "mbtree=0",  # its macroblock tree may come out otherwise at every run
-    "pix_fmt": "yuv420p",
     "threads": 1,
     "map_metadata": -1,
     "fflags": "+bitexact",
@@ -55,14 +50,13 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A window's media: H.264 in mp4 and 16-bit samples; None where there is none."""
+    """A window's media: one mp4, or a JPEG a frame, and 16-bit samples."""
 
-    video: bytes | None
+    video: tuple[bytes, ...]  # empty where there is no picture
     num_frames: int
     height: int
     width: int
     audio: np.ndarray | None  # (S,) int16
-    audio_hz: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +178,9 @@ def _pictures(
                 "scale",
                 w=f"2*round(min(iw*sar/({short}),{MAX_ASPECT * side})/2)",
                 h=f"2*round(min(ih/({short}),{MAX_ASPECT * side})/2)",
+                # One matrix whatever the source says: a JPEG cannot say, and readers do not ask.
+                out_color_matrix="bt601",
+                out_range="full" if params.video_storage == "jpeg" else "limited",
             )
             .filter("setsar", 1)
         )
@@ -198,11 +195,23 @@ def _pictures(
                 .filter("setpts", "PTS-STARTPTS")
             )
             outputs.append(
-                trimmed.output(
-                    f"file:{prefix}-{number}.mp4", crf=params.crf, g=params.fps, **_ENCODER
-                )
+                trimmed.output(f"file:{prefix}-{number}.mp4", **_encoder(params), **_ENCODER)
             )
     return outputs
+
+
+def _encoder(params: PreprocessParams) -> dict[str, Any]:
+    if params.video_storage == "jpeg":
+        return {"vcodec": "mjpeg", "q:v": params.jpeg_scale, "pix_fmt": "yuvj420p"}
+    return {
+        "vcodec": "libx264",
+        "preset": "veryfast",
+        **({"tune": "fastdecode"} if params.fast_decode else {}),
+        "x264-params": "mbtree=0",  # its macroblock tree may come out otherwise at every run
+        "pix_fmt": "yuv420p",
+        "crf": params.crf,
+        "g": params.gop,
+    }
 
 
 def _sound(sound: Any, until: float, params: PreprocessParams, prefix: str) -> Any:
@@ -238,7 +247,8 @@ def _collect(item: Cut, params: PreprocessParams, prefix: str) -> list[Piece]:
     for number, (start, end) in enumerate(item.windows):
         path = Path(f"{prefix}-{number}.mp4")
         data = path.read_bytes() if path.exists() else b""
-        frames, height, width = _measure(data)
+        packets, height, width = _measure(data)
+        frames = len(packets)
         length = round((frames / params.fps if frames else end - start) * hz)
         first = round((item.media.start + start - seek) * hz)
         heard = samples[first : first + length]
@@ -246,22 +256,20 @@ def _collect(item: Cut, params: PreprocessParams, prefix: str) -> list[Piece]:
         if heard.size:
             audio = np.zeros(length, dtype=np.int16)
             audio[: heard.size] = heard
-        pieces.append(Piece(data if frames else None, frames, height, width, audio, hz))
+        video = packets if params.video_storage == "jpeg" else [data] if frames else []
+        pieces.append(Piece(tuple(video), frames, height, width, audio))
     return pieces
 
 
-def _measure(data: bytes) -> tuple[int, int, int]:
-    """The frames of an encoded window, their height and width; zeros when there are none."""
+def _measure(data: bytes) -> tuple[list[bytes], int, int]:
+    """The frames of an encoded window, their height and width; nothing when there are none."""
     try:
         with av.open(io.BytesIO(data), format="mp4") as container:
             stream = container.streams.video[0]
-            return (
-                sum(1 for packet in container.demux(stream) if packet.size),
-                stream.height,
-                stream.width,
-            )
+            packets = [bytes(packet) for packet in container.demux(stream) if packet.size]
+            return packets, stream.height, stream.width
     except (av.FFmpegError, IndexError):
-        return 0, 0, 0
+        return [], 0, 0
 
 
 def _frames(window: Window, params: PreprocessParams) -> int:

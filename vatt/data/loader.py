@@ -16,6 +16,7 @@ from vatt.data.background import Background
 from vatt.data.pool import worker_pool
 from vatt.data.samples import VOCABULARY, Decoded, Facts, Row, ShardIndex, ShardReader, decode_clips
 from vatt.data.sampling import Request, Sample, Sampling, Stored, make_sample
+from vatt.data.storage import Storage
 from vatt.data.text import Vocabulary
 from vatt.errors import MachineError
 
@@ -150,7 +151,7 @@ def make_samples(
     index: ShardIndex, rows: Sequence[Row], asked: Sequence[Request], sampling: Sampling
 ) -> list[Sample]:
     """What a worker does: decode and show."""
-    return _make(_reader(index.folder, index.fps, index.audio_hz), index, rows, asked, sampling)
+    return _make(_reader(index.folder, index.storage), index, rows, asked, sampling)
 
 
 def _make(
@@ -186,6 +187,6 @@ def _load_vocabulary(path: Path, changed: int) -> Vocabulary:
 
 
 @lru_cache(maxsize=1)
-def _reader(folder: Path, fps: int, audio_hz: int) -> ShardReader:
+def _reader(folder: Path, storage: Storage) -> ShardReader:
     torch.set_num_threads(1)
-    return ShardReader(ShardIndex(folder, fps, audio_hz, []))
+    return ShardReader(ShardIndex(folder, storage, []))

@@ -1,15 +1,9 @@
-"""Media in PyAV: what a file holds, and its frames and samples. Nothing here trusts a header.
+"""What a media file holds, by PyAV. Nothing here trusts a header."""
 
-T H W C: frames, height, width, channels. S: samples.
-"""
-
-import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
-import numpy as np
 
 # What may be opened, by content: no playlist, pattern or script that would open something else.
 FORMATS = (
@@ -95,43 +89,3 @@ def _picture_stream(
         if not stream.disposition & av.stream.Disposition.attached_pic:
             return stream
     return None
-
-
-def decode_frames(data: bytes, indices: Sequence[int], *, fps: int) -> np.ndarray:
-    """The frames at `indices`, in any order, of a stored clip of constant fps: (T, H, W, C)."""
-    first, last = min(indices), max(indices)
-    wanted = set(indices)
-    found: dict[int, np.ndarray] = {}
-    try:
-        with av.open(io.BytesIO(data), format="mp4") as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "NONE"
-            stream.codec_context.thread_count = 1
-            if first >= fps:  # before that a seek costs more than it saves
-                container.seek(int(first / fps / stream.time_base), stream=stream)
-            for frame in container.decode(stream):
-                index = round(frame.time * fps)
-                if index in wanted:
-                    found[index] = frame.to_ndarray(format="rgb24")
-                if index >= last:
-                    break
-        return np.stack([found[index] for index in indices])
-    except (av.FFmpegError, KeyError, IndexError, TypeError) as error:
-        raise BrokenMediaError(f"frames {first} to {last} cannot be decoded: {error}") from None
-
-
-def wav_header(num_samples: int, *, hz: int) -> bytes:
-    """The 44 bytes before mono 16-bit samples."""
-    size = 2 * num_samples
-    return b"".join(
-        (
-            b"RIFF" + (36 + size).to_bytes(4, "little") + b"WAVEfmt ",
-            (16).to_bytes(4, "little") + (1).to_bytes(2, "little") + (1).to_bytes(2, "little"),
-            hz.to_bytes(4, "little") + (2 * hz).to_bytes(4, "little"),
-            (2).to_bytes(2, "little") + (16).to_bytes(2, "little"),
-            b"data" + size.to_bytes(4, "little"),
-        )
-    )
-
-
-WAV_HEADER_BYTES = 44

@@ -1,7 +1,8 @@
 """Samples in shards: plain tars (WebDataset's layout) and an index of where each member lies.
 
-A shards folder holds <split>-00000.tar, ..., index.jsonl, vocabulary.txt. A sample is <key>.mp4
-(H.264, constant frame rate), <key>.wav (mono, 16 bit) and <key>.json (labels, captions, source).
+A shards folder holds <split>-00000.tar, ..., index.jsonl, vocabulary.txt. A sample is <key>.json
+(labels, captions, source), its picture (<key>.mp4, or <key>.0000.jpg and so on) at a constant frame
+rate and its sound, mono (<key>.wav, .flac or .m4a): docs/data-format.md.
 """
 
 import io
@@ -17,12 +18,19 @@ from typing import Any
 import numpy as np
 
 from vatt.data.manifest import Caption
-from vatt.data.media import WAV_HEADER_BYTES, BrokenMediaError, decode_frames
+from vatt.data.media import BrokenMediaError
+from vatt.data.storage import (
+    WAV_HEADER_BYTES,
+    Storage,
+    decode_frames,
+    decode_jpegs,
+    decode_sound,
+)
 from vatt.errors import DataError
 
 INDEX = "index.jsonl"
 VOCABULARY = "vocabulary.txt"
-FORMAT = 1
+FORMAT = 2
 OPEN_SHARDS = 32
 
 Extent = tuple[int, int]  # offset and size in the tar
@@ -52,14 +60,23 @@ class ShardIndex:
     """The samples of a split (or of some of its clips), in the order of shards."""
 
     folder: Path
-    fps: int
-    audio_hz: int
+    storage: Storage
     rows: list[Row]
+
+    @property
+    def fps(self) -> int:
+        """Frames a second, as stored."""
+        return self.storage.fps
+
+    @property
+    def audio_hz(self) -> int:
+        """Samples a second, as stored."""
+        return self.storage.audio_hz
 
     @classmethod
     def load(cls, folder: Path, *, split: str, keys: Collection[str] | None = None) -> "ShardIndex":
         """Read the index; with `keys` only those samples, all of which must be there."""
-        header, rows = _read_index(folder / INDEX)
+        storage, rows = _read_index(folder / INDEX)
         rows = [row for row in rows if row.split == split]
         if keys is not None:
             wanted = set(keys)
@@ -74,7 +91,7 @@ class ShardIndex:
             raise DataError(
                 f"no sample of split '{split}' in {folder}", hint="run `vattctl preprocess`"
             )
-        return cls(folder, header["fps"], header["audio_hz"], rows)
+        return cls(folder, storage, rows)
 
 
 def splits_of(folder: Path) -> dict[str, int]:
@@ -85,9 +102,9 @@ def splits_of(folder: Path) -> dict[str, int]:
     return counts
 
 
-def write_index(path: Path, rows: Sequence[Row], *, header: dict[str, Any]) -> None:
+def write_index(path: Path, rows: Sequence[Row], *, storage: Storage) -> None:
     """Write the header and one line a sample."""
-    lines = [json.dumps({"format": FORMAT, **header}, sort_keys=True)]
+    lines = [json.dumps({"format": FORMAT, **asdict(storage)}, sort_keys=True)]
     lines += [json.dumps(asdict(row), ensure_ascii=False, sort_keys=True) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -103,21 +120,24 @@ def row_of(record: dict[str, Any]) -> Row:
     return Row(**record)
 
 
-def _read_index(path: Path) -> tuple[dict[str, Any], list[Row]]:
+def _read_index(path: Path) -> tuple[Storage, list[Row]]:
     try:
         with path.open(encoding="utf-8") as file:
             header = json.loads(next(file))
+            if header.pop("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            storage = Storage(**header)
             rows = [row_of(json.loads(line)) for line in file]
     except FileNotFoundError:
         raise DataError(f"{path} is missing", hint="run `vattctl preprocess`") from None
     except (ValueError, TypeError, KeyError, StopIteration) as error:
         raise DataError(f"{path} is broken: {error}", hint="run `vattctl preprocess`") from None
-    if header.get("format") != FORMAT:
-        raise DataError(
-            f"{path} has format {header.get('format')}, not {FORMAT}",
-            hint="run `vattctl preprocess`",
-        )
-    return header, rows
+    return storage, rows
+
+
+def tar_bytes(size: int) -> int:
+    """What a member takes in a tar: its header, and its content in whole blocks."""
+    return tarfile.BLOCKSIZE * (1 + -(-size // tarfile.BLOCKSIZE))
 
 
 class ShardWriter:
@@ -165,24 +185,50 @@ class ShardReader:
         return Facts(record["labels"], captions)
 
     def frames(self, row: Row, indices: Sequence[int]) -> np.ndarray:
-        """The frames at ascending or repeating `indices`: (T, H, W, C)."""
+        """The frames at `indices`, in any order: (T, H, W, C)."""
         assert row.video is not None
-        data = self._read(row.shard, row.video)
         try:
-            return decode_frames(data, indices, fps=self.index.fps)
+            if self.index.storage.video == "jpeg":
+                pictures = self._pictures(row, indices)
+                return decode_jpegs(pictures, height=row.height, width=row.width)
+            return decode_frames(self._read(row.shard, row.video), indices, fps=self.index.fps)
         except BrokenMediaError as error:
-            raise DataError(
-                f"sample {row.key} of {self.index.folder / row.shard} is broken: {error}",
-                hint="delete that shard and run `vattctl preprocess`",
-            ) from None
+            raise self._broken(row, error) from None
+
+    def _pictures(self, row: Row, indices: Sequence[int]) -> list[bytes]:
+        """The JPEGs at `indices`, by one read: they stand in the tar one after the other."""
+        assert row.video is not None
+        sizes = json.loads(self._read(row.shard, row.json))["frame_bytes"]
+        if len(sizes) <= max(indices):
+            raise BrokenMediaError(f"it has {len(sizes)} frames")
+        begins = [0]
+        for size in sizes[:-1]:
+            begins.append(begins[-1] + tar_bytes(size))
+        first, last = min(indices), max(indices)
+        span = (row.video[0] + begins[first], begins[last] + sizes[last] - begins[first])
+        data = self._read(row.shard, span)
+        begins = [begin - begins[first] for begin in begins]
+        return [data[begins[index] : begins[index] + sizes[index]] for index in indices]
 
     def audio(self, row: Row, first: int, last: int) -> np.ndarray:
         """Samples first to last (exclusive), as far as there are: (S,)."""
         assert row.audio is not None
         offset, _ = row.audio
-        first, last = max(first, 0), min(last, row.num_samples)
-        span = (offset + WAV_HEADER_BYTES + 2 * first, 2 * max(last - first, 0))
-        return np.frombuffer(self._read(row.shard, span), dtype="<i2")
+        first = max(first, 0)
+        last = max(min(last, row.num_samples), first)
+        if self.index.storage.audio == "pcm":
+            span = (offset + WAV_HEADER_BYTES + 2 * first, 2 * (last - first))
+            return np.frombuffer(self._read(row.shard, span), dtype="<i2")
+        try:
+            return decode_sound(self._read(row.shard, row.audio), first, last, self.index.storage)
+        except BrokenMediaError as error:
+            raise self._broken(row, error) from None
+
+    def _broken(self, row: Row, error: BrokenMediaError) -> DataError:
+        return DataError(
+            f"sample {row.key} of {self.index.folder / row.shard} is broken: {error}",
+            hint="delete that shard and run `vattctl preprocess`",
+        )
 
     def _read(self, shard: str, extent: Extent) -> bytes:
         offset, size = extent

@@ -13,9 +13,10 @@ from vatt.config import PreprocessParams, fingerprint
 from vatt.data.cut import Cut, Piece, Window, cut
 from vatt.data.ledger import Entry
 from vatt.data.manifest import Caption, Clip
-from vatt.data.media import BrokenMediaError, probe, wav_header
+from vatt.data.media import BrokenMediaError, probe
 from vatt.data.plan import STAGE, Job, Shard
-from vatt.data.samples import FORMAT, Row, ShardWriter, nearest
+from vatt.data.samples import FORMAT, Extent, Row, ShardWriter, nearest
+from vatt.data.storage import Storage, encode_sound
 from vatt.errors import MachineError
 from vatt.files import atomic_write
 
@@ -146,12 +147,12 @@ def _add(
                 tally.losses[loss] += 1
                 continue
             tally.has.update(has)
-            tally.rows.append(_add_sample(key, piece, captions, window, clip, writer))
+            tally.rows.append(_add_sample(key, piece, captions, window, clip, params, writer))
 
 
 def _has(piece: Piece, captions: Sequence[Caption]) -> tuple[str, ...]:
     present = {
-        "video": piece.video is not None,
+        "video": bool(piece.video),
         "audio": piece.audio is not None,
         "text": bool(captions),
     }
@@ -175,9 +176,11 @@ def _add_sample(
     captions: Sequence[Caption],
     window: Window,
     clip: Clip,
+    params: PreprocessParams,
     writer: ShardWriter,
 ) -> Row:
-    facts = {
+    storage = Storage.of(params)
+    facts: dict[str, Any] = {
         "clip_id": clip.clip_id,
         "source": clip.source,
         "url": clip.url,
@@ -189,14 +192,15 @@ def _add_sample(
             [round(c.start - window[0], 4), round(c.end - window[0], 4), c.text] for c in captions
         ],
     }
+    if storage.video == "jpeg":
+        facts["frame_bytes"] = [len(picture) for picture in piece.video]
     text = json.dumps(facts, ensure_ascii=False, sort_keys=True).encode()
     where_json = writer.add(f"{key}.json", text)
-    where_video = writer.add(f"{key}.mp4", piece.video) if piece.video is not None else None
-    where_audio, num_samples = None, 0
+    where_video = _add_picture(key, piece, storage, writer)
+    where_audio = None
     if piece.audio is not None:
-        num_samples = len(piece.audio)
-        header = wav_header(num_samples, hz=piece.audio_hz)
-        where_audio = writer.add(f"{key}.wav", header + piece.audio.astype("<i2").tobytes())
+        sound = encode_sound(piece.audio, storage, kbps=params.aac_kbps)
+        where_audio = writer.add(storage.audio_name(key), sound)
     return Row(
         key=key,
         clip_id=clip.clip_id,
@@ -210,8 +214,15 @@ def _add_sample(
         num_frames=piece.num_frames,
         height=piece.height,
         width=piece.width,
-        num_samples=num_samples,
+        num_samples=0 if piece.audio is None else len(piece.audio),
     )
+
+
+def _add_picture(key: str, piece: Piece, storage: Storage, writer: ShardWriter) -> Extent | None:
+    """Write the picture's members; returns the span from the first one to the end of the last."""
+    names = storage.video_names(key, len(piece.video))
+    spans = [writer.add(name, data) for name, data in zip(names, piece.video, strict=True)]
+    return (spans[0][0], sum(spans[-1]) - spans[0][0]) if spans else None
 
 
 def _nearby(captions: Sequence[Caption], window: Window) -> list[Caption]:

@@ -15,9 +15,12 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import av
+
 from vatt.config import DataParams, MachineParams, PreprocessParams
 from vatt.data import cut, samples, shard_writer
 from vatt.data import media as media_module
+from vatt.data import storage as storage_module
 from vatt.data.cut import ffmpeg_version, find_ffmpeg
 from vatt.data.ledger import Entry, write_ledger
 from vatt.data.manifest import Clip
@@ -31,6 +34,7 @@ from vatt.data.samples import (
     write_index,
 )
 from vatt.data.shard_writer import PARTS, Setting, no_space, part_name, write_shard
+from vatt.data.storage import Storage
 from vatt.data.text import count_words, write_vocabulary
 from vatt.errors import DataError, MachineError
 from vatt.files import atomic_write, lock
@@ -75,9 +79,9 @@ def write_shards(
 
 
 def _code_hash() -> str:
-    """Changes with the code that shards are written by: a shard of older code is written again."""
-    digest = hashlib.sha256()
-    for module in (cut, media_module, samples, shard_writer):
+    """Changes with what shards are written by, our code and PyAV: then they are written again."""
+    digest = hashlib.sha256(av.__version__.encode())
+    for module in (cut, media_module, samples, shard_writer, storage_module):
         assert module.__file__ is not None
         digest.update(Path(module.__file__).read_bytes())
     return digest.hexdigest()
@@ -204,6 +208,5 @@ def _finish(
         for caption in clip.captions
     )
     write_vocabulary(folder / VOCABULARY, counts, size=preprocess.vocabulary)
-    header = {"fps": preprocess.fps, "audio_hz": preprocess.audio_hz}
     with atomic_write(folder / INDEX) as temporary:
-        write_index(temporary, rows, header=header)
+        write_index(temporary, rows, storage=Storage.of(preprocess))

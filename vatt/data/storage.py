@@ -1,0 +1,149 @@
+"""The forms in which shards hold picture and sound, and how they are read.
+
+T H W C: frames, height, width, channels. S: samples.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import av
+import numpy as np
+import simplejpeg
+
+from vatt.config import PreprocessParams
+from vatt.data.media import BrokenMediaError
+
+WAV_HEADER_BYTES = 44
+AAC_PREROLL = 2048  # samples: a packet's first half needs the packet before it
+_BITEXACT = {"fflags": "+bitexact"}
+_EXTENSIONS = {"pcm": "wav", "flac": "flac", "aac": "m4a"}
+_CONTAINERS = {"flac": "flac", "aac": "mp4"}
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How the samples of a folder are stored."""
+
+    fps: int
+    audio_hz: int
+    video: Literal["h264", "jpeg"]
+    audio: Literal["pcm", "flac", "aac"]
+
+    @classmethod
+    def of(cls, params: PreprocessParams) -> Self:
+        """As the settings want it."""
+        return cls(params.fps, params.audio_hz, params.video_storage, params.audio_storage)
+
+    def video_names(self, key: str, num_members: int) -> list[str]:
+        """The members of a sample's picture: one file, or one a frame."""
+        if self.video == "h264":
+            return [f"{key}.mp4"][:num_members]
+        return [f"{key}.{number:04d}.jpg" for number in range(num_members)]
+
+    def audio_name(self, key: str) -> str:
+        """The member of a sample's sound."""
+        return f"{key}.{_EXTENSIONS[self.audio]}"
+
+
+def decode_frames(data: bytes, indices: Sequence[int], *, fps: int) -> np.ndarray:
+    """The frames at `indices`, in any order, of an mp4 of constant fps: (T, H, W, C)."""
+    first, last = min(indices), max(indices)
+    wanted = set(indices)
+    found: dict[int, np.ndarray] = {}
+    try:
+        with av.open(io.BytesIO(data), format="mp4") as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "NONE"
+            stream.codec_context.thread_count = 1
+            if first >= fps:  # before that a seek costs more than it saves
+                container.seek(int(first / fps / stream.time_base), stream=stream)
+            for frame in container.decode(stream):
+                index = round(frame.time * fps)
+                if index in wanted:
+                    found[index] = frame.to_ndarray(format="rgb24")
+                if index >= last:
+                    break
+        return np.stack([found[index] for index in indices])
+    except (av.FFmpegError, KeyError, IndexError, TypeError) as error:
+        raise BrokenMediaError(f"frames {first} to {last} cannot be decoded: {error}") from None
+
+
+def decode_jpegs(pictures: Sequence[bytes], *, height: int, width: int) -> np.ndarray:
+    """Pictures of one size: (T, H, W, C)."""
+    frames = np.empty((len(pictures), height, width, 3), dtype=np.uint8)
+    try:
+        for picture, frame in zip(pictures, frames, strict=True):
+            if simplejpeg.decode_jpeg_header(picture)[:2] != (height, width):
+                raise ValueError("a picture has another size")
+            simplejpeg.decode_jpeg(picture, buffer=frame)
+    except ValueError as error:
+        raise BrokenMediaError(f"a JPEG cannot be decoded: {error}") from None
+    return frames
+
+
+def encode_sound(wave: np.ndarray, storage: Storage, *, kbps: int) -> bytes:
+    """16-bit mono samples in their stored form: the same bytes for the same samples."""
+    if storage.audio == "pcm":
+        return wav_header(len(wave), hz=storage.audio_hz) + wave.astype("<i2").tobytes()
+    file = io.BytesIO()
+    with av.open(file, "w", format=_CONTAINERS[storage.audio], options=_BITEXACT) as container:
+        stream = container.add_stream(storage.audio, rate=storage.audio_hz, layout="mono")
+        stream.codec_context.flags |= av.codec.context.Flags.bitexact
+        if storage.audio == "aac":
+            stream.bit_rate = 1000 * kbps
+            samples, form = wave.astype(np.float32) / 32768, "fltp"
+        else:
+            samples, form = wave.astype(np.int16), "s16"
+        frame = av.AudioFrame.from_ndarray(samples[None], form, "mono")
+        frame.sample_rate, frame.pts = storage.audio_hz, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def decode_sound(data: bytes, first: int, last: int, storage: Storage) -> np.ndarray:
+    """Samples first to last (exclusive) of a FLAC or AAC file, which holds them: (S,)."""
+    wave = np.empty(last - first, dtype=np.int16)
+    found = 0
+    hz = storage.audio_hz
+    try:
+        with av.open(io.BytesIO(data), format=_CONTAINERS[storage.audio]) as container:
+            stream = container.streams.audio[0]
+            if storage.audio == "aac" and first > AAC_PREROLL:
+                container.seek(int((first - AAC_PREROLL) / hz / stream.time_base), stream=stream)
+            for frame in container.decode(stream):
+                begin = round(frame.time * hz) - first
+                if begin >= len(wave):
+                    break
+                samples = _as_int16(frame.to_ndarray()[0])[max(-begin, 0) :]
+                begin = max(begin, 0)
+                room = wave[begin : begin + len(samples)]
+                room[:] = samples[: len(room)]
+                found += len(room)
+    except (av.FFmpegError, IndexError, TypeError) as error:
+        raise BrokenMediaError(f"the sound cannot be decoded: {error}") from None
+    if found != len(wave):
+        raise BrokenMediaError(f"{found} of {len(wave)} samples of the sound can be decoded")
+    return wave
+
+
+def _as_int16(samples: np.ndarray) -> np.ndarray:
+    if samples.dtype == np.int16:
+        return samples
+    return np.clip(np.round(samples * 32768), -32768, 32767).astype(np.int16)
+
+
+def wav_header(num_samples: int, *, hz: int) -> bytes:
+    """The 44 bytes before mono 16-bit samples."""
+    size = 2 * num_samples
+    return b"".join(
+        (
+            b"RIFF" + (36 + size).to_bytes(4, "little") + b"WAVEfmt ",
+            (16).to_bytes(4, "little") + (1).to_bytes(2, "little") + (1).to_bytes(2, "little"),
+            hz.to_bytes(4, "little") + (2 * hz).to_bytes(4, "little"),
+            (2).to_bytes(2, "little") + (16).to_bytes(2, "little"),
+            b"data" + size.to_bytes(4, "little"),
+        )
+    )
