@@ -10,7 +10,7 @@ import click
 
 from vatt import __version__
 from vatt.errors import SettingsError, VattError
-from vattctl import checks, models, params, pipeline, runs
+from vattctl import checks, data, models, params, pipeline, runs
 
 BUG, INTERRUPTED = 101, 130
 
@@ -59,6 +59,8 @@ def cli(
 
 
 for command in (
+    pipeline.demo,
+    *data.COMMANDS,
     *pipeline.COMMANDS,
     *runs.COMMANDS,
     params.config,

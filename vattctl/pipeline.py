@@ -146,7 +146,7 @@ def closing_lines(targets: tuple[str, ...]) -> str:
     return "\n".join([*lines, f"next: {following}"])
 
 
-def _run(
+def run(
     context: click.Context,
     targets: tuple[str, ...],
     assignments: tuple[str, ...],
@@ -155,6 +155,7 @@ def _run(
     dry_run: bool,
     more: dict[tuple[str, ...], Any] | None = None,
 ) -> None:
+    """Change settings, then run the targets with what they depend on."""
     enter_project(context)
     settings = {**(more or {}), **dict(parse_setting(text) for text in assignments)}
     run_stages(targets, settings, force=force, dry_run=dry_run, quiet=context.obj["quiet"])
@@ -167,7 +168,7 @@ def _stage_command(name: str, summary: str, example: str) -> click.Command:
     def command(
         context: click.Context, assignments: tuple[str, ...], force: bool, dry_run: bool
     ) -> None:
-        _run(context, (name,), assignments, force=force, dry_run=dry_run)
+        run(context, (name,), assignments, force=force, dry_run=dry_run)
 
     return command
 
@@ -213,7 +214,7 @@ def pretrain(
         more |= size_settings(chosen, backbone or now.backbone)
     if launcher_arguments:
         more[("machine", "launcher_arguments")] = list(launcher_arguments)
-    _run(context, ("pretrain",), assignments, force=force, dry_run=dry_run, more=more)
+    run(context, ("pretrain",), assignments, force=force, dry_run=dry_run, more=more)
 
 
 @click.command()
@@ -236,7 +237,7 @@ def repro(
     for target in targets:
         if target.partition("@")[0] not in STAGES:
             raise SettingsError(f"no stage '{target}'", hint=f"stages: {', '.join(STAGES)}")
-    _run(context, targets, assignments, force=force, dry_run=dry_run)
+    run(context, targets, assignments, force=force, dry_run=dry_run)
 
 
 @click.command()
@@ -250,57 +251,14 @@ def demo(context: click.Context, assignments: tuple[str, ...], force: bool, dry_
     enter_project(context)
     for line in use_preset("demo") if not dry_run else []:
         click.echo(line, err=True)
-    _run(context, (), assignments, force=force, dry_run=dry_run)
+    run(context, (), assignments, force=force, dry_run=dry_run)
     if not dry_run:
         from vattctl.runs import summary
 
         click.echo(summary())
 
 
-@click.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--dry-run", is_flag=True, help="Look and count; change nothing.")
-@click.pass_context
-def ingest(context: click.Context, folder: Path, as_json: bool, dry_run: bool) -> None:
-    """Use your own videos: a FOLDER of them, with subtitle files beside them if there are any.
-
-    Files in sub-folders named like classes get that name as their label. Writes the manifest and
-    points params.yaml to the folder; the videos stay where they are.
-
-    \b
-    Example:
-      vattctl ingest ~/videos && vattctl repro
-    """
-    folder = folder.resolve()
-    enter_project(context)
-    from vatt.config import load_params
-    from vatt.data.sources.folder import ingest_settings, scan
-
-    params = load_params()
-    found = scan(folder, params.data, params.preprocess)
-    lines = change(ingest_settings(found, folder, params), write=not dry_run)
-    if not dry_run:
-        from vatt.data.manifest import write_manifest
-
-        write_manifest(params.paths.manifest, found.clips)
-    if as_json:
-        click.echo(json.dumps({"version": 1, **found.counts(), "changes": lines}))
-        return
-    for line in lines:
-        click.echo(f"params.yaml: {line}", err=True)
-    click.echo(found.describe())
-    click.echo("next: vattctl repro")
-
-
 COMMANDS = (
-    demo,
-    ingest,
-    _stage_command(
-        "download",
-        "Fetch the clips that the source names; write manifest and ledger.",
-        "vattctl download --set data.source=demo",
-    ),
     _stage_command(
         "preprocess",
         "Cut, scale and pack the clips into shards.",

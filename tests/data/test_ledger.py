@@ -1,11 +1,14 @@
 """The ledger: one state a clip, whatever dies while it is written."""
 
+import random
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from vatt.data.ledger import Entry, Ledger, read_ledger, summary, write_ledger
+from vatt.data.ledger import Entry, Ledger, forget, read_ledger, summary, write_ledger
 from vatt.errors import DataError
 
 WRITER = """
@@ -47,6 +50,39 @@ def test_several_writers_lose_no_line(tmp_path):
     writers = [subprocess.Popen([*command, str(number)]) for number in range(3)]
     assert [writer.wait() for writer in writers] == [0, 0, 0]
     assert len(read_ledger(tmp_path / "j")) == 600
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_writers_killed_in_the_middle_spoil_no_line_of_others(tmp_path, seed):
+    """Each writer's clips are there up to where it was killed, and every line tells one state."""
+    waits = random.Random(seed)
+    path = tmp_path / "j"
+    for turn in range(4):
+        command = [sys.executable, "-c", WRITER.replace("200", "10**9"), str(path)]
+        writers = [subprocess.Popen([*command, f"{turn}.{number}"]) for number in range(2)]
+        size = path.stat().st_size if path.exists() else 0
+        while not path.exists() or path.stat().st_size < size + 5000:
+            time.sleep(0.01)
+        for writer in writers:
+            time.sleep(waits.random() / 50)
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
+    numbers = {}
+    for name in read_ledger(path):
+        writer, number = name.rsplit("-", 1)
+        numbers.setdefault(writer, []).append(int(number))
+    assert len(numbers) > 4
+    assert all(found == list(range(len(found))) for found in numbers.values())
+
+
+def test_forgotten_states_are_tried_again_and_others_are_not(tmp_path):
+    states = {"a": "ok", "b": "geo", "c": "network", "d": "removed"}
+    with Ledger(tmp_path / "j") as journal:
+        journal.record(*(Entry(name, state, "download") for name, state in states.items()))
+    assert forget(tmp_path / "j", {"geo", "network"}) == 2
+    after = {name: entry.state for name, entry in read_ledger(tmp_path / "j").items()}
+    assert after == states | {"b": "network"}
+    assert forget(tmp_path / "j", {"private"}) == 0
 
 
 def test_the_final_ledger_is_sorted_and_without_times(tmp_path):

@@ -12,14 +12,13 @@ from urllib.parse import parse_qs, quote, urlsplit
 from vatt.config import DataParams, MachineParams
 from vatt.data.cut import find_ffmpeg
 from vatt.data.fetch import PARTIAL, Fetching, Order, Outcome, fetch_all
-from vatt.data.ledger import RETRYABLE, Entry, Ledger, read_ledger, write_ledger
+from vatt.data.ledger import JOURNAL, RETRYABLE, Entry, Ledger, read_ledger, write_ledger
 from vatt.data.manifest import Clip, media_path
 from vatt.data.pool import worker_pool
 from vatt.errors import DataError, MachineError
 from vatt.files import lock
 
 STAGE = "download"
-JOURNAL = "download.journal.jsonl"
 CHUNK = 8  # files a worker is given at a time
 THREADS = 4  # files a worker fetches at once: most of it is waiting
 HOST_IS_DOWN = 8  # files that found no way to a host, and none that did: the others are not tried

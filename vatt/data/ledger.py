@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +37,7 @@ STATES = (
     "no-caption",
 )
 RETRYABLE = frozenset({"rate-limited", "network"})
+JOURNAL = "download.journal.jsonl"  # beside the media; it also says when, and with which tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Entry:
     seconds: float | None = None  # length of the media
     sha256: str | None = None  # of the media
     samples: int = 0  # cut from the clip
+    tools: str | None = None  # and their versions, that got the media
     time: str | None = None  # UTC; in the journal only
 
     def __post_init__(self) -> None:
@@ -72,8 +74,9 @@ class Ledger:
     def record(self, *entries: Entry) -> None:
         """Append; entries given together are written together."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        lines = "".join(_to_line(replace(entry, time=now)) + "\n" for entry in entries)
-        os.write(self._file, lines.encode())
+        lines = "".join(_to_line(replace(entry, time=now)) + "\n" for entry in entries).encode()
+        while lines:  # at once, unless the disk is full or a signal comes between
+            lines = lines[os.write(self._file, lines) :]
 
     def close(self) -> None:
         """Flush to disk."""
@@ -92,17 +95,31 @@ class Ledger:
         self.close()
 
 
-def read_ledger(path: Path) -> dict[str, Entry]:
-    """The last word on each clip, of a journal or of a final ledger; empty when there is none."""
-    entries: dict[str, Entry] = {}
+def read_entries(path: Path) -> Iterator[Entry]:
+    """All entries of a journal or a final ledger, in the file's order; none when there is none."""
     if not path.exists():
-        return entries
+        return
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             entry = _from_line(line)
             if entry is not None:
-                entries[entry.clip_id] = entry
-    return entries
+                yield entry
+
+
+def read_ledger(path: Path) -> dict[str, Entry]:
+    """The last word on each clip, of a journal or of a final ledger; empty when there is none."""
+    return {entry.clip_id: entry for entry in read_entries(path)}
+
+
+def forget(journal: Path, states: Collection[str]) -> int:
+    """Have the clips whose last state is one of these tried again; returns their number."""
+    chosen = [entry for entry in read_ledger(journal).values() if entry.state in states]
+    settled = [entry for entry in chosen if entry.state not in RETRYABLE]
+    if settled:
+        with Ledger(journal) as file:
+            for entry in settled:
+                file.record(Entry(entry.clip_id, "network", entry.stage, "to be tried again"))
+    return len(chosen)
 
 
 def write_ledger(path: Path, entries: Iterable[Entry]) -> dict[str, int]:

@@ -90,7 +90,7 @@ def write_manifest(path: Path, clips: Iterable[Clip]) -> int:
 
     def records() -> Iterator[dict[str, Any]]:
         for clip in clips:
-            marks.append(_mark(clip.clip_id))
+            marks.append(mark_of(clip.clip_id))
             yield _to_record(clip)
 
     is_parquet = path.suffix == ".parquet"
@@ -117,14 +117,28 @@ def describe_manifest(path: Path) -> Corpus:
     """Count and name the clips in one pass."""
     splits: Counter[str] = Counter()
     sources: Counter[str] = Counter()
-    total = 0
+    name = SetName()
     for clip in read_manifest(path):
         splits[clip.split] += 1
         sources[clip.source] += 1
+        name.add(clip)
+    return Corpus(splits.total(), dict(splits), dict(sources.most_common()), name.hexdigest())
+
+
+class SetName:
+    """The sha256 that names a set of clips, in whatever order they are added."""
+
+    def __init__(self) -> None:
+        self._total = 0
+
+    def add(self, clip: Clip) -> None:
+        """One more clip of the set."""
         line = _to_line(_to_record(clip))
-        total += int.from_bytes(hashlib.sha256(line.encode()).digest(), "big")
-    name = hashlib.sha256((total % 2**256).to_bytes(32, "big")).hexdigest()
-    return Corpus(splits.total(), dict(splits), dict(sources.most_common()), name)
+        self._total += int.from_bytes(hashlib.sha256(line.encode()).digest(), "big")
+
+    def hexdigest(self) -> str:
+        """The name."""
+        return hashlib.sha256((self._total % 2**256).to_bytes(32, "big")).hexdigest()
 
 
 def manifest_hash(path: Path) -> str:
@@ -138,7 +152,8 @@ def drawn_split(url: str, test_share: float) -> str:
     return "test" if place < test_share else "train"
 
 
-def _mark(clip_id: str) -> int:
+def mark_of(clip_id: str) -> int:
+    """64 bits that stand for an id where many are held at once."""
     return int.from_bytes(hashlib.blake2b(clip_id.encode(), digest_size=8).digest(), "big")
 
 
@@ -152,7 +167,7 @@ def _refuse_twins(path: Path, marks: np.ndarray, *, is_parquet: bool) -> None:
         name = record["clip_id"]
         if name in seen:
             raise DataError(f"two clips are called {name}", hint="give each its own id")
-        if _mark(name) in suspects:
+        if mark_of(name) in suspects:
             seen.add(name)
 
 

@@ -1,0 +1,224 @@
+"""Clips from the command line: ingest, download, ledger."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vatt.errors import SettingsError
+from vattctl.params import change, enter_project
+from vattctl.pipeline import run, stage_options
+
+if TYPE_CHECKING:
+    from vatt.config import Params
+    from vatt.data.attrition import Attrition, Loss
+
+LEDGER_VERSION = 1
+WORST = 15  # classes shown
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--dry-run", is_flag=True, help="Look and count; change nothing.")
+@click.pass_context
+def ingest(context: click.Context, folder: Path, as_json: bool, dry_run: bool) -> None:
+    """Use your own videos: a FOLDER of them, with subtitle files beside them if there are any.
+
+    Files in sub-folders named like classes get that name as their label. Writes the manifest and
+    points params.yaml to the folder; the videos stay where they are.
+
+    \b
+    Example:
+      vattctl ingest ~/videos && vattctl repro
+    """
+    folder = folder.resolve()
+    enter_project(context)
+    from vatt.config import load_params
+    from vatt.data.sources.folder import ingest_settings, scan
+
+    params = load_params()
+    found = scan(folder, params.data, params.preprocess)
+    lines = change(ingest_settings(found, folder, params), write=not dry_run)
+    if not dry_run:
+        from vatt.data.manifest import write_manifest
+
+        write_manifest(params.paths.manifest, found.clips)
+    if as_json:
+        click.echo(json.dumps({"version": 1, **found.counts(), "changes": lines}))
+        return
+    for line in lines:
+        click.echo(f"params.yaml: {line}", err=True)
+    click.echo(found.describe())
+    click.echo("next: vattctl repro")
+
+
+@click.command()
+@click.option(
+    "--retry",
+    metavar="STATES",
+    help="Try clips in these states again, and no others: retryable, or names joined by commas.",
+)
+@stage_options
+@click.pass_context
+def download(
+    context: click.Context,
+    retry: str | None,
+    assignments: tuple[str, ...],
+    force: bool,
+    dry_run: bool,
+) -> None:
+    """Fetch the clips that the source names; write manifest and ledger.
+
+    \b
+    Examples:
+      vattctl download --set data.source=demo
+      vattctl download --retry retryable          what the network or throttling cost
+      vattctl download --retry geo,needs-login --set machine.cookies=cookies.txt
+    """
+    if retry is None:
+        run(context, ("download",), assignments, force=force, dry_run=dry_run)
+        return
+    enter_project(context)
+    count = _forget(retry, write=not dry_run)
+    click.echo(f"{count} clips to be tried again", err=True)
+    if count:
+        run(context, ("download",), assignments, force=True, dry_run=dry_run)
+
+
+def _forget(retry: str, *, write: bool) -> int:
+    from vatt.config import load_params
+    from vatt.data.ledger import JOURNAL, RETRYABLE, STATES, forget, read_ledger
+
+    states = RETRYABLE if retry == "retryable" else frozenset(retry.split(","))
+    unknown = states - set(STATES)
+    if unknown or "ok" in states:
+        raise SettingsError(
+            f"--retry: no such state: {', '.join(sorted(unknown or states))}",
+            hint=f"retryable, or some of {', '.join(STATES[1:])}",
+        )
+    journal = load_params().paths.media / JOURNAL
+    if not write:
+        return sum(entry.state in states for entry in read_ledger(journal).values())
+    return forget(journal, states)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  vattctl ledger                     what was lost, by source and split, and of which classes
+  vattctl ledger as_abcdefghijk_30   what happened to a clip, and when
+  vattctl ledger --json > ledger.json"""
+)
+@click.argument("clips", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def ledger(context: click.Context, clips: tuple[str, ...], as_json: bool) -> None:
+    """Show which clips are there and what became of the others.
+
+    Every clip of the manifest counts once, in the state that the last stage gave it; `official` is
+    the number in the published list.
+    """
+    enter_project(context)
+    from vatt.config import load_params
+    from vatt.data.attrition import account
+    from vatt.data.ledger import JOURNAL
+
+    params = load_params()
+    paths = params.paths
+    downloads = [paths.download_ledger, paths.media / JOURNAL]
+    if clips:
+        _history(clips, [paths.media / JOURNAL, paths.preprocess_ledger], as_json=as_json)
+        return
+    found = account(paths.manifest, downloads=downloads, preprocess=paths.preprocess_ledger)
+    if as_json:
+        click.echo(json.dumps(_as_json(found), indent=2, ensure_ascii=False))
+    else:
+        _print(found, params)
+
+
+def _history(clips: tuple[str, ...], files: list[Path], *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from vatt.data.ledger import read_entries
+    from vatt.errors import DataError
+
+    wanted = set(clips)
+    rows = [
+        {"file": str(file), **{key: value for key, value in asdict(entry).items() if value}}
+        for file in files
+        for entry in read_entries(file)
+        if entry.clip_id in wanted
+    ]
+    missing = wanted - {row["clip_id"] for row in rows}
+    if missing:
+        raise DataError(f"no ledger knows clip {min(missing)}", hint="ids stand in the manifest")
+    if as_json:
+        click.echo(json.dumps({"version": LEDGER_VERSION, "entries": rows}, indent=2))
+        return
+    for row in rows:
+        known = ("time", "clip_id", "stage", "state", "reason", "has", "seconds", "tools")
+        click.echo("  ".join(_text(row[name]) for name in known if name in row))
+
+
+def _text(value: Any) -> str:
+    return "+".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _as_json(found: "Attrition") -> dict[str, Any]:
+    def row(loss: "Loss") -> dict[str, Any]:
+        return {"official": loss.official, "listed": loss.listed, "states": loss.counts()}
+
+    return {
+        "version": LEDGER_VERSION,
+        "hash": {"listed": found.listed_hash, "kept": found.kept_hash},
+        "total": row(found.total),
+        "splits": [
+            {"source": source, "split": split, **row(loss)}
+            for (source, split), loss in sorted(found.by_split.items())
+        ],
+        "classes": [
+            {"label": label, "value": value, **row(loss)}
+            for (label, value), loss in sorted(found.by_class.items())
+        ],
+    }
+
+
+def _print(found: "Attrition", params: "Params") -> None:
+    states = list(found.total.counts())
+    table = [["source", "split", "official", "listed", *states]]
+    for (source, split), loss in sorted(found.by_split.items()):
+        official = f"{loss.official:,}" if loss.official else "-"
+        table.append([source, split, official, *_numbers(loss, states)])
+    table.append(["all", "", "", *_numbers(found.total, states)])
+    _echo_table(table, left=2)
+    lost = {key: loss for key, loss in found.by_class.items() if loss.states["ok"] < loss.listed}
+    if lost:
+        click.echo(f"\nclasses that lost most ({len(lost)} of {len(found.by_class)} lost some)")
+        worst = sorted(lost, key=lambda key: (lost[key].states["ok"] / lost[key].listed, key))
+        rows = [[*key, *_numbers(lost[key], ["ok"])] for key in worst[:WORST]]
+        _echo_table([["label", "class", "listed", "ok"], *rows], left=2)
+    share = found.total.states["ok"] / max(found.total.listed, 1)
+    click.echo(f"\n{share:.1%} kept; data.min_share asks for {params.data.min_share:.0%}")
+    click.echo(f"hash of the listed clips  {found.listed_hash}")
+    click.echo(f"hash of the kept clips    {found.kept_hash}")
+    if any(found.total.states[state] for state in ("rate-limited", "network")):
+        click.echo("next: vattctl download --retry retryable")
+
+
+def _numbers(loss: "Loss", states: list[str]) -> list[str]:
+    return [f"{loss.listed:,}", *(f"{loss.states[state]:,}" for state in states)]
+
+
+def _echo_table(rows: list[list[str]], *, left: int) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        click.echo("  ".join(cells).rstrip())
+
+
+COMMANDS = (ingest, download, ledger)
