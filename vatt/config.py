@@ -88,6 +88,7 @@ class DataParams(Section):
     mix: dict[str, Annotated[float, Field(gt=0, le=1)]] | None  # of the hours; null: all there is
     sample_share: Annotated[float, Field(gt=0, le=1)]  # of the clips, by the hash of their ids
     sections: bool  # fetch the listed part of a video, not the whole
+    height: PositiveInt  # pixels; of a video's streams the largest that is not above it
     base_urls: tuple[str, ...]  # mirrors tried first, in order
     allow_youtube: bool  # read docs/data-sources.md first: their terms apply
     test_share: Share  # of the videos without a split of their own
@@ -333,6 +334,15 @@ class ReportParams(Section):
     tsne_clips: PositiveInt
 
 
+class DownloadParams(Section):
+    """Manners towards the hosts that clips come from, and what they may cost here."""
+
+    per_host: PositiveInt  # files at once from one host
+    pause_seconds: NonNegativeFloat  # between the beginnings of two files from one host
+    max_mb_per_second: PositiveFloat | None  # of one file
+    max_gb: PositiveFloat | None  # of the media folder
+
+
 class MachineParams(Section):
     """What must not change a result: declared by no stage as a dependency."""
 
@@ -345,8 +355,9 @@ class MachineParams(Section):
     workers: NonNegativeInt  # processes that download, encode and decode; 0: in the main one
     cache_gb: NonNegativeFloat  # decoded clips kept in memory
     ffmpeg: Path | None  # null: the one in the imageio-ffmpeg wheel
-    cookies: Path | None
-    proxy: str | None
+    download: DownloadParams
+    cookies: Path | None  # a file as browsers export it
+    proxy: Path | None  # a file that holds its address: it may hold a password too
     mlflow_uri: str  # a relative sqlite path counts from the project's root
     experiment: str
     max_artifact_mb: NonNegativeFloat  # larger checkpoints are named, not copied

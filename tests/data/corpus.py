@@ -36,10 +36,12 @@ def demo_params(**data) -> Params:
     )
 
 
-def write_media(path: Path, *, seconds=1.0, fps=10, size=(32, 48), sound=True, step=STEP) -> None:
+def write_media(
+    path: Path, *, seconds=1.0, fps=10, size=(32, 48), sound=True, step=STEP, gop=1
+) -> None:
     """Encode frames of level step * k and, with them, a tone that is silent in the first half."""
     with av.open(str(path), "w", format="mp4") as container:
-        video = container.add_stream("libx264", rate=fps, options={"crf": "4", "g": "1"})
+        video = container.add_stream("libx264", rate=fps, options={"crf": "4", "g": str(gop)})
         video.height, video.width, video.pix_fmt = *size, "yuv420p"
         if sound:
             audio = container.add_stream("aac", rate=HZ, layout="mono")

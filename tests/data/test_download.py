@@ -1,5 +1,6 @@
 """Download against a server that behaves as servers do."""
 
+import random
 import signal
 import socket
 import subprocess
@@ -9,14 +10,20 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.data.corpus import demo_params, make_clip, write_media
+from vatt.data import download as download_module
 from vatt.data import fetch
+from vatt.data.cut import Cut, cut, find_ffmpeg
 from vatt.data.download import addresses_of, download
 from vatt.data.ledger import read_ledger
+from vatt.data.media import probe
+from vatt.data.storage import decode_frames
 from vatt.errors import DataError, MachineError
 
 
@@ -26,10 +33,19 @@ class Server:
     def __init__(self, media: bytes) -> None:
         self.media = media
         self.asked: list[tuple[str, str | None]] = []  # path and Range
+        self.begun: list[float] = []  # when
+        self.spans: dict[str, list[list[int]]] = {}  # from where to where a body was sent
         self.sent = 0
         self.pause = 0.0  # seconds between two pieces of a body
+        self.at_once = self.most_at_once = 0
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
+        self.at_once += 1
+        self.most_at_once = max(self.at_once, self.most_at_once)
+        self.begun.append(time.monotonic())
+        self.serve(request)
+
+    def serve(self, request: BaseHTTPRequestHandler) -> None:
         name = request.path.removeprefix("/")
         span = request.headers.get("Range")
         times = sum(path == name for path, _ in self.asked)
@@ -41,6 +57,12 @@ class Server:
         if kind == "fail" and times < int(rest[1]):
             request.send_error(int(rest[0]))
             return
+        if kind == "wait" and times == 0:
+            request.send_response(429)
+            request.send_header("Retry-After", rest[0])
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
         body = b"<html>no video here</html>" if kind == "page" else self.media
         first = int(span.removeprefix("bytes=").split("-")[0]) if span else 0
         request.send_response(206 if span else 200)
@@ -49,12 +71,18 @@ class Server:
         if span:
             request.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
         request.end_headers()
-        until = len(body) // 2 if kind == "cut" and times == 0 else len(body)
+        until = len(body) // 2 if kind in ("cut", "stall") and times == 0 else len(body)
+        span = [first, first]
+        self.spans.setdefault(name, []).append(span)
         for start in range(first, until, 4096):
             piece = body[start : min(start + 4096, until)]
+            self.at_once -= start + 4096 >= until  # before the other side can ask again
             request.wfile.write(piece)
             self.sent += len(piece)
+            span[1] += len(piece)
             time.sleep(self.pause)
+        if until < len(body) and kind == "stall":
+            time.sleep(1.5)
 
     def stream(self, request: BaseHTTPRequestHandler) -> None:
         """A body without length and end."""
@@ -97,13 +125,22 @@ def short_pauses(monkeypatch):
     monkeypatch.setattr(fetch, "PAUSES", (0.01, 0.01, 0.01))
 
 
+def long(media: bytes, *, size: int = 2**18) -> bytes:
+    """The same video with a box behind it that players pass over."""
+    rest = size - len(media)
+    return media + rest.to_bytes(4, "big") + b"free" + bytes(rest - 8)
+
+
 def clip(number: int, name: str):
     return replace(make_clip(number), url=f"demo:{name}.mp4")
 
 
-def run(tmp_path, clips, base: str | None, *, workers=0, **data):
+def run(tmp_path, clips, base: str | None, *, workers=0, manners=None, **data):
     params = demo_params(base_urls=(base,) if base else (), **data)
-    machine = params.machine.model_copy(update={"workers": workers})
+    update = {"workers": workers}
+    if manners:
+        update["download"] = params.machine.download.model_copy(update=manners)
+    machine = params.machine.model_copy(update=update)
     return download(
         clips, params.data, machine, media=tmp_path / "media", ledger=tmp_path / "ledger.jsonl"
     )
@@ -182,6 +219,94 @@ def test_a_body_that_drips_is_given_up(tmp_path, media, monkeypatch):
         assert run(tmp_path, [clip(0, "a"), clip(1, "endless")], base) == {"ok": 1, "network": 1}
 
 
+def test_a_body_that_stalls_is_continued_where_it_stopped(tmp_path, media, monkeypatch):
+    monkeypatch.setattr(fetch, "SILENCE", 0.4)
+    server = Server(long(media))
+    with serving(server) as base:
+        assert run(tmp_path, [clip(0, "stall")], base) == {"ok": 1}
+    assert server.spans["stall.mp4"][1][0] > 0
+    assert (tmp_path / "media" / clip(0, "stall").media_name).read_bytes() == server.media
+
+
+def test_a_server_that_asks_to_wait_is_left_alone_so_long(tmp_path, media):
+    server = Server(media)
+    with serving(server) as base:
+        clips = [clip(0, "wait-1"), *(clip(number, f"{number}") for number in range(1, 12))]
+        assert run(tmp_path, clips, base, manners={"per_host": 1}) == {"ok": 12}
+    gaps = [after - before for before, after in pairwise(server.begun)]
+    assert max(gaps) > 0.95
+
+
+def test_no_more_files_at_once_than_a_host_may_be_asked_for(tmp_path, media):
+    server = Server(media)
+    server.pause = 0.02
+    with serving(server) as base:
+        clips = [clip(number, str(number)) for number in range(24)]
+        manners = {"per_host": 2}
+        assert run(tmp_path, clips, base, workers=2, manners=manners) == {"ok": 24}
+    assert server.most_at_once == 2
+
+
+def test_files_from_a_host_begin_a_pause_apart(tmp_path, media):
+    server = Server(media)
+    with serving(server) as base:
+        clips = [clip(number, str(number)) for number in range(8)]
+        assert run(tmp_path, clips, base, manners={"pause_seconds": 0.15}) == {"ok": 8}
+    assert server.begun[-1] - server.begun[0] > 5 * 0.15
+
+
+def test_a_host_that_refuses_everything_is_not_asked_on_and_on(tmp_path, media, monkeypatch):
+    monkeypatch.setattr(download_module, "HOST_REFUSES", 4)
+    server = Server(media)
+    with serving(server) as base:
+        clips = [clip(0, "a"), *(clip(number, f"fail-429-9-{number}") for number in range(1, 60))]
+        assert run(tmp_path, clips, base) == {"ok": 1, "rate-limited": 59}
+    assert len({path for path, _ in server.asked}) < 20
+    reasons = {entry.reason for entry in read_ledger(tmp_path / "ledger.jsonl").values()}
+    assert any("not tried" in reason and "refused 4 files" in reason for reason in reasons)
+
+
+def test_the_folder_grows_no_larger_than_it_may(tmp_path, media):
+    clips = [clip(number, str(number)) for number in range(40)]
+    allowed = {"max_gb": 12 * len(media) / 1e9}
+    with serving(Server(media)) as base:
+        with pytest.raises(MachineError, match=r"machine\.download\.max_gb"):
+            run(tmp_path, clips, base, manners=allowed)
+        came = [path for path in (tmp_path / "media").iterdir() if len(path.name) == 24]
+        assert 12 < len(came) < 30
+        assert run(tmp_path, clips, base) == {"ok": 40}
+
+
+def test_only_the_listed_part_of_a_video_is_fetched(tmp_path):
+    """Frame k of the source is of grey level 2 k; the part begins between two key frames."""
+    write_media(tmp_path / "long.mp4", seconds=12, step=2, gop=50)
+    server = Server((tmp_path / "long.mp4").read_bytes())
+    with serving(server) as base:
+        part = replace(make_clip(0), url=f"{base}/v.mp4#t=6.5,8.5", start=0.0, end=2.0)
+        assert run(tmp_path, [part], None) == {"ok": 1}
+        entry = read_ledger(tmp_path / "ledger.jsonl")[part.clip_id]
+        gone = replace(make_clip(1), url=f"{base}/fail-404-99.mp4#t=6.5,8.5")
+        assert run(tmp_path, [part, gone], None) == {"ok": 1, "not-found": 1}
+    assert entry.has == ("video", "audio") and 2.0 <= entry.seconds < 3.0
+    item = tmp_path / "media" / part.media_name
+    [piece] = cut(
+        [Cut(item, probe(item), ((0.0, 2.0),))],
+        demo_params().preprocess.model_copy(update={"short_side": 32}),
+        program=find_ffmpeg(None),
+        work=tmp_path,
+    )[0].pieces
+    [video] = piece.video
+    shown = decode_frames(video, range(piece.num_frames), fps=10).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(shown[[0, 5, 19]], [130, 140, 168], atol=3)
+
+
+def test_the_proxy_stands_in_a_file(tmp_path):
+    (tmp_path / "p").write_text("http://me:secret@proxy:3128\n")
+    assert download_module._proxy_in(tmp_path / "p") == "http://me:secret@proxy:3128"
+    with pytest.raises(MachineError, match=r"machine\.proxy"):
+        download_module._proxy_in(tmp_path / "none")
+
+
 def test_mirrors_are_asked_in_order_and_the_source_last(tmp_path, media):
     server = Server(media)
     with serving(server) as base:
@@ -201,6 +326,8 @@ def test_youtube_only_when_allowed_but_mirrors_always():
     assert addresses_of(url, closed) == (("http://mirror/x/abc_-123.mp4",), None)
     allowed = closed.model_copy(update={"allow_youtube": True, "base_urls": ()})
     assert addresses_of(url, allowed) == ((), url)
+    part = addresses_of(url + "#t=30,40", allowed.model_copy(update={"base_urls": ("http://m",)}))
+    assert part == (("http://m/abc_-123_000030_000040.mp4",), url)
     with pytest.raises(DataError, match=r"data\.base_urls"):
         addresses_of("demo:a.mp4", demo_params(base_urls=()).data)
 
@@ -259,23 +386,44 @@ run(Path(sys.argv[1]), [clip(n, str(n)) for n in range(12)], sys.argv[2], worker
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_kills_lose_nothing_and_fetch_little_twice(tmp_path, media, workers):
-    server = Server(media)
-    server.pause = 0.02
+def kill_again_and_again(tmp_path, server: Server, *, kills: int, workers: int) -> None:
+    """SIGKILL a download at random moments, then let it finish; look at every byte sent."""
+    moments = random.Random(0)
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     with serving(server) as base:
-        for wait in (1.0, 1.3):
+        for _ in range(kills):
             process = subprocess.Popen([*command, base, str(workers)])
-            time.sleep(wait)
+            asked, patience = len(server.asked), time.monotonic() + 20
+            while len(server.asked) == asked and time.monotonic() < patience:
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0.0, 0.5))
             process.send_signal(signal.SIGKILL)
             process.wait()
         server.pause = 0.0
         clips = [clip(number, str(number)) for number in range(12)]
         assert run(tmp_path, clips, base) == {"ok": 12}
-        for one in clips:
-            assert (tmp_path / "media" / one.media_name).read_bytes() == media
-        assert not any((tmp_path / "media" / ".partial").iterdir())
+    for one in clips:
+        assert (tmp_path / "media" / one.media_name).read_bytes() == server.media
+    assert not any((tmp_path / "media" / ".partial").iterdir())
+    piece, on_the_way = 4096, 2**15
+    for spans in server.spans.values():
+        for (_, until), (start, _) in pairwise(spans):
+            assert until - start <= fetch.BLOCK + piece + on_the_way
+
+
+def test_kills_lose_nothing_and_fetch_little_twice(tmp_path, media):
+    server = Server(long(media))
+    server.pause = 0.01
+    kill_again_and_again(tmp_path, server, kills=2, workers=2)
+
+
+@pytest.mark.slow
+def test_ten_kills_lose_nothing_and_fetch_no_byte_twice_beyond_a_block(tmp_path, media):
+    server = Server(long(media, size=2**20))
+    server.pause = 0.01
+    kill_again_and_again(tmp_path, server, kills=10, workers=2)
+    again = {len(spans) for spans in server.spans.values()}
+    assert max(again) > 1
 
 
 def test_a_partial_file_is_continued_where_it_ends(tmp_path, media):

@@ -1,20 +1,25 @@
 """Manifest -> media. The journal beside the media holds every fact; the ledger its last words."""
 
+import math
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from urllib.parse import parse_qs, quote, urlsplit
 
 from vatt.config import DataParams, MachineParams
 from vatt.data.cut import find_ffmpeg
-from vatt.data.fetch import PARTIAL, Fetching, Order, Outcome, fetch_all
+from vatt.data.fetch import PARTIAL, TOOLS, Fetching, Order, Outcome, fetch_all
+from vatt.data.hosts import Hosts
 from vatt.data.ledger import JOURNAL, RETRYABLE, Entry, Ledger, read_ledger, write_ledger
 from vatt.data.manifest import Clip, media_path
 from vatt.data.pool import worker_pool
+from vatt.data.section import Section
 from vatt.errors import DataError, MachineError
 from vatt.files import lock
 
@@ -22,6 +27,8 @@ STAGE = "download"
 CHUNK = 8  # files a worker is given at a time
 THREADS = 4  # files a worker fetches at once: most of it is waiting
 HOST_IS_DOWN = 8  # files that found no way to a host, and none that did: the others are not tried
+HOST_REFUSES = 24  # files in a row that a host was too busy for: the others wait for another run
+LOCKS = ".hosts"
 YOUTUBE = ("youtube.com", "youtu.be", "youtube-nocookie.com")
 
 Progress = Callable[[int, int], None]
@@ -41,15 +48,20 @@ def download(
     A folder's own files are looked at where they lie. A clip lost for good is not tried again, one
     that met a weak network is.
     """
-    clips = list(clips)
+    # What is said in them is nobody's business here, and most of a list.
+    clips = [replace(clip, labels={}, captions=()) for clip in clips]
+    manners = machine.download
     (media / PARTIAL).mkdir(parents=True, exist_ok=True)
     fetching = Fetching(
         media=media.absolute(),
         ffmpeg=find_ffmpeg(machine.ffmpeg),
         allow_youtube=params.allow_youtube,
-        proxy=machine.proxy,
+        height=params.height,
+        proxy=_proxy_in(machine.proxy),
         cookies=machine.cookies,
         threads=THREADS,
+        hosts=Hosts(media.absolute() / LOCKS, manners.per_host, manners.pause_seconds),
+        max_rate=manners.max_mb_per_second and manners.max_mb_per_second * 1e6,
     )
     with lock(media / ".download.lock"), Ledger(media / JOURNAL) as journal:
         known = read_ledger(media / JOURNAL)
@@ -57,7 +69,9 @@ def download(
         for clip in clips:
             if not _is_settled(clip, known.get(clip.clip_id), media):
                 groups.setdefault(clip.url, []).append(clip)
-        work = _Work(groups, params, fetching, journal, known, progress or (lambda *_: None))
+        room = _room(media, manners.max_gb)
+        report = progress or (lambda *_: None)
+        work = _Work(groups, params, fetching, journal, known, report, room)
         work.begin(len(clips))
         with worker_pool(machine.workers, preload=["vatt.data.fetch"]) as pool:
             work.run(pool, ahead=2 * machine.workers or 1)
@@ -84,10 +98,12 @@ class _Work:
     journal: Ledger
     known: dict[str, Entry]
     progress: Progress
+    room: float  # bytes that may still come
     done: int = 0
     total: int = 0
     lost_by_host: Counter[str] = field(default_factory=Counter)
     reached: set[str] = field(default_factory=set)
+    refused: Counter[str] = field(default_factory=Counter)  # in a row
 
     def begin(self, total: int) -> None:
         """Count what is settled already."""
@@ -110,6 +126,12 @@ class _Work:
                 for future in finished:
                     for outcome in future.result():
                         self._note(by_name[outcome.name], outcome)
+                        self.room -= outcome.num_bytes
+                if self.room < 0:
+                    raise MachineError(
+                        f"{self.fetching.media} has grown to machine.download.max_gb",
+                        hint="raise it, or lower data.sample_share; what is fetched is kept",
+                    )
         except BrokenProcessPool:
             raise MachineError(
                 "a worker process died, perhaps for want of memory",
@@ -127,14 +149,17 @@ class _Work:
                 continue
             mirrors, page = addresses_of(url, self.params)
             addresses = [*mirrors, *([page] if page else [])]
-            hosts = {urlsplit(address).hostname or "" for address in addresses}
+            hosts = {urlsplit(address).netloc.rpartition("@")[2] for address in addresses}
             if not addresses:
                 self._note(group, Outcome(name, "filtered", "YouTube is off: data.allow_youtube"))
             elif all(self._is_down(host) for host in hosts):
                 reason = f"{', '.join(sorted(hosts))} cannot be reached"
                 self._note(group, Outcome(name, "network", reason, reached=False))
+            elif all(self._is_down(host) or self.refused[host] >= HOST_REFUSES for host in hosts):
+                reason = f"not tried: {', '.join(sorted(hosts))} has refused {HOST_REFUSES} files"
+                self._note(group, Outcome(name, "rate-limited", reason))
             else:
-                yield Order(name, mirrors, page)
+                yield Order(name, mirrors, page, section_of(url))
 
     def _is_down(self, host: str) -> bool:
         return host not in self.reached and self.lost_by_host[host] >= HOST_IS_DOWN
@@ -145,6 +170,8 @@ class _Work:
             self.reached.add(outcome.host)
         else:
             self.lost_by_host[outcome.host] += 1
+        is_busy = outcome.state == "rate-limited"
+        self.refused[outcome.host] = self.refused[outcome.host] + 1 if is_busy else 0
         entries = [
             Entry(
                 clip.clip_id,
@@ -154,6 +181,7 @@ class _Work:
                 outcome.has,
                 seconds=outcome.seconds,
                 sha256=outcome.sha256,
+                tools=TOOLS if outcome.sha256 else None,
             )
             for clip in group
         ]
@@ -174,18 +202,46 @@ def addresses_of(url: str, params: DataParams) -> tuple[tuple[str, ...], str | N
     at_home = parts.scheme in ("http", "https")
     host = parts.hostname or ""
     is_youtube = at_home and any(host == name or host.endswith("." + name) for name in YOUTUBE)
+    section = section_of(url)
     if is_youtube:
-        name = parse_qs(parts.query).get("v", [parts.path.rpartition("/")[2]])[0] + ".mp4"
+        name = parse_qs(parts.query).get("v", [parts.path.rpartition("/")[2]])[0]
+        name += f"_{int(section[0]):06d}_{int(section[1]):06d}.mp4" if section else ".mp4"
     else:
         name = parts.path.rpartition("/")[2] if at_home else url.partition(":")[2]
     mirrors = tuple(base.rstrip("/") + "/" + quote(name) for base in params.base_urls if name)
     if at_home and (params.allow_youtube or not is_youtube):
-        return mirrors, url
+        return mirrors, url.partition("#t=")[0]
     if not mirrors and not at_home:
         raise DataError(
             f"{url} needs a server to come from", hint="set data.base_urls in params.yaml"
         )
     return mirrors, None
+
+
+def section_of(url: str) -> Section | None:
+    """The part of a video that an address names, as `#t=30,40`; None when it names none."""
+    found = re.fullmatch(r"t=(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)", urlsplit(url).fragment)
+    return (float(found[1]), float(found[2])) if found else None
+
+
+def _proxy_in(file: Path | None) -> str | None:
+    """The address in a file: it may hold a password, which must stand in no settings."""
+    if file is None:
+        return None
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise MachineError(
+            f"machine.proxy: {file} cannot be read: {error.strerror}",
+            hint="name a file that holds the proxy's address, or null",
+        ) from None
+
+
+def _room(media: Path, max_gb: float | None) -> float:
+    """Bytes that may still come into the folder."""
+    if max_gb is None:
+        return math.inf
+    return max_gb * 1e9 - sum(entry.stat().st_size for entry in os.scandir(media))
 
 
 def _check(final: Sequence[Entry], params: DataParams, ledger: Path) -> None:

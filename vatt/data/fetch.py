@@ -6,7 +6,6 @@ whole and has been probed.
 
 import hashlib
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,37 +17,23 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import av
 import yt_dlp
-from yt_dlp.networking.exceptions import HTTPError, TransportError
-from yt_dlp.utils import (
-    DownloadError,
-    GeoRestrictedError,
-    UnsupportedError,
-    YoutubeDLError,
-)
+from yt_dlp.utils import DownloadError, YoutubeDLError
 
+from vatt.data.hosts import LONGEST, Hosts
 from vatt.data.ledger import RETRYABLE
 from vatt.data.media import BrokenMediaError, probe
-from vatt.errors import MachineError
+from vatt.data.refusals import explain
+from vatt.data.section import Section, download_section
 
 PARTIAL = ".partial"
 PAUSES = (1.0, 2.0, 4.0)  # seconds before another try
 MAX_BYTES = 4 * 2**30  # of one file
 MAX_SECONDS = 3600.0  # for one file
 SILENCE = 20.0  # seconds without a byte
-_FORMAT = "bv*[height<=480]+ba/b[height<=480]/bv*+ba/b"
-
-# What a site says, and the state it means; throttling is never taken for removal.
-_SAYS = (
-    (r"not a bot|rate.?limit|too many requests|try again later", "rate-limited"),
-    (r"private video|video is private", "private"),
-    (r"in your country|geo.?restrict|not made this video available", "geo"),
-    (r"confirm your age|age.?restrict", "age"),
-    (r"members.?only|sign in|log ?in|login required", "needs-login"),
-    (r"removed|terminated|no longer available|deleted", "removed"),
-    (r"video unavailable", "rate-limited"),
-    (r"max-filesize|more than \d+ bytes", "filtered"),
-)
+BLOCK = 2**16  # bytes written at once: what a kill can cost of a file
+TOOLS = f"yt-dlp {yt_dlp.version.__version__}, PyAV {av.__version__}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +43,7 @@ class Order:
     name: str
     mirrors: tuple[str, ...] = ()  # tried first; each is the file itself, no page about it
     page: str | None = None  # what yt-dlp's extractors look into
+    section: Section | None = None  # the part of the page's video that is wanted; null: all
     here: Path | None = None  # a file of the user's own: looked at, not moved
 
 
@@ -71,6 +57,7 @@ class Outcome:
     has: tuple[str, ...] = ()
     seconds: float | None = None
     sha256: str | None = None
+    num_bytes: int = 0  # fetched now
     host: str = ""
     reached: bool = True  # False: the network did not even lead to the host
 
@@ -82,9 +69,12 @@ class Fetching:
     media: Path
     ffmpeg: str
     allow_youtube: bool
+    height: int  # of the picture: the largest stream that is not above it
     proxy: str | None
     cookies: Path | None
     threads: int
+    hosts: Hosts
+    max_rate: float | None  # bytes a second and file
 
 
 def fetch_all(orders: Sequence[Order], fetching: Fetching) -> list[Outcome]:
@@ -102,8 +92,7 @@ def fetch(order: Order, fetching: Fetching) -> Outcome:
         return _examine(order.name, path, path)
     outcomes = []
     for address in (*order.mirrors, *([order.page] if order.page else [])):
-        is_page = address == order.page
-        outcome = _fetch_from(address, order.name, fetching, is_page=is_page)
+        outcome = _fetch_from(address, order, fetching)
         if outcome.state == "ok":
             return outcome
         outcomes.append(outcome)
@@ -112,27 +101,47 @@ def fetch(order: Order, fetching: Fetching) -> Outcome:
     return (retryable or outcomes)[-1]
 
 
-def _fetch_from(address: str, name: str, fetching: Fetching, *, is_page: bool) -> Outcome:
-    folder = fetching.media / PARTIAL
-    host = urlsplit(address).hostname or ""
+def _fetch_from(address: str, order: Order, fetching: Fetching) -> Outcome:
+    folder, name = fetching.media / PARTIAL, order.name
+    parts = urlsplit(address)
+    host = parts.netloc.rpartition("@")[2]
     failed = Outcome(name, "network", host=host)
-    for pause in (*PAUSES, None):
-        try:
-            tool = _youtube_dl(folder, name, host, fetching)
-            got = tool.extract_info(address) if is_page else _download_file(tool, address, name)
-        except (YoutubeDLError, HTTPException, OSError, ValueError) as error:
-            failed = _explain(error, name, host)
-            if failed.state not in RETRYABLE:
-                for rest in folder.glob(f"{name}.*"):
-                    rest.unlink()
-                return failed
-            if pause is None:
-                return failed
-            time.sleep(pause)
-            continue
-        outcome = _examine(name, _file_of(got, folder, name), fetching.media / name)
-        return replace(outcome, host=host)
+    with fetching.hosts.turn(host):
+        for pause in (*PAUSES, None):
+            try:
+                got = _get(address, order, fetching)
+            except (YoutubeDLError, HTTPException, OSError, ValueError) as error:
+                refusal = explain(error)
+                failed = replace(
+                    failed, state=refusal.state, reason=refusal.reason, reached=refusal.reached
+                )
+                if refusal.wait:
+                    fetching.hosts.delay(host, refusal.wait)
+                if failed.state not in RETRYABLE:
+                    for rest in folder.glob(f"{name}.*"):
+                        rest.unlink()
+                    return failed
+                if pause is None:
+                    return failed
+                time.sleep(max(pause, min(refusal.wait, LONGEST)))
+                continue
+            outcome = _examine(name, _file_of(got, folder, name), fetching.media / name)
+            return replace(outcome, host=host)
     return failed
+
+
+def _get(address: str, order: Order, fetching: Fetching) -> Any:
+    """Download into the folder of partial files; returns what yt-dlp says of it."""
+    folder = fetching.media / PARTIAL
+    tool = _youtube_dl(folder, order.name, urlsplit(address).hostname or "", fetching)
+    if address != order.page:
+        return _download_file(tool, address, order.name)
+    if order.section is None:
+        return tool.extract_info(address)
+    return download_section(
+        tool, address, order.section, folder / f"{order.name}.mp4", program=fetching.ffmpeg,
+        seconds=MAX_SECONDS, silence=SILENCE, max_bytes=MAX_BYTES,
+    )  # fmt: skip
 
 
 def _download_file(tool: yt_dlp.YoutubeDL, address: str, name: str) -> Any:
@@ -165,6 +174,7 @@ def _examine(name: str, path: Path, final: Path | None) -> Outcome:
         if final is not None:
             path.unlink(missing_ok=True)
         return Outcome(name, "corrupt", str(error))
+    num_bytes = path.stat().st_size if final is not None and final != path else 0
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if final is not None:
@@ -173,7 +183,7 @@ def _examine(name: str, path: Path, final: Path | None) -> Outcome:
     has = (("video",) if media.video is not None else ()) + (
         ("audio",) if media.audio is not None else ()
     )
-    return Outcome(name, "ok", "", has, round(media.seconds, 3), digest)
+    return Outcome(name, "ok", "", has, round(media.seconds, 3), digest, num_bytes)
 
 
 class _Silent:
@@ -206,19 +216,23 @@ def _options(fetching: Fetching, *, direct: bool) -> dict[str, Any]:
     extractors = ["generic", *(["youtube"] if fetching.allow_youtube else [])]
     options: dict[str, Any] = {
         "allowed_extractors": extractors,
+        "buffersize": BLOCK,
         "cachedir": False,
         "cookiefile": str(fetching.cookies) if fetching.cookies else None,
         "ffmpeg_location": fetching.ffmpeg,
         "fixup": "never",
-        "format": _FORMAT,
+        "format": "bv*+ba/b",
+        "format_sort": [f"res:{fetching.height}"],
         "logger": _Silent(),
         "max_filesize": MAX_BYTES,
         "merge_output_format": "mkv",
         "no_warnings": True,
         "noplaylist": True,
+        "noresizebuffer": True,
         "noprogress": True,
         "playlist_items": "1",
         "quiet": True,
+        "ratelimit": fetching.max_rate,
         "retries": 0,  # ours, which also cover the first request, are enough
         "socket_timeout": SILENCE,
         "updatetime": False,
@@ -239,53 +253,3 @@ def _limits() -> Callable[[dict[str, Any]], None]:
             raise DownloadError("timed out: too slow")
 
     return check
-
-
-def _explain(error: Exception, name: str, host: str) -> Outcome:
-    """The state that an error of yt-dlp means; a full disk is no clip's fault."""
-    said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).removeprefix("ERROR: ")
-    reason = " ".join(said.split())[:200]
-    if "No space left on device" in said or "Errno 122" in said:
-        raise MachineError("the disk of the media folder is full", hint="free some space")
-    cause = _cause(error)
-    status = cause.status if isinstance(cause, HTTPError) else _status_in(said)
-    if status is not None:
-        return Outcome(name, _state_of_status(status), f"HTTP {status}", host=host)
-    if isinstance(cause, TransportError) or "Got error: " in said:
-        reached = not re.search(r"Failed to (establish|resolve)|unreachable|ProxyError", said)
-        return Outcome(name, "network", reason, host=host, reached=reached)
-    return Outcome(name, _state_said(cause, said), reason, host=host)
-
-
-def _status_in(said: str) -> int | None:
-    """The status in the words that are all yt-dlp's file downloader gives."""
-    found = re.search(r"HTTP Error (\d{3})", said)
-    return int(found[1]) if found else None
-
-
-def _state_said(cause: BaseException, said: str) -> str:
-    if isinstance(cause, GeoRestrictedError):
-        return "geo"
-    if isinstance(cause, UnsupportedError):
-        return "corrupt"  # a page, no media
-    for pattern, state in _SAYS:
-        if re.search(pattern, said, re.IGNORECASE):
-            return state
-    return "network"
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error inside a DownloadError, or the one that an extractor met."""
-    info = getattr(error, "exc_info", None)
-    inner = info[1] if info else error
-    if isinstance(inner, (HTTPError, TransportError)):
-        return inner
-    return getattr(inner, "cause", None) or inner
-
-
-def _state_of_status(status: int) -> str:
-    known = {
-        401: "needs-login", 403: "needs-login", 404: "not-found", 408: "network",
-        410: "removed", 429: "rate-limited", 451: "geo", 503: "rate-limited",
-    }  # fmt: skip
-    return known.get(status, "network" if status >= 500 else "not-found")
