@@ -18,26 +18,30 @@ from vatt.training.session import Session, feed
 
 def main() -> None:
     """Pre-train in as many processes as `machine` says."""
+    from vatt.evaluation.validation import SCORE, validation  # changes no weight: no dependency
+
     params = load_params()
     paths, machine, settings = params.paths, params.machine, params.pretrain
     if (code := launch("stages.pretrain", machine)) is not None:
         sys.exit(code)
     made_from, data = stage_hash("pretrain", params), data_hash(paths.shards)
     sampling = Sampling.for_pretraining(params.model, settings)
+    measure = validation(params.model, settings, shards=paths.shards, machine=machine)
     batches = feed(paths.shards, sampling, settings, seed=params.seed, machine=machine)
     with (
         distributed.process_group(machine),
         tracking.run("pretrain", params, stage_hash=made_from, data_hash=data) as run,
         progress("pretrain", "steps", shown=distributed.rank() == 0) as tick,
     ):
-        session = Session(run, paths.pretrain_state, tick)
+        session, words = Session(run, paths.pretrain_state, tick), paths.shards / "vocabulary.txt"
         torch.manual_seed(params.seed)  # every process builds the same start
         pretrain(
             VATT(params.model), batches, settings, machine=machine, seed=params.seed,
             state=paths.pretrain_state, data_hash=data, **session.hooks(),
+            evaluate=session.keeping_best(measure, params.model, score=SCORE, vocabulary=words),
             export=lambda weights: session.export(
-                weights, params.model, paths.pretrained, metrics=paths.metrics / "pretrain.json",
-                vocabulary=paths.shards / "vocabulary.txt",
+                weights, params.model, paths.pretrained, vocabulary=words,
+                metrics=paths.metrics / "pretrain.json",
             ),
         )  # fmt: skip
 

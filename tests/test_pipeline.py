@@ -12,7 +12,8 @@ from tests.test_architecture import ROOT, modules
 STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate", "report")
 # settings that reach a stage another way: `machine` must change no result, `paths` are templated
 UNDECLARED = {"machine", "paths"}
-# modules that change no result: the schema (its effect is in params), messages, progress, logging
+# modules that change no result: the schema (its effect is in params), messages, progress, logging,
+# what watches a training
 WITHOUT_EFFECT = {
     "vatt.config",
     "vatt.errors",
@@ -20,6 +21,10 @@ WITHOUT_EFFECT = {
     "vatt.outcome",
     "vatt.progress",
     "vatt.provenance",
+    "vatt.training.best",
+    "vatt.training.devices",
+    "vatt.training.stability",
+    "vatt.training.telemetry",
     "vatt.training.tracking",
 }
 

@@ -92,6 +92,7 @@ class DataParams(Section):
     base_urls: tuple[str, ...]  # mirrors tried first, in order
     allow_youtube: bool  # read docs/data-sources.md first: their terms apply
     test_share: Share  # of the videos without a split of their own
+    val_share: Share  # the same, for pretrain.evaluate_every
     require: tuple[Modality, ...]  # a clip without one of these is not kept
     min_clips: PositiveInt  # fewer clips left: stop
     min_share: Share  # a smaller share of the manifest left: stop
@@ -115,6 +116,8 @@ class DataParams(Section):
             raise ValueError(f"data.annotations is needed when data.source is {self.source}")
         if self.mix is not None and set(self.mix) != set(self.sources):
             raise ValueError(f"data.mix must name exactly {', '.join(self.sources)}")
+        if self.test_share + self.val_share > 1:
+            raise ValueError("data.test_share and data.val_share are more than 1 together")
         return self
 
 
@@ -263,6 +266,8 @@ class PretrainParams(Section):
     save_every: PositiveInt  # steps
     keep_states: PositiveInt
     report_every: PositiveInt  # steps
+    evaluate_every: PositiveInt | None  # steps; retrieval on the val split; null: never
+    evaluate_clips: PositiveInt  # of the val split, searched each time
 
 
 class FinetuneTaskParams(Section):

@@ -121,6 +121,20 @@ def test_the_settings_follow_what_is_there(folder, tmp_path):
     assert plain["data", "location_hash"] != settings["data", "location_hash"]
 
 
+def test_a_share_is_held_out_to_validate_and_the_tests_stay_the_same(folder):
+    def by_split(**shares):
+        clips = scan(folder, demo_params(**shares).data).clips
+        return {
+            split: {clip.clip_id for clip in clips if clip.split == split}
+            for split in ("train", "val", "test")
+        }
+
+    without, some = by_split(test_share=0.25), by_split(test_share=0.25, val_share=0.25)
+    assert not without["val"] and some["val"]
+    assert some["test"] == without["test"]
+    assert some["val"] | some["train"] == without["train"]
+
+
 def test_a_folder_without_videos_is_said_so(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(DataError, match="no video in"):

@@ -65,3 +65,11 @@ def test_twenty_steps_equal_plain_torch(found, alone, case):
     drift = 0.02 * worker.LEARNING_RATE * worker.STEPS
     for name, value in weights.items():
         torch.testing.assert_close(value, expected_weights[name], rtol=0, atol=drift, msg=name)
+
+
+def test_an_evaluation_on_the_way_happens_once_and_changes_no_weight(found):
+    processes, results = found
+    with_it, without = results["evaluated"]
+    assert with_it["hash"] == without["hash"] and with_it["asked"] == [2, 4, 6]
+    ranks = {name for name in with_it["told"] if name.startswith("peak_memory_gb.")}
+    assert ranks == {f"peak_memory_gb.rank_{rank}" for rank in range(processes)}

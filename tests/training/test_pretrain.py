@@ -12,7 +12,14 @@ from vatt.losses import paper_form, pretraining_loss, release_form
 from vatt.training.engine import LocalEngine
 from vatt.training.pretrain import Pretraining, fingerprint, pretrain, pretraining_inputs
 
-CLOCKS = {"samples_per_second", "data_wait_share", "peak_memory_gb"}
+CLOCKS = {
+    "samples_per_second",
+    "tokens_per_second",
+    "tflops_per_second",
+    "mfu",
+    "data_wait_share",
+    "peak_memory_gb",
+}
 
 
 def local(module, optimizer, precision, machine):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.training import tiny
+from tests.training import evaluating, tiny
 from vatt.training import distributed
 from vatt.training.engine import DeepSpeedEngine
 from vatt.training.loop import seed_dropout
@@ -36,6 +36,10 @@ def main() -> None:
     results: dict[object, object] = {}
     with distributed.process_group(machine):
         results["gather"] = gathered()
+        folder = Path(os.environ["VATT_TEST_RESULTS"]).parent
+        results["evaluated"] = [
+            evaluating.trained(folder / str(every), evaluate_every=every) for every in (2, None)
+        ]
         for zero, backbone, micro in CASES:
             results[zero, backbone, micro] = trained(zero, backbone, micro)
         if distributed.rank() == 0:

@@ -146,10 +146,12 @@ def manifest_hash(path: Path) -> str:
     return describe_manifest(path).hash
 
 
-def drawn_split(url: str, test_share: float) -> str:
+def drawn_split(url: str, test_share: float, val_share: float) -> str:
     """The split of a clip whose list names none: by its video, so that its clips stay together."""
     place = int(hashlib.sha256(url.encode()).hexdigest()[:8], 16) / 16**8
-    return "test" if place < test_share else "train"
+    if place < test_share:
+        return "test"
+    return "val" if place < test_share + val_share else "train"
 
 
 def mark_of(clip_id: str) -> int:

@@ -32,6 +32,7 @@ from vatt.training.gradient_cache import encode_in_micro_batches
 from vatt.training.loop import BatchesFrom, Plan, Progress, Report, ignore, train
 from vatt.training.schedule import learning_rate
 from vatt.training.state import flatten
+from vatt.training.telemetry import finetuning_work
 
 # Settings that shape no weight: changing them does not make a saved state useless.
 SHAPELESS = {"save_every", "report_every", "test_clips", "test_crops"}
@@ -81,6 +82,8 @@ def finetune(
     report: Report = ignore,
     progress: Progress = ignore,
     before_save: Callable[[], None] = ignore,
+    spike: Callable[[int, float], None] = ignore,
+    begin: Callable[[int], None] = ignore,
     export: Callable[[Weights], object] = ignore,
     engine_of: Callable[..., Engine] = make_engine,
 ) -> Weights:
@@ -101,13 +104,15 @@ def finetune(
     )
     plan = Plan(
         steps=params.steps,
-        batch_size=params.batch_size,
         seed=seed,
         save_every=params.save_every,
         keep_states=KEPT_STATES,
         report_every=params.report_every,
         learning_rate=lambda step: learning_rate(step, steps=params.steps, params=params.optimizer),
+        work=finetuning_work(model.params, params),
+        begin=begin,
         report=report,
+        spike=spike,
         progress=progress,
         before_save=before_save,
     )

@@ -9,20 +9,26 @@ from typing import Any
 
 from vatt.files import atomic_write
 
+VALIDATION = "val."  # what an evaluation on the way measures begins so
 REPEATABLE = ("loss", "nce", "mil_nce", "accuracy", "learning_rate", "gradient_norm")
-FILE = "history.jsonl"
+FILE, SPIKES = "history.jsonl", "spikes.jsonl"
 
 
 class History:
     """Appends a line a report; a step that comes again replaces itself and all after it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE
+    def __init__(self, folder: Path, file: str = FILE) -> None:
+        self.path = folder / file
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
         """Note a step's metrics."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        row = {"step": step, **{name: metrics[name] for name in REPEATABLE if name in metrics}}
+        repeatable = {
+            name: value
+            for name, value in metrics.items()
+            if name in REPEATABLE or name.startswith(VALIDATION)
+        }
+        row = {"step": step, **repeatable}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -1,11 +1,8 @@
 """The loop that pre-training and fine-tuning share: batches in, updates made, states kept."""
 
 import hashlib
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +10,17 @@ import torch
 from torch import Tensor
 
 from vatt.data.batches import Batch
-from vatt.errors import DataError, Stopped, VattError
+from vatt.errors import DataError, Stopped
 from vatt.training import distributed
 from vatt.training.engine import Engine, Weights
+from vatt.training.stability import SpikeWatch, check_finite
 from vatt.training.state import States, open_states
 from vatt.training.stopping import stop_requests
+from vatt.training.telemetry import Meter, Work
 
 Report = Callable[[int, dict[str, float]], None]  # (updates made, metrics)
 Progress = Callable[[int, int], None]
+Evaluate = Callable[[int, Weights], dict[str, float]]  # (updates made, weights) -> measures
 BatchesFrom = Callable[[int], Iterable[Batch]]  # first step -> this process's parts from there on
 InputsOf = Callable[[Batch, int], tuple[Any, ...]]  # batch, step -> what the module takes
 
@@ -34,15 +34,29 @@ class Plan:
     """How long to train, and what happens now and then on the way."""
 
     steps: int
-    batch_size: int  # global
     seed: int
     save_every: int
     keep_states: int
     report_every: int
     learning_rate: Callable[[int], float]  # of update `step`, from 0
-    report: Report = ignore  # this and what follows: in rank 0 only
+    work: Work  # of one step
+    evaluate_every: int | None = None
+    evaluate: Evaluate | None = (
+        None  # asked when `evaluate_every` is set; this and what follows: in rank 0 only
+    )
+    begin: Callable[[int], None] = ignore  # (updates made before)
+    report: Report = ignore
+    spike: Callable[[int, float], None] = ignore  # (updates made, loss)
     progress: Progress = ignore
     before_save: Callable[[], None] = ignore  # a state must not be ahead of what was reported
+
+    def evaluates(self, done: int) -> bool:
+        """Whether an evaluation is due after so many updates."""
+        return self.evaluate_every is not None and done % self.evaluate_every == 0
+
+    def is_told(self, done: int) -> bool:
+        """Whether there is a report after so many updates; an evaluation always makes one."""
+        return self.evaluates(done) or done % self.report_every == 0 or done == self.steps
 
 
 def train(
@@ -62,7 +76,7 @@ def train(
     """
     with open_states(state, identity, keep=plan.keep_states) as states:
         _make_updates(engine, batches_from, inputs_of, plan, states)
-        weights = {name.removeprefix("model."): value for name, value in engine.weights().items()}
+        weights = named_weights(engine)
         if distributed.rank() == 0:
             export(weights)
         states.finish()
@@ -78,8 +92,9 @@ def _make_updates(
 ) -> None:
     """Make the updates that are left. A step's losses are named scalars; `loss` is minimised."""
     first_step = states.resume(engine)
+    plan.begin(first_step)
     batches = iter(batches_from(first_step))
-    meter = _Meter(plan.batch_size)
+    meter, watch = Meter(plan.work), SpikeWatch()
     tells = distributed.rank() == 0
     with stop_requests() as asked_to_stop:
         for step in range(first_step, plan.steps):
@@ -89,11 +104,13 @@ def _make_updates(
             losses = engine(*inputs_of(batch, step))
             rate = plan.learning_rate(step)
             norm = engine.update(losses["loss"], learning_rate=rate)
-            _check_finite(losses, norm, step, batch)
+            numbers = _floats(losses) | {"gradient_norm": norm}
+            check_finite(numbers, step=step, clip_ids=batch.clip_ids, folder=states.folder)
             meter.steps += 1
             done = step + 1
-            if tells:
-                _tell(plan, done, losses, {"learning_rate": rate, "gradient_norm": norm}, meter)
+            if watch.is_spike(numbers["loss"]) and tells:
+                plan.spike(done, numbers["loss"])
+            _tell(engine, plan, done, numbers | {"learning_rate": rate}, meter)
             stop = distributed.any_process(bool(asked_to_stop)) and done < plan.steps
             if stop or done % plan.save_every == 0 or done == plan.steps:
                 if tells:
@@ -106,12 +123,25 @@ def _make_updates(
                 )
 
 
-def _tell(
-    plan: Plan, done: int, losses: dict[str, Tensor], more: dict[str, float], meter: "_Meter"
-) -> None:
-    if done % plan.report_every == 0 or done == plan.steps:
-        plan.report(done, _floats(losses) | more | meter.read())
-    plan.progress(done, plan.steps)
+def _tell(engine: Engine, plan: Plan, done: int, numbers: dict[str, float], meter: Meter) -> None:
+    """Report where it is due, and what an evaluation found; called by every process."""
+    told = distributed.rank() == 0
+    if plan.is_told(done):
+        numbers |= meter.read()
+        if plan.evaluates(done):
+            assert plan.evaluate is not None
+            with meter.apart(), torch.random.fork_rng():
+                weights = named_weights(engine)
+                numbers |= plan.evaluate(done, weights) if told else {}
+        if told:
+            plan.report(done, numbers)
+    if told:
+        plan.progress(done, plan.steps)
+
+
+def named_weights(engine: Engine) -> Weights:
+    """The model's weights under its own names, in rank 0; called by every process."""
+    return {name.removeprefix("model."): value for name, value in engine.weights().items()}
 
 
 def seed_dropout(seed: int, step: int) -> None:
@@ -129,40 +159,3 @@ def _next(batches: Any, step: int) -> Batch:
 
 def _floats(losses: dict[str, Tensor]) -> dict[str, float]:
     return {name: value.item() for name, value in losses.items()}
-
-
-def _check_finite(losses: dict[str, Tensor], norm: float, step: int, batch: Batch) -> None:
-    numbers = _floats(losses) | {"gradient norm": norm}
-    bad = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
-    if bad:
-        raise VattError(
-            f"training left the finite numbers at step {step}: {', '.join(bad)}; "
-            f"clips of this process: {', '.join(batch.clip_ids)}",
-            hint="the last saved state is good; look at these clips, or lower the learning rate",
-        )
-
-
-@dataclass(slots=True)
-class _Meter:
-    """Speed since the last reading."""
-
-    batch_size: int
-    steps: int = 0
-    waited: float = 0.0
-    began: float = field(default_factory=time.perf_counter)
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - began
-
-    def read(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self.began
-        numbers = {
-            "samples_per_second": self.steps * self.batch_size / seconds,
-            "data_wait_share": self.waited / seconds,
-            "peak_memory_gb": distributed.peak_memory_gb(),
-        }
-        self.steps, self.waited, self.began = 0, 0.0, time.perf_counter()
-        return numbers

@@ -22,12 +22,13 @@ from vatt.model.vatt import VATT, Features
 from vatt.training import distributed
 from vatt.training.engine import Engine, Weights, make_engine
 from vatt.training.gradient_cache import encode_in_micro_batches
-from vatt.training.loop import BatchesFrom, Plan, Progress, Report, ignore, train
+from vatt.training.loop import BatchesFrom, Evaluate, Plan, Progress, Report, ignore, train
 from vatt.training.schedule import learning_rate
 from vatt.training.state import flatten
+from vatt.training.telemetry import pretraining_work
 
 # Settings that shape no weight: changing them does not make a saved state useless.
-SHAPELESS = {"save_every", "keep_states", "report_every"}
+SHAPELESS = {"save_every", "keep_states", "report_every", "evaluate_every", "evaluate_clips"}
 
 
 class Pretraining(nn.Module):
@@ -109,6 +110,9 @@ def pretrain(
     report: Report = ignore,
     progress: Progress = ignore,
     before_save: Callable[[], None] = ignore,
+    spike: Callable[[int, float], None] = ignore,
+    begin: Callable[[int], None] = ignore,
+    evaluate: Evaluate | None = None,
     export: Callable[[Weights], object] = ignore,
     engine_of: Callable[..., Engine] = make_engine,
 ) -> Weights:
@@ -121,13 +125,17 @@ def pretrain(
     module = Pretraining(model, params, micro_batch_size=machine.micro_batch_size)
     plan = Plan(
         steps=params.steps,
-        batch_size=params.batch_size,
         seed=seed,
         save_every=params.save_every,
         keep_states=params.keep_states,
         report_every=params.report_every,
         learning_rate=lambda step: learning_rate(step, steps=params.steps, params=params.optimizer),
+        work=pretraining_work(model.params, params),
+        evaluate_every=params.evaluate_every if evaluate is not None else None,
+        evaluate=evaluate,
+        begin=begin,
         report=report,
+        spike=spike,
         progress=progress,
         before_save=before_save,
     )

@@ -1,19 +1,29 @@
 """What a training stage tells while it runs, and leaves when it ends: to MLflow, to the history
 beside the state, to the terminal, and as a checkpoint."""
 
-from collections.abc import Callable, Collection, Iterator
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
+
+from torch import Tensor
 
 from vatt import checkpoint
 from vatt.config import FinetuneTaskParams, MachineParams, ModelParams, PretrainParams
 from vatt.data.batches import Batch, Sampling, train_batches
 from vatt.training import distributed
+from vatt.training.best import Best
 from vatt.training.engine import Weights
-from vatt.training.history import History
+from vatt.training.history import SPIKES, History
+from vatt.training.loop import Evaluate
 from vatt.training.tracking import Run
 
 CURVE = "history.json"  # in the checkpoint's folder
+TOLD_SPIKES = 20  # the last ones, in a tag
+
+Measure = Callable[[Mapping[str, Tensor]], dict[str, float]]
+
+log = logging.getLogger(__name__)
 
 
 class Tick(Protocol):
@@ -25,7 +35,9 @@ class Tick(Protocol):
 class Hooks(TypedDict):
     """The keyword arguments of `pretrain` and `finetune` that tell."""
 
+    begin: Callable[[int], None]
     report: Callable[[int, dict[str, float]], None]
+    spike: Callable[[int, float], None]
     progress: Callable[[int, int], None]
     before_save: Callable[[], None]
 
@@ -65,15 +77,24 @@ class Session:
 
     def __init__(self, run: Run, state: Path, tick: Tick) -> None:
         self._run, self._history, self._tick = run, History(state), tick
+        self._spikes, self._best = History(state, SPIKES), Best(state)
         self._note = ""
 
     def hooks(self) -> Hooks:
         """The keyword arguments of `pretrain` and `finetune` that tell."""
         return {
+            "begin": self.begin,
             "report": self.report,
+            "spike": self.spike,
             "progress": self.progress,
             "before_save": self.before_save,
         }
+
+    def begin(self, first_step: int) -> None:
+        """A training that starts anew forgets spikes and best checkpoint of another."""
+        if first_step == 0 and distributed.rank() == 0:
+            self._spikes.path.unlink(missing_ok=True)
+            self._best.forget()
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Note a step's metrics everywhere."""
@@ -81,6 +102,34 @@ class Session:
         self._note = f"loss {metrics['loss']:.3f}, data wait {metrics['data_wait_share']:.0%}"
         if distributed.rank() == 0:
             self._history.add(step, metrics)
+
+    def spike(self, step: int, loss: float) -> None:
+        """Point at a loss that jumped."""
+        log.warning("loss spike at step %d: %.4g", step, loss)
+        self._spikes.add(step, {"loss": loss})
+        self._run.log(step, {"loss_spike": loss})
+        self._run.tag("vatt.loss_spikes", ", ".join(map(str, self._spike_steps()[-TOLD_SPIKES:])))
+
+    def _spike_steps(self) -> list[int]:
+        return [int(row["step"]) for row in self._spikes.rows()]
+
+    def keeping_best(
+        self, measure: Measure | None, model: ModelParams, *, score: str, vocabulary: Path
+    ) -> Evaluate | None:
+        """An evaluation for the loop: what `measure` says, the best weights by `score` kept."""
+        if measure is None:
+            return None
+
+        def evaluate(step: int, weights: Weights) -> dict[str, float]:
+            metrics = measure(weights)
+            best = {"step": step, "score": metrics[score]}
+            if self._best.offer(best, weights, model, vocabulary=vocabulary):
+                self._run.tag("vatt.best_step", str(step))
+                self._run.tag("vatt.best_score", f"{score} = {metrics[score]:.4f}")
+                self._run.tag("vatt.best_checkpoint", str(self._best.folder))
+            return metrics
+
+        return evaluate
 
     def progress(self, done: int, total: int) -> None:
         """Draw how far it is."""
@@ -102,5 +151,7 @@ class Session:
     ) -> None:
         """Write checkpoint, curve and metrics file; `extra` joins config.json."""
         checkpoint.save(weights, model, folder, extra=extra, vocabulary=vocabulary)
-        self._history.export(curve=folder / CURVE, metrics=metrics)
+        spikes = self._spike_steps()
+        told = {"loss_spikes": spikes} if spikes else {}
+        self._history.export(curve=folder / CURVE, metrics=metrics, **told)
         self._run.checkpoint(folder)

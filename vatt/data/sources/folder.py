@@ -79,8 +79,8 @@ def scan(folder: Path, data: DataParams, preprocess: PreprocessParams | None = N
     read = {name: _captions(folder / name, subtitles.get(_stem(name), [])) for name in files}
     spoken = [name for name in files if read[name].captions]
     mute = [name for name in files if not read[name].captions]
-    tests = _tests(folder, spoken, data.test_share) | _tests(folder, mute, data.test_share)
-    clips = [_clip(name, read[name].captions, is_test=name in tests) for name in files]
+    held_out = _held_out(folder, spoken, data) | _held_out(folder, mute, data)
+    clips = [_clip(name, read[name].captions, held_out.get(name, "train")) for name in files]
     broken: list[tuple[str, str]] = []
     num_samples = 0
     for name in files:
@@ -186,8 +186,8 @@ def _captions(path: Path, beside: list[Path]) -> Subtitles:
     return Subtitles(embedded_captions(path).captions, dropped)
 
 
-def _tests(folder: Path, files: list[str], share: float) -> set[str]:
-    """About a share of the files, not less, and at least one of two.
+def _held_out(folder: Path, files: list[str], data: DataParams) -> dict[str, str]:
+    """About a share of the files to test and one to validate, not less, and at least one of each.
 
     By content: copies stay together, and nearly every file stays on its side when others come.
     """
@@ -195,13 +195,22 @@ def _tests(folder: Path, files: list[str], share: float) -> set[str]:
     for name in files:
         if _split_of(name) is None:
             groups.setdefault(_mark(folder / name), []).append(name)
-    least = max(int(share * len(groups)), 1) if share > 0 and len(groups) > 1 else 0
-    chosen = [
-        mark
-        for rank, mark in enumerate(sorted(groups))
-        if rank < least or int(mark[:12], 16) < share * 16**12
-    ]
-    return {name for mark in chosen for name in groups[mark]}
+    marks = sorted(groups)
+    tests = _first(marks, data.test_share)
+    vals = 0
+    if data.val_share > 0 and len(marks) > tests + 1:
+        vals = max(_first(marks, data.test_share + data.val_share) - tests, 1)
+    splits = ["test"] * tests + ["val"] * vals
+    return {
+        name: split for mark, split in zip(marks, splits, strict=False) for name in groups[mark]
+    }
+
+
+def _first(marks: list[str], share: float) -> int:
+    """How many of the sorted marks are a share of them; of two or more, at least one."""
+    if share == 0 or len(marks) < 2:
+        return 0
+    return max(int(share * len(marks)), 1, sum(int(m[:12], 16) < share * 16**12 for m in marks))
 
 
 def _split_of(name: str) -> str | None:
@@ -226,7 +235,7 @@ def _mark_of_all(folder: Path, files: list[str], clips: list[Clip]) -> str:
     return hashlib.sha256("\n".join(marks).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _clip(name: str, captions: tuple[Caption, ...], *, is_test: bool) -> Clip:
+def _clip(name: str, captions: tuple[Caption, ...], split: str) -> Clip:
     path = Path(name)
     label = path.parent.name if path.parent.name not in SPLITS else ""
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", path.stem).strip("-")[:40] or "clip"
@@ -237,7 +246,7 @@ def _clip(name: str, captions: tuple[Caption, ...], *, is_test: bool) -> Clip:
         url=f"folder:{name}",
         start=0.0,
         end=None,
-        split=_split_of(name) or ("test" if is_test else "train"),
+        split=_split_of(name) or split,
         labels={LABEL: label} if label else {},
         captions=captions,
         licence=None,

@@ -120,7 +120,7 @@ def _clip(video_id: str, facts: Facts, captions: tuple[Caption, ...], data: Data
         url=url,
         start=0.0,
         end=None,
-        split=drawn_split(url, data.test_share),
+        split=drawn_split(url, data.test_share, data.val_share),
         labels=dict(facts),
         captions=captions,
         licence=None,

@@ -47,7 +47,7 @@ def read_urls(path: Path, data: DataParams) -> list[Clip]:
         clips.append(
             clip
             if row.get("split")
-            else replace(clip, split=drawn_split(clip.url, data.test_share))
+            else replace(clip, split=drawn_split(clip.url, data.test_share, data.val_share))
         )
     if problems:
         more = len(problems) - SHOWN
