@@ -14,6 +14,8 @@ from vatt.config import ModelParams, ProbeParams
 from vatt.data.demo import make_demo
 from vatt.data.ledger import Entry
 from vatt.data.shards import write_shards
+from vatt.errors import SettingsError
+from vatt.evaluation import validation
 from vatt.evaluation.evaluate import evaluate, flatten, save_results
 from vatt.model.classifier import Classifier
 from vatt.model.vatt import VATT
@@ -161,3 +163,30 @@ def test_flat_names_lead_to_values(measured):
     nested = measured[0]["retrieval"]["pretrained"]["text_to_video"]["recall_at_10"]["value"]
     assert flat["retrieval.pretrained.text_to_video.recall_at_10"] == nested
     assert not any(name.startswith(("clips", "skipped")) for name in flat)
+
+
+def test_validation_measures_the_same_clips_each_time_and_draws_nothing(project, monkeypatch):
+    params = settings()
+    chosen = params.pretrain.model_copy(update={"evaluate_every": 2, "evaluate_clips": 8})
+    model = tiny_model(params)
+    monkeypatch.setattr(validation, "SPLIT", "test")
+    measure = validation.validation(
+        model, chosen, shards=project / "shards", machine=params.machine
+    )
+    weights = checkpoint.load(project / "pretrained").state_dict()
+    before = torch.get_rng_state()
+    found = measure(weights)
+    assert measure(weights) == found
+    assert torch.equal(before, torch.get_rng_state())
+    assert found["val.audio_to_video.recall_at_10"] == 1.0  # eight clips are searched
+    assert 1 <= found["val.text_to_video.median_rank"] <= 8
+    assert found[validation.SCORE] == 1.0
+
+
+def test_validation_without_clips_says_what_to_set(project):
+    params = settings()
+    chosen = params.pretrain.model_copy(update={"evaluate_every": 2})
+    with pytest.raises(SettingsError, match=r"data\.val_share=0\.01"):
+        validation.validation(
+            tiny_model(params), chosen, shards=project / "shards", machine=params.machine
+        )
