@@ -37,10 +37,10 @@ def demo_params(**data) -> Params:
 
 
 def write_media(
-    path: Path, *, seconds=1.0, fps=10, size=(32, 48), sound=True, step=STEP, gop=1
+    path: Path, *, seconds=1.0, fps=10, size=(32, 48), sound=True, step=STEP, gop=1, form="mp4"
 ) -> None:
     """Encode frames of level step * k and, with them, a tone that is silent in the first half."""
-    with av.open(str(path), "w", format="mp4") as container:
+    with av.open(str(path), "w", format=form) as container:
         video = container.add_stream("libx264", rate=fps, options={"crf": "4", "g": str(gop)})
         video.height, video.width, video.pix_fmt = *size, "yuv420p"
         if sound:

@@ -27,6 +27,9 @@ Window = tuple[float, float]  # start and end, seconds of the source
 SEEK_AFTER = 20.0  # seconds; nearer the beginning, decoding from there is as fast and safer
 SEEK_MARGIN = 3.0  # a picture shown up to so long before the window still stands in its first frame
 MAX_ASPECT = 8  # a longer side beyond this many short sides is cut down: no endless frames
+# A stored frame shows what stands on the screen so long after its time: a source of the same rate
+# whose stamps are rounded gives frame for frame what it holds.
+LOOK_AHEAD = 0.01
 PATIENCE = 20.0  # seconds that a second of video may take
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192; a file that claims more is not decoded
 _GLOBAL = ("-nostdin", "-hide_banner", "-loglevel", "error", "-filter_complex_threads", "1", "-y")
@@ -151,7 +154,10 @@ def _outputs(item: Cut, params: PreprocessParams, prefix: str) -> list[Any]:
     windows = [(start + shift, end + shift) for start, end in item.windows]
     outputs: list[Any] = []
     if item.media.video is not None:
-        outputs += _pictures(stream[str(item.media.video)], windows, params, prefix)
+        picture = stream[str(item.media.video)]
+        if item.media.interlaced:
+            picture = picture.filter("bwdif", mode="send_frame", deint="interlaced")
+        outputs += _pictures(picture, windows, params, prefix)
     if item.media.audio is not None:
         outputs.append(_sound(stream[str(item.media.audio)], length, params, prefix))
     return outputs
@@ -172,8 +178,9 @@ def _pictures(
         zero = min(windows[number][0] for number in numbers)
         frames = (
             (branches[branch] if branches is not None else picture)
-            .filter("setpts", f"PTS-{zero:.6f}/TB")
-            .filter("fps", fps=params.fps, start_time=0)
+            .filter("settb", "1/90000")  # an avi counts in frames: less cannot be taken off
+            .filter("setpts", f"PTS-{zero + LOOK_AHEAD:.6f}/TB")
+            .filter("fps", fps=params.fps, start_time=0, round="up")
             .filter(
                 "scale",
                 w=f"2*round(min(iw*sar/({short}),{MAX_ASPECT * side})/2)",
@@ -224,7 +231,7 @@ def _sound(sound: Any, until: float, params: PreprocessParams, prefix: str) -> A
 
 
 def _run(command: Sequence[str], seconds: float) -> str:
-    """Run ffmpeg within limits of time; returns its first complaint, empty for a clean run."""
+    """Run ffmpeg within limits of time; returns what it complains of, empty for a clean run."""
     limit = PATIENCE * (3 + seconds)
     try:
         done = subprocess.run(
@@ -233,9 +240,21 @@ def _run(command: Sequence[str], seconds: float) -> str:
     except subprocess.TimeoutExpired:
         return "decoding takes too long"
     lines = done.stderr.strip().splitlines()
-    full = [line for line in lines if "No space left on device" in line]
-    said = next(iter(full or lines), "")  # the first is the cause, the others follow from it
-    return re.sub(r"\[[^\]]*@ 0x[0-9a-f]+\]\s*", "", said)[:200]  # addresses differ from run to run
+    return _sum_up([line for line in lines if "No space left on device" in line] or lines)
+
+
+def _sum_up(lines: Sequence[str]) -> str:
+    """The first complaint of each part of ffmpeg, those that read the file before the others.
+
+    The parts run at once: only the order within each is the same every time. Nor are addresses.
+    """
+    firsts: dict[tuple[bool, str], str] = {}
+    for line in lines:
+        part = re.match(r"\[([^@\]]*) @ 0x", line)
+        name = part[1] if part else "#"
+        firsts.setdefault(("#" in name, name), re.sub(r"\[[^\]]*@ 0x[0-9a-f]+\]\s*", "", line))
+    said = "; ".join(firsts[name] for name in sorted(firsts))[:200]
+    return f"{len(lines)} complaints: {said}" if len(lines) > 1 else said
 
 
 def _collect(item: Cut, params: PreprocessParams, prefix: str) -> list[Piece]:

@@ -11,6 +11,7 @@ FORMATS = (
     "3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,mxf,ogg,rm,vob,wav,w64,wv"
 )
 NEAR_START = 0.1  # seconds
+PROGRESSIVE = 1  # FFmpeg's field order; above it are the interlaced ones
 _OPTIONS = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
 
 
@@ -27,6 +28,7 @@ class Media:
     start: float  # time 0 of its clips, in seconds from the file's first time stamp
     seconds: float  # of the picture from there on; of the sound where there is no picture
     num_frames: int
+    interlaced: bool = False  # some of its pictures are two half pictures
 
 
 def probe(path: Path) -> Media:
@@ -51,9 +53,10 @@ def _scan(container: av.container.InputContainer) -> Media:
     first: dict[int, float] = {}
     last: dict[int, float] = {}
     packets = dict.fromkeys((stream.index for stream in chosen), 0)
+    counts_frames = container.format.name == "avi"  # it has no time of showing, others guess one
     try:
         for packet in container.demux(chosen):
-            stamp = packet.pts if packet.pts is not None else packet.dts
+            stamp = packet.dts if packet.pts is None or counts_frames else packet.pts
             if stamp is None or packet.time_base is None or not packet.size:
                 continue
             begin = float(stamp * packet.time_base)
@@ -70,14 +73,17 @@ def _scan(container: av.container.InputContainer) -> Media:
     zero = container.start_time / 1e6 if container.start_time is not None else min(first.values())
     main = next(stream.index for stream in chosen if stream.index in last)
     # Clips begin with the first frame; a picture that sets in long after the sound waits for it.
-    late = max(first[main] - zero, 0.0)
-    start = late if late <= NEAR_START else 0.0
+    sound_or_picture = max(min(first.values()), zero)
+    late = first[main] - sound_or_picture
+    start = max(first[main] if late <= NEAR_START else sound_or_picture, zero) - zero
+    field_order = 0 if video is None else video.codec_context.field_order
     return Media(
         video=video.index if video is not None and video.index in last else None,
         audio=audio.index if audio is not None and audio.index in last else None,
         start=start,
         seconds=last[main] - zero - start,
         num_frames=packets[main] if video is not None and main == video.index else 0,
+        interlaced=field_order > PROGRESSIVE,
     )
 
 
