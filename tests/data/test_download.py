@@ -247,14 +247,6 @@ def test_no_more_files_at_once_than_a_host_may_be_asked_for(tmp_path, media):
     assert server.most_at_once == 2
 
 
-def test_files_from_a_host_begin_a_pause_apart(tmp_path, media):
-    server = Server(media)
-    with serving(server) as base:
-        clips = [clip(number, str(number)) for number in range(8)]
-        assert run(tmp_path, clips, base, manners={"pause_seconds": 0.15}) == {"ok": 8}
-    assert server.begun[-1] - server.begun[0] > 5 * 0.15
-
-
 def test_a_host_that_refuses_everything_is_not_asked_on_and_on(tmp_path, media, monkeypatch):
     monkeypatch.setattr(download_module, "HOST_REFUSES", 4)
     server = Server(media)
