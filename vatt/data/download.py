@@ -29,6 +29,7 @@ THREADS = 4  # files a worker fetches at once: most of it is waiting
 HOST_IS_DOWN = 8  # files that found no way to a host, and none that did: the others are not tried
 HOST_REFUSES = 24  # files in a row that a host was too busy for: the others wait for another run
 LOCKS = ".hosts"
+YOUTUBE_IS_OFF = "YouTube is off: data.allow_youtube"
 YOUTUBE = ("youtube.com", "youtu.be", "youtube-nocookie.com")
 
 Progress = Callable[[int, int], None]
@@ -67,7 +68,7 @@ def download(
         known = read_ledger(media / JOURNAL)
         groups: dict[str, list[Clip]] = {}
         for clip in clips:
-            if not _is_settled(clip, known.get(clip.clip_id), media):
+            if not _is_settled(clip, known.get(clip.clip_id), params, media):
                 groups.setdefault(clip.url, []).append(clip)
         room = _room(media, manners.max_gb)
         report = progress or (lambda *_: None)
@@ -81,10 +82,12 @@ def download(
     return counts
 
 
-def _is_settled(clip: Clip, entry: Entry | None, media: Path) -> bool:
+def _is_settled(clip: Clip, entry: Entry | None, params: DataParams, media: Path) -> bool:
     """Whether nothing is left to do for a clip."""
     if entry is None or entry.state in RETRYABLE or clip.url.startswith("folder:"):
         return False
+    if entry.reason == YOUTUBE_IS_OFF:
+        return not params.allow_youtube
     return entry.state != "ok" or (media / clip.media_name).is_file()
 
 
@@ -151,7 +154,7 @@ class _Work:
             addresses = [*mirrors, *([page] if page else [])]
             hosts = {urlsplit(address).netloc.rpartition("@")[2] for address in addresses}
             if not addresses:
-                self._note(group, Outcome(name, "filtered", "YouTube is off: data.allow_youtube"))
+                self._note(group, Outcome(name, "filtered", YOUTUBE_IS_OFF))
             elif all(self._is_down(host) for host in hosts):
                 reason = f"{', '.join(sorted(hosts))} cannot be reached"
                 self._note(group, Outcome(name, "network", reason, reached=False))
