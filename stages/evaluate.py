@@ -6,7 +6,7 @@ from vatt.config import load_params
 from vatt.evaluation.evaluate import evaluate, flatten, save_results
 from vatt.outcome import run_stage
 from vatt.progress import progress
-from vatt.provenance import stage_hash
+from vatt.provenance import data_hash, stage_hash
 from vatt.training import tracking
 
 FEATURE_CACHE = Path("runs/feature-cache")  # by checkpoint and data; safe to delete
@@ -16,8 +16,9 @@ def main() -> None:
     """Measure retrieval, probes and fine-tuned accuracy on the test split."""
     params = load_params()
     paths = params.paths
+    made_from, data = stage_hash("evaluate", params), data_hash(paths.shards)
     with (
-        tracking.run("evaluate", params, stage_hash=stage_hash("evaluate", params)) as run,
+        tracking.run("evaluate", params, stage_hash=made_from, data_hash=data) as run,
         progress("evaluate", "clips") as tick,
     ):
         metrics, arrays = evaluate(

@@ -5,7 +5,7 @@ import json
 from vatt.config import load_params
 from vatt.data.ledger import read_ledger
 from vatt.data.manifest import manifest_hash, read_manifest
-from vatt.data.shards import write_shards
+from vatt.data.shards import TEXT_FACTS, write_shards
 from vatt.files import atomic_write
 from vatt.outcome import run_stage
 from vatt.progress import progress
@@ -36,7 +36,8 @@ def main() -> None:
         )
         run.log(0, {f"clips.{state}": float(count) for state, count in counts.items()})
         with atomic_write(paths.metrics / "preprocess.json") as path:
-            path.write_text(json.dumps({"clips": counts}, indent=2) + "\n")
+            said = json.loads((paths.shards / TEXT_FACTS).read_text(encoding="utf-8"))
+            path.write_text(json.dumps({"clips": counts, "text": said}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

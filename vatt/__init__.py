@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
 if TYPE_CHECKING:
+    from vatt.data.text import Vocabulary
     from vatt.model.classifier import Classifier
     from vatt.model.vatt import VATT
 
@@ -15,3 +16,11 @@ def load(folder: Path | str) -> Union["VATT", "Classifier"]:
     from vatt import checkpoint
 
     return checkpoint.load(folder)
+
+
+def vocabulary(folder: Path | str) -> "Vocabulary":
+    """The words of a checkpoint folder: `.encode(sentence, words)` makes the ids a model wants."""
+    from vatt import checkpoint
+    from vatt.data.text import Vocabulary
+
+    return Vocabulary.load(Path(folder) / checkpoint.VOCABULARY)

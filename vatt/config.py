@@ -137,7 +137,10 @@ class PreprocessParams(Section):
     aac_kbps: PositiveInt  # aac: bit rate
     audio_hz: PositiveInt  # sample rate, mono
     samples_per_shard: PositiveInt
-    vocabulary: PositiveInt  # words kept, most frequent first; id 0 pads, id 1 is unknown
+    vocabulary: PositiveInt  # word ids, at most; id 0 pads
+    vocabulary_file: Path | None  # words or WordPiece made elsewhere; null: the corpus's own words
+    stop_words: Path | None  # a file of words that are left out, one a line
+    clean_text: bool  # leave out [sounds], speakers' names, addresses
     max_failed_share: Share  # more clips failing than this: stop
 
     @model_validator(mode="after")

@@ -35,9 +35,18 @@ from vatt.data.samples import (
 )
 from vatt.data.shard_writer import PARTS, Setting, no_space, part_name, write_shard
 from vatt.data.storage import Storage
-from vatt.data.text import count_words, write_vocabulary
+from vatt.data.text import (
+    Vocabulary,
+    as_said,
+    copy_vocabulary,
+    count_words,
+    read_stop_words,
+    write_vocabulary,
+)
 from vatt.errors import DataError, MachineError
 from vatt.files import atomic_write, lock
+
+TEXT_FACTS = "text.json"  # how much is said, and how much of it the vocabulary knows
 
 Progress = Callable[[int, int], None]
 
@@ -61,7 +70,8 @@ def write_shards(
     version = f"{ffmpeg_version(program)} {_code_hash()}"
     setting = Setting(preprocess, data.require, program, version, folder, work)
     with lock(folder.with_name(f".{folder.name}.lock")):
-        clips = list(clips)
+        stop_words = read_stop_words(preprocess.stop_words)
+        clips = [as_said(clip, clean=preprocess.clean_text, without=stop_words) for clip in clips]
         shards, entries = plan_shards(clips, downloads, preprocess, data, media=media, seed=seed)
         _tidy(folder, shards, work)
         try:
@@ -92,7 +102,7 @@ def _tidy(folder: Path, shards: Sequence[Shard], work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
-    keep = {shard.name for shard in shards} | {INDEX, VOCABULARY, PARTS}
+    keep = {shard.name for shard in shards} | {INDEX, VOCABULARY, TEXT_FACTS, PARTS}
     keep |= {part_name(shard.name) for shard in shards}
     for path in sorted([*folder.iterdir(), *(folder / PARTS).iterdir()]):
         if path.name not in keep:
@@ -207,6 +217,19 @@ def _finish(
         if clip.split == "train" and entries[clip.clip_id].state == "ok"
         for caption in clip.captions
     )
-    write_vocabulary(folder / VOCABULARY, counts, size=preprocess.vocabulary)
+    path = folder / VOCABULARY
+    if preprocess.vocabulary_file is None:
+        write_vocabulary(path, counts, size=preprocess.vocabulary)
+    else:
+        copy_vocabulary(preprocess.vocabulary_file, path, size=preprocess.vocabulary)
+    vocabulary = Vocabulary.load(path)
+    facts = {
+        "words": counts.total(),
+        "distinct_words": len(counts),
+        "vocabulary": len(vocabulary),
+        "coverage": vocabulary.coverage(counts),
+    }
+    with atomic_write(folder / TEXT_FACTS) as temporary:
+        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     with atomic_write(folder / INDEX) as temporary:
         write_index(temporary, rows, storage=Storage.of(preprocess))

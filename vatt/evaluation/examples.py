@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vatt.data.text import FIRST_WORD, PAD
+from vatt.data.text import Vocabulary
 from vatt.evaluation.features import Array, FeatureSet
 from vatt.metrics import ranks
 
 EACH = 3  # best, middle and worst
 HITS = 3
-UNKNOWN_WORD = "…"
 
 
 def retrieval_examples(
@@ -23,8 +22,7 @@ def retrieval_examples(
     if "text_to_video" not in tables:
         return []
     table, clips = tables["text_to_video"]
-    lines = vocabulary.read_text(encoding="utf-8").splitlines()
-    words = [line.split("\t")[0] for line in lines if line.strip()]
+    words = Vocabulary.load(vocabulary)
     own = ranks(table, np.arange(len(table)))
     picked = _spread(np.argsort(own, kind="stable"))
     return [
@@ -32,7 +30,7 @@ def retrieval_examples(
             "clip_id": str(clips.clip_ids[row]),
             "sentences": [
                 sentence
-                for sentence in (_sentence(ids, words) for ids in clips.text[row])
+                for sentence in (words.decode(map(int, ids)) for ids in clips.text[row])
                 if sentence
             ],
             "shown": _name(clips, row, shown),
@@ -56,11 +54,6 @@ def _spread(order: NDArray[np.integer]) -> list[int]:
     middle = max(len(order) // 2 - EACH // 2, 0)
     chosen = [*order[:EACH], *order[middle : middle + EACH], *order[-EACH:]]
     return [int(row) for row in dict.fromkeys(chosen)]
-
-
-def _sentence(ids: Array, words: Sequence[str]) -> str:
-    known = [int(word) - FIRST_WORD for word in ids if word != PAD]
-    return " ".join(words[i] if 0 <= i < len(words) else UNKNOWN_WORD for i in known)
 
 
 def _name(clips: FeatureSet, row: int, shown: Sequence[str]) -> str:
