@@ -14,8 +14,10 @@ from contextvars import ContextVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _plain: ContextVar[bool] = ContextVar("plain_operators", default=False)
+_CHUNK = 5 * 2**19  # attention weights at a time: 5 MB in bf16
 _WORTH_IT = 2**26  # multiply-adds below which a convolution's preparation costs more than it saves
 
 
@@ -49,18 +51,12 @@ def attention(
     dropout: float,
 ) -> Tensor:
     """Softmax attention over (B, heads, N, head_dim); `bias` is added to the scaled scores."""
+    if bias is None and not dropout and query.dtype == torch.bfloat16 and _fast_on_cpu(query):
+        return _ChunkedAttention.apply(query, key, value, scale, torch.is_grad_enabled())
     bias = None if bias is None else bias.to(query.dtype)
-    if not _fast_on_cpu(query):
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale
-        )
-    scores = torch.matmul(query * scale, key.transpose(-2, -1))
-    if bias is not None:
-        scores = scores + bias
-    weights = scores.softmax(dim=-1)
-    if dropout > 0:
-        weights = F.dropout(weights, p=dropout)
-    return torch.matmul(weights, value)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale
+    )
 
 
 def full_precision(values: Tensor) -> Tensor:
@@ -92,6 +88,48 @@ def _convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     image = inputs.reshape(1, -1, 1, inputs.shape[-1]).permute(0, 3, 1, 2)  # channels last
     product = F.conv2d(image, weight[:, :, None, None], bias)
     return product.permute(0, 2, 3, 1).reshape(*inputs.shape[:-1], weight.shape[0])
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """Attention as matrix products of a few heads at a time, whose weights stay in the cache."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, scale: float, keep: bool) -> Tensor:  # type: ignore[no-untyped-def]
+        heads = [(inputs.flatten(0, 1)).contiguous() for inputs in (query * scale, key, value)]
+        output, kept = torch.empty_like(heads[2]), []
+        for queries, keys, values, mixed in zip(*map(_chunks, (*heads, output)), strict=True):
+            weights = _softmax(torch.bmm(queries, keys.transpose(1, 2)))
+            torch.bmm(weights, values, out=mixed)
+            if keep:
+                kept.append(weights)
+        ctx.save_for_backward(*heads, *kept)
+        ctx.scale = scale
+        return output.view(value.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        *heads, gradients = *ctx.saved_tensors[:3], gradient.flatten(0, 1).contiguous()
+        to_inputs = [torch.empty_like(inputs) for inputs in heads]
+        parts = zip(*map(_chunks, (*heads, gradients, *to_inputs)), strict=True)
+        for weights, part in zip(ctx.saved_tensors[3:], parts, strict=True):
+            queries, keys, values, mixed, to_queries, to_keys, to_values = part
+            torch.bmm(weights.transpose(1, 2), mixed, out=to_values)
+            to_weights = torch.bmm(mixed, values.transpose(1, 2))
+            to_scores = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype)
+            torch.bmm(to_scores, keys, out=to_queries)
+            torch.bmm(to_scores.transpose(1, 2), queries, out=to_keys)
+        to_query, to_key, to_value = (inputs.view(gradient.shape) for inputs in to_inputs)
+        return to_query * ctx.scale, to_key, to_value, None, None
+
+
+def _chunks(heads: Tensor) -> tuple[Tensor, ...]:
+    """Heads (B x heads, N, head_dim) in parts whose attention weights fit a processor's cache."""
+    return heads.split(max(1, _CHUNK // heads.shape[1] ** 2))
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    return torch.softmax(scores, dim=-1, dtype=scores.dtype)
 
 
 def _fast_on_cpu(inputs: Tensor) -> bool:
