@@ -58,3 +58,11 @@ def test_a_second_writer_is_refused_and_a_dead_one_leaves_no_lock(tmp_path: Path
         process.wait()
     with lock(path):
         assert path.exists()
+
+
+def test_files_in_a_folder_may_be_read_by_whoever_may_enter_it(tmp_path):
+    with atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "weights").write_bytes(b"w")
+        (temporary / "weights").chmod(0o600)
+    entered = (tmp_path / "out").stat().st_mode
+    assert (tmp_path / "out" / "weights").stat().st_mode & 0o777 == entered & 0o666

@@ -34,6 +34,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for file in sorted(temporary.rglob("*")):
             if file.is_file():
+                # Some writers (safetensors) make files that only their owner may read.
+                file.chmod(temporary.stat().st_mode & 0o666)
                 _flush(file)
         shutil.rmtree(path, ignore_errors=True)
         temporary.replace(path)
