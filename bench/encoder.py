@@ -123,7 +123,7 @@ def training_step(model: nn.Module, *inputs: Tensor | None, dtype: str) -> Step:
 
 
 def forward_step(model: nn.Module, inputs: Tensor, *, dtype: str) -> Step:
-    """Forward alone, in eval mode, weights in the type: TransformerEncoder's fast path needs both."""
+    """Forward alone, in eval mode, in the weights' type: both call the fast path."""
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     model, inputs = copy.deepcopy(model).to(kind).eval(), inputs.to(kind)
 

@@ -35,6 +35,7 @@ def main() -> None:
         )
         run.log(0, flatten(metrics))
         save_results(metrics, arrays, file=paths.metrics / "evaluate.json", folder=paths.evaluation)
+        run.artifact(paths.evaluation)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.evaluation.test_comparison import write as write_evaluation
 from tests.test_architecture import ROOT
 
 
@@ -163,3 +164,17 @@ def test_paper_preset_is_the_paper(project: Path) -> None:
     imagenet = params.finetune.tasks["imagenet"]
     assert (imagenet.frame_size, imagenet.batch_size) == (384, 512)
     assert imagenet.steps == round(50 * 1_281_167 / 512)
+
+
+def test_two_evaluations_are_compared_in_the_terminal_and_as_json(project: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        write_evaluation(project / name, range(20), seed=seed)
+    folders = [str(project / name) for name in ("a", "b")]
+    shown = vattctl(project, "compare", *folders)
+    assert shown.returncode == 0, shown.stderr
+    assert "text_to_video.recall_at_10" in shown.stdout
+    rows = json.loads(vattctl(project, "compare", *folders, "--json").stdout)["rows"]
+    assert {"name", "first", "second", "difference"} == rows[0].keys()
+    unknown = vattctl(project, "compare", folders[0], "3f2a91")
+    assert unknown.returncode == 3
+    assert "no evaluate run begins with '3f2a91'" in unknown.stderr

@@ -85,17 +85,26 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The 95 % interval of a statistic of per-clip values; clips are drawn with replacement."""
     sample = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(len(sample), size=(resamples, len(sample)))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(statistic(sample[drawn], axis=1), [tail, 1 - tail])
-    return float(low), float(high)
+    return _interval(statistic(sample[_drawn(len(sample), resamples, seed)], axis=1))
 
 
 def paired_difference_interval(
-    ours: ArrayLike, theirs: ArrayLike, resamples: int, seed: int
+    ours: ArrayLike, theirs: ArrayLike, resamples: int, seed: int, statistic: Statistic = np.mean
 ) -> tuple[float, float]:
-    """The 95 % interval of mean(ours - theirs), measured on the same clips in the same order."""
-    return bootstrap_interval(_differences(ours, theirs), resamples, seed)
+    """The 95 % interval of a statistic's difference, measured on the same clips in one order."""
+    first, second = _same_clips(ours, theirs)
+    drawn = _drawn(len(first), resamples, seed)
+    return _interval(statistic(first[drawn], axis=1) - statistic(second[drawn], axis=1))
+
+
+def _drawn(clips: int, resamples: int, seed: int) -> Integers:
+    return np.random.default_rng(seed).integers(clips, size=(resamples, clips))
+
+
+def _interval(statistics: Floats) -> tuple[float, float]:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(statistics, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def measured(
@@ -118,9 +127,24 @@ def measured(
     }
 
 
-def measured_difference(ours: ArrayLike, theirs: ArrayLike, *, resamples: int, seed: int) -> Metric:
-    """Mean(ours - theirs) over the same clips, with its paired interval; chance is 0."""
-    return measured(_differences(ours, theirs), chance=0.0, resamples=resamples, seed=seed)
+def measured_difference(
+    ours: ArrayLike,
+    theirs: ArrayLike,
+    *,
+    resamples: int,
+    seed: int,
+    statistic: Statistic = np.mean,
+) -> Metric:
+    """statistic(ours) - statistic(theirs) over the same clips, with its paired interval."""
+    first, second = _same_clips(ours, theirs)
+    low, high = paired_difference_interval(first, second, resamples, seed, statistic)
+    return {
+        "value": round(float(statistic(first, axis=0) - statistic(second, axis=0)), 6),
+        "low": round(low, 6),
+        "high": round(high, 6),
+        "chance": 0.0,
+        "n": len(first),
+    }
 
 
 def majority_share(labels: Sequence[str]) -> float:
@@ -128,8 +152,8 @@ def majority_share(labels: Sequence[str]) -> float:
     return float(np.unique(np.asarray(labels), return_counts=True)[1].max() / len(labels))
 
 
-def _differences(ours: ArrayLike, theirs: ArrayLike) -> Floats:
+def _same_clips(ours: ArrayLike, theirs: ArrayLike) -> tuple[Floats, Floats]:
     first, second = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"not paired: {first.shape} against {second.shape}")
-    return first - second
+    return first, second

@@ -10,7 +10,7 @@ import click
 
 from vatt import __version__
 from vatt.errors import SettingsError, VattError
-from vattctl import checks, data, models, params, pipeline, runs
+from vattctl import checks, comparing, data, models, params, pipeline, runs
 
 BUG, INTERRUPTED = 101, 130
 
@@ -63,6 +63,7 @@ for command in (
     *data.COMMANDS,
     *pipeline.COMMANDS,
     *runs.COMMANDS,
+    comparing.compare,
     params.config,
     models.import_command,
     models.export_command,

@@ -117,7 +117,13 @@ def test_everything_that_was_trained_is_measured_and_nothing_else(measured):
     assert metrics["probes"]["digit"].keys() == {"svm", "low_rank"}
     assert metrics["classification"].keys() == {"audio"}
     assert metrics["classification"]["audio"].keys() == {"modality", "scratch"}
-    assert evidence.arrays.keys() == {"features", "similarities", "predictions-audio-scratch"}
+    assert evidence.arrays.keys() == {
+        "features",
+        "similarities",
+        "predictions-audio-scratch",
+        "probe-digit-svm",
+        "probe-digit-low_rank",
+    }
     assert len(evidence.examples) == 9
 
 

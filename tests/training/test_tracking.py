@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.training import tiny
-from vatt.errors import MachineError, Stopped
+from vatt.errors import DataError, MachineError, Stopped
 from vatt.training import processes, tracking
 from vatt.training.run_log import MetricLog
 
@@ -235,3 +235,29 @@ def test_a_process_is_dead_once_it_is_gone_or_its_number_is_another_s():
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert processes.is_dead(name)
+
+
+def test_what_a_stage_kept_is_found_by_the_runs_or_the_pipelines_id(project, tmp_path):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    (folder / "arrays.npz").write_bytes(b"arrays")
+    with tracking.run("evaluate", project, stage_hash="1") as run:
+        run.artifact(folder)
+    parent = client_of(project).get_run(run.run_id).data.tags["mlflow.parentRunId"]
+    for known_as in (run.run_id, run.run_id[:8], parent):
+        found = tracking.artifact_of(project, known_as, "evaluate", "evaluation")
+        assert (found / "arrays.npz").read_bytes() == b"arrays"
+    with pytest.raises(DataError, match="no evaluate run begins with 'zz'"):
+        tracking.artifact_of(project, "zz", "evaluate", "evaluation")
+
+
+def test_what_is_too_large_to_keep_is_named_by_its_place(project, tmp_path):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    (folder / "arrays.npz").write_bytes(bytes(2_000_000))
+    small = with_machine(project, max_artifact_mb=1)
+    with tracking.run("evaluate", small, stage_hash="1") as run:
+        run.artifact(folder)
+    assert client_of(project).get_run(run.run_id).data.tags["evaluation.path"] == str(folder)
+    with pytest.raises(DataError, match="kept no evaluation"):
+        tracking.artifact_of(small, run.run_id, "evaluate", "evaluation")

@@ -5,7 +5,7 @@ The untrained encoder, of the same shape with its first random weights, is measu
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,13 @@ class Evidence:
 
     arrays: dict[str, dict[str, Any]]  # file name -> arrays
     examples: list[dict[str, Any]]  # retrievals from best to worst
+
+
+@dataclass(frozen=True, slots=True)
+class _Probed:
+    metrics: Metrics = field(default_factory=dict)
+    arrays: dict[str, dict[str, Any]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate(
@@ -87,9 +94,14 @@ def evaluate(
             folder, finetune.tasks[task], params, shards=shards, machine=machine, counter=counter
         )
         predictions.setdefault(task, {})[init] = answers
-    metrics, tables, skipped = _metrics(params, features, predictions, finetune, seed=seed)
-    metrics = {"clips": clips, **metrics, "skipped": skipped}
-    arrays = _arrays(features["test"], tables, predictions)
+    probed = (
+        _probes(params, features["train"], features["test"], seed=seed)
+        if params.probes
+        else _Probed()
+    )
+    metrics, tables = _metrics(params, features["test"], predictions, finetune, seed=seed)
+    metrics = {"clips": clips, **metrics, "probes": probed.metrics, "skipped": probed.skipped}
+    arrays = _arrays(features["test"], tables, predictions) | probed.arrays
     vocabulary = shards / VOCABULARY
     examples = retrieval_examples(tables, vocabulary, shown=params.class_labels)
     return metrics, Evidence(arrays, examples)
@@ -123,16 +135,14 @@ def _to_json(content: Any) -> str:
 
 def _metrics(
     params: EvaluateParams,
-    features: Mapping[str, Mapping[str, FeatureSet]],
+    features: Mapping[str, FeatureSet],
     predictions: Mapping[str, Mapping[str, Predictions]],
     finetune: FinetuneParams,
     *,
     seed: int,
-) -> tuple[Metrics, dict[str, tuple[Array, FeatureSet]], dict[str, str]]:
-    resamples, skipped = params.bootstrap, dict[str, str]()
-    tables = {
-        name: similarities(features["test"][name], pool=params.retrieval_pool) for name in ENCODERS
-    }
+) -> tuple[Metrics, dict[str, tuple[Array, FeatureSet]]]:
+    resamples = params.bootstrap
+    tables = {name: similarities(features[name], pool=params.retrieval_pool) for name in ENCODERS}
     retrieval = {
         name: {
             direction: retrieval_metrics(
@@ -142,14 +152,6 @@ def _metrics(
         }
         for name, found in tables.items()
     }
-    probes: Metrics = {}
-    for name, probe in params.probes.items():
-        train, test = features["train"], features["test"]
-        why = _cannot_probe(probe, train["pretrained"], test["pretrained"])
-        if why:
-            skipped[f"probe {name}"] = why
-            continue
-        probes[name] = _probe(probe, params, train, test, seed=seed)
     classification: Metrics = {
         task: {
             "modality": finetune.tasks[task].modality,
@@ -158,8 +160,25 @@ def _metrics(
         for task, runs in predictions.items()
         if all(len(run.clip_ids) for run in runs.values())
     }
-    metrics = {"retrieval": retrieval, "probes": probes, "classification": classification}
-    return metrics, tables["pretrained"], skipped
+    return {"retrieval": retrieval, "classification": classification}, tables["pretrained"]
+
+
+def _probes(
+    params: EvaluateParams,
+    train: Mapping[str, FeatureSet],
+    test: Mapping[str, FeatureSet],
+    *,
+    seed: int,
+) -> _Probed:
+    found = _Probed()
+    for name, probe in params.probes.items():
+        why = _cannot_probe(probe, train["pretrained"], test["pretrained"])
+        if why:
+            found.skipped[f"probe {name}"] = why
+            continue
+        found.metrics[name], arrays = _probe(probe, params, train, test, seed=seed)
+        found.arrays.update({f"probe-{name}-{kind}": values for kind, values in arrays.items()})
+    return found
 
 
 def _cannot_probe(probe: ProbeParams, train: FeatureSet, test: FeatureSet) -> str:
@@ -180,8 +199,8 @@ def _probe(
     test: Mapping[str, FeatureSet],
     *,
     seed: int,
-) -> Metrics:
-    """Both classifiers on both encoders, with the paired difference."""
+) -> tuple[Metrics, dict[str, dict[str, Any]]]:
+    """Both classifiers on both encoders, with the paired difference; and what each clip got."""
     first, shown = train["pretrained"], test["pretrained"]
     present = getattr(first, f"has_{probe.modality}")
     labels = np.where(present, first.labels[probe.label], "")
@@ -199,6 +218,7 @@ def _probe(
                 learned, asked, steps=params.low_rank_steps, seed=seed
             )
     found: Metrics = {}
+    arrays: dict[str, dict[str, Any]] = {}
     for kind, by_encoder in correct.items():
         metrics: dict[str, Metric] = {
             encoder: measured(hits, chance=chance, resamples=params.bootstrap, seed=seed)
@@ -208,7 +228,12 @@ def _probe(
             by_encoder["pretrained"], by_encoder["untrained"], resamples=params.bootstrap, seed=seed
         )
         found[kind] = metrics
-    return found
+        arrays[kind] = {
+            "clip_ids": shown.clip_ids[usable],
+            "labels": wanted,
+            "correct": by_encoder["pretrained"],
+        }
+    return found, arrays
 
 
 def _arrays(
@@ -227,7 +252,12 @@ def _arrays(
     arrays: dict[str, dict[str, Any]] = {
         "features": kept,
         "similarities": {
-            direction: table.astype(np.float32) for direction, (table, _) in tables.items()
+            key: values
+            for direction, (table, pool) in tables.items()
+            for key, values in (
+                (direction, table.astype(np.float32)),
+                (f"{direction}/clip_ids", pool.clip_ids),
+            )
         },
     }
     for task, runs in predictions.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vatt.config import MachineParams, Params, fingerprint
-from vatt.errors import MachineError, Stopped
+from vatt.errors import DataError, MachineError, Stopped
 from vatt.training import distributed, processes
 from vatt.training.run_log import Measured, MetricLog
 from vatt.training.run_record import Record
@@ -61,8 +61,12 @@ class Run:
             self._client.set_tag(self.run_id, name, value)
 
     def artifact(self, path: Path) -> None:
-        """Keep a copy of a file or folder with the run."""
+        """Keep a copy of a file or folder with the run, or, when it is large, where it lies."""
         if self._client is None:
+            return
+        self._client.set_tag(self.run_id, f"{path.name}.path", str(path))
+        files = [file for file in (path, *path.rglob("*")) if file.is_file()]
+        if sum(file.stat().st_size for file in files) / 1e6 > self._machine.max_artifact_mb:
             return
         if path.is_dir():
             self._client.log_artifacts(self.run_id, str(path), path.name)
@@ -131,6 +135,35 @@ def mark_dead_runs(params: Params) -> list[str]:
     for path in sorted(params.paths.runs.glob("*.json")):
         Record.read(path).bury()
     return [one.info.run_id for one in dead]
+
+
+def artifact_of(params: Params, run_id: str, stage: str, name: str) -> Path:
+    """A folder that a stage's run has kept; `run_id` may be shortened, or be its pipeline's.
+
+    Raises DataError when there is no such run, several, or it kept no such folder.
+    """
+    client = _connect(params.machine)
+    experiment = _experiment(client, params.machine.experiment, params.machine)
+    runs = client.search_runs([experiment], f"tags.`vatt.stage` = '{stage}'", max_results=10_000)
+    mine = [one for one in runs if one.info.run_id.startswith(run_id)]
+    mine = (
+        mine
+        or [one for one in runs if one.data.tags.get("mlflow.parentRunId", "").startswith(run_id)][
+            :1
+        ]
+    )  # newest first
+    if len(mine) != 1:
+        many = f"{len(mine)} runs begin" if mine else f"no {stage} run begins"
+        raise DataError(
+            f"{many} with '{run_id}'", hint="`vattctl status` and `vattctl ui` show the runs' ids"
+        )
+    if name not in {found.path for found in client.list_artifacts(mine[0].info.run_id)}:
+        raise DataError(
+            f"run {mine[0].info.run_id} kept no {name}: it did not end, or was larger than"
+            " machine.max_artifact_mb",
+            hint=f"give the {name} folder itself",
+        )
+    return Path(client.download_artifacts(mine[0].info.run_id, name))
 
 
 def store_uri(machine: MachineParams) -> str:

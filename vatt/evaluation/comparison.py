@@ -1,0 +1,130 @@
+"""Two evaluations on the clips they share: each one's value and the paired difference.
+
+n shared clips. Only what both runs measured is compared; a retrieval is asked again among the
+shared clips, because a rank depends on what is searched.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vatt.errors import DataError
+from vatt.evaluation.classification import TOP, Predictions
+from vatt.evaluation.retrieval import RECALLS
+from vatt.metrics import measured, measured_difference, ranks
+
+Arrays = dict[str, NDArray[Any]]
+Values = dict[str, NDArray[Any]]  # measure -> a value a clip (n,)
+SIMILARITIES, PREDICTIONS, PROBE = "similarities", "predictions-", "probe-"
+
+
+def compare_evaluations(
+    first: Path, second: Path, *, resamples: int, seed: int
+) -> list[dict[str, Any]]:
+    """A row a measure: `name`, `first`, `second` and `difference` (first - second), as metrics.
+
+    Raises DataError when a folder holds no evaluation, or the two share nothing.
+    """
+    ours, theirs = _load(first), _load(second)
+    rows = []
+    for name in ours:
+        if name not in theirs:
+            continue
+        for measure, values in _paired(name, ours[name], theirs[name]).items():
+            statistic = np.median if measure.endswith("median_rank") else np.mean
+            one, other = (
+                measured(v, chance=None, resamples=resamples, seed=seed, statistic=statistic)
+                for v in values
+            )
+            difference = measured_difference(
+                *values, resamples=resamples, seed=seed, statistic=statistic
+            )
+            rows.append({"name": measure, "first": one, "second": other, "difference": difference})
+    if not rows:
+        raise DataError(
+            f"{first} and {second} share no measure on a common clip",
+            hint="compare evaluations of the same test split",
+        )
+    return rows
+
+
+def _load(folder: Path) -> dict[str, Arrays]:
+    found: dict[str, Arrays] = {}
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path, allow_pickle=False) as file:
+            found[path.stem] = dict(file)
+    if not found:
+        raise DataError(f"{folder} holds no evaluation", hint="run `vattctl evaluate`")
+    return found
+
+
+def _paired(
+    name: str, ours: Arrays, theirs: Arrays
+) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    """Values of both runs for the same clips in the same order, by measure."""
+    kind: dict[str, Callable[[Arrays, NDArray[np.integer]], Values]] = {
+        PREDICTIONS: _classified,
+        PROBE: _probed,
+    }
+    if name == SIMILARITIES:
+        directions = [key.removesuffix("/clip_ids") for key in ours if key.endswith("/clip_ids")]
+        pairs = {}
+        for direction in directions:
+            if f"{direction}/clip_ids" in theirs:
+                pairs |= _retrieved(direction, ours, theirs)
+        return pairs
+    for prefix, values_of in kind.items():
+        if name.startswith(prefix):
+            mine, their = _shared(ours, theirs)
+            if not len(mine):
+                return {}
+            left, right = values_of(ours, mine), values_of(theirs, their)
+            return {
+                f"{name}.{measure}": (left[measure], right[measure])
+                for measure in left
+                if measure in right
+            }
+    return {}
+
+
+def _shared(ours: Arrays, theirs: Arrays) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """Rows of the clips that both have, with the same label."""
+    _, mine, their = np.intersect1d(ours["clip_ids"], theirs["clip_ids"], return_indices=True)
+    same = ours["labels"][mine] == theirs["labels"][their]
+    return mine[same], their[same]
+
+
+def _classified(run: Arrays, rows: NDArray[np.integer]) -> Values:
+    answers = Predictions(
+        run["clip_ids"][rows],
+        run["labels"][rows],
+        run["logits"][rows],
+        tuple(run["classes"].tolist()),
+    )
+    return {f"top_{k}": answers.correct(k) for k in TOP if k < len(answers.classes)}
+
+
+def _probed(run: Arrays, rows: NDArray[np.integer]) -> Values:
+    return {"accuracy": run["correct"][rows]}
+
+
+def _retrieved(
+    direction: str, ours: Arrays, theirs: Arrays
+) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    key = f"{direction}/clip_ids"
+    _, mine, their = np.intersect1d(ours[key], theirs[key], return_indices=True)
+    if not len(mine):
+        return {}
+    own = np.arange(len(mine))
+    left, right = (
+        ranks(run[direction][np.ix_(rows, rows)], own)
+        for run, rows in ((ours, mine), (theirs, their))
+    )
+    pairs: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {
+        f"{direction}.recall_at_{k}": (left <= k, right <= k) for k in RECALLS
+    }
+    pairs[f"{direction}.median_rank"] = (left, right)
+    return pairs
