@@ -4,7 +4,6 @@ n shared clips. Only what both runs measured is compared; a retrieval is asked a
 shared clips, because a rank depends on what is searched.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from vatt.metrics import measured, measured_difference, ranks
 
 Arrays = dict[str, NDArray[Any]]
 Values = dict[str, NDArray[Any]]  # measure -> a value a clip (n,)
-SIMILARITIES, PREDICTIONS, PROBE = "similarities", "predictions-", "probe-"
+Pair = tuple[NDArray[Any], NDArray[Any]]  # the same clips' values in both runs
+SIMILARITIES, CLIPS, PREDICTIONS, PROBE = "similarities", "/clip_ids", "predictions-", "probe-"
 
 
 def compare_evaluations(
@@ -61,22 +61,14 @@ def _load(folder: Path) -> dict[str, Arrays]:
     return found
 
 
-def _paired(
-    name: str, ours: Arrays, theirs: Arrays
-) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+def _paired(name: str, ours: Arrays, theirs: Arrays) -> dict[str, Pair]:
     """Values of both runs for the same clips in the same order, by measure."""
-    kind: dict[str, Callable[[Arrays, NDArray[np.integer]], Values]] = {
-        PREDICTIONS: _classified,
-        PROBE: _probed,
-    }
     if name == SIMILARITIES:
-        directions = [key.removesuffix("/clip_ids") for key in ours if key.endswith("/clip_ids")]
-        pairs = {}
-        for direction in directions:
-            if f"{direction}/clip_ids" in theirs:
-                pairs |= _retrieved(direction, ours, theirs)
-        return pairs
-    for prefix, values_of in kind.items():
+        found: dict[str, Pair] = {}
+        for key in (key for key in ours if key.endswith(CLIPS) and key in theirs):
+            found |= _retrieved(key.removesuffix(CLIPS), ours, theirs)
+        return found
+    for prefix, values_of in ((PREDICTIONS, _classified), (PROBE, _probed)):
         if name.startswith(prefix):
             mine, their = _shared(ours, theirs)
             if not len(mine):
@@ -111,10 +103,8 @@ def _probed(run: Arrays, rows: NDArray[np.integer]) -> Values:
     return {"accuracy": run["correct"][rows]}
 
 
-def _retrieved(
-    direction: str, ours: Arrays, theirs: Arrays
-) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
-    key = f"{direction}/clip_ids"
+def _retrieved(direction: str, ours: Arrays, theirs: Arrays) -> dict[str, Pair]:
+    key = direction + CLIPS
     _, mine, their = np.intersect1d(ours[key], theirs[key], return_indices=True)
     if not len(mine):
         return {}
@@ -123,7 +113,7 @@ def _retrieved(
         ranks(run[direction][np.ix_(rows, rows)], own)
         for run, rows in ((ours, mine), (theirs, their))
     )
-    pairs: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {
+    pairs: dict[str, Pair] = {
         f"{direction}.recall_at_{k}": (left <= k, right <= k) for k in RECALLS
     }
     pairs[f"{direction}.median_rank"] = (left, right)

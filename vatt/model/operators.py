@@ -109,7 +109,7 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        *heads, gradients = *ctx.saved_tensors[:3], gradient.flatten(0, 1).contiguous()
+        heads, gradients = ctx.saved_tensors[:3], gradient.flatten(0, 1).contiguous()
         to_inputs = [torch.empty_like(inputs) for inputs in heads]
         parts = zip(*map(_chunks, (*heads, gradients, *to_inputs)), strict=True)
         for weights, part in zip(ctx.saved_tensors[3:], parts, strict=True):
