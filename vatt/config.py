@@ -267,7 +267,8 @@ class PretrainParams(Section):
     mil_nce_weight: NonNegativeFloat
     optimizer: OptimizerParams
     save_every: PositiveInt  # steps
-    keep_states: PositiveInt
+    keep_states: PositiveInt  # the last ones
+    keep_states_every: PositiveInt | None  # steps; these stay for good; null: none
     report_every: PositiveInt  # steps
     evaluate_every: PositiveInt | None  # steps; retrieval on the val split; null: never
     evaluate_clips: PositiveInt  # of the val split, searched each time
@@ -359,6 +360,8 @@ class MachineParams(Section):
     zero_stage: Literal[0, 1, 2, 3]
     offload: Literal["none", "optimizer", "all"]
     micro_batch_size: PositiveInt | None  # per process; null: the process's whole share
+    activation_checkpointing: bool  # keep a block's input alone; compute the block again
+    compile: bool  # torch.compile of each block; on a CPU it needs a C++ compiler
     launcher_arguments: tuple[str, ...]  # to the deepspeed launcher
     workers: NonNegativeInt  # processes that download, encode and decode; 0: in the main one
     cache_gb: NonNegativeFloat  # decoded clips kept in memory

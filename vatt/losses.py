@@ -1,4 +1,4 @@
-"""NCE and MIL-NCE over a global batch: pure functions of embeddings, computed in fp32.
+"""NCE and MIL-NCE over a global batch: pure functions of embeddings, computed in fp32 or better.
 
 B clips, K candidate texts of a clip, E common-space width, b anchors of a block;
 s_ijl = v_i . t_jl / temperature, with one l for audio.
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 _NEVER = -1e30  # the score of a pair that takes no part; finite, so that no gradient is NaN
-_MAX_SCORES = 2**24  # scores held at a time, in each direction
+_MAX_SCORES = 2**20  # scores held at a time, in each direction: a few tens of MB
 
 # Scores (b, B, K) of the anchors' videos with all texts and of their texts with all videos, the
 # anchors' places in the batch (b,), the candidates there are (B, K) -> a loss of each anchor (b,).

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.training import tiny
+from vatt.data.batches import scaled
 from vatt.errors import VattError
 from vatt.losses import paper_form, pretraining_loss, release_form
 from vatt.training.engine import LocalEngine
@@ -98,6 +99,12 @@ def test_only_the_last_states_are_kept(tmp_path):
     assert [f.name for f in sorted(tmp_path.glob("step-*"))] == ["step-00000008", "step-00000009"]
 
 
+def test_every_so_many_steps_a_state_stays_for_good(tmp_path):
+    run(tmp_path, steps=9, save_every=1, keep_states=2, keep_states_every=3)
+    kept = [int(f.name.removeprefix("step-")) for f in sorted(tmp_path.glob("step-*"))]
+    assert kept == [3, 6, 8, 9]
+
+
 def test_the_fingerprint_has_every_setting_that_shapes_the_weights():
     model = tiny.model_params()
 
@@ -105,7 +112,7 @@ def test_the_fingerprint_has_every_setting_that_shapes_the_weights():
         return fingerprint(tiny.pretrain_params(**changes), model, data_hash=data, seed=seed)
 
     base = identity()
-    assert identity(save_every=7, report_every=3, keep_states=9) == base
+    assert identity(save_every=7, report_every=3, keep_states=9, keep_states_every=9) == base
     for changed in (
         identity(seed=1),
         identity(data="y"),
@@ -129,7 +136,8 @@ def test_the_recipe_chooses_the_loss_and_how_tokens_are_dropped(recipe, form, al
     params = tiny.model_params().model_copy(update={"recipe": recipe})
     module = Pretraining(tiny.make_model(params), tiny.pretrain_params()).eval()
     inputs = pretraining_inputs(module.model, tiny.make_batch(0), 0, drop_rate=0.5, seed=0)
-    video, audio, text, kept_video, kept_audio, has_video, has_audio = inputs
+    video, audio, text, colour, kept_video, kept_audio, has_video, has_audio = inputs
+    video, audio = scaled(video, audio, colour)
     for kept in (kept_video, kept_audio):
         assert bool((kept == kept[0]).all()) is alike
     out = module.model(video, audio, text, kept_video=kept_video, kept_audio=kept_audio)

@@ -110,7 +110,7 @@ def test_a_damaged_newest_state_is_passed_over(undisturbed, tmp_path):
     process.kill()
     process.wait()
     newest = max(training.states.glob("step-*"))
-    file = newest / "local.pt"
+    file = newest / "share-00000.pt"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(bytes(content))
@@ -127,6 +127,35 @@ def test_a_finished_training_starts_from_zero_when_it_is_run_again(undisturbed, 
         assert training.start().wait() == 0
     assert [step for step, *_ in training.steps()] == [*range(1, STEPS + 1)] * 2
     assert training.result.read_text() == undisturbed.result.read_text()
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path):
+    def train(name, *numbers):
+        (tmp_path / name).mkdir()
+        for place, number in enumerate(numbers, start=1):
+            training = Training(
+                tmp_path / name,
+                VATT_TEST_DEEPSPEED="1",
+                VATT_TEST_DROPOUT="0",
+                VATT_TEST_PROCESSES=str(number),
+                VATT_TEST_SLEEP="0.1" if place < len(numbers) else "0",
+            )
+            process = training.start()
+            if place < len(numbers):
+                training.wait_for_steps(6 * place, process)
+                process.terminate()
+                assert process.wait() == 75
+            else:
+                assert process.wait() == 0, process.stderr.read()
+                if place > 1:
+                    assert f"processes: {numbers[-2]}; now" in process.stderr.read()
+        rows = training.steps()
+        assert [step for step, *_ in rows] == list(range(1, STEPS + 1))
+        return [number for row in rows for number in row]
+
+    calm = train("calm", 1)
+    assert train("there and back", 2, 1, 2) == pytest.approx(calm, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 In VATT_TEST_FOLDER it keeps `state`, appends to `losses`, leaves the final weights' hash in
 `result`. VATT_TEST_SLEEP makes a step last longer, VATT_TEST_DEEPSPEED chooses that engine,
-VATT_TEST_PROCESSES starts several.
+VATT_TEST_PROCESSES starts several, VATT_TEST_DROPOUT sets its rate.
 """
 
 import itertools
@@ -44,7 +44,9 @@ def main() -> None:
 
 def train(engine_of):  # type: ignore[no-untyped-def]
     pretrain(
-        tiny.make_model(tiny.model_params(dropout=0.1)),
+        tiny.make_model(
+            tiny.model_params(dropout=float(os.environ.get("VATT_TEST_DROPOUT", "0.1")))
+        ),
         batches_from,
         tiny.pretrain_params(steps=STEPS, save_every=3),
         machine=MACHINE,

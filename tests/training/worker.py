@@ -1,6 +1,7 @@
-"""What each of several processes does in test_many_processes.py; started by `launch`.
+"""What each of several processes does in test_many_processes.py, which starts it.
 
-Rank 0 leaves what it found in the file that VATT_TEST_RESULTS names.
+Rank 0 leaves what it found in the folder that VATT_TEST_RESULTS names. VATT_TEST_CASES chooses
+which engines are tried; VATT_TEST_START holds states to go on from, by backbone.
 """
 
 import os
@@ -8,42 +9,49 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.training import evaluating, tiny
+from vatt.data.batches import Batch
 from vatt.training import distributed
-from vatt.training.engine import DeepSpeedEngine
+from vatt.training.engine import DeepSpeedEngine, Engine
 from vatt.training.loop import seed_dropout
 from vatt.training.pretrain import Pretraining, pretraining_inputs
+from vatt.training.shares import read_shares
 
-STEPS = 20
+STEPS, RESUMED_STEPS = 20, 5
 LEARNING_RATE = 1e-3
 OPTIMIZER = tiny.pretrain_params(optimizer={"clip_norm": 5.0}).optimizer
-TEXTLESS = range(4, 8)  # the whole part of rank 1
-CASES = [  # ZeRO stage, backbone, micro-batch size
-    (0, "specific", 1),
-    (1, "specific", None),
-    (2, "specific", 1),
-    (3, "specific", None),
-    (3, "specific", 1),
-    (1, "agnostic", 1),
-    (3, "agnostic", 1),
-]
+BACKBONES = ("specific", "agnostic")
+TEXTLESS = (range(0), range(4, 8), range(8))  # none; the whole part of the last ranks; all
+Case = tuple[int, str, bool]  # ZeRO stage, backbone, whether gradients are cached
+CASES: dict[str, list[Case]] = {
+    "all": [
+        (zero, name, cached) for zero in range(4) for name in BACKBONES for cached in (False, True)
+    ],
+    "quick": [(0, "agnostic", True), (1, "specific", False), (2, "specific", True)],
+    "one": [(3, "agnostic", True)],
+}
+CASES["quick"] += CASES["one"]
 
 
 def main() -> None:
-    machine = tiny.machine_params()
+    folder = Path(os.environ["VATT_TEST_RESULTS"])
     results: dict[object, object] = {}
-    with distributed.process_group(machine):
+    with distributed.process_group(tiny.machine_params()):
         results["gather"] = gathered()
-        folder = Path(os.environ["VATT_TEST_RESULTS"]).parent
-        results["evaluated"] = [
-            evaluating.trained(folder / str(every), evaluate_every=every) for every in (2, None)
-        ]
-        for zero, backbone, micro in CASES:
-            results[zero, backbone, micro] = trained(zero, backbone, micro)
+        if os.environ["VATT_TEST_CASES"] == "quick":
+            results["evaluated"] = [
+                evaluating.trained(folder / f"every-{every}", evaluate_every=every)
+                for every in (2, None)
+            ]
+        for backbone in BACKBONES:
+            results["exact", backbone] = exact_gradients(backbone)
+        for number, case in enumerate(CASES[os.environ["VATT_TEST_CASES"]]):
+            results[case] = trained(*case, folder / str(number))
         if distributed.rank() == 0:
-            torch.save(results, Path(os.environ["VATT_TEST_RESULTS"]))
+            torch.save(results, folder / "results.pt")
     sys.exit(int(os.environ.get("VATT_TEST_EXIT", "0")))
 
 
@@ -59,22 +67,78 @@ def gathered() -> tuple[Tensor, Tensor]:
     return whole.detach(), distributed.gather(part.grad)
 
 
-def trained(zero: int, backbone: str, micro: int | None) -> tuple[list[tuple[float, float]], dict]:
-    """Losses, norms and weights of STEPS updates."""
-    machine = tiny.machine_params(zero_stage=zero)
+def batch_of(step: int) -> Batch:
+    """A step's global batch."""
+    return tiny.make_batch(step, textless=TEXTLESS[step % len(TEXTLESS)])
+
+
+def exact_gradients(
+    backbone: str, micro_batch_size: int | None = 1
+) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Losses and gradients of a few batches in fp64 and plain torch, averaged over processes."""
+    model = tiny.make_model(tiny.model_params(backbone=backbone)).double()
+    params = tiny.pretrain_params()
+    module = Pretraining(model, params, micro_batch_size=micro_batch_size)
+    found = []
+    for step in range(len(TEXTLESS)):
+        own = tiny.part_of(batch_of(step), distributed.rank(), distributed.world_size())
+        inputs = pretraining_inputs(model, own, step, drop_rate=0.5, seed=0)
+        module.zero_grad()
+        losses = module(*inputs)
+        losses["loss"].backward()
+        gradients = {name: weight.grad.clone() for name, weight in module.named_parameters()}
+        for gradient in gradients.values():
+            if distributed.world_size() > 1:
+                dist.all_reduce(gradient)
+                gradient /= distributed.world_size()
+        found.append(({name: value.detach() for name, value in losses.items()}, gradients))
+    return found
+
+
+def trained(zero: int, backbone: str, cached: bool, folder: Path) -> dict[str, object]:
+    """What `follow` notes of STEPS updates."""
+    micro = max(1, tiny.BATCH_SIZE // distributed.world_size() // 2) if cached else None
     params = tiny.pretrain_params()
     model = tiny.make_model(tiny.model_params(backbone=backbone))
     module = Pretraining(model, params, micro_batch_size=micro)
-    engine = DeepSpeedEngine(module, OPTIMIZER, "fp32", machine)
-    history = []
+    engine = DeepSpeedEngine(module, OPTIMIZER, "fp32", tiny.machine_params(zero_stage=zero))
+    found = follow(engine, model, folder)
+    engine.load(Path(os.environ["VATT_TEST_START"]) / backbone / state_name(len(TEXTLESS)))
+    steps = range(len(TEXTLESS), len(TEXTLESS) + RESUMED_STEPS)
+    return found | {"resumed": [update(engine, model, step) for step in steps]}
+
+
+def state_name(updates: int) -> str:
+    """The folder of a state after so many updates."""
+    return f"after-{updates}"
+
+
+def follow(engine: Engine, model: torch.nn.Module, folder: Path) -> dict[str, object]:
+    """Losses, norms, the mean gradients of the first steps (Adam's first moments), weights."""
+    history, moments = [], []
     for step in range(STEPS):
-        batch = tiny.make_batch(step, textless=TEXTLESS)
-        own = tiny.part_of(batch, distributed.rank(), distributed.world_size())
-        seed_dropout(0, step)
-        losses = engine(*pretraining_inputs(model, own, step, drop_rate=0.5, seed=0))
-        norm = engine.update(losses["loss"], learning_rate=LEARNING_RATE)
-        history.append((losses["loss"].item(), norm))
-    return history, engine.weights()
+        history.append(update(engine, model, step))
+        if step < len(TEXTLESS):
+            moments.append(first_moments(engine, folder / state_name(step + 1)))
+    return {"history": history, "moments": moments, "weights": engine.weights()}
+
+
+def update(engine: Engine, model: torch.nn.Module, step: int) -> tuple[float, float]:
+    """Make a step's update; its loss and gradient norm."""
+    own = tiny.part_of(batch_of(step), distributed.rank(), distributed.world_size())
+    seed_dropout(0, step)
+    losses = engine(*pretraining_inputs(model, own, step, drop_rate=0.5, seed=0))
+    return losses["loss"].item(), engine.update(losses["loss"], learning_rate=LEARNING_RATE)
+
+
+def first_moments(engine: Engine, folder: Path) -> dict[str, Tensor]:
+    """Adam's running mean of each gradient, as a state tells it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    distributed.barrier()
+    engine.save(folder)
+    distributed.barrier()
+    _, entries = read_shares(folder)
+    return {name: entry["exp_avg"] for name, entry in entries.items() if "exp_avg" in entry}
 
 
 if __name__ == "__main__":

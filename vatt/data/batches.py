@@ -18,7 +18,7 @@ from vatt.data.loader import load_samples
 from vatt.data.samples import ShardIndex
 from vatt.data.sampling import Request, Sample, Sampling, View, check_rates
 
-__all__ = ["Batch", "Sampling", "eval_batches", "model_inputs", "train_batches"]
+__all__ = ["Batch", "Sampling", "eval_batches", "model_inputs", "scaled", "train_batches"]
 
 SHUFFLED_SHARDS = 8  # rows are mixed within so many shards at a time
 
@@ -51,11 +51,16 @@ class Batch:
 
 def model_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Video (B, T, H, W, C) and audio (B, S) in [-1, 1], and text, on the batch's device."""
-    video = batch.video.float() / 255
-    identity = torch.tensor(augment.IDENTITY, device=batch.colour.device)
-    if (batch.colour != identity).any():
-        video = augment.change_colour(video, batch.colour)
-    return video * 2 - 1, batch.audio.float() / 32768, batch.text
+    return *scaled(batch.video, batch.audio, batch.colour), batch.text
+
+
+def scaled(video: Tensor, audio: Tensor, colour: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch's video, its colours changed, and audio, both in [-1, 1]."""
+    clips = video.float() / 255
+    identity = torch.tensor(augment.IDENTITY, device=colour.device)
+    if (colour != identity).any():
+        clips = augment.change_colour(clips, colour)
+    return clips * 2 - 1, audio.float() / 32768
 
 
 def train_batches(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vatt.data.manifest import LABEL_SEPARATOR
+from vatt.model.operators import full_precision
 
 
 def one_hot(labels: Sequence[str], classes: Sequence[str]) -> Tensor:  # -> (B, C)
@@ -27,7 +28,7 @@ def one_hot(labels: Sequence[str], classes: Sequence[str]) -> Tensor:  # -> (B, 
 def softmax_loss(logits: Tensor, targets: Tensor, *, smoothing: float) -> Tensor:
     """Cross-entropy with smoothed labels, the mean over clips."""
     targets = targets * (1 - smoothing) + smoothing / targets.shape[1]
-    return -(targets * F.log_softmax(logits.float(), dim=1)).sum(1).mean()
+    return -(targets * F.log_softmax(full_precision(logits), dim=1)).sum(1).mean()
 
 
 def balanced_sigmoid_loss(logits: Tensor, targets: Tensor, *, smoothing: float) -> Tensor:
@@ -35,8 +36,8 @@ def balanced_sigmoid_loss(logits: Tensor, targets: Tensor, *, smoothing: float) 
 
     w_i = sum_c(y_ic / n_c) / sum_c y_ic with n_c the count of class c in the batch.
     """
-    smoothed = targets * (1 - smoothing) + smoothing / 2
-    each = F.binary_cross_entropy_with_logits(logits.float(), smoothed, reduction="none").sum(1)
+    logits, smoothed = full_precision(logits), targets * (1 - smoothing) + smoothing / 2
+    each = F.binary_cross_entropy_with_logits(logits, smoothed, reduction="none").sum(1)
     rarity = (targets / targets.sum(0).clamp(min=1e-12)).sum(1)
     weights = rarity / targets.sum(1).clamp(min=1e-12)
     return (weights * each).mean()

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from vatt.config import MachineParams, OptimizerParams
 from vatt.errors import SettingsError
 from vatt.training import distributed
-from vatt.training.optimizer import make_optimizer
+from vatt.training.blocks import apply_options
+from vatt.training.optimizer import Adam, Sgd, make_optimizer
+from vatt.training.shares import Entry, read_shares, write_share
 
 Weights = dict[str, Tensor]
 Precision = Literal["fp32", "bf16"]
@@ -29,7 +32,7 @@ LARGEST_BUCKET = 50_000_000  # elements that ZeRO reduces at once
 class Engine(Protocol):
     """One interface for both engines."""
 
-    kind: str  # what wrote a state; only the same kind reads it
+    kind: str  # told of a state; any kind reads what another wrote
 
     def __call__(self, *inputs: Any) -> dict[str, Tensor]:
         """Run the module in the chosen precision."""
@@ -50,7 +53,7 @@ class Engine(Protocol):
 class LocalEngine:
     """Plain torch in one process: what DeepSpeed must agree with."""
 
-    kind = "local"
+    kind = "plain torch, one process"
 
     def __init__(self, module: nn.Module, optimizer: OptimizerParams, precision: Precision) -> None:
         self.module = module.to(distributed.device()).train()
@@ -74,18 +77,27 @@ class LocalEngine:
 
     def save(self, folder: Path) -> None:
         """Write everything a later `load` needs."""
-        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state, folder / "local.pt")
+        write_share(folder, self._entries(), updates=self.optimizer.updates)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote."""
-        state = torch.load(folder / "local.pt", map_location="cpu", weights_only=True)
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Go on from what any engine's `save` wrote."""
+        updates, entries = read_shares(folder)
+        for name, tensor in _tensors(self.module):
+            entry = {
+                key: value.to(tensor.device, copy=True) for key, value in entries[name].items()
+            }
+            tensor.data.copy_(entry.pop("value"))
+            if tensor.requires_grad:
+                self.optimizer.restore(tensor, entry, updates=updates)
 
     def weights(self) -> Weights:
         """The module's whole state dict on the CPU."""
         return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
+
+    def _entries(self) -> Iterator[tuple[str, Entry]]:
+        for name, tensor in _tensors(self.module):
+            keys = self.optimizer.moments if tensor.requires_grad else ()
+            yield name, {"value": tensor, **{k: self.optimizer.state[tensor][k] for k in keys}}
 
 
 class DeepSpeedEngine:
@@ -102,7 +114,7 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed()
         self.zero_stage = machine.zero_stage
         self.clip_norm = optimizer.clip_norm or float("inf")
-        self.kind = f"deepspeed-zero{machine.zero_stage}-processes{distributed.world_size()}"
+        self.kind = f"ZeRO-{machine.zero_stage}, processes: {distributed.world_size()}"
         self.precision = precision
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module.to(distributed.device()).train(),
@@ -128,29 +140,82 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         """Write everything a later `load` needs; called by every process."""
-        self.engine.save_checkpoint(str(folder), tag="zero", save_latest=False)
+        write_share(folder, self._entries(), updates=self._own.updates)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote."""
-        path, _ = self.engine.load_checkpoint(
-            str(folder), tag="zero", load_lr_scheduler_states=False
-        )
-        assert path is not None, f"DeepSpeed finds no state in {folder}"
+        """Go on from what any engine's `save` wrote; called by every process."""
+        updates, entries = read_shares(folder)
+        for name, tensor in _tensors(self.engine.module):
+            with self._whole([tensor], changed_by=0):
+                tensor.data.copy_(entries[name].pop("value"))
+        for part in self._parts():
+            moments = {key: torch.zeros_like(part) for key in self._own.moments}
+            self._own.restore(part, moments, updates=updates)
+        if self.zero_stage > 0:
+            self.optimizer.refresh_fp32_params()
+        if self.zero_stage in (1, 2):
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, weight in self.engine.module.named_parameters():
+            for key, value in entries[name].items():
+                self._set_moment(weight, key, value.to(weight.device))
 
     def weights(self) -> Weights:
         """The module's whole state dict on the CPU, in rank 0; called by every process."""
         module = self.engine.module
-        with self._whole(module):
+        with self._whole(list(module.parameters())):
             if distributed.rank() > 0:
                 return {}
             return {
                 name: value.detach().cpu().clone() for name, value in module.state_dict().items()
             }
 
-    def _whole(self, module: nn.Module) -> AbstractContextManager[Any]:
-        deepspeed = _import_deepspeed()
-        return deepspeed.zero.GatheredParameters(
-            list(module.parameters()), enabled=self.zero_stage == 3
+    def _entries(self) -> Iterator[tuple[str, Entry]]:
+        for name, tensor in _tensors(self.engine.module):
+            with self._whole([tensor]):
+                value = tensor.detach().clone()
+            keys = self._own.moments if tensor.requires_grad else ()
+            yield name, {"value": value, **{key: self._moment(tensor, key) for key in keys}}
+
+    @property
+    def _own(self) -> Adam | Sgd:
+        """Our optimiser, inside ZeRO's."""
+        return self.optimizer.optimizer if self.zero_stage > 0 else self.optimizer
+
+    def _parts(self) -> list[Tensor]:
+        """What our optimiser updates: weights, or this process's part of them in one row."""
+        if self.zero_stage == 0:
+            return [weight for group in self._own.param_groups for weight in group["params"]]
+        if self.zero_stage == 3:
+            return self.optimizer.fp32_partitioned_groups_flat
+        return self.optimizer.single_partition_of_fp32_groups
+
+    def _moment(self, weight: Tensor, key: str) -> Tensor:
+        if self.zero_stage == 0:
+            return self._own.state[weight][key]
+        if self.zero_stage == 3:
+            return self.optimizer.get_full_hp_param(weight, key)
+        return weight.get_full_hp_param(key)  # type: ignore[attr-defined]
+
+    def _set_moment(self, weight: Tensor, key: str, value: Tensor) -> None:
+        if self.zero_stage == 0:
+            self._own.state[weight][key].copy_(value)
+        elif self.zero_stage == 3:
+            share = weight.ds_tensor.numel()  # type: ignore[attr-defined]
+            padded = torch.zeros(share * distributed.world_size(), device=value.device)
+            padded[: value.numel()] = value.flatten()
+            own = padded.split(share)[distributed.rank()]
+            self.optimizer.set_local_hp_param(own, weight, key)
+        else:
+            weight.set_full_hp_param(value, key)  # type: ignore[attr-defined]
+
+    def _whole(
+        self, tensors: list[Tensor], changed_by: int | None = None
+    ) -> AbstractContextManager[Any]:
+        """At stage 3, weights come together within it; one process's change then holds in all."""
+        parts = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+        return _import_deepspeed().zero.GatheredParameters(
+            parts, modifier_rank=changed_by, enabled=bool(parts)
         )
 
 
@@ -158,6 +223,7 @@ def make_engine(
     module: nn.Module, optimizer: OptimizerParams, precision: Precision, machine: MachineParams
 ) -> Engine:
     """The engine of the pipeline."""
+    apply_options(module, machine)
     return DeepSpeedEngine(module, optimizer, precision, machine)
 
 
@@ -171,6 +237,8 @@ def _deepspeed_config(
         "stage": machine.zero_stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
+        # Weights used again within so many elements stay whole; the default keeps all of a model.
+        "stage3_max_reuse_distance": bucket,
         # Against fragmentation and idling of a GPU; on a CPU they only cost copies.
         "contiguous_gradients": on_gpu,
         "overlap_comm": on_gpu,
@@ -189,6 +257,12 @@ def _deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": sys.maxsize,
     }
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights and buffers by name; a shared one comes once."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def _check_offload(machine: MachineParams) -> None:

@@ -18,6 +18,7 @@ from vatt.data.batches import Batch, model_inputs
 from vatt.errors import SettingsError
 from vatt.model.classifier import Classifier
 from vatt.model.drop_token import draw_kept
+from vatt.model.operators import full_precision
 from vatt.training import distributed
 from vatt.training.classification import (
     balanced_sigmoid_loss,
@@ -58,15 +59,21 @@ class Finetuning(nn.Module):
 
     def forward(self, inputs: Tensor, kept: Tensor | None, targets: Tensor) -> dict[str, Tensor]:
         """The loss to minimise, and how many clips' first guess is one of their classes."""
-        own = encode_in_micro_batches(
-            self.model, inputs, kept, micro_batch_size=self.micro_batch_size
+        (own,) = encode_in_micro_batches(
+            self._encode,
+            *(inputs, kept),
+            weights=self.model.parameters(),
+            micro_batch_size=self.micro_batch_size,
         )
-        logits, targets = distributed.gather(own.float()), distributed.gather(targets)
+        logits, targets = distributed.gather(own), distributed.gather(targets)
         guessed = targets.gather(1, logits.argmax(1, keepdim=True))
         return {
             "loss": self.loss(logits, targets, smoothing=self.smoothing),
             "accuracy": (guessed == targets.amax(1, keepdim=True)).float().mean(),
         }
+
+    def _encode(self, inputs: Tensor, kept: Tensor | None) -> tuple[Tensor]:
+        return (full_precision(self.model(inputs, kept)),)
 
 
 def finetune(

@@ -40,6 +40,7 @@ class Plan:
     report_every: int
     learning_rate: Callable[[int], float]  # of update `step`, from 0
     work: Work  # of one step
+    keep_states_every: int | None = None  # steps
     evaluate_every: int | None = None
     evaluate: Evaluate | None = (
         None  # asked when `evaluate_every` is set; this and what follows: in rank 0 only
@@ -74,7 +75,9 @@ def train(
     `identity` says, key by key, what shapes the weights; a state of another one is not resumed.
     `export` gets the weights before the state is marked as done: a kill in between loses nothing.
     """
-    with open_states(state, identity, keep=plan.keep_states) as states:
+    with open_states(
+        state, identity, keep=plan.keep_states, keep_every=plan.keep_states_every
+    ) as states:
         _make_updates(engine, batches_from, inputs_of, plan, states)
         weights = named_weights(engine)
         if distributed.rank() == 0:

@@ -20,6 +20,8 @@ class Adam(torch.optim.Adam):
     Weight decay takes its share of `w` first and is not scaled by the learning rate.
     """
 
+    moments = ("exp_avg", "exp_avg_sq")
+
     def __init__(self, parameters: Iterable[nn.Parameter], *, weight_decay: float = 0.0) -> None:
         super().__init__(parameters, lr=0.0, eps=ADAM_EPS, fused=True)
         for group in self.param_groups:
@@ -35,9 +37,24 @@ class Adam(torch.optim.Adam):
             _decay(group)
         super().step()
 
+    @property
+    def updates(self) -> int:
+        """How many updates were made."""
+        return int(self.param_groups[0]["updates"])
+
+    def restore(self, weight: Tensor, moments: dict[str, Tensor], *, updates: int) -> None:
+        """Go on with a weight from what earlier updates left."""
+        step = torch.tensor(float(updates), device=weight.device)
+        self.state[weight] = {"step": step, **moments}
+        for group in self.param_groups:
+            group["updates"] = updates
+
 
 class Sgd(torch.optim.Optimizer):
     """`v = 0.9 v - lr g; w += v`: the learning rate sits inside the velocity."""
+
+    moments = ("velocity",)
+    updates = 0  # its formula does not count them
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, weight_decay: float = 0.0) -> None:
         super().__init__(parameters, {"lr": 0.0, "decay": weight_decay})
@@ -53,6 +70,10 @@ class Sgd(torch.optim.Optimizer):
             torch._foreach_mul_(velocities, MOMENTUM)
             torch._foreach_add_(velocities, [w.grad for w in trained], alpha=-group["lr"])
             torch._foreach_add_(trained, velocities)
+
+    def restore(self, weight: Tensor, moments: dict[str, Tensor], *, updates: int) -> None:
+        """Go on with a weight from what earlier updates left."""
+        self.state[weight] = dict(moments)
 
     def _velocity(self, weight: Tensor) -> Tensor:
         state = self.state[weight]

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from vatt.config import MachineParams, ModelParams, PretrainParams
-from vatt.data.batches import Batch, model_inputs
+from vatt.data.batches import Batch, scaled
 from vatt.errors import SettingsError
 from vatt.losses import FORMS, pretraining_loss
 from vatt.model.drop_token import draw_kept
+from vatt.model.operators import full_precision
 from vatt.model.recipe import RECIPES
 from vatt.model.vatt import VATT, Features
 from vatt.training import distributed
@@ -28,7 +29,10 @@ from vatt.training.state import flatten
 from vatt.training.telemetry import pretraining_work
 
 # Settings that shape no weight: changing them does not make a saved state useless.
-SHAPELESS = {"save_every", "keep_states", "report_every", "evaluate_every", "evaluate_clips"}
+SHAPELESS = {
+    *("save_every", "keep_states", "keep_states_every", "report_every"),
+    *("evaluate_every", "evaluate_clips"),
+}
 
 
 class Pretraining(nn.Module):
@@ -44,16 +48,22 @@ class Pretraining(nn.Module):
 
     def forward(
         self,
-        video: Tensor,  # (B / processes, T, H, W, C)
-        audio: Tensor,  # (B / processes, S)
+        video: Tensor,  # (B / processes, T, H, W, C) uint8
+        audio: Tensor,  # (B / processes, S) int16
         text: Tensor,  # (B / processes, K, L)
+        colour: Tensor,  # (B / processes, 4)
         kept_video: Tensor | None,
         kept_audio: Tensor | None,
         has_video: Tensor,
         has_audio: Tensor,
     ) -> dict[str, Tensor]:
         """Losses of the global batch by name; `loss` is the one to minimise."""
-        own = self._encode(video, audio, text, kept_video, kept_audio)
+        own = encode_in_micro_batches(
+            self._encode,
+            *(video, audio, text, colour, kept_video, kept_audio),
+            weights=self._encoder_weights(),
+            micro_batch_size=self.micro_batch_size,
+        )
         has_text = (text != 0).any(-1)
         # Heads and loss are small next to the encoders, and better off in full precision.
         with torch.autocast(video.device.type, enabled=False):
@@ -78,24 +88,21 @@ class Pretraining(nn.Module):
         video: Tensor,
         audio: Tensor,
         text: Tensor,
+        colour: Tensor,
         kept_video: Tensor | None,
         kept_audio: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        def encode_video(clips: Tensor, kept: Tensor | None) -> Tensor:
-            return _full(self.model.encode(video=clips, kept_video=kept).video)
-
-        def encode_audio(clips: Tensor, kept: Tensor | None) -> Tensor:
-            return _full(self.model.encode(audio=clips, kept_audio=kept).audio)
-
-        def encode_text(clips: Tensor) -> Tensor:
-            return _full(self.model.encode(text=clips).text)
-
-        size = self.micro_batch_size
-        return (
-            encode_in_micro_batches(encode_video, video, kept_video, micro_batch_size=size),
-            encode_in_micro_batches(encode_audio, audio, kept_audio, micro_batch_size=size),
-            encode_in_micro_batches(encode_text, text, micro_batch_size=size),
+    ) -> tuple[Tensor, ...]:
+        # In here, so that floats of a whole batch, four times its bytes, never exist at once.
+        kind = next(self.model.parameters()).dtype
+        clips, sound = (signal.to(kind) for signal in scaled(video, audio, colour))
+        features = self.model.encode(
+            clips, sound, text, kept_video=kept_video, kept_audio=kept_audio
         )
+        return tuple(map(_full, (features.video, features.audio, features.text)))
+
+    def _encoder_weights(self) -> list[nn.Parameter]:
+        heads = set(self.model.heads.parameters())
+        return [weight for weight in self.model.parameters() if weight not in heads]
 
 
 def pretrain(
@@ -128,6 +135,7 @@ def pretrain(
         seed=seed,
         save_every=params.save_every,
         keep_states=params.keep_states,
+        keep_states_every=params.keep_states_every,
         report_every=params.report_every,
         learning_rate=lambda step: learning_rate(step, steps=params.steps, params=params.optimizer),
         work=pretraining_work(model.params, params),
@@ -155,7 +163,6 @@ def pretraining_inputs(
 ) -> tuple[Tensor | None, ...]:
     """A batch as `Pretraining.forward` takes it, with the tokens that DropToken keeps."""
     batch = batch.to(distributed.device())
-    video, audio, text = model_inputs(batch)
     first = distributed.rank() * len(batch.clip_ids)
     samples = list(range(first, first + len(batch.clip_ids)))
     if RECIPES[model.params.recipe].drops_alike:
@@ -166,11 +173,14 @@ def pretraining_inputs(
             return None
         return draw_kept(
             num_tokens, drop_rate, seed=seed, step=step, samples=samples, stream=stream
-        ).to(video.device)
+        ).to(distributed.device())
 
     kept_video = kept(model.num_video_tokens, "video")
     kept_audio = kept(model.num_audio_tokens, "audio")
-    return video, audio, text, kept_video, kept_audio, batch.has_video, batch.has_audio
+    return (
+        *(batch.video, batch.audio, batch.text, batch.colour),
+        *(kept_video, kept_audio, batch.has_video, batch.has_audio),
+    )
 
 
 def fingerprint(
@@ -198,4 +208,4 @@ def _check_share(batch_size: int) -> None:
 
 def _full(features: Tensor | None) -> Tensor:
     assert features is not None
-    return features.float()
+    return full_precision(features)

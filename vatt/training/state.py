@@ -1,7 +1,7 @@
 """A folder of resumable states: each appears whole, the last few are kept, a broken one is passed.
 
 folder/lock                     held by the writer
-folder/step-00000100/meta.json  step, fingerprint, engine, sha256 of every other file
+folder/step-00000100/meta.json  step, fingerprint, what engine wrote it, sha256 of other files
 folder/step-00000100/...        what the engine wrote
 folder/done.json                the training has ended and its result is exported
 """
@@ -22,7 +22,7 @@ from vatt.files import atomic_write, lock
 from vatt.training import distributed
 from vatt.training.engine import Engine
 
-FORMAT = 1  # of the state folder; another number starts anew
+FORMAT = 2  # of the state folder; another number starts anew
 FULL = 2**20  # free bytes on a disk that counts as full
 
 log = logging.getLogger(__name__)
@@ -34,17 +34,23 @@ class States:
 
     folder: Path
     fingerprint: dict[str, Any]  # dotted key -> value: what shapes the result
-    keep: int
+    keep: int  # the last ones
+    keep_every: int | None = None  # steps: these stay for good
 
     def resume(self, engine: Engine) -> int:
         """Load the newest whole state of this very training; returns the updates made so far."""
-        found = distributed.from_rank_0(self._choose(engine.kind) if _speaks() else None)
+        found = distributed.from_rank_0(self._choose() if _speaks() else None)
         if found is None:
             return 0
-        folder, step = found
+        folder, step, kind = found
         engine.load(folder)
         if _speaks():
             log.warning("resuming at step %d from %s", step, folder)
+            if kind != engine.kind:
+                log.warning(
+                    "it was written by another engine (%s; now %s): same samples in the same "
+                    "order, same numbers but for rounding", kind, engine.kind,
+                )  # fmt: skip
         return step
 
     def save(self, engine: Engine, step: int) -> None:
@@ -77,7 +83,7 @@ class States:
             with atomic_write(self.folder / "done.json") as path:
                 path.write_text(json.dumps({"finished": True}))
 
-    def _choose(self, kind: str) -> tuple[Path, int] | None:
+    def _choose(self) -> tuple[Path, int, str] | None:
         for leftover in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(leftover)
         if (self.folder / "done.json").exists():
@@ -89,10 +95,10 @@ class States:
             meta = _read_whole(folder)
             if meta is None:
                 log.warning("%s is damaged; trying the state before it", folder)
-            elif difference := _difference(meta, self._identity(kind)):
+            elif difference := _difference(meta, self._identity()):
                 log.warning("not resuming from %s, since %s", folder, difference)
             else:
-                return folder, int(meta["step"])
+                return folder, int(meta["step"]), str(meta["engine"])
         return None
 
     def _publish(self, temporary: Path, step: int, kind: str) -> None:
@@ -101,41 +107,48 @@ class States:
             for file in sorted(temporary.rglob("*"))
             if file.is_file()
         }
-        meta = {"step": step, "files": hashes, "identity": self._identity(kind)}
+        meta = {"step": step, "files": hashes, "engine": kind, "identity": self._identity()}
         with atomic_write(temporary / "meta.json") as path:
             path.write_text(json.dumps(meta, indent=1))
         final = self.folder / f"step-{step:08d}"
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        self._prune(kind, step)
+        self._prune(step)
 
-    def _prune(self, kind: str, step: int) -> None:
-        """Keep the last few states up to `step`; others are from before or of other settings."""
+    def _prune(self, step: int) -> None:
+        """Keep the last few states up to `step` and each `keep_every`-th.
+
+        Others are from before or of other settings.
+        """
         kept = 0
         for folder in self._newest_first():
             meta = _read_meta(folder)
-            ours = meta is not None and not _difference(meta, self._identity(kind))
-            if ours and int(meta["step"]) <= step and kept < self.keep:  # type: ignore[index]
+            ours = meta is not None and not _difference(meta, self._identity())
+            at = int(meta["step"]) if meta is not None else 0
+            if ours and at <= step and kept < self.keep:
                 kept += 1
-            else:
+            elif not (ours and at <= step and self.keep_every and at % self.keep_every == 0):
                 shutil.rmtree(folder)
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"), reverse=True)
 
-    def _identity(self, kind: str) -> dict[str, Any]:
-        return json.loads(json.dumps({"format": FORMAT, "engine": kind} | self.fingerprint))
+    def _identity(self) -> dict[str, Any]:
+        return json.loads(json.dumps({"format": FORMAT} | self.fingerprint))
 
 
 @contextmanager
-def open_states(folder: Path, fingerprint: dict[str, Any], *, keep: int) -> Iterator[States]:
+def open_states(
+    folder: Path, fingerprint: dict[str, Any], *, keep: int, keep_every: int | None = None
+) -> Iterator[States]:
     """Hold a folder of states alone; a second writer is refused."""
     folder.mkdir(parents=True, exist_ok=True)
+    states = States(folder, fingerprint, keep, keep_every)
     if not _speaks():
-        yield States(folder, fingerprint, keep)
+        yield states
         return
     with lock(folder / "lock"):
-        yield States(folder, fingerprint, keep)
+        yield states
 
 
 def flatten(settings: dict[str, Any], *, prefix: str = "") -> dict[str, Any]:
@@ -164,7 +177,7 @@ def _difference(meta: dict[str, Any], identity: dict[str, Any]) -> str:
 def _read_meta(folder: Path) -> dict[str, Any] | None:
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        return meta if {"step", "files", "identity"} <= meta.keys() else None
+        return meta if {"step", "files", "engine", "identity"} <= meta.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
 
