@@ -66,7 +66,11 @@ class PathsParams(Section):
 
 
 OWN_SOURCES = ("demo", "folder", "urls")
-LISTS = ("howto100m", "audioset")  # official lists: one reader each in vatt/data/sources
+LISTS = (  # official lists: their readers are in vatt/data/sources
+    "audioset", "esc50", "hmdb51", "howto100m", "kinetics400", "kinetics600", "moments", "msrvtt",
+    "ucf101", "youcook2",
+)  # fmt: skip
+OF_FILES = {"esc50", "hmdb51", "moments", "msrvtt", "ucf101"}  # their media come as an archive
 
 
 class DemoParams(Section):
@@ -82,7 +86,7 @@ class DataParams(Section):
     """Where clips come from and how many must survive."""
 
     source: str  # demo, folder, urls, or official lists joined by +, as howto100m+audioset
-    location: Path | None  # folder: a folder of videos; urls: a csv file; demo: null
+    location: Path | None  # folder of videos (urls: a csv file); lists look there for files first
     location_hash: str | None  # what lay there when `vattctl ingest` looked; it makes DVC notice
     annotations: Path | None  # official lists: <annotations>/<list>/ holds the files of each
     mix: dict[str, Annotated[float, Field(gt=0, le=1)]] | None  # of the hours; null: all there is
@@ -110,7 +114,8 @@ class DataParams(Section):
                 f"data.source {self.source} is none of {', '.join(OWN_SOURCES)}, "
                 f"nor made of {', '.join(LISTS)} joined by +"
             )
-        if self.source in ("folder", "urls") and self.location is None:
+        needs_files = {"folder", "urls"} | OF_FILES
+        if needs_files & set(self.sources) and self.location is None:
             raise ValueError(f"data.location is needed when data.source is {self.source}")
         if self.source not in OWN_SOURCES and self.annotations is None:
             raise ValueError(f"data.annotations is needed when data.source is {self.source}")

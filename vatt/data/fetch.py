@@ -85,6 +85,8 @@ def fetch_all(orders: Sequence[Order], fetching: Fetching) -> list[Outcome]:
 
 def fetch(order: Order, fetching: Fetching) -> Outcome:
     """Fetch a file unless it is there; the best outcome of its addresses."""
+    if order.here is not None and not order.here.exists():
+        return Outcome(order.name, "not-found", "no such file in data.location")
     if order.here is not None:
         return _examine(order.name, order.here, None)
     path = fetching.media / order.name

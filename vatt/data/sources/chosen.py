@@ -11,13 +11,26 @@ from vatt.data.demo import make_demo, serve
 from vatt.data.manifest import Clip
 from vatt.data.sources.audioset import read_audioset
 from vatt.data.sources.folder import scan
+from vatt.data.sources.folds import read_esc50, read_hmdb51, read_ucf101
 from vatt.data.sources.howto100m import read_howto100m
+from vatt.data.sources.kinetics import read_kinetics
+from vatt.data.sources.local import placed
 from vatt.data.sources.mix import sampled, union
+from vatt.data.sources.moments import read_moments
+from vatt.data.sources.retrieval import read_msrvtt, read_youcook2
 from vatt.data.sources.urls import read_urls
 
 READERS: dict[str, Callable[[Path, DataParams], Iterator[Clip]]] = {
     "audioset": read_audioset,
+    "esc50": read_esc50,
+    "hmdb51": read_hmdb51,
     "howto100m": read_howto100m,
+    "kinetics400": partial(read_kinetics, source="kinetics400"),
+    "kinetics600": partial(read_kinetics, source="kinetics600"),
+    "moments": read_moments,
+    "msrvtt": read_msrvtt,
+    "ucf101": read_ucf101,
+    "youcook2": read_youcook2,
 }
 
 
@@ -58,4 +71,5 @@ def listed(data: DataParams, seed: int) -> Iterable[Clip]:
         return read_urls(data.location, data)
     assert data.annotations is not None
     parts = {name: partial(READERS[name], data.annotations / name, data) for name in data.sources}
-    return union(parts, data.mix, seed)
+    clips = union(parts, data.mix, seed)
+    return clips if data.location is None else placed(clips, data.location)

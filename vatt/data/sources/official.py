@@ -1,10 +1,12 @@
 """What the readers of official lists share: faults by line, csv as a stream, YouTube addresses."""
 
 import csv
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from vatt.data.manifest import Clip
 from vatt.errors import DataError
 
 SHOWN = 10  # faults named in the message
@@ -13,7 +15,14 @@ _VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{11}")
 # Clips of the published lists, by split, as their files or papers count them.
 COUNTS: dict[str, dict[str, int]] = {
     "audioset": {"train": 22_160 + 2_041_789, "test": 20_371},
+    "esc50": {"train": 1_600, "test": 400},
+    "hmdb51": {"train": 3_570, "val": 1_666, "test": 1_530},
     "howto100m": {"train": 1_220_000},  # videos; published to this precision
+    "kinetics400": {"val": 19_906, "test": 38_685},
+    "kinetics600": {"val": 30_000, "test": 72_924},
+    "msrvtt": {"train": 9_000, "test": 1_000},
+    "ucf101": {"train": 9_537, "test": 3_783},
+    "youcook2": {"test": 3_350},
 }
 
 
@@ -80,6 +89,33 @@ def youtube_url(video_id: str) -> str:
     if not _VIDEO_ID.fullmatch(video_id):
         raise ValueError(f"'{video_id}' is no YouTube id")
     return f"https://www.youtube.com/watch?v={video_id}"
+
+
+def file_clip(name: str, source: str, split: str, labels: dict[str, str]) -> Clip:
+    """All of a file that lies in the person's own folder, data.location."""
+    readable = re.sub(r"[^A-Za-z0-9_]+", "-", Path(name).stem).strip("-")[:40] or "clip"
+    short = hashlib.sha256(name.encode()).hexdigest()[:10]
+    return Clip(
+        clip_id=f"{readable}-{short}",
+        source=source,
+        url=f"folder:{name}",
+        start=0.0,
+        end=None,
+        split=split,
+        labels=labels,
+        captions=(),
+        licence=None,
+    )
+
+
+def listed_files(folder: Path, pattern: str) -> list[Path]:
+    """Files of a pattern, in order; none is an error."""
+    found = sorted(folder.glob(pattern))
+    if not found:
+        raise DataError(
+            f"no {pattern} in {folder}", hint="docs/data-sources.md says where to get it"
+        )
+    return found
 
 
 def number(value: str, what: str) -> float:

@@ -1,0 +1,157 @@
+"""The lists of the downstream tasks load whole: official splits, folds, labels and counts."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.data.corpus import TEST_DATA, demo_params, needs_data
+from tests.data.test_official_lists import place
+from vatt.data.download import download
+from vatt.data.ledger import read_ledger
+from vatt.data.manifest import write_manifest
+from vatt.data.sources.chosen import READERS, listed
+from vatt.data.sources.official import COUNTS
+from vatt.errors import DataError
+
+FILES = Path(TEST_DATA or "/nowhere") / "annotations"
+DATA = demo_params().data
+
+
+def counts(clips) -> dict[str, int]:
+    return dict(Counter(clip.split for clip in clips))
+
+
+def values(clips, label: str) -> set[str]:
+    return {clip.labels[label] for clip in clips if label in clip.labels}
+
+
+@needs_data
+@pytest.mark.parametrize(("name", "classes"), [("kinetics400", 400), ("kinetics600", 600)])
+def test_kinetics(tmp_path, name, classes):
+    stem = name.replace("kinetics", "kinetics-")
+    files = {f"{stem}_{split}.csv": FILES / "Kinetics" / f"{stem}_{split}.csv"
+             for split in ("val", "test")}  # fmt: skip
+    clips = list(READERS[name](place(tmp_path, files), DATA))
+    assert counts(clips) == COUNTS[name] and len(values(clips, "action")) == classes
+    assert all(("action" in clip.labels) == (clip.split == "val") for clip in clips)
+    write_manifest(tmp_path / "m", clips)
+
+
+@needs_data
+def test_ucf101_knows_its_three_folds(tmp_path):
+    names = [f"{s}list0{k}.txt" for s in ("train", "test") for k in (1, 2, 3)]
+    folder = place(tmp_path, {name: FILES / "UCF101" / name for name in names})
+    clips = list(READERS["ucf101"](folder, DATA))
+    assert counts(clips) == COUNTS["ucf101"] and len(values(clips, "action")) == 101
+    tests = [sum(clip.labels[f"fold{k}"] == "test" for clip in clips) for k in (1, 2, 3)]
+    assert tests == [3783, 3734, 3696]
+    assert clips[0].url == "folder:ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi"
+    write_manifest(tmp_path / "m", clips)
+
+
+@needs_data
+def test_hmdb51_knows_its_three_folds(tmp_path):
+    clips = list(READERS["hmdb51"](FILES / "HMDB51" / "testTrainMulti_7030_splits", DATA))
+    assert counts(clips) == COUNTS["hmdb51"] and len(values(clips, "action")) == 51
+    for fold in ("fold1", "fold2", "fold3"):
+        uses = Counter(clip.labels[fold] for clip in clips)
+        assert uses == {"train": 3570, "test": 1530, "val": 1666}
+    write_manifest(tmp_path / "m", clips)
+
+
+@needs_data
+def test_esc50_knows_its_five_folds(tmp_path):
+    clips = list(READERS["esc50"](FILES / "ESC-50", DATA))
+    assert counts(clips) == COUNTS["esc50"] and len(values(clips, "sound")) == 50
+    assert set(Counter(clip.labels["fold"] for clip in clips).values()) == {400}
+    write_manifest(tmp_path / "m", clips)
+
+
+@needs_data
+def test_moments(tmp_path):
+    real = FILES / "MomentsInTime"
+    files = {f"{name}.csv": real / f"{name}.made.csv" for name in ("trainingSet", "validationSet")}
+    clips = list(READERS["moments"](place(tmp_path, files), DATA))
+    assert counts(clips) == {"train": 6560, "val": 960}
+    assert clips[0].url == "folder:training/inflating/yt-vvIxdBxctWY_15.mp4"
+    write_manifest(tmp_path / "m", clips)
+
+
+@needs_data
+def test_youcook2(tmp_path):
+    clips = list(READERS["youcook2"](FILES / "YouCook2", DATA))
+    assert counts(clips) == COUNTS["youcook2"]
+    assert len({clip.url for clip in clips}) == 436
+    assert clips[0].captions[0].text == "pick the ends off the verdalago"
+    assert (clips[0].start, clips[0].end) == (47.0, 60.0)
+    write_manifest(tmp_path / "m", clips)
+
+
+@needs_data
+def test_msrvtt_trains_with_all_sentences_and_tests_with_one(tmp_path):
+    real = FILES / "MSR-VTT"
+    sentences = [{"video_id": "video0", "caption": text} for text in ("a car", "a red car")]
+    names = ("MSRVTT_train.9k.csv", "MSRVTT_JSFUSION_test.csv")
+    files = {name: real / name for name in names}
+    files["train_val_videodatainfo.json"] = json.dumps({"sentences": sentences})
+    clips = list(READERS["msrvtt"](place(tmp_path, files), DATA))
+    assert counts(clips) == COUNTS["msrvtt"]
+    assert [caption.text for caption in clips[0].captions] == ["a car", "a red car"]
+    tests = [clip for clip in clips if clip.split == "test"]
+    assert all(len(clip.captions) == 1 for clip in tests)
+    assert tests[0].captions[0].text == "a person is connecting something to system"
+    write_manifest(tmp_path / "m", clips)
+
+
+def test_media_that_are_there_already_are_found_by_name(tmp_path):
+    rows = "label,youtube_id,time_start,time_end,split\n" + "".join(
+        f"run,{name * 11},30,40,train\n" for name in "abc"
+    )
+    place(tmp_path / "lists" / "kinetics400", {"kinetics-400_train.csv": rows})
+    videos = tmp_path / "videos" / "deep"
+    videos.mkdir(parents=True)
+    (videos / f"{'a' * 11}.webm").touch()
+    (videos / f"{'b' * 11}_000030_000040.mp4").touch()
+    for sections in (False, True):
+        update = {"source": "kinetics400", "annotations": tmp_path / "lists",
+                  "location": tmp_path / "videos", "sections": sections}  # fmt: skip
+        whole, part, away = listed(DATA.model_copy(update=update), 0)
+        assert (whole.url, whole.start, whole.end) == (f"folder:deep/{'a' * 11}.webm", 30.0, 40.0)
+        assert part.url == f"folder:deep/{'b' * 11}_000030_000040.mp4"
+        assert (part.start, part.end) == (0.0, 10.0)
+        assert away.url.startswith("https://www.youtube.com/watch?v=ccccccccccc")
+
+
+@needs_data
+def test_real_sounds_of_esc50_are_taken_from_their_folder(tmp_path):
+    folder = Path(TEST_DATA) / "esc10"
+    place(tmp_path / "lists" / "esc50", {"esc50.csv": folder / "meta" / "esc50.csv"})
+    update = {"source": "esc50", "annotations": tmp_path / "lists", "location": folder}
+    params = demo_params(**update, require=())
+    clips = list(listed(params.data, 0))
+    states = download(
+        clips, params.data, params.machine, media=tmp_path / "media", ledger=tmp_path / "l"
+    )
+    there = sum(1 for _ in folder.rglob("*.flac"))
+    assert states["ok"] == there and states["ok"] + states.get("not-found", 0) == len(clips)
+    assert {entry.has for entry in read_ledger(tmp_path / "l").values()} <= {("audio",), ()}
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "text", "message"),
+    [
+        ("kinetics400", "a.csv", "youtube_id,time_start,time_end,split\nx,1,2,val\n", "a.csv:2"),
+        ("hmdb51", "run_test_split1.txt", "a.avi 1\nb.avi 7\n", "split1.txt:2: 'b.avi 7'"),
+        ("esc50", "esc50.csv", "filename,fold,category\na.wav,9,dog\n", "esc50.csv:2: fold '9'"),
+        ("moments", "trainingSet.csv", "run/a.mp4,run,3,0\nb.mp4,run\n", "Set.csv:2: no file"),
+        ("youcook2", "validation_youcook.csv", "end,start,task,text\n", "no column video_id"),
+        ("ucf101", "classInd.txt", "", "no trainlist01.txt"),
+    ],
+)
+def test_broken_lists_are_named_by_line(tmp_path, name, file, text, message):
+    place(tmp_path, {file: text})
+    with pytest.raises(DataError) as caught:
+        list(READERS[name](tmp_path, DATA))
+    assert message in str(caught.value)

@@ -1,0 +1,83 @@
+"""Sets for text-to-video retrieval -> clips with their sentences: YouCook2 and MSR-VTT (1k-A).
+
+Files, under their official names: youcook2: validation_youcook.csv, the clips that MIL-NCE and VATT
+are tested on; msrvtt: MSRVTT_JSFUSION_test.csv, MSRVTT_train.9k.csv and, for the sentences of the
+train clips, the official json (any *videodatainfo*.json).
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vatt.config import DataParams
+from vatt.data.manifest import Caption, Clip
+from vatt.data.sources.official import (
+    MANGLED,
+    Faults,
+    csv_rows,
+    file_clip,
+    listed_files,
+    number,
+    youtube_span,
+)
+from vatt.errors import DataError
+
+A_CLIP = 30.0  # seconds: no clip of MSR-VTT is longer; its sentences hold for all of it
+
+
+def read_youcook2(folder: Path, data: DataParams) -> Iterator[Clip]:
+    """3,350 steps of recipes, a sentence each."""
+    [path] = listed_files(folder, "validation_youcook.csv")
+    faults = Faults(path, hint=MANGLED)
+    seen: Counter[str] = Counter()
+    for line, row in csv_rows(path, ("start", "end", "task", "text", "video_id")):
+        try:
+            start, end = number(row["start"], "start"), number(row["end"], "end")
+            url, first, last = youtube_span(row["video_id"], start, end, sections=data.sections)
+        except ValueError as error:
+            faults.add(line, str(error))
+            continue
+        name = f"yc_{row['video_id']}_{start:g}_{end:g}".replace(".", "-")
+        seen[name] += 1
+        yield Clip(
+            clip_id=name if seen[name] == 1 else f"{name}_{seen[name]}",
+            source="youcook2",
+            url=url,
+            start=first,
+            end=last,
+            split="test",
+            labels={"recipe": row["task"]},
+            captions=(Caption(first, last, row["text"]),),
+            licence=None,
+        )
+    faults.check()
+
+
+def read_msrvtt(folder: Path, data: DataParams) -> Iterator[Clip]:
+    """The 1k-A split: 9,000 train clips with all their sentences, 1,000 test clips with one."""
+    sentences: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*videodatainfo*.json")):
+        for sentence in _sentences(path):
+            sentences.setdefault(str(sentence["video_id"]), []).append(str(sentence["caption"]))
+    [path] = listed_files(folder, "MSRVTT_train.9k.csv")
+    for _, row in csv_rows(path, ("video_id",)):
+        yield _msrvtt(row["video_id"], "train", sentences.get(row["video_id"], []))
+    [path] = listed_files(folder, "MSRVTT_JSFUSION_test.csv")
+    for _, row in csv_rows(path, ("video_id", "sentence")):
+        yield _msrvtt(row["video_id"], "test", [row["sentence"]])
+
+
+def _sentences(path: Path) -> list[dict[str, Any]]:
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["sentences"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is broken: {error}", hint=MANGLED) from None
+
+
+def _msrvtt(video_id: str, split: str, sentences: list[str]) -> Clip:
+    clip = file_clip(f"{video_id}.mp4", "msrvtt", split, {})
+    captions = tuple(Caption(0.0, A_CLIP, sentence) for sentence in sentences)
+    return replace(clip, clip_id=f"msrvtt_{video_id}", captions=captions)
