@@ -370,6 +370,12 @@ class MachineParams(Section):
     launcher_arguments: tuple[str, ...]  # to the deepspeed launcher
     workers: NonNegativeInt  # processes that download, encode and decode; 0: in the main one
     cache_gb: NonNegativeFloat  # decoded clips kept in memory
+    prefetch_gb: PositiveFloat  # batches made ahead, in each process; one always is
+    max_broken_share: Rate  # of the train samples; more that cannot be read stop a training
+    load_ledger: Path  # the samples that a training could not read
+    shards_url: str | None  # s3://..., https://...: shards that paths.shards lacks come from there
+    shard_cache: Path  # fetched shards are kept here
+    shard_cache_gb: NonNegativeFloat
     ffmpeg: Path | None  # null: the one in the imageio-ffmpeg wheel
     download: DownloadParams
     cookies: Path | None  # a file as browsers export it

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from vatt.config import Params, load_params
+from vatt.data import augment
 from vatt.data.ledger import Entry
 from vatt.data.manifest import Caption, Clip
+from vatt.data.storage import Box
 
 HZ = 8000
 STEP = 10  # grey levels from frame to frame
@@ -19,6 +21,15 @@ TEST_DATA = os.environ.get("VATT_TEST_DATA")
 needs_data = pytest.mark.skipif(
     TEST_DATA is None, reason="set VATT_TEST_DATA to the folder of real test data"
 )
+
+
+def show(frames: np.ndarray, box: Box, size: tuple[int, int], *, flip=False) -> np.ndarray:
+    """What a batch gets of frames: their part in the box, resized and mirrored."""
+    top, left, height, width = box
+    shown = np.empty((len(frames), *size, 3), np.uint8)
+    part = np.ascontiguousarray(frames[:, top : top + height, left : left + width])
+    augment.show(part, shown, flip=flip)
+    return shown
 
 
 def demo_params(**data) -> Params:

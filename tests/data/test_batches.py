@@ -10,8 +10,14 @@ import torch
 
 from tests.data.corpus import demo_params, make_corpus
 from tests.data.test_shards import write
-from vatt.data.batches import Batch, Order, Sampling, eval_batches, model_inputs, train_batches
-from vatt.data.samples import ShardIndex
+from vatt.data.batches import (
+    Batch,
+    Loading,
+    Sampling,
+    eval_batches,
+    model_inputs,
+    train_batches,
+)
 from vatt.data.sampling import frame_indices, resample
 from vatt.errors import DataError, SettingsError
 
@@ -68,14 +74,14 @@ def test_a_batch_has_the_promised_shapes(shards):
 @pytest.mark.parametrize(("workers", "cache_gb"), [(0, 1.0), (2, 0.0), (2, 1.0)])
 def test_workers_and_cache_change_nothing(shards, workers, cache_gb):
     plain = train(shards)
-    other = train(shards, workers=workers, cache_gb=cache_gb)
+    other = train(shards, loading=Loading(workers, cache_gb))
     assert len(plain) == len(other) == STEPS
     assert all(same(one, two) for one, two in zip(plain, other, strict=True))
 
 
 @pytest.mark.parametrize("first_step", range(STEPS + 1))
 def test_a_start_at_any_step_continues_exactly(shards, first_step):
-    whole, rest = train(shards), train(shards, first_step=first_step, cache_gb=1.0)
+    whole, rest = train(shards), train(shards, first_step=first_step, loading=Loading(0, 1.0))
     assert len(rest) == STEPS - first_step
     assert all(same(one, two) for one, two in zip(whole[first_step:], rest, strict=True))
 
@@ -108,17 +114,6 @@ def test_draws_differ_from_step_to_step_and_clip_to_clip(shards):
     assert len({tuple(row.tolist()) for row in colours}) == len(colours)
 
 
-def test_the_order_reads_a_few_shards_at_a_time():
-    shard_of_row = [f"shard-{row // 10:03d}" for row in range(300)]
-    order = Order(shard_of_row, seed=0)
-    rows = [order.row_at(position) for position in range(600)]
-    assert sorted(rows[:300]) == sorted(rows[300:]) == list(range(300))
-    for first in range(0, 240, 80):
-        assert len({row // 10 for row in rows[first : first + 80]}) == 8
-    again = Order(shard_of_row, seed=0)
-    assert [again.row_at(position) for position in (599, 0, 311)] == [rows[599], rows[0], rows[311]]
-
-
 def test_frames_and_sound_come_from_the_same_instant(shards):
     """Frame k is grey 10 k; sound sets in at 0.5 s: it must set in where the greys say so."""
     for batch in train(shards, steps=12):
@@ -137,8 +132,8 @@ def test_evaluation_shows_every_clip_once_in_the_order_of_ids(shards):
     for workers, cache_gb in ((0, 0.0), (2, 1.0), (2, 0.0)):
         batches = list(
             eval_batches(
-                shards, split="train", batch_size=4, sampling=SAMPLING, workers=workers,
-                cache_gb=cache_gb,
+                shards, split="train", batch_size=4, sampling=SAMPLING,
+                loading=Loading(workers, cache_gb),
             )
         )  # fmt: skip
         keys = [key for batch in batches for key in batch.clip_ids]
@@ -225,32 +220,13 @@ def test_rates_that_the_shards_do_not_hold_are_refused(shards):
         train(shards, sampling=replace(SAMPLING, audio_hz=48000))
 
 
-def test_a_broken_sample_is_named(shards, tmp_path):
-    import shutil
-
-    shutil.copytree(shards, tmp_path / "shards")
-    row = ShardIndex.load(tmp_path / "shards", split="test").rows[0]
-    path = tmp_path / "shards" / row.shard
-    data = bytearray(path.read_bytes())
-    data[row.video[0] : row.video[0] + row.video[1]] = b"x" * row.video[1]
-    path.write_bytes(data)
-    for workers, cache_gb in ((0, 0.0), (0, 1.0), (1, 0.0), (1, 1.0)):
-        with pytest.raises(DataError, match=row.key):
-            list(
-                eval_batches(
-                    tmp_path / "shards", split="test", batch_size=2, sampling=SAMPLING,
-                    workers=workers, cache_gb=cache_gb,
-                )
-            )  # fmt: skip
-
-
 def test_leaving_early_ends_the_workers(shards):
     import multiprocessing
 
     for cache_gb in (0.0, 1.0):
         batches = train_batches(
             shards, split="train", batch_size=4, steps=1000, first_step=0, seed=0,
-            sampling=SAMPLING, workers=2, cache_gb=cache_gb,
+            sampling=SAMPLING, loading=Loading(2, cache_gb),
         )  # fmt: skip
         assert len(list(islice(batches, 2))) == 2
         batches.close()

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data.corpus import show
 from vatt.data import augment
-from vatt.data.samples import Facts, Row
-from vatt.data.sampling import Request, Sampling, View, make_sample
+from vatt.data.arrays import Arrays
+from vatt.data.reader import Facts
+from vatt.data.samples import Row
+from vatt.data.sampling import Request, Sampling, Source, View, fill
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "data.npz"))
 SAMPLES = sorted(name for name in GOLDEN if name.startswith("sample/"))
@@ -21,7 +24,7 @@ class Numbered:
     def facts(self, row):
         return Facts({}, ())
 
-    def frames(self, row, indices):
+    def frames(self, row, indices, box):
         return np.array(indices, np.uint8)[:, None, None, None].repeat(3, axis=3)
 
     def audio(self, row, first, last):
@@ -36,14 +39,11 @@ def test_frames_of_test_windows(name):
         pytest.skip("one window: ours is the middle one")
     row = Row("k", "k", "m", "test", "s", {}, (0, 0), (0, 0), None, length, 1, 1, 0)
     sampling = Sampling(steps, 50 / stride, (1, 1), 0, None, 0, 0, None)
-    shown = [
-        make_sample(
-            Numbered(), row, sampling, fps=50, audio_hz=8000, vocabulary=None,
-            request=Request(0, None, View(window, windows)),
-        ).video[:, 0, 0, 0]
-        for window in range(windows)
-    ]  # fmt: skip
-    assert np.concatenate(shown).tolist() == GOLDEN[name].tolist()
+    arrays = Arrays.empty(windows, sampling.shapes())
+    for window in range(windows):
+        request = Request(0, None, View(window, windows))
+        fill(arrays, window, Source(Numbered(), 50, 8000, None), row, sampling, request)
+    assert arrays.video[..., 0, 0, 0].ravel().tolist() == GOLDEN[name].tolist()
 
 
 def test_resizing_is_bilinear_to_a_grey_level():
@@ -51,7 +51,7 @@ def test_resizing_is_bilinear_to_a_grey_level():
         GOLDEN["image/frames_uint8"],
         GOLDEN["image/resize_smallest_24(uint8, truncated)"],
     )
-    ours = augment.take(frames, (0, 0, 40, 56), (24, 33), flip=False)
+    ours = show(frames, (0, 0, 40, 56), (24, 33), flip=False)
     assert np.abs(ours.astype(int) - golden).max() <= 1  # rounded, there cut off
 
 
@@ -62,10 +62,10 @@ def test_crops_lie_where_they_should():
     )
     for view in range(3):
         box = augment.view_box((24, 33), (24, 24), view=view, views=3)
-        ours = augment.take(resized, box, (24, 24), flip=False) / 127.5 - 1
+        ours = show(resized, box, (24, 24), flip=False) / 127.5 - 1
         np.testing.assert_allclose(ours, golden[view], atol=1e-6)
     box = augment.view_box((24, 33), (24, 24), view=0, views=1)
-    ours = augment.take(resized, box, (24, 24), flip=False)
+    ours = show(resized, box, (24, 24), flip=False)
     assert np.array_equal(ours, GOLDEN["image/central_crop_24"])
 
 

@@ -18,7 +18,7 @@ from vatt.data.download import download
 from vatt.data.ledger import Entry, read_ledger
 from vatt.data.manifest import read_manifest
 from vatt.data.media import probe
-from vatt.data.samples import ShardIndex, ShardReader
+from vatt.data.reader import ShardIndex, ShardReader
 from vatt.data.sources.folder import Found, scan
 from vatt.data.sources.urls import read_urls
 from vatt.data.storage import decode_frames

@@ -14,7 +14,8 @@ import pytest
 from tests.data.corpus import demo_params, make_clip, make_corpus, write_media
 from vatt.data.ledger import Entry, read_ledger
 from vatt.data.manifest import Caption, media_path
-from vatt.data.samples import ShardIndex, ShardReader, nearest, splits_of
+from vatt.data.reader import ShardIndex, ShardReader
+from vatt.data.samples import nearest, splits_of
 from vatt.data.shards import write_shards
 from vatt.errors import DataError
 

@@ -11,7 +11,7 @@ from tests.data.corpus import STEP, demo_params, make_corpus, write_media
 from tests.data.test_cut import cut_file
 from tests.data.test_shards import digests, write
 from vatt.data.media import BrokenMediaError
-from vatt.data.samples import ShardIndex, ShardReader
+from vatt.data.reader import ShardIndex, ShardReader
 from vatt.data.storage import Storage, decode_frames, decode_jpegs, decode_sound, encode_sound
 from vatt.errors import DataError
 

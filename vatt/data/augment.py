@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from vatt.config import AugmentationParams
+from vatt.data.storage import Box
 
-Box = tuple[int, int, int, int]  # top, left, height, width
 Colour = tuple[float, float, float, float]  # brightness, contrast, saturation, hue
 
 IDENTITY: Colour = (0.0, 1.0, 1.0, 0.0)  # changes nothing
 _TRIES = 10
+_FRAMES_AT_ONCE = 4  # they fit the processor's cache
 
 
 def generator_for(*keys: int) -> torch.Generator:
@@ -70,17 +71,17 @@ def view_box(size: tuple[int, int], crop: tuple[int, int], *, view: int, views: 
     return int((height - tall) * down), int((width - wide) * across), tall, wide
 
 
-def take(frames: np.ndarray, box: Box, size: tuple[int, int], *, flip: bool) -> np.ndarray:
-    """Cut, resize and mirror all frames alike: (T, H, W, C) uint8 in and out."""
-    top, left, tall, wide = box
-    part = frames[:, top : top + tall, left : left + wide]
-    if (tall, wide) != size:
-        video = torch.from_numpy(np.ascontiguousarray(part)).permute(0, 3, 1, 2)
-        resized = torch.nn.functional.interpolate(
-            video, size=size, mode="bilinear", align_corners=False
+def show(part: np.ndarray, out: np.ndarray, *, flip: bool) -> None:
+    """Resize and mirror frames alike, (T, h, w, C) uint8, into `out`: (T, H, W, C) uint8."""
+    image, shown = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in (part, out))
+    # Both operators have a fast form for channels that lie together, and write in place.
+    for first in range(0, len(part), _FRAMES_AT_ONCE):
+        frames, target = (x[first : first + _FRAMES_AT_ONCE] for x in (image, shown))
+        if flip:
+            frames = torch.flip(frames, (-1,))
+        torch.ops.aten.upsample_bilinear2d.out(
+            frames, list(out.shape[1:3]), False, None, None, out=target
         )
-        part = resized.permute(0, 2, 3, 1).numpy()
-    return part[:, :, ::-1] if flip else part
 
 
 def draw_colour(params: AugmentationParams, generator: torch.Generator) -> Colour:

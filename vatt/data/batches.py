@@ -3,24 +3,30 @@
 B clips, T H W C frames, height, width, channels, S samples, K candidate texts, L words.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vatt.data import augment
-from vatt.data.loader import load_samples
-from vatt.data.samples import ShardIndex
-from vatt.data.sampling import Request, Sample, Sampling, View, check_rates
+from vatt.data.loader import HERE, Loading, StandIn, load, open_index
+from vatt.data.order import Order
+from vatt.data.reader import ShardIndex
+from vatt.data.sampling import Request, Sampling, View, check_rates
+from vatt.data.stand_ins import StandIns, refuse
 
-__all__ = ["Batch", "Sampling", "eval_batches", "model_inputs", "scaled", "train_batches"]
-
-SHUFFLED_SHARDS = 8  # rows are mixed within so many shards at a time
+__all__ = [
+    "Batch",
+    "Loading",
+    "Sampling",
+    "eval_batches",
+    "model_inputs",
+    "scaled",
+    "train_batches",
+]
 
 
 @dataclass
@@ -74,33 +80,32 @@ def train_batches(
     sampling: Sampling,
     rank: int = 0,
     world_size: int = 1,
-    workers: int = 0,
-    cache_gb: float = 0.0,
+    loading: Loading = HERE,
     clip_ids: Collection[str] | None = None,
 ) -> Iterator[Batch]:
     """This process's part of the batches first_step to steps; the same for any worker number."""
-    index = ShardIndex.load(shards, split=split, keys=clip_ids)
+    index = open_index(shards, loading, split=split, keys=clip_ids)
     check_rates(sampling, fps=index.fps, audio_hz=index.audio_hz)
     order = Order([row.shard for row in index.rows], seed=seed)
     first = batch_size * rank // world_size
     last = batch_size * (rank + 1) // world_size
 
     def requests(step: int) -> list[Request]:
-        positions = range(step * batch_size + first, step * batch_size + last)
+        start = step * batch_size
         return [
-            Request(order.row_at(position), draw=(seed, step, position - step * batch_size))
-            for position in positions
+            Request(order.row_at(start + place), draw=(seed, step, place), position=start + place)
+            for place in range(first, last)
         ]
 
     yield from _batches(
         index,
         (requests(step) for step in range(first_step, steps)),
         sampling,
+        replace(loading, cache_gb=loading.cache_gb / world_size),
         first_needed=(
             order.row_at(first_step * batch_size + number) for number in range(len(order))
         ),
-        workers=workers,
-        cache_gb=cache_gb / world_size,
+        stand_in=StandIns(index, order, max_share=loading.max_broken_share, ledger=loading.ledger),
     )
 
 
@@ -111,12 +116,11 @@ def eval_batches(
     batch_size: int,
     sampling: Sampling,
     views: tuple[int, int] = (1, 1),
-    workers: int = 0,
-    cache_gb: float = 0.0,
+    loading: Loading = HERE,
     clip_ids: Collection[str] | None = None,
 ) -> Iterator[Batch]:
     """Every clip once, in the order of ids; the windows x crops of `views` stand side by side."""
-    index = ShardIndex.load(shards, split=split, keys=clip_ids)
+    index = open_index(shards, loading, split=split, keys=clip_ids)
     check_rates(sampling, fps=index.fps, audio_hz=index.audio_hz)
     order = sorted(range(len(index.rows)), key=lambda number: index.rows[number].key)
     windows, crops = views
@@ -132,9 +136,9 @@ def eval_batches(
         index,
         requests,
         replace(sampling, augmentation=None),
+        loading,
         first_needed=order,
-        workers=workers,
-        cache_gb=cache_gb,
+        stand_in=refuse,
     )
 
 
@@ -142,71 +146,18 @@ def _batches(
     index: ShardIndex,
     requests: Iterable[list[Request]],
     sampling: Sampling,
+    loading: Loading,
     *,
     first_needed: Iterable[int],
-    workers: int,
-    cache_gb: float,
+    stand_in: StandIn,
 ) -> Iterator[Batch]:
     names = sorted({name for row in index.rows for name in row.labels})
-    for asked, samples in load_samples(
-        index,
-        requests,
-        sampling,
-        first_needed=first_needed,
-        workers=workers,
-        cache_bytes=int(cache_gb * 1e9),
+    for asked, arrays in load(
+        index, requests, sampling, loading, first_needed=first_needed, stand_in=stand_in
     ):
-        yield _collate(index, asked, samples, names)
-
-
-def _collate(
-    index: ShardIndex, asked: Sequence[Request], samples: Sequence[Sample], names: Sequence[str]
-) -> Batch:
-    rows = [index.rows[request.row] for request in asked]
-    return Batch(
-        clip_ids=[row.key for row in rows],
-        video=torch.from_numpy(np.stack([sample.video for sample in samples])),
-        audio=torch.from_numpy(np.stack([sample.audio for sample in samples])),
-        text=torch.from_numpy(np.stack([sample.text for sample in samples])),
-        has_video=torch.tensor([sample.has_video for sample in samples]),
-        has_audio=torch.tensor([sample.has_audio for sample in samples]),
-        colour=torch.tensor([sample.colour for sample in samples], dtype=torch.float32),
-        labels={name: [row.labels.get(name, "") for row in rows] for name in names},
-    )
-
-
-class Order:
-    """The endless order of training: every epoch all rows once, shards read mostly in sequence.
-
-    Shards are shuffled, then rows within each group of SHUFFLED_SHARDS shards.
-    """
-
-    def __init__(self, shard_of_row: Sequence[str], *, seed: int) -> None:
-        self._seed = seed
-        shards: dict[str, list[int]] = {}
-        for row, shard in enumerate(shard_of_row):
-            shards.setdefault(shard, []).append(row)
-        self._shards = [np.array(rows) for rows in shards.values()]
-        self._length = len(shard_of_row)
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def __len__(self) -> int:
-        """The rows of an epoch."""
-        return self._length
-
-    def row_at(self, position: int) -> int:
-        """The row at a position, counted through all epochs."""
-        epoch, within = divmod(position, self._length)
-        if epoch not in self._epochs:
-            for past in [known for known in self._epochs if known < epoch - 1]:
-                del self._epochs[past]
-            self._epochs[epoch] = self._shuffle(epoch)
-        return int(self._epochs[epoch][within])
-
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        random = np.random.Generator(np.random.PCG64([self._seed, epoch]))
-        shards = iter(random.permutation(len(self._shards)).tolist())
-        groups = []
-        while group := list(islice(shards, SHUFFLED_SHARDS)):
-            groups.append(random.permutation(np.concatenate([self._shards[i] for i in group])))
-        return np.concatenate(groups)
+        rows = [index.rows[request.row] for request in asked]
+        yield Batch(
+            clip_ids=[row.key for row in rows],
+            labels={name: [row.labels.get(name, "") for row in rows] for name in names},
+            **{name: torch.from_numpy(getattr(arrays, name)) for name in arrays.__slots__},
+        )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vatt.data.manifest import LABEL_SEPARATOR
-from vatt.data.samples import ShardIndex
+from vatt.data.reader import ShardIndex
 from vatt.errors import DataError
 
 

@@ -1,56 +1,118 @@
-"""Requests -> samples, in order: decoded by worker processes, from memory where all of it fits."""
+"""Requests -> arrays, in order: decoded by worker processes, from memory where all of it fits."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import Self
 
-import numpy as np
 import torch
 
+from vatt.config import MachineParams
+from vatt.data.arrays import Arrays, Block, Blocks, attach, bytes_of
 from vatt.data.background import Background
+from vatt.data.memory import Memory
+from vatt.data.order import OPEN_SHARDS, WINDOW
 from vatt.data.pool import worker_pool
-from vatt.data.samples import VOCABULARY, Decoded, Facts, Row, ShardIndex, ShardReader, decode_clips
-from vatt.data.sampling import Request, Sample, Sampling, Stored, make_sample
+from vatt.data.reader import BrokenSampleError, ShardIndex, ShardReader, extents, place
+from vatt.data.remote import ShardCache
+from vatt.data.samples import INDEX, VOCABULARY, Row
+from vatt.data.sampling import Broken, Request, Sampling, Source, Stored, fill_all
 from vatt.data.storage import Storage
 from vatt.data.text import Vocabulary
-from vatt.errors import MachineError
+from vatt.errors import MachineError, SettingsError
 
-Loaded = tuple[list[Request], list[Sample]]
+Loaded = tuple[list[Request], Arrays]
+# Takes a request, its broken sample and why; returns what to show instead.
+StandIn = Callable[[Request, BrokenSampleError], Request]
 
-AHEAD = 2  # batches made before they are asked for
-CHUNK = 16  # clips that a worker decodes at a time
+AHEAD = 16  # batches made before they are asked for, at most
+CHUNK = 16  # clips that a worker shows at a time, at most
 
 
-def load_samples(
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How samples are loaded; what comes out does not depend on it."""
+
+    workers: int = 0
+    cache_gb: float = 0.0  # decoded clips kept in memory
+    prefetch_gb: float = 1.0  # batches made before they are asked for; one always is
+    max_broken_share: float = 0.0  # more broken samples than this stop a training
+    ledger: Path | None = None  # where broken samples are noted
+    shards_url: str | None = None  # where shards lie that are not beside their index
+    shard_cache: Path = Path()  # and where they are kept
+    shard_cache_gb: float = 0.0
+
+    @classmethod
+    def of(cls, machine: MachineParams) -> Self:
+        """As the settings want it."""
+        return cls(
+            workers=machine.workers,
+            cache_gb=machine.cache_gb,
+            prefetch_gb=machine.prefetch_gb,
+            max_broken_share=machine.max_broken_share,
+            ledger=machine.load_ledger,
+            shards_url=machine.shards_url,
+            shard_cache=machine.shard_cache,
+            shard_cache_gb=machine.shard_cache_gb,
+        )
+
+
+HERE = Loading()  # in this process, from local shards, no sample broken
+
+
+def open_index(
+    shards: Path, how: Loading, *, split: str, keys: Collection[str] | None = None
+) -> ShardIndex:
+    """The index of a split, and where its shards come from."""
+    index = ShardIndex.load(shards, split=split, keys=keys)
+    if how.shards_url is None:
+        return index
+    cache = ShardCache.of(
+        how.shards_url, shards / INDEX, folder=how.shard_cache, gigabytes=how.shard_cache_gb
+    )
+    needed = largest(index.rows, OPEN_SHARDS + 1)
+    if needed > cache.limit:
+        raise SettingsError(
+            f"machine.shard_cache_gb: {how.shard_cache_gb} holds too few shards: {OPEN_SHARDS} "
+            "are read at a time",
+            hint=f"raise it to {needed / 1e9 + 0.1:.1f} or more",
+        )
+    return replace(index, remote=cache)
+
+
+def largest(rows: Sequence[Row], count: int) -> int:
+    """Bytes of the `count` largest shards."""
+    ends: dict[str, int] = {}
+    for shard, first, size in extents(rows):
+        ends[shard] = max(ends.get(shard, 0), first + size)
+    return sum(sorted(ends.values())[-count:])
+
+
+def load(
     index: ShardIndex,
     requests: Iterable[list[Request]],
     sampling: Sampling,
+    how: Loading,
     *,
     first_needed: Iterable[int],
-    workers: int,
-    cache_bytes: int,
+    stand_in: StandIn,
 ) -> Iterator[Loaded]:
-    """The samples of each batch of requests; content does not depend on workers or cache."""
-    if decoded_bytes(index.rows, sampling) <= cache_bytes:
-        made = _from_memory(index, requests, sampling, first_needed, workers)
-    else:
-        made = _from_shards(index, requests, sampling, workers)
-    if workers == 0:
-        yield from made
-        return
-    with Background(made, ahead=AHEAD) as ready:
-        try:
-            yield from ready
-        except BrokenProcessPool:
-            raise MachineError(
-                "a worker process died, perhaps for want of memory",
-                hint="lower machine.workers or machine.cache_gb",
-            ) from None
+    """The arrays of each batch of requests, and the requests that they show in the end."""
+    try:
+        if decoded_bytes(index.rows, sampling) <= int(how.cache_gb * 1e9):
+            yield from _from_memory(index, requests, sampling, how, first_needed, stand_in)
+        else:
+            yield from _from_shards(index, requests, sampling, how, stand_in)
+    except BrokenProcessPool:
+        raise MachineError(
+            "a worker process died, perhaps for want of memory",
+            hint="lower machine.workers, machine.prefetch_gb or machine.cache_gb",
+        ) from None
 
 
 def decoded_bytes(rows: Sequence[Row], sampling: Sampling) -> int:
@@ -60,125 +122,176 @@ def decoded_bytes(rows: Sequence[Row], sampling: Sampling) -> int:
     return frames * (sampling.frames > 0) + samples * (sampling.samples > 0)
 
 
-class Memory:
-    """Clips decoded once and kept; reads like the shards."""
-
-    def __init__(
-        self, index: ShardIndex, sampling: Sampling, order: Sequence[int], pool: Executor | None
-    ) -> None:
-        self._index = replace(index, rows=[])
-        self._wanted = (sampling.frames > 0, sampling.samples > 0)
-        self._clips: dict[str, Decoded] = {}
-        self._pending: dict[str, tuple[list[Row], Future[list[Decoded]]]] = {}
-        for first in range(0, len(order) if pool is not None else 0, CHUNK):
-            assert pool is not None
-            rows = [index.rows[number] for number in order[first : first + CHUNK]]
-            future = pool.submit(decode_clips, self._index, rows, *self._wanted)
-            self._pending.update((row.key, (rows, future)) for row in rows)
-
-    def facts(self, row: Row) -> Facts:
-        """Labels and captions."""
-        return self._clip(row).facts
-
-    def frames(self, row: Row, indices: Sequence[int]) -> np.ndarray:
-        """(T, H, W, C)."""
-        video = self._clip(row).video
-        assert video is not None
-        return video[list(indices)]
-
-    def audio(self, row: Row, first: int, last: int) -> np.ndarray:
-        """(S,), fewer where the clip ends."""
-        wave = self._clip(row).audio
-        assert wave is not None
-        return wave[max(first, 0) : last]
-
-    def _clip(self, row: Row) -> Decoded:
-        if row.key not in self._clips:
-            rows, future = self._pending.get(row.key, ([row], None))
-            decoded = (
-                decode_clips(self._index, rows, *self._wanted)
-                if future is None
-                else future.result()
-            )
-            for done, clip in zip(rows, decoded, strict=True):
-                self._clips[done.key] = clip
-                self._pending.pop(done.key, None)
-        return self._clips[row.key]
-
-
 def _from_memory(
     index: ShardIndex,
     requests: Iterable[list[Request]],
     sampling: Sampling,
+    how: Loading,
     first_needed: Iterable[int],
-    workers: int,
+    stand_in: StandIn,
 ) -> Iterator[Loaded]:
     """Decode every clip once, those needed first at first; then everything comes from memory."""
     order = list(dict.fromkeys(islice(first_needed, len(index.rows))))
-    with worker_pool(workers, preload=["vatt.data.samples"]) as pool:
-        memory = Memory(index, sampling, order, pool if workers else None)
-        for asked in requests:
-            rows = [index.rows[request.row] for request in asked]
-            yield asked, _make(memory, index, rows, asked, sampling)
+    with worker_pool(how.workers, preload=["vatt.data.reader"]) as pool:
+        source = _source(
+            Memory(index, sampling, order if how.workers else (), pool), index, sampling
+        )
+
+        def made() -> Iterator[Loaded]:
+            for asked in requests:
+                arrays = Arrays.empty(len(asked), sampling.shapes())
+                todo = list(range(len(asked)))
+                while todo:
+                    rows = [index.rows[asked[number].row] for number in todo]
+                    wanted = [asked[number] for number in todo]
+                    broken = fill_all(arrays, todo, rows, wanted, source, sampling)
+                    for number, error in broken:
+                        asked[number] = stand_in(asked[number], error)
+                    todo = [number for number, _ in broken]
+                yield asked, arrays
+
+        if how.workers == 0:
+            yield from made()
+            return
+        with Background(made(), ahead=2) as ready:
+            yield from ready
+
+
+@dataclass(slots=True)
+class Job:
+    """A batch in the making."""
+
+    asked: list[Request]
+    arrays: Arrays
+    block: Block | None  # where the arrays lie, for other processes
+    parts: list[Future[list[Broken]]]
+
+
+class Maker:
+    """Decodes the windows that are asked for, each time anew, straight into their batch."""
+
+    def __init__(self, index: ShardIndex, sampling: Sampling, how: Loading, pool: Executor) -> None:
+        self._index, self._sampling, self._how, self._pool = index, sampling, how, pool
+        self._blocks = Blocks()
+        self._bare = replace(index, rows=[])
+        self._reader, self._scout = ShardReader(index), ShardReader(index)
+
+    def ahead(self, clips: int) -> int:
+        """How many batches to make before they are asked for."""
+        if self._how.workers == 0:
+            return 0
+        fitting = int(self._how.prefetch_gb * 1e9) // bytes_of(clips, self._sampling.shapes())
+        return min(max(fitting, 1), AHEAD)
+
+    def begin(self, asked: list[Request]) -> Job:
+        """Have a batch made."""
+        shapes, clips = self._sampling.shapes(), len(asked)
+        if self._how.workers == 0:
+            job = Job(asked, Arrays.empty(clips, shapes), None, [])
+        else:
+            block, memory = self._blocks.take(bytes_of(clips, shapes))
+            job = Job(asked, Arrays.over(memory, clips, shapes), block, [])
+        self._submit(job, list(range(clips)))
+        return job
+
+    def end(self, job: Job, stand_in: StandIn) -> Loaded:
+        """Wait for a batch; what is broken in it is made again from another sample."""
+        while job.parts:
+            broken = [entry for part in job.parts for entry in part.result()]
+            job.parts.clear()
+            for number, error in sorted(broken, key=lambda entry: entry[0]):
+                job.asked[number] = stand_in(job.asked[number], error)
+            self._submit(job, [number for number, _ in broken])
+        return job.asked, job.arrays
+
+    def announce(self, asked: Iterable[Request]) -> None:
+        """Get near what is asked for soon."""
+        self._scout.announce([self._index.rows[request.row] for request in asked])
+
+    def close(self) -> None:
+        """Close the shards."""
+        self._reader.close()
+        self._scout.close()
+
+    def _submit(self, job: Job, numbers: list[int]) -> None:
+        """Deal rows of a batch out to the workers, each to be read in sequence."""
+        row_of = {number: self._index.rows[job.asked[number].row] for number in numbers}
+        numbers = sorted(numbers, key=lambda number: place(row_of[number]))
+        size = min(CHUNK, -(-len(numbers) // max(self._how.workers, 1)))
+        for first in range(0, len(numbers), max(size, 1)):
+            part = numbers[first : first + size]
+            what = part, [row_of[n] for n in part], [job.asked[n] for n in part]
+            if job.block is None:
+                source = _source(self._reader, self._index, self._sampling)
+                future = self._pool.submit(fill_all, job.arrays, *what, source, self._sampling)
+            else:
+                future = self._pool.submit(
+                    show_in_worker, job.block, len(job.asked), *what, self._bare, self._sampling
+                )
+            job.parts.append(future)
 
 
 def _from_shards(
-    index: ShardIndex, requests: Iterable[list[Request]], sampling: Sampling, workers: int
-) -> Iterator[Loaded]:
-    """Decode the window that is asked for, each time anew, a few batches ahead."""
-    bare = replace(index, rows=[])
-    waiting: deque[tuple[list[Request], list[Future[list[Sample]]]]] = deque()
-    with worker_pool(workers, preload=[__name__]) as pool:
-        for asked in requests:
-            futures = []
-            for first in range(0, len(asked), CHUNK):
-                part = asked[first : first + CHUNK]
-                rows = [index.rows[request.row] for request in part]
-                futures.append(pool.submit(make_samples, bare, rows, part, sampling))
-            waiting.append((asked, futures))
-            if workers == 0 or len(waiting) > AHEAD:
-                yield _result(waiting.popleft())
-        while waiting:
-            yield _result(waiting.popleft())
-
-
-def _result(ready: tuple[list[Request], list[Future[list[Sample]]]]) -> Loaded:
-    asked, futures = ready
-    return asked, [sample for future in futures for sample in future.result()]
-
-
-def make_samples(
-    index: ShardIndex, rows: Sequence[Row], asked: Sequence[Request], sampling: Sampling
-) -> list[Sample]:
-    """What a worker does: decode and show."""
-    return _make(_reader(index.folder, index.storage), index, rows, asked, sampling)
-
-
-def _make(
-    stored: Stored,
     index: ShardIndex,
+    requests: Iterable[list[Request]],
+    sampling: Sampling,
+    how: Loading,
+    stand_in: StandIn,
+) -> Iterator[Loaded]:
+    """Decode a few batches ahead, and let the disk or the network run further ahead."""
+    waiting: deque[Job] = deque()
+    with worker_pool(how.workers, preload=[__name__]) as pool, ThreadPoolExecutor(1) as helper:
+        maker = Maker(index, sampling, how, pool)
+        try:
+            for asked in _announced(requests, lambda soon: helper.submit(maker.announce, soon)):
+                waiting.append(maker.begin(asked))
+                if len(waiting) > maker.ahead(len(asked)):
+                    yield maker.end(waiting.popleft(), stand_in)
+            while waiting:
+                yield maker.end(waiting.popleft(), stand_in)
+        finally:
+            helper.shutdown(cancel_futures=True)
+            maker.close()
+
+
+def _announced(
+    requests: Iterable[list[Request]], announce: Callable[[list[Request]], object]
+) -> Iterator[list[Request]]:
+    """The same batches, after each WINDOW of requests has been announced a WINDOW ahead."""
+    before: list[list[Request]] = []
+    soon: list[list[Request]] = []
+    for asked in requests:
+        soon.append(asked)
+        if sum(map(len, soon)) >= WINDOW:
+            announce([request for batch in soon for request in batch])
+            yield from before
+            before, soon = soon, []
+    yield from before
+    yield from soon
+
+
+def show_in_worker(
+    block: Block,
+    clips: int,
+    numbers: Sequence[int],
     rows: Sequence[Row],
     asked: Sequence[Request],
+    index: ShardIndex,
     sampling: Sampling,
-) -> list[Sample]:
-    vocabulary = _vocabulary(index) if sampling.candidates else None
-    return [
-        make_sample(
-            stored,
-            row,
-            sampling,
-            fps=index.fps,
-            audio_hz=index.audio_hz,
-            vocabulary=vocabulary,
-            request=request,
-        )
-        for row, request in zip(rows, asked, strict=True)
-    ]
+) -> list[Broken]:
+    """What a worker does: decode and show, into memory that the parent reads."""
+    arrays = Arrays.over(attach(block), clips, sampling.shapes())
+    source = _source(_worker_reader(index.folder, index.storage, index.remote), index, sampling)
+    return fill_all(arrays, numbers, rows, asked, source, sampling)
 
 
-def _vocabulary(index: ShardIndex) -> Vocabulary:
+def _source(stored: Stored, index: ShardIndex, sampling: Sampling) -> Source:
     path = index.folder / VOCABULARY
-    return _load_vocabulary(path, path.stat().st_mtime_ns if path.exists() else 0)
+    vocabulary = None
+    if sampling.candidates:
+        changed = path.stat().st_mtime_ns if path.exists() else 0
+        vocabulary = _load_vocabulary(path, changed)
+    return Source(stored, index.fps, index.audio_hz, vocabulary)
 
 
 @lru_cache(maxsize=2)
@@ -187,6 +300,6 @@ def _load_vocabulary(path: Path, changed: int) -> Vocabulary:
 
 
 @lru_cache(maxsize=1)
-def _reader(folder: Path, storage: Storage) -> ShardReader:
-    torch.set_num_threads(1)
-    return ShardReader(ShardIndex(folder, storage, []))
+def _worker_reader(folder: Path, storage: Storage, remote: ShardCache | None) -> ShardReader:
+    torch.set_num_threads(1)  # in a worker only: the parent trains with its own number
+    return ShardReader(ShardIndex(folder, storage, [], remote))

@@ -13,7 +13,10 @@ import torch
 
 from vatt.config import AugmentationParams, FinetuneTaskParams, ModelParams, PretrainParams
 from vatt.data import augment
-from vatt.data.samples import Facts, Row, nearest
+from vatt.data.arrays import Arrays, Shapes
+from vatt.data.reader import BrokenSampleError, Facts
+from vatt.data.samples import Row, nearest
+from vatt.data.storage import Box
 from vatt.data.text import Vocabulary
 from vatt.errors import SettingsError
 
@@ -64,6 +67,17 @@ class Sampling:
             still=still,
         )
 
+    def shapes(self) -> Shapes:
+        """What one clip takes in a batch."""
+        return {
+            "video": ((self.frames, *self.frame_size, 3), np.uint8),
+            "audio": ((self.samples,), np.int16),
+            "text": ((self.candidates, self.words), np.int64),
+            "colour": ((4,), np.float32),
+            "has_video": ((), np.bool_),
+            "has_audio": ((), np.bool_),
+        }
+
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
@@ -86,18 +100,11 @@ class Request:
     row: int
     draw: tuple[int, ...] | None
     view: View = View()
+    position: int = 0  # in the order of training
+    attempt: int = 0  # stand-ins that were broken too
 
 
-@dataclass(slots=True)
-class Sample:
-    """One row of a batch."""
-
-    video: np.ndarray  # (T, H, W, C) uint8
-    audio: np.ndarray  # (S,) int16
-    text: np.ndarray  # (K, L) int64
-    colour: augment.Colour
-    has_video: bool
-    has_audio: bool
+Broken = tuple[int, BrokenSampleError]  # a row of a batch, and why it is not filled
 
 
 class Stored(Protocol):
@@ -106,24 +113,46 @@ class Stored(Protocol):
     def facts(self, row: Row) -> Facts:
         """Labels and captions."""
 
-    def frames(self, row: Row, indices: Sequence[int]) -> np.ndarray:
-        """(T, H, W, C)."""
+    def frames(self, row: Row, indices: Sequence[int], box: Box) -> np.ndarray:
+        """(T, H, W, C), the part of the frames in the box."""
 
     def audio(self, row: Row, first: int, last: int) -> np.ndarray:
         """(S,), fewer where the clip ends."""
 
 
-def make_sample(
-    stored: Stored,
-    row: Row,
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Stored clips, and what is the same for all of them."""
+
+    stored: Stored
+    fps: int
+    audio_hz: int
+    vocabulary: Vocabulary | None
+
+
+def fill_all(
+    arrays: Arrays,
+    numbers: Sequence[int],
+    rows: Sequence[Row],
+    asked: Sequence[Request],
+    source: Source,
     sampling: Sampling,
-    *,
-    fps: int,
-    audio_hz: int,
-    vocabulary: Vocabulary | None,
-    request: Request,
-) -> Sample:
-    """Show one stored clip: a pure function of what is stored and of the request."""
+) -> list[Broken]:
+    """Show stored clips in the rows `numbers`; returns what could not be read."""
+    broken = []
+    for number, row, request in zip(numbers, rows, asked, strict=True):
+        try:
+            fill(arrays, number, source, row, sampling, request)
+        except BrokenSampleError as error:
+            broken.append((number, error))
+    return broken
+
+
+def fill(
+    arrays: Arrays, number: int, source: Source, row: Row, sampling: Sampling, request: Request
+) -> None:
+    """Show one stored clip in row `number`: a pure function of what is stored and the request."""
+    stored, fps, audio_hz = source.stored, source.fps, source.audio_hz
     generator = augment.generator_for(*request.draw) if request.draw is not None else None
     has_video = sampling.frames > 0 and row.video is not None
     has_audio = sampling.samples > 0 and row.audio is not None
@@ -137,23 +166,32 @@ def make_sample(
         length = heard
         room = row.num_samples - round(heard * audio_hz)
         start = _first(room, request.view, generator) / audio_hz
-    video, colour = _picture(stored, row, sampling, start, fps, request.view, generator, has_video)
-    audio = np.zeros(sampling.samples, dtype=np.int16)
+    arrays.has_video[number], arrays.has_audio[number] = has_video, has_audio
+    arrays.colour[number] = augment.IDENTITY
+    if has_video:
+        arrays.colour[number] = _show_picture(
+            arrays.video[number], stored, row, sampling, start, fps, request.view, generator
+        )
+    else:
+        arrays.video[number] = 0
+    audio = arrays.audio[number]
+    audio[:] = 0
     if has_audio:
         begin = round(start * audio_hz)
         wave = stored.audio(row, begin, begin + round(heard * audio_hz))
         wave = resample(wave, audio_hz, hz)[: sampling.samples]
         audio[: len(wave)] = wave
-    text = np.zeros((sampling.candidates, sampling.words), dtype=np.int64)
-    if vocabulary is not None and sampling.candidates:
+    text = arrays.text[number]
+    text[:] = 0
+    if source.vocabulary is not None and sampling.candidates:
         captions = stored.facts(row).captions
         near = nearest(captions, start=start, end=start + length, count=sampling.candidates)
-        for number, caption in enumerate(near):
-            text[number] = vocabulary.encode(caption.text, sampling.words)
-    return Sample(video, audio, text, colour, has_video, has_audio)
+        for candidate, caption in enumerate(near):
+            text[candidate] = source.vocabulary.encode(caption.text, sampling.words)
 
 
-def _picture(
+def _show_picture(
+    video: np.ndarray,
     stored: Stored,
     row: Row,
     sampling: Sampling,
@@ -161,20 +199,9 @@ def _picture(
     fps: int,
     view: View,
     generator: torch.Generator | None,
-    has_video: bool,
-) -> tuple[np.ndarray, augment.Colour]:
-    """The frames cut, resized and mirrored, and the colour drawn for them."""
-    size = sampling.frame_size
-    if not has_video:
-        return np.zeros((sampling.frames, *size, 3), dtype=np.uint8), augment.IDENTITY
-    indices = frame_indices(
-        round(start * fps),
-        row.num_frames,
-        frames=1 if sampling.still else sampling.frames,
-        stride=fps / sampling.fps,
-    )
-    frames = stored.frames(row, indices)
-    inside = (row.height, row.width)
+) -> augment.Colour:
+    """Cut, resize and mirror the frames into `video`; returns the colour drawn for them."""
+    size, inside = sampling.frame_size, (row.height, row.width)
     if generator is None or sampling.augmentation is None:
         box = augment.view_box(inside, size, view=view.crop, views=view.crops)
         flip, colour = False, augment.IDENTITY
@@ -185,8 +212,13 @@ def _picture(
         )
         flip = augment.uniform(0, 1, generator) < 0.5 and how.flip
         colour = augment.draw_colour(how, generator)
-    video = augment.take(frames, box, size, flip=flip)
-    return (np.repeat(video, sampling.frames, axis=0) if sampling.still else video), colour
+    shown = 1 if sampling.still else sampling.frames
+    indices = frame_indices(
+        round(start * fps), row.num_frames, frames=shown, stride=fps / sampling.fps
+    )
+    augment.show(stored.frames(row, indices, box), video[:shown], flip=flip)
+    video[shown:] = video[:1]
+    return colour
 
 
 def _first(room: float, view: View, generator: torch.Generator | None) -> int:

@@ -4,16 +4,19 @@ T H W C: frames, height, width, channels. S: samples.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
 import av
 import numpy as np
 import simplejpeg
+from av.video.reformatter import VideoReformatter
 
 from vatt.config import PreprocessParams
 from vatt.data.media import BrokenMediaError
+
+Box = tuple[int, int, int, int]  # top, left, height, width
 
 WAV_HEADER_BYTES = 44
 AAC_PREROLL = 2048  # samples: a packet's first half needs the packet before it
@@ -47,37 +50,70 @@ class Storage:
         return f"{key}.{_EXTENSIONS[self.audio]}"
 
 
-def decode_frames(data: bytes, indices: Sequence[int], *, fps: int) -> np.ndarray:
-    """The frames at `indices`, in any order, of an mp4 of constant fps: (T, H, W, C)."""
-    first, last = min(indices), max(indices)
-    wanted = set(indices)
-    found: dict[int, np.ndarray] = {}
+def decode_frames(
+    data: bytes, indices: Sequence[int], *, fps: int, box: Box | None = None
+) -> np.ndarray:
+    """The frames at `indices`, in any order, of an mp4 of constant fps, or `box` of them:
+    (T, H, W, C)."""
+    places: dict[int, list[int]] = {}
+    for place, index in enumerate(indices):
+        places.setdefault(index, []).append(place)
+    first, last = min(places), max(places)
+    frames = None
+    scaler = VideoReformatter()  # one for all frames: setting it up takes longer than its work
     try:
-        with av.open(io.BytesIO(data), format="mp4") as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "NONE"
-            stream.codec_context.thread_count = 1
-            if first >= fps:  # before that a seek costs more than it saves
-                container.seek(int(first / fps / stream.time_base), stream=stream)
-            for frame in container.decode(stream):
-                index = round(frame.time * fps)
-                if index in wanted:
-                    found[index] = frame.to_ndarray(format="rgb24")
-                if index >= last:
-                    break
-        return np.stack([found[index] for index in indices])
-    except (av.FFmpegError, KeyError, IndexError, TypeError) as error:
+        for index, frame in _decoded(data, first, last, fps):
+            if index in places:
+                part = _inside(scaler.reformat(frame, format="rgb24", threads=1), box)
+                if frames is None:
+                    frames = np.empty((len(indices), *part.shape), dtype=np.uint8)
+                frames[places.pop(index)] = part
+    except (av.FFmpegError, ValueError, IndexError, TypeError) as error:
         raise BrokenMediaError(f"frames {first} to {last} cannot be decoded: {error}") from None
+    if places or frames is None:
+        raise BrokenMediaError(f"frame {min(places)} is missing")
+    return frames
 
 
-def decode_jpegs(pictures: Sequence[bytes], *, height: int, width: int) -> np.ndarray:
-    """Pictures of one size: (T, H, W, C)."""
-    frames = np.empty((len(pictures), height, width, 3), dtype=np.uint8)
+def _decoded(data: bytes, first: int, last: int, fps: int) -> Iterator[tuple[int, av.VideoFrame]]:
+    """The frames from some before `first` to `last`, with their numbers."""
+    with av.open(io.BytesIO(data), format="mp4") as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        stream.codec_context.thread_count = 1
+        if first >= fps:  # before that a seek costs more than it saves
+            container.seek(int(first / fps / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            index = round(frame.time * fps)
+            yield index, frame
+            if index >= last:
+                return
+
+
+def _inside(frame: av.VideoFrame, box: Box | None) -> np.ndarray:
+    pixels = frame.to_ndarray()
+    if box is None:
+        return pixels
+    top, left, height, width = box
+    part = pixels[top : top + height, left : left + width]
+    if part.shape[:2] != (height, width):
+        raise ValueError(f"a frame of {pixels.shape[1]} x {pixels.shape[0]}, smaller than promised")
+    return part
+
+
+def decode_jpegs(
+    pictures: Sequence[bytes | memoryview], *, height: int, width: int, box: Box | None = None
+) -> np.ndarray:
+    """Pictures of one size, or `box` of them: (T, H, W, C)."""
+    top, left, tall, wide = box or (0, 0, height, width)
+    frames = np.empty((len(pictures), tall, wide, 3), dtype=np.uint8)
+    whole = np.empty((height, width, 3), dtype=np.uint8)
     try:
         for picture, frame in zip(pictures, frames, strict=True):
             if simplejpeg.decode_jpeg_header(picture)[:2] != (height, width):
                 raise ValueError("a picture has another size")
-            simplejpeg.decode_jpeg(picture, buffer=frame)
+            simplejpeg.decode_jpeg(picture, buffer=whole)
+            frame[:] = whole[top : top + tall, left : left + wide]
     except ValueError as error:
         raise BrokenMediaError(f"a JPEG cannot be decoded: {error}") from None
     return frames

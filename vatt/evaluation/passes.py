@@ -14,7 +14,7 @@ from vatt.config import (
     ModelParams,
     PretrainParams,
 )
-from vatt.data.batches import Batch, Sampling, eval_batches
+from vatt.data.batches import Batch, Loading, Sampling, eval_batches
 from vatt.data.samples import INDEX, VOCABULARY
 from vatt.evaluation.classification import Predictions, predict
 from vatt.evaluation.features import (
@@ -125,9 +125,8 @@ def _batches(
         batch_size=params.batch_size,
         sampling=sampling,
         views=views,
-        workers=machine.workers,
         # A clip is shown once: keeping it decoded would only cost memory.
-        cache_gb=0.0,
+        loading=replace(Loading.of(machine), cache_gb=0.0),
     )
 
 

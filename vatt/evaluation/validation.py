@@ -1,6 +1,7 @@
 """Zero-shot retrieval on the validation split while a model is trained: its early curves."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from vatt.checkpoint import build, load_weights
 from vatt.config import MachineParams, ModelParams, PretrainParams
-from vatt.data.batches import Sampling, eval_batches
-from vatt.data.samples import ShardIndex, splits_of
+from vatt.data.batches import Loading, Sampling, eval_batches
+from vatt.data.reader import ShardIndex
+from vatt.data.samples import splits_of
 from vatt.errors import SettingsError
 from vatt.evaluation.features import extract
 from vatt.evaluation.retrieval import RECALLS, draw_pool, similarities
@@ -45,7 +47,7 @@ def validation(
             split=SPLIT,
             batch_size=machine.micro_batch_size or min(params.batch_size, len(keys)),
             sampling=Sampling.for_pretraining(model, params),
-            workers=machine.workers,
+            loading=replace(Loading.of(machine), cache_gb=0.0),
             clip_ids=keys,
         )
         encoder = _encoder(model, weights)

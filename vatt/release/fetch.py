@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 from aiohttp import ClientError
 
 from vatt.errors import DataError, MachineError, SettingsError

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vatt import checkpoint
 from vatt.config import FinetuneTaskParams, MachineParams, ModelParams, PretrainParams
-from vatt.data.batches import Batch, Sampling, train_batches
+from vatt.data.batches import Batch, Loading, Sampling, train_batches
 from vatt.training import distributed
 from vatt.training.best import Best
 from vatt.training.engine import Weights
@@ -64,8 +64,7 @@ def feed(
             sampling=sampling,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
-            workers=machine.workers,
-            cache_gb=machine.cache_gb,
+            loading=Loading.of(machine),
             clip_ids=keys,
         )
 
