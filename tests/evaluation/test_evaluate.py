@@ -120,6 +120,7 @@ def test_everything_that_was_trained_is_measured_and_nothing_else(measured):
     assert evidence.arrays.keys() == {
         "features",
         "similarities",
+        "insides",
         "predictions-audio-scratch",
         "probe-digit-svm",
         "probe-digit-low_rank",

@@ -120,6 +120,12 @@ def leave_arrays(place: PathsParams, *, label: str, sentence: str) -> None:
     )
     similarities = generator.normal(size=(12, 12)).astype(np.float32)
     np.savez(place.evaluation / "similarities.npz", text_to_video=similarities)
+    insides = {f"nodes/{name}": generator.random((3, 100)) for name in ("video", "text")}
+    clips = np.asarray([f"clip-{i}" for i in range(12)])
+    for name in ("video", "text"):
+        insides[f"input/{name}"] = generator.normal(size=(12, 16)).astype(np.float32)
+        insides[f"input/{name}/clip_ids"] = clips if name == "video" else clips[::-1]
+    np.savez(place.evaluation / "insides.npz", **insides)
     np.savez(
         place.evaluation / "predictions-action-pretrained.npz",
         classes=np.array([label, "two"]),

@@ -16,6 +16,7 @@ from vatt.report.svg import (
     WIDTH,
     Axes,
     densities,
+    heat,
     lines,
     matrix,
     scatter,
@@ -71,3 +72,14 @@ def test_a_confusion_matrix_counts_and_shades_by_row():
     assert "75.0 % of 4 clips on the diagonal" in picture.alt
     assert picture.svg.count("<rect") == 4
     assert "x answered as y: 1 (25 %)" in picture.svg
+
+
+def test_a_heat_map_shades_the_cells_that_are_not_zero_from_the_bottom_up():
+    values = np.asarray([[0.0, 1.0], [0.5, 0.0]])
+    picture = heat("nodes", values, top=1.0, x_label="node", y_label="layer")
+    shades = dict(re.findall(r'fill-opacity="([^"]*)" d="M([^h]*)h', picture.svg))
+    assert shades.keys() == {"0.50", "1.00"}
+    (low_x, low_y), (high_x, high_y) = (map(float, shades[s].split()) for s in ("1.00", "0.50"))
+    assert (low_x, high_x) == ((LEFT + WIDTH - RIGHT) / 2, LEFT)
+    assert (low_y, high_y) == ((TOP + HEIGHT - BOTTOM) / 2, TOP)
+    assert "1: 0.500, 2: 0.250" in picture.alt

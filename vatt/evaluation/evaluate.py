@@ -25,7 +25,12 @@ from vatt.evaluation.classification import Predictions, compare
 from vatt.evaluation.examples import retrieval_examples
 from vatt.evaluation.features import Array, FeatureSet, Progress
 from vatt.evaluation.linear_probe import low_rank_correct, svm_correct
-from vatt.evaluation.passes import Counter, classifier_predictions, encoder_features
+from vatt.evaluation.passes import (
+    Counter,
+    classifier_predictions,
+    encoder_features,
+    encoder_insides,
+)
 from vatt.evaluation.retrieval import draw_pool, retrieval_metrics, similarities
 from vatt.files import atomic_folder, atomic_write
 from vatt.metrics import Booleans, Metric, majority_share, measured, measured_difference
@@ -88,6 +93,9 @@ def evaluate(
         )
         for split in splits
     }
+    insides = encoder_insides(
+        params, pretrained=pretrained, pretrain=pretrain, shards=shards, machine=machine
+    )
     predictions: dict[str, dict[str, Predictions]] = {}
     for (task, init), folder in tasks.items():
         answers = classifier_predictions(
@@ -101,7 +109,7 @@ def evaluate(
     )
     metrics, tables = _metrics(params, features["test"], predictions, finetune, seed=seed)
     metrics = {"clips": clips, **metrics, "probes": probed.metrics, "skipped": probed.skipped}
-    arrays = _arrays(features["test"], tables, predictions) | probed.arrays
+    arrays = _arrays(features["test"], tables, predictions) | probed.arrays | {"insides": insides}
     vocabulary = shards / VOCABULARY
     examples = retrieval_examples(tables, vocabulary, shown=params.class_labels)
     return metrics, Evidence(arrays, examples)

@@ -1,9 +1,10 @@
 """The passes over the shards: which encoder or classifier sees which clips, and how far it is."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from vatt.checkpoint import CONFIG, WEIGHTS, load, load_config
@@ -15,9 +16,11 @@ from vatt.config import (
     PretrainParams,
 )
 from vatt.data.batches import Batch, Loading, Sampling, eval_batches
-from vatt.data.samples import INDEX, VOCABULARY
+from vatt.data.samples import INDEX, VOCABULARY, ShardIndex
+from vatt.evaluation import inner
 from vatt.evaluation.classification import Predictions, predict
 from vatt.evaluation.features import (
+    Array,
     FeatureSet,
     Progress,
     cache_key,
@@ -25,6 +28,7 @@ from vatt.evaluation.features import (
     extract,
     file_hash,
 )
+from vatt.evaluation.retrieval import draw_pool
 from vatt.model.classifier import Classifier
 from vatt.model.vatt import VATT
 
@@ -83,6 +87,30 @@ def encoder_features(
     return found
 
 
+def encoder_insides(
+    params: EvaluateParams,
+    *,
+    pretrained: Path,
+    pretrain: PretrainParams,
+    shards: Path,
+    machine: MachineParams,
+) -> dict[str, Array]:
+    """A look inside the pre-trained encoder with some test clips (see inner.py)."""
+    model = _encoder(pretrained)
+    keys = np.asarray([row.key for row in ShardIndex.load(shards, split="test").rows])
+    chosen = draw_pool(keys, np.ones(len(keys), dtype=bool), inner.CLIPS)
+    batches = _batches(
+        params,
+        shards,
+        "test",
+        Sampling.for_pretraining(model.params, pretrain),
+        (1, 1),
+        machine,
+        keys=keys[chosen].tolist(),
+    )
+    return inner.inner_views(model, batches)
+
+
 def _of_probes(sampling: Sampling, params: EvaluateParams) -> Sampling:
     """Training clips are shown for the probes' sake only: no words, and what no probe asks for."""
     asked = {probe.modality for probe in params.probes.values()}
@@ -118,10 +146,13 @@ def _batches(
     sampling: Sampling,
     views: tuple[int, int],
     machine: MachineParams,
+    *,
+    keys: Collection[str] | None = None,
 ) -> Iterator[Batch]:
     return eval_batches(
         shards,
         split=split,
+        clip_ids=keys,
         batch_size=params.batch_size,
         sampling=sampling,
         views=views,

@@ -6,12 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vatt.report.inputs import Arrays, Inputs
-from vatt.report.svg import COLOURS, Picture, densities, lines, matrix, scatter
+from vatt.report.svg import COLOURS, Picture, densities, heat, lines, matrix, scatter
 
 ENCODERS = {"pretrained": "pre-trained", "untrained": "untrained"}  # in the arrays: in words
 STARTS = {"pretrained": "from the pre-trained weights", "scratch": "from scratch"}
 FEWEST_CLIPS = 8  # that make a map
 SMOOTH_SHARE = 0.02  # of a curve, for its moving mean
+MODALITIES = ("video", "audio", "text")
 MATRIX_CLASSES = 16  # more do not fit a picture
 
 
@@ -92,19 +93,61 @@ def _tsne(features: NDArray[np.floating]) -> NDArray[np.floating]:
 
 
 def similarity_densities(inputs: Inputs) -> list[Picture]:
-    """Cosines of a clip with its own partner and with the others' (figure 3, output space)."""
+    """Cosines of a clip with its own partner and with the others' (figure 3).
+
+    In the output space, and in the input space where two modalities have tokens of one width.
+    """
     tables = inputs.arrays.get("similarities", {})
+    insides = inputs.arrays.get("insides", {})
     pictures = []
-    for direction, title in (
-        ("text_to_video", "Text and video"),
-        ("audio_to_video", "Sound and video"),
+    for direction, other, title in (
+        ("text_to_video", "text", "Text and video"),
+        ("audio_to_video", "audio", "Sound and video"),
     ):
-        if direction in tables and len(tables[direction]) > 2:
-            table = tables[direction]
-            own = np.eye(len(table), dtype=bool)
-            groups = [("own partner", table[own]), ("another clip's", table[~own])]
-            pictures.append(densities(title, groups, x_label="cosine"))
+        spaces = {"output": tables.get(direction), "input": _input_cosines(insides, other)}
+        for space, table in spaces.items():
+            if table is not None and len(table) > 2:
+                own = np.eye(len(table), dtype=bool)
+                groups = [("own partner", table[own]), ("another clip's", table[~own])]
+                pictures.append(densities(f"{title}, {space} space", groups, x_label="cosine"))
     return pictures
+
+
+def _input_cosines(insides: Arrays, other: str) -> NDArray[np.floating] | None:
+    """Cosines of mean input tokens, rows `other`, columns video; None when widths differ."""
+    if not {"input/video", f"input/{other}"} <= insides.keys():
+        return None
+    if insides["input/video"].shape[1] != insides[f"input/{other}"].shape[1]:
+        return None
+    names = (other, "video")
+    ids = [insides[f"input/{name}/clip_ids"] for name in names]
+    _, *rows = np.intersect1d(ids[0], ids[1], return_indices=True)
+    shared = [insides[f"input/{name}"][own] for name, own in zip(names, rows, strict=True)]
+    left, right = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in shared)
+    return left @ right.T
+
+
+def node_activations(inputs: Inputs) -> list[Picture]:
+    """How active every MLP node is on average, by layer, a picture a modality (figure 4)."""
+    insides = inputs.arrays.get("insides", {})
+    nodes = {name: insides[f"nodes/{name}"] for name in MODALITIES if f"nodes/{name}" in insides}
+    if not nodes:
+        return []
+    shared = (inputs.model or {}).get("model", {}).get("backbone") == "agnostic"
+    first = next(iter(nodes.values()))
+    top = max(float(np.quantile(values, 0.99)) for values in nodes.values())
+    order = "video's activation" if shared else "their activation"
+    return [
+        heat(
+            f"MLP nodes, {name}",
+            np.take_along_axis(values, np.argsort(first if shared else values, axis=1), axis=1),
+            top=top,
+            x_label=f"nodes of a layer, by {order}",
+            y_label="layer",
+            caption=f"Mean activation after the GELU, from 0 (empty) to {top:.2f} (full).",
+        )
+        for name, values in nodes.items()
+    ]
 
 
 def confusions(inputs: Inputs) -> list[Picture]:

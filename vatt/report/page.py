@@ -16,6 +16,7 @@ from vatt.report.figures import (
     confusions,
     feature_maps,
     learning_curves,
+    node_activations,
     similarity_densities,
 )
 from vatt.report.inputs import STAGES, Inputs, read_inputs
@@ -77,6 +78,7 @@ def _context(inputs: Inputs, params: ReportParams) -> dict[str, Any]:
         "curves": learning_curves(inputs),
         "maps": feature_maps(inputs, clips=params.tsne_clips),
         "densities": similarity_densities(inputs),
+        "nodes": node_activations(inputs),
         "confusions": confusions(inputs),
     }
 

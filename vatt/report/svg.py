@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 WIDTH, HEIGHT = 420, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 44
+HEAT_COLUMNS, HEAT_LEVELS = 64, 10
 COLOURS = 10  # --c0 to --c9 of the style sheet
 
 
@@ -185,6 +186,39 @@ def matrix(
     right = float(np.trace(counts) / max(counts.sum(), 1))
     alt = f"{title}: {100 * right:.1f} % of {counts.sum()} clips on the diagonal"
     return Picture(title=title, svg=_svg("".join(cells), alt), alt=alt, caption=caption)
+
+
+def heat(
+    title: str,
+    values: NDArray[np.floating],
+    *,
+    top: float,
+    x_label: str,
+    y_label: str,
+    caption: str = "",
+) -> Picture:
+    """Values from 0 to `top` as shades; rows from the bottom up, columns put together in bins."""
+    columns = min(HEAT_COLUMNS, values.shape[1])
+    bins = np.stack([part.mean(axis=1) for part in np.array_split(values, columns, axis=1)], axis=1)
+    levels = np.rint(np.clip(bins / max(top, 1e-12), 0, 1) * HEAT_LEVELS).astype(int)
+    wide, high = (WIDTH - LEFT - RIGHT) / columns, (HEIGHT - TOP - BOTTOM) / len(values)
+    body = ""
+    for level in range(1, HEAT_LEVELS + 1):
+        cells = "".join(
+            f"M{LEFT + column * wide:.1f} {HEIGHT - BOTTOM - (row + 1) * high:.1f}"
+            f"h{wide:.1f}v{high:.1f}h{-wide:.1f}z"
+            for row, column in np.argwhere(levels == level)
+        )
+        if cells:
+            body += f'<path class="cell" fill-opacity="{level / HEAT_LEVELS:.2f}" d="{cells}"/>'
+    for row in {0, len(values) // 2, len(values) - 1}:
+        y = HEIGHT - BOTTOM - (row + 0.5) * high
+        body += _text(LEFT - 7, y + 4, str(row + 1), anchor="end")
+    body += _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, anchor="middle")
+    body += _text(12, HEIGHT / 2, y_label, anchor="middle", turned=-90)
+    active = ", ".join(f"{row + 1}: {mean:.3f}" for row, mean in enumerate(values.mean(axis=1)))
+    alt = f"{title}: mean by {y_label} {active}"
+    return Picture(title=title, svg=_svg(body, alt), alt=alt, caption=caption)
 
 
 def _span(values: NDArray[np.float64], *, from_zero: bool = False) -> tuple[float, float]:

@@ -1,0 +1,52 @@
+"""Which pictures the report has, from made-up arrays with known answers."""
+
+import re
+
+import numpy as np
+
+from vatt.report.figures import _input_cosines, node_activations, similarity_densities
+from vatt.report.inputs import Inputs
+
+
+def insides(width=6):
+    generator = np.random.default_rng(0)
+    clips = np.asarray([f"clip-{i}" for i in range(5)])
+    return {
+        "input/video": generator.normal(size=(5, 6)),
+        "input/video/clip_ids": clips,
+        "input/text": generator.normal(size=(4, width)),
+        "input/text/clip_ids": clips[[4, 2, 1, 0]],
+        "nodes/video": np.asarray([[0.0, 0.2, 0.1], [0.4, 0.0, 0.2]]),
+        "nodes/text": np.asarray([[0.3, 0.0, 0.1], [0.1, 0.2, 0.0]]),
+    }
+
+
+def test_input_cosines_pair_each_clip_with_itself():
+    arrays = insides()
+    table = _input_cosines(arrays, "text")
+    shared = ["clip-0", "clip-1", "clip-2", "clip-4"]
+    for i, one in enumerate(shared):
+        for j, other in enumerate(shared):
+            text = arrays["input/text"][list(arrays["input/text/clip_ids"]).index(one)]
+            video = arrays["input/video"][int(other[-1])]
+            cosine = text @ video / np.linalg.norm(text) / np.linalg.norm(video)
+            assert abs(table[i, j] - cosine) < 1e-12
+
+
+def test_tokens_of_different_widths_have_no_cosine():
+    assert _input_cosines(insides(width=4), "text") is None
+    titles = [p.title for p in similarity_densities(Inputs(arrays={"insides": insides()}))]
+    assert titles == ["Text and video, input space"]
+
+
+def test_a_shared_encoders_nodes_stand_in_one_order_and_own_encoders_in_their_own():
+    arrays = {"insides": insides()}
+    shared = node_activations(Inputs(arrays=arrays, model={"model": {"backbone": "agnostic"}}))
+    own = node_activations(Inputs(arrays=arrays, model={"model": {"backbone": "specific"}}))
+    assert [p.title for p in shared] == ["MLP nodes, video", "MLP nodes, text"]
+    assert "by video" in shared[1].svg
+    assert "by their" in own[1].svg
+    cells = [re.findall(r' d="([^"]*)"', picture.svg) for picture in (*shared, *own)]
+    assert cells[0] == cells[2]  # by either order the video's own picture is the same
+    assert cells[1] != cells[3]
+    assert node_activations(Inputs()) == []
