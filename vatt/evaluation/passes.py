@@ -16,7 +16,8 @@ from vatt.config import (
     PretrainParams,
 )
 from vatt.data.batches import Batch, Loading, Sampling, eval_batches
-from vatt.data.samples import INDEX, VOCABULARY, ShardIndex
+from vatt.data.loader import open_index
+from vatt.data.samples import INDEX, VOCABULARY
 from vatt.evaluation import inner
 from vatt.evaluation.classification import Predictions, predict
 from vatt.evaluation.features import (
@@ -97,7 +98,9 @@ def encoder_insides(
 ) -> dict[str, Array]:
     """A look inside the pre-trained encoder with some test clips (see inner.py)."""
     model = _encoder(pretrained)
-    keys = np.asarray([row.key for row in ShardIndex.load(shards, split="test").rows])
+    keys = np.asarray(
+        [row.key for row in open_index(shards, Loading.of(machine), split="test").rows]
+    )
     chosen = draw_pool(keys, np.ones(len(keys), dtype=bool), inner.CLIPS)
     batches = _batches(
         params,
