@@ -39,7 +39,7 @@ def made_up(count: int) -> Iterator[Clip]:
             url=url,
             start=start,
             end=start + 10.0,
-            split=drawn_split(url, 0.01),
+            split=drawn_split(url, 0.01, 0.0),
             labels={"task": str(number % 23611)},
             captions=(Caption(start, start + 4.0, f"sentence {number} of some ordinary length"),),
             licence=None,

@@ -67,8 +67,8 @@ class PathsParams(Section):
 
 OWN_SOURCES = ("demo", "folder", "urls")
 LISTS = (  # official lists: their readers are in vatt/data/sources
-    "audioset", "esc50", "hmdb51", "howto100m", "kinetics400", "kinetics600", "moments", "msrvtt",
-    "ucf101", "youcook2",
+    "audioset", "esc50", "hmdb51", "howto100m", "kinetics400", "kinetics600", "kinetics700",
+    "moments", "msrvtt", "ucf101", "youcook2",
 )  # fmt: skip
 OF_FILES = {"esc50", "hmdb51", "moments", "msrvtt", "ucf101"}  # their media come as an archive
 

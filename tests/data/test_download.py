@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from yt_dlp.utils import DownloadError
 
 from tests.data.corpus import demo_params, make_clip, write_media
 from vatt.data import download as download_module
@@ -23,6 +24,7 @@ from vatt.data.cut import Cut, cut, find_ffmpeg
 from vatt.data.download import addresses_of, download
 from vatt.data.ledger import read_ledger
 from vatt.data.media import probe
+from vatt.data.refusals import explain
 from vatt.data.storage import decode_frames
 from vatt.errors import DataError, MachineError
 
@@ -290,6 +292,52 @@ def test_only_the_listed_part_of_a_video_is_fetched(tmp_path):
     [video] = piece.video
     shown = decode_frames(video, range(piece.num_frames), fps=10).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(shown[[0, 5, 19]], [130, 140, 168], atol=3)
+
+
+def test_a_part_of_a_video_that_drips_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "MAX_SECONDS", 0.5)
+    write_media(tmp_path / "long.mp4", seconds=12, gop=50)
+    server = Server((tmp_path / "long.mp4").read_bytes())
+    with serving(server) as base:
+        good = replace(make_clip(0), url=f"{base}/v.mp4")
+        assert run(tmp_path, [good], None) == {"ok": 1}
+        server.pause = 0.3
+        part = replace(make_clip(1), url=f"{base}/w.mp4#t=6,8", start=0.0, end=2.0)
+        assert run(tmp_path, [good, part], None) == {"ok": 1, "network": 1}
+    assert not any((tmp_path / "media" / ".partial").iterdir())
+
+
+def test_a_web_page_without_a_video_is_no_media(tmp_path, media):
+    with serving(Server(media)) as base:
+        clips = [
+            replace(make_clip(k), url=f"{base}/{name}") for k, name in enumerate(("a", "page"))
+        ]
+        assert run(tmp_path, clips, None) == {"ok": 1, "corrupt": 1}
+
+
+@pytest.mark.parametrize(
+    ("said", "state"),
+    [
+        ("Private video. Sign in if you've been granted access to this video", "private"),
+        ("Video unavailable. This video has been removed by the uploader", "removed"),
+        ("Video unavailable. This video is no longer available because the YouTube account "
+         "associated with this video has been terminated.", "removed"),
+        ("Video unavailable", "rate-limited"),
+        ("Video unavailable. This content isn't available, try again later. The current session "
+         "has been rate-limited by YouTube for up to an hour.", "rate-limited"),
+        ("Sign in to confirm you’re not a bot", "rate-limited"),
+        ("Sign in to confirm your age. This video may be inappropriate for some users.", "age"),
+        ("The uploader has not made this video available in your country", "geo"),
+        ("Join this channel to get access to members-only content", "needs-login"),
+        ("File is larger than max-filesize (10 bytes > 5 bytes). Aborting.", "filtered"),
+        ("HTTP Error 429: Too Many Requests", "rate-limited"),
+        ("unable to download video data: HTTP Error 503: Service Unavailable", "rate-limited"),
+        ("HTTP error 404 Not Found", "not-found"),
+        ("Something new", "network"),
+    ],
+)  # fmt: skip
+def test_what_a_site_says_decides_the_state(said, state):
+    assert explain(DownloadError(f"ERROR: [youtube] abc: {said}")).state == state
 
 
 def test_the_proxy_stands_in_a_file(tmp_path):

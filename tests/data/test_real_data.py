@@ -229,9 +229,9 @@ def test_mangled_lists_are_refused_with_lines(tmp_path):
     data = demo_params().data
     lists = DATA / "hostile" / "manifests"
     with pytest.raises(DataError, match=r"bad_rows.csv:2: .*\n.*bad_rows.csv:5: the same clip"):
-        read_urls(lists / "bad_rows.csv", data)
+        list(read_urls(lists / "bad_rows.csv", data))
     for name, message in (("empty", "empty"), ("header_only", "no clip"), ("semicolon", "commas")):
         with pytest.raises(DataError, match=message):
-            read_urls(lists / f"{name}.csv", data)
-    assert len(read_urls(lists / "missing_files.csv", data)) == 3
-    assert read_urls(lists / "bom_crlf.csv", data)[0].labels == {"label": "arm wrestling"}
+            list(read_urls(lists / f"{name}.csv", data))
+    assert len(list(read_urls(lists / "missing_files.csv", data))) == 3
+    assert next(read_urls(lists / "bom_crlf.csv", data)).labels == {"label": "arm wrestling"}

@@ -144,7 +144,7 @@ def test_a_folder_without_videos_is_said_so(tmp_path):
 def listed(tmp_path, text: str | bytes):
     path = tmp_path / "list.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_urls(path, PARAMS.data)
+    return list(read_urls(path, PARAMS.data))
 
 
 def test_a_list_of_addresses(tmp_path):

@@ -102,6 +102,7 @@ class _Work:
     known: dict[str, Entry]
     progress: Progress
     room: float  # bytes that may still come
+    out: dict[str, list[Clip]] = field(default_factory=dict)  # groups by the file asked for
     done: int = 0
     total: int = 0
     lost_by_host: Counter[str] = field(default_factory=Counter)
@@ -116,7 +117,6 @@ class _Work:
 
     def run(self, pool: Executor, *, ahead: int) -> None:
         """Hand the orders out in chunks, a bounded number ahead, and note what comes back."""
-        by_name = {group[0].media_name: group for group in self.groups.values()}
         chunks = _chunks(self._orders())
         waiting: set[Future[list[Outcome]]] = set()
         try:
@@ -128,7 +128,7 @@ class _Work:
                 finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in finished:
                     for outcome in future.result():
-                        self._note(by_name[outcome.name], outcome)
+                        self._note(self.out.pop(outcome.name), outcome)
                         self.room -= outcome.num_bytes
                 if self.room < 0:
                     raise MachineError(
@@ -144,6 +144,7 @@ class _Work:
     def _orders(self) -> Iterator[Order]:
         for url, group in self.groups.items():
             name = group[0].media_name
+            self.out[name] = group
             if url.startswith("folder:"):
                 path = media_path(
                     group[0], media=self.fetching.media, location=self.params.location
@@ -154,13 +155,13 @@ class _Work:
             addresses = [*mirrors, *([page] if page else [])]
             hosts = {urlsplit(address).netloc.rpartition("@")[2] for address in addresses}
             if not addresses:
-                self._note(group, Outcome(name, "filtered", YOUTUBE_IS_OFF))
+                self._note(self.out.pop(name), Outcome(name, "filtered", YOUTUBE_IS_OFF))
             elif all(self._is_down(host) for host in hosts):
                 reason = f"{', '.join(sorted(hosts))} cannot be reached"
-                self._note(group, Outcome(name, "network", reason, reached=False))
+                self._note(self.out.pop(name), Outcome(name, "network", reason, reached=False))
             elif all(self._is_down(host) or self.refused[host] >= HOST_REFUSES for host in hosts):
                 reason = f"not tried: {', '.join(sorted(hosts))} has refused {HOST_REFUSES} files"
-                self._note(group, Outcome(name, "rate-limited", reason))
+                self._note(self.out.pop(name), Outcome(name, "rate-limited", reason))
             else:
                 yield Order(name, mirrors, page, section_of(url))
 

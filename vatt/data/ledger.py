@@ -7,6 +7,7 @@ each clip, sorted and without times, so that the file changes only when a state 
 
 import json
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
@@ -154,6 +155,8 @@ def _from_line(line: str) -> Entry | None:
     try:
         record: dict[str, Any] = json.loads(line)
         record["has"] = tuple(record.get("has", ()))
+        for name in {"state", "stage", "reason", "tools"} & record.keys():
+            record[name] = sys.intern(record[name])  # a few texts, millions of times
         return Entry(**{name: value for name, value in record.items() if name in known})
     except (ValueError, TypeError, AttributeError):
         return None

@@ -27,6 +27,7 @@ READERS: dict[str, Callable[[Path, DataParams], Iterator[Clip]]] = {
     "howto100m": read_howto100m,
     "kinetics400": partial(read_kinetics, source="kinetics400"),
     "kinetics600": partial(read_kinetics, source="kinetics600"),
+    "kinetics700": partial(read_kinetics, source="kinetics700"),
     "moments": read_moments,
     "msrvtt": read_msrvtt,
     "ucf101": read_ucf101,

@@ -31,21 +31,22 @@ class Faults:
 
     def __init__(self, path: Path, *, hint: str) -> None:
         self._path, self._hint = path, hint
-        self._shown: list[str] = []
+        self._shown: list[tuple[int, str]] = []
         self._count = 0
 
     def add(self, line: int, problem: str) -> None:
         """Note what is wrong in a line."""
         self._count += 1
         if len(self._shown) < SHOWN:
-            self._shown.append(f"{self._path}:{line}: {problem}")
+            self._shown.append((line, f"{self._path}:{line}: {problem}"))
 
     def check(self) -> None:
         """Refuse the file if anything was wrong in it."""
         if self._count:
             more = self._count - len(self._shown)
             rest = [f"... and {more} more lines"] if more else []
-            raise DataError("\n".join(self._shown + rest), hint=self._hint)
+            shown = [problem for _, problem in sorted(self._shown)]
+            raise DataError("\n".join(shown + rest), hint=self._hint)
 
 
 MANGLED = "get the official file again, and keep spreadsheet programs away from it"

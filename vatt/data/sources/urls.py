@@ -3,15 +3,19 @@ licence if there are any; every other column is a label."""
 
 import csv
 import hashlib
-import io
 import math
 import re
+from array import array
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from vatt.config import DataParams
-from vatt.data.manifest import CLIP_ID, SPLITS, Caption, Clip, drawn_split
+from vatt.data.manifest import CLIP_ID, SPLITS, Caption, Clip, drawn_split, mark_of
+from vatt.data.sources.official import Faults
 from vatt.errors import DataError
 
 ALIASES = {
@@ -25,59 +29,62 @@ ALIASES = {
 }
 KNOWN = ("url", "path", "youtube_id", "start", "end", "split", "id", "text", "licence")
 PLACES = ("url", "path", "youtube_id")
-SHOWN = 10  # bad rows named in the message
 
 
-def read_urls(path: Path, data: DataParams) -> list[Clip]:
-    """Read the list whole; bad rows are named with their lines, all at once."""
-    rows = _rows(path)
-    clips: list[Clip] = []
-    problems: list[str] = []
-    seen: dict[str, int] = {}
-    for line, row in rows:
+def read_urls(path: Path, data: DataParams) -> Iterator[Clip]:
+    """The clips of the list, as a stream; bad rows are named with their lines, all at once."""
+    faults = Faults(path, hint="correct or delete these lines")
+    marks = array("Q")
+    for line, row in _rows(path):
         try:
             clip = _clip(row)
         except ValueError as error:
-            problems.append(f"{path}:{line}: {error}")
+            faults.add(line, str(error))
             continue
-        if clip.clip_id in seen:
-            problems.append(f"{path}:{line}: the same clip as in line {seen[clip.clip_id]}")
-            continue
-        seen[clip.clip_id] = line
-        clips.append(
-            clip
-            if row.get("split")
-            else replace(clip, split=drawn_split(clip.url, data.test_share, data.val_share))
-        )
-    if problems:
-        more = len(problems) - SHOWN
-        shown = problems[:SHOWN] + ([f"... and {more} more"] if more > 0 else [])
-        raise DataError("\n".join(shown), hint="correct or delete these lines")
-    if not clips:
+        marks.append(mark_of(clip.clip_id))
+        if not row.get("split"):
+            clip = replace(clip, split=drawn_split(clip.url, data.test_share, data.val_share))
+        yield clip
+    if not marks:
+        faults.check()
         raise DataError(f"{path} lists no clip", hint="a header line and one line a clip")
-    return clips
+    _add_twins(path, marks, faults)
+    faults.check()
 
 
-def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+def _add_twins(path: Path, marks: "array[int]", faults: Faults) -> None:
+    """Name the lines that list a clip once more."""
+    ordered = np.sort(np.asarray(marks))
+    twins = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    first: dict[str, int] = {}
+    for line, row in _rows(path) if twins else ():
+        try:
+            name = _clip(row).clip_id
+        except ValueError:
+            continue
+        if mark_of(name) in twins and first.setdefault(name, line) != line:
+            faults.add(line, f"the same clip as in line {first[name]}")
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            header = _header(next(reader, []), path)
+            for row in reader:
+                if row and len(row) != len(header):
+                    raise DataError(
+                        f"{path}:{reader.line_num}: {len(row)} fields under {len(header)} "
+                        "column names",
+                        hint='put fields that hold a comma in "quotes"',
+                    )
+                if row:
+                    named = zip(header, (value.strip() for value in row), strict=True)
+                    yield reader.line_num, dict(named)
     except FileNotFoundError:
         raise DataError(f"{path} is missing", hint="set data.location to a csv file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no text in UTF-8: {error}", hint="save it as UTF-8") from None
-    reader = csv.reader(io.StringIO(text, newline=""))
-    header = _header(next(reader, []), path)
-    rows = []
-    for row in reader:
-        if row and len(row) != len(header):
-            raise DataError(
-                f"{path}:{reader.line_num}: {len(row)} fields under {len(header)} column names",
-                hint='put fields that hold a comma in "quotes"',
-            )
-        if row:
-            named = zip(header, (value.strip() for value in row), strict=True)
-            rows.append((reader.line_num, dict(named)))
-    return rows
 
 
 def _header(fields: list[str], path: Path) -> list[str]:
