@@ -166,6 +166,18 @@ def test_a_frame_of_too_many_pixels_is_not_decoded(film, tmp_path, monkeypatch):
     assert "max pixel count" in result.complaint and result.pieces[0].video == ()
 
 
+def test_a_file_that_claims_a_year_is_refused(tmp_path):
+    path = tmp_path / "year.mkv"
+    with av.open(str(path), "w", format="matroska") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        for pts in (0, 365 * 86400 * 8000):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+            frame.sample_rate, frame.pts = 8000, pts
+            container.mux(stream.encode(frame))
+    with pytest.raises(BrokenMediaError, match=r"claim \d+ hours"):
+        probe(path)
+
+
 def test_what_is_no_media_says_why(tmp_path):
     cases = {
         "empty": b"",

@@ -5,7 +5,6 @@ file's first time stamp. The same input gives the same bytes.
 """
 
 import io
-import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from vatt.config import PreprocessParams
+from vatt.data.limits import Limits, run_limited
 from vatt.data.media import FORMATS, Media
 from vatt.errors import MachineError
 
@@ -31,6 +31,7 @@ MAX_ASPECT = 8  # a longer side beyond this many short sides is cut down: no end
 # whose stamps are rounded gives frame for frame what it holds.
 LOOK_AHEAD = 0.01
 PATIENCE = 20.0  # seconds that a second of video may take
+MAX_CLIP_BYTES = 2**28  # of a stored clip's picture
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192; a file that claims more is not decoded
 _GLOBAL = ("-nostdin", "-hide_banner", "-loglevel", "error", "-filter_complex_threads", "1", "-y")
 _ENCODER: dict[str, Any] = {
@@ -118,8 +119,9 @@ def cut(
         for number, item in enumerate(cuts):
             outputs += _outputs(item, params, f"{folder}/{number}")
         command = ffmpeg.merge_outputs(*outputs).compile(cmd=program)
-        seconds = sum(_span(item)[1] for item in cuts)
-        complaint = _run([command[0], *_GLOBAL, *command[1:]], seconds)
+        complaint = run_limited(
+            [command[0], *_GLOBAL, *command[1:]], _limits(cuts, params), log=folder / "log"
+        )
         if "No space left on device" in complaint:
             raise MachineError(f"the disk of {work} is full", hint="free some space, run it again")
         if not complaint or len(cuts) == 1:
@@ -230,31 +232,11 @@ def _sound(sound: Any, until: float, params: PreprocessParams, prefix: str) -> A
     )
 
 
-def _run(command: Sequence[str], seconds: float) -> str:
-    """Run ffmpeg within limits of time; returns what it complains of, empty for a clean run."""
-    limit = PATIENCE * (3 + seconds)
-    try:
-        done = subprocess.run(
-            command, capture_output=True, timeout=limit, check=False, text=True, errors="replace"
-        )
-    except subprocess.TimeoutExpired:
-        return "decoding takes too long"
-    lines = done.stderr.strip().splitlines()
-    return _sum_up([line for line in lines if "No space left on device" in line] or lines)
-
-
-def _sum_up(lines: Sequence[str]) -> str:
-    """The first complaint of each part of ffmpeg, those that read the file before the others.
-
-    The parts run at once: only the order within each is the same every time. Nor are addresses.
-    """
-    firsts: dict[tuple[bool, str], str] = {}
-    for line in lines:
-        part = re.match(r"\[([^@\]]*) @ 0x", line)
-        name = part[1] if part else "#"
-        firsts.setdefault(("#" in name, name), re.sub(r"\[[^\]]*@ 0x[0-9a-f]+\]\s*", "", line))
-    said = "; ".join(firsts[name] for name in sorted(firsts))[:200]
-    return f"{len(lines)} complaints: {said}" if len(lines) > 1 else said
+def _limits(cuts: Sequence[Cut], params: PreprocessParams) -> Limits:
+    """Far more than an honest file needs."""
+    seconds = sum(_span(item)[1] for item in cuts)
+    sound = round(max(_span(item)[1] for item in cuts) * params.audio_hz * 2)
+    return Limits(seconds=PATIENCE * (3 + seconds), file_bytes=sound + MAX_CLIP_BYTES)
 
 
 def _collect(item: Cut, params: PreprocessParams, prefix: str) -> list[Piece]:

@@ -10,6 +10,7 @@ FORMATS = (
     "aac,ac3,aiff,amr,asf,au,avi,caf,dv,flac,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mov,mp4,m4a,"
     "3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,mxf,ogg,rm,vob,wav,w64,wv"
 )
+MAX_HOURS = 48  # a file that claims more lies
 NEAR_START = 0.1  # seconds
 PROGRESSIVE = 1  # FFmpeg's field order; above it are the interlaced ones
 _OPTIONS = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
@@ -76,12 +77,15 @@ def _scan(container: av.container.InputContainer) -> Media:
     sound_or_picture = max(min(first.values()), zero)
     late = first[main] - sound_or_picture
     start = max(first[main] if late <= NEAR_START else sound_or_picture, zero) - zero
+    seconds = last[main] - zero - start
+    if seconds > MAX_HOURS * 3600:
+        raise BrokenMediaError(f"its time stamps claim {seconds / 3600:.0f} hours")
     field_order = 0 if video is None else video.codec_context.field_order
     return Media(
         video=video.index if video is not None and video.index in last else None,
         audio=audio.index if audio is not None and audio.index in last else None,
         start=start,
-        seconds=last[main] - zero - start,
+        seconds=seconds,
         num_frames=packets[main] if video is not None and main == video.index else 0,
         interlaced=field_order > PROGRESSIVE,
     )
