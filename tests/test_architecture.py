@@ -24,6 +24,14 @@ ALLOWED = {  # longest prefix wins
         "vatt.metrics",
         "vatt.checkpoint",
     ),
+    "vatt.plan": (
+        "vatt.plan",
+        "vatt.training",
+        "vatt.model",
+        "vatt.data",
+        "vatt.losses",
+        "vatt.checkpoint",
+    ),
     "vatt.evaluation": (
         "vatt.evaluation",
         "vatt.model",

@@ -1,0 +1,110 @@
+"""The memory formula against what autograd keeps, and against sums done by hand."""
+
+import pytest
+import torch
+
+from tests.training import tiny
+from vatt.config import SizeParams
+from vatt.model.drop_token import draw_kept
+from vatt.model.vatt import VATT
+from vatt.plan.memory import (
+    Counts,
+    Setting,
+    block_bytes,
+    clip_bytes,
+    count,
+    memory,
+    optimizer_bytes,
+    update_bytes,
+    weights_bytes,
+)
+
+PARAMS = tiny.DEMO.pretrain
+CLIPS = 3
+
+
+def kept_by_autograd(model, params, precision):
+    """Bytes that the encoders' graph holds, weights and their casts apart."""
+    torch.manual_seed(0)
+    built = VATT(model).train()
+    held = {p.untyped_storage().data_ptr() for p in built.parameters()}
+    shapes = {tuple(p.shape) for p in built.parameters()} | {
+        tuple(reversed(p.shape)) for p in built.parameters()
+    }
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage().data_ptr()
+        if storage not in held and tuple(tensor.shape) not in shapes:
+            kept[storage] = tensor
+        return tensor
+
+    def tokens(number, stream):
+        samples = list(range(CLIPS))
+        return draw_kept(number, params.drop_rate, seed=0, step=0, samples=samples, stream=stream)
+
+    video = torch.rand(CLIPS, model.video.frames, *[model.video.frame_size] * 2, 3)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        features = built.encode(
+            video,
+            torch.rand(CLIPS, model.audio.samples),
+            torch.randint(2, 30, (CLIPS, params.text_candidates, model.text.words)),
+            kept_video=tokens(built.num_video_tokens, "video"),
+            kept_audio=tokens(built.num_audio_tokens, "audio"),
+        )
+    assert features.video is not None
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("backbone", ["specific", "agnostic"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_activations_are_what_autograd_keeps(precision, backbone, dropout):
+    model = tiny.DEMO.model.model_copy(update={"dropout": dropout, "backbone": backbone})
+    params = PARAMS.model_copy(update={"precision": precision})
+    formula = CLIPS * clip_bytes(model, params, Setting())
+    assert formula == pytest.approx(kept_by_autograd(model, params, precision), rel=0.02)
+
+
+def test_a_block_by_hand():
+    size = SizeParams(depth=1, dim=4, mlp_dim=8, heads=2, head_dim=2)
+    # 3 tokens: norms 2*3*4*4 + 4*3*4, linears 3*(8+4+8)*2, GELU 3*8*2, q k v 3*3*4*2, scores 2*9*2
+    by_hand = 96 + 48 + 120 + 48 + 72 + 36
+    assert block_bytes(size, 3, number=2, dropout=0.0, on_gpu=False) == by_hand
+
+
+def test_adam_in_mixed_precision_takes_twelve_bytes_a_weight():
+    counts = Counts(trained=100, frozen=10, encoders=90, linear=80)
+    alone, eight = Setting(), Setting(processes=8)
+    assert optimizer_bytes(counts, PARAMS, alone) == 1200
+    assert optimizer_bytes(counts, PARAMS, eight) == 150
+    assert optimizer_bytes(counts, PARAMS, Setting(zero_stage=0)) == 800
+    assert weights_bytes(counts, eight) == 440
+    assert weights_bytes(counts, Setting(processes=8, zero_stage=3)) == 90
+    assert update_bytes(counts, alone) == 800 and update_bytes(counts, eight) == 450
+    assert update_bytes(counts, Setting(processes=8, zero_stage=2)) == 100
+
+
+def test_counts_are_the_model_s():
+    model = tiny.model_params()
+    built = tiny.make_model(model)
+    assert count(model).all == sum(weight.numel() for weight in built.parameters())
+
+
+def test_caching_makes_activations_independent_of_the_batch():
+    def activations(batch_size, micro):
+        params = PARAMS.model_copy(update={"batch_size": batch_size})
+        found = memory(tiny.DEMO.model, params, Setting(micro_batch_size=micro))
+        return found.activations
+
+    assert activations(512, 64) == activations(256, 64)
+    assert activations(512, None) > 4 * activations(512, 64)
+
+
+def test_activation_checkpointing_keeps_less():
+    model, params = tiny.DEMO.model, PARAMS
+    less = clip_bytes(model, params, Setting(activation_checkpointing=True))
+    assert less < 0.5 * clip_bytes(model, params, Setting())

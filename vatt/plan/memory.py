@@ -1,0 +1,283 @@
+"""Peak memory of a pre-training step by formula, part by part; bytes throughout.
+
+n tokens of a clip (kept ones and AGG), D width, M width of the MLP, h heads, I heads x head_dim,
+c bytes of a computed number (2 in bf16, 4 in fp32). Weights, gradients and optimiser are fp32:
+bf16 is autocast.
+
+An encoder block keeps for its backward pass, per clip:
+  norms      2 n D 4            their inputs, the residual stream, which stays fp32
+             4 n 4              mean and deviation
+  linears    n (2 D + I + M) c  their inputs: of q k v, the attention's out, the MLP's two
+  activation n M c              GELU's input
+  attention  3 n I c + h n n c  q, k, v and the scores; GPU: 3 n I c + 4 h n, no scores
+With dropout: a mask for each place where it acts. With activation checkpointing only its input
+(n D 4) stays, and one block at a time has all of it.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+from vatt.config import ModelParams, PretrainParams, SizeParams
+from vatt.model.drop_token import num_kept
+from vatt.model.flops import num_audio_tokens, num_video_tokens
+from vatt.model.inputs import audio_patch
+from vatt.model.sizes import resolve
+
+FP32, INT64 = 4, 8
+ADAM_STATES, SGD_STATES = 2, 1  # numbers kept for a weight
+MAX_SCORES = 2**24  # vatt.losses: scores held at a time, in each direction
+BUCKET = 50_000_000  # vatt.training.engine: numbers that ZeRO reduces at once
+AHEAD = 4  # batches on a CPU: the one in use, two ready, one in the making
+FALLBACK_BUCKET = 500_000_000  # numbers that DeepSpeed joins to reduce at stage 0, also alone
+SCORE_BYTES = 6 * FP32 + 2  # of a pair: both directions, masked, their gradients; two masks
+RUNTIME = {False: 0.6e9, True: 1.0e9}  # Python, torch, DeepSpeed; on a GPU context and NCCL
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a batch is computed; it changes no result."""
+
+    processes: int = 1
+    micro_batch_size: int | None = None
+    zero_stage: int = 1
+    offload: str = "none"
+    activation_checkpointing: bool = False
+    on_gpu: bool = False
+
+    def rows(self, batch_size: int) -> int:
+        """Clips of one process."""
+        return math.ceil(batch_size / self.processes)
+
+    def is_cached(self, batch_size: int) -> bool:
+        """Whether a process's clips are computed in micro-batches, each twice."""
+        return self.micro_batch_size is not None and self.micro_batch_size < self.rows(batch_size)
+
+    def at_once(self, batch_size: int) -> int:
+        """Clips that are encoded at a time."""
+        rows = self.rows(batch_size)
+        return min(self.micro_batch_size or rows, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Numbers in a model."""
+
+    trained: int
+    frozen: int
+    encoders: int  # trained ones that are not in the heads
+    linear: int  # in matrices, which autocast copies
+
+    @property
+    def all(self) -> int:
+        """Trained or not."""
+        return self.trained + self.frozen
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a process holds at its peak, in bytes."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    loss: float
+    inputs: float
+    runtime: float  # measured once on a CPU; a rule of thumb on a GPU
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def count(model: ModelParams) -> Counts:
+    """The numbers of a model, without memory for them."""
+    from torch import nn
+
+    from vatt.checkpoint import build
+
+    built = build({"model": model.model_dump(mode="json")})
+    weights = dict(built.named_parameters())
+    trained = {name: value.numel() for name, value in weights.items() if value.requires_grad}
+    return Counts(
+        trained=sum(trained.values()),
+        frozen=sum(value.numel() for value in weights.values()) - sum(trained.values()),
+        encoders=sum(size for name, size in trained.items() if not name.startswith("heads.")),
+        linear=sum(m.weight.numel() for m in built.modules() if isinstance(m, nn.Linear)),
+    )
+
+
+# --- activations ----------------------------------------------------------------------------------
+
+
+def block_bytes(size: SizeParams, tokens: int, *, number: int, dropout: float, on_gpu: bool) -> int:
+    """What a block of an encoder keeps of one clip; a number computed takes `number` bytes."""
+    inner = size.heads * size.head_dim
+    kept = 2 * tokens * size.dim * FP32 + 4 * tokens * FP32
+    kept += tokens * (2 * size.dim + inner + 2 * size.mlp_dim) * number
+    kept += 3 * tokens * inner * number
+    scores = size.heads * tokens**2 * number
+    kept += size.heads * tokens * FP32 if on_gpu else scores
+    if dropout > 0:
+        places = tokens * (2 * size.dim + size.mlp_dim)
+        # A GPU's mask takes a byte, and its attention draws dropout anew.
+        kept += places if on_gpu else places * number + 2 * scores
+    return kept
+
+
+def encoder_bytes(
+    size: SizeParams,
+    tokens: int,
+    *,
+    number: int,
+    dropout: float,
+    on_gpu: bool,
+    checkpointing: bool,
+) -> int:
+    """What an encoder keeps of one clip, its last norm included."""
+    block = block_bytes(size, tokens, number=number, dropout=dropout, on_gpu=on_gpu)
+    last = tokens * size.dim * FP32 + 2 * tokens * FP32
+    if checkpointing:
+        return size.depth * tokens * size.dim * FP32 + block + last
+    return size.depth * block + last
+
+
+def clip_bytes(model: ModelParams, params: PretrainParams, setting: Setting) -> int:
+    """What the three towers keep of one clip between their forward and backward passes."""
+    number = 2 if params.precision == "bf16" else FP32
+    drop = params.drop_rate
+    how = {"number": number, "dropout": model.dropout, "on_gpu": setting.on_gpu}
+    total = 0
+    for tower, num_tokens, values in (
+        (model.video, num_video_tokens(model.video), math.prod(model.video.patch) * 3),
+        (model.audio, num_audio_tokens(model.audio), math.prod(audio_patch(model.audio))),
+    ):
+        size, kept = resolve(tower.size), num_kept(num_tokens, drop)
+        total += kept * values * number  # the patches, projected
+        if drop > 0:
+            total += kept * size.dim * INT64  # where their positions came from
+        if model.dropout > 0:
+            total += kept * size.dim * (1 if setting.on_gpu else FP32)
+        total += encoder_bytes(
+            size, kept + 1, checkpointing=setting.activation_checkpointing, **how
+        )
+    text, words = resolve(model.text.size), model.text.words
+    sentence = words * INT64
+    sentence += encoder_bytes(
+        text, words + 1, checkpointing=setting.activation_checkpointing, **how
+    )
+    return total + params.text_candidates * sentence
+
+
+def signal_values(model: ModelParams) -> tuple[int, int]:
+    """Numbers of one clip's picture, and of its sound."""
+    size = model.video.frame_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    return model.video.frames * height * width * 3, model.audio.samples * (
+        model.audio.mel_bins or 1
+    )
+
+
+# --- heads and loss -------------------------------------------------------------------------------
+
+
+def feature_values(model: ModelParams, candidates: int) -> int:
+    """Numbers of one clip's features: video, audio, and each candidate text."""
+    from vatt.model.assembly import feature_dims
+
+    dims = feature_dims(model)
+    return dims["video"] + dims["audio"] + candidates * dims["text"]
+
+
+def loss_bytes(model: ModelParams, params: PretrainParams) -> int:
+    """Features of all processes, what the heads keep, and the scores of one block at work."""
+    batch, candidates = params.batch_size, params.text_candidates
+    features = 2 * feature_values(model, candidates)  # and their gradient
+    # A projection keeps centred rows, scaled rows and a unit vector, each with a gradient.
+    projected = 6 * (3 * model.va_dim + (1 + candidates) * model.vt_dim)
+    scores = min(batch * batch * candidates, max(MAX_SCORES, batch * candidates))
+    return batch * FP32 * (features + projected) + scores * SCORE_BYTES
+
+
+# --- weights, gradients, optimiser ----------------------------------------------------------------
+
+
+def optimizer_bytes(counts: Counts, params: PretrainParams, setting: Setting) -> float:
+    """Adam's moments and the copy of the weights that ZeRO updates; shared out from stage 1."""
+    states = ADAM_STATES if params.optimizer.name == "adam" else SGD_STATES
+    if setting.offload != "none" and setting.on_gpu:
+        return 0.0
+    if setting.zero_stage == 0:
+        return counts.trained * FP32 * states
+    return counts.trained * FP32 * (states + 1) / setting.processes
+
+
+def weights_bytes(counts: Counts, setting: Setting) -> float:
+    """The weights themselves; stage 3 shares them out."""
+    if setting.offload == "all" and setting.on_gpu:
+        return 0.0
+    shared = setting.processes if setting.zero_stage == 3 else 1
+    return (counts.trained / shared + counts.frozen) * FP32
+
+
+def memory(
+    model: ModelParams,
+    params: PretrainParams,
+    setting: Setting,
+    counts: Counts | None = None,
+    *,
+    batches: int = AHEAD,
+) -> Memory:
+    """The parts at the step's peak, which is one of three moments.
+
+    `batches` are held at a time, the loader's included. When the forward pass ends: all that it
+    keeps, and its inputs as floats or the loss at work.
+    Where gradients are cached, also in the last second pass: the encoders' gradients, summed so
+    far, beside a micro-batch. When the optimiser begins: gradients and what ZeRO copies of them.
+    """
+    counts = counts or count(model)
+    clip, clips = clip_bytes(model, params, setting), setting.at_once(params.batch_size)
+    picture, sound = signal_values(model)
+    floats = clips * FP32 * (picture + sound)
+    loss = loss_bytes(model, params)
+    copies = counts.linear * 2 if params.precision == "bf16" else 0
+    kept = clips * clip + copies
+    forward = (0.0, kept, loss, floats)
+    moments = [forward, (update_bytes(counts, setting), 0.0, 0.0, 0.0)]
+    if setting.is_cached(params.batch_size):
+        encoders = counts.encoders * FP32
+        moments[0] = (0.0, clip + copies, loss, 0.0)  # without graph but for one clip
+        moments += [(encoders, kept + clip, 0.0, floats), (2.0 * encoders, clip, 0.0, 0.0)]
+    else:
+        # The floats go when the encoders are done, before the loss begins.
+        moments[0] = (0.0, kept, loss, 0.0) if loss > floats else (0.0, kept, 0.0, floats)
+    gradients, activations, loss, floats = max(moments, key=sum)
+    return Memory(
+        weights=weights_bytes(counts, setting),
+        gradients=gradients,
+        optimizer=optimizer_bytes(counts, params, setting),
+        activations=activations,
+        loss=loss,
+        inputs=batches * batch_bytes(model, params, setting) + floats,
+        runtime=RUNTIME[setting.on_gpu],
+    )
+
+
+def update_bytes(counts: Counts, setting: Setting) -> float:
+    """Gradients as the optimiser finds them, and what DeepSpeed copies to reduce or update."""
+    gradient = counts.trained * FP32
+    own = gradient / setting.processes
+    bucket = min(gradient, BUCKET * FP32) * (2 if setting.on_gpu else 0)  # two, used in turn
+    if setting.zero_stage == 0:
+        return gradient + min(gradient, FALLBACK_BUCKET * FP32)
+    if setting.zero_stage == 1:
+        return gradient + own + bucket
+    return 2 * own + bucket
+
+
+def batch_bytes(model: ModelParams, params: PretrainParams, setting: Setting) -> float:
+    """A process's clips as the loader makes them: pictures in bytes, sound in two, words in 8."""
+    picture, sound = signal_values(model)
+    words = params.text_candidates * model.text.words * INT64
+    return setting.rows(params.batch_size) * (picture + 2 * sound + words)

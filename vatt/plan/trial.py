@@ -1,0 +1,239 @@
+"""A short trial on the machine at hand: seconds and bytes of real steps on made-up clips.
+
+Started as a process of its own (`run_trial`), so that its memory is its own and is given back.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vatt.config import MachineParams, ModelParams, Params, PretrainParams
+from vatt.data.batches import Batch
+from vatt.errors import MachineError
+from vatt.losses import FORMS, pretraining_loss
+from vatt.model.assembly import feature_dims
+from vatt.model.vatt import VATT, Features
+from vatt.training import distributed
+from vatt.training.engine import Engine, make_engine
+from vatt.training.pretrain import Pretraining, pretraining_inputs
+from vatt.training.telemetry import pretraining_work
+
+ROUNDS = 3  # the median counts
+SECONDS = 1.0  # aimed at for the larger of the two batches
+GUESS = 2e11  # operations a second, to choose the batches by
+LARGEST = 32  # clips
+MINIATURE = {"depth": 1, "dim": 16, "mlp_dim": 32, "heads": 2, "head_dim": 8}
+# Freed tensors go back to the system at once, so that the peak is what is in use.
+EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Seconds of a step's parts in one process."""
+
+    fixed: float  # of every step: the optimiser, starting and ending
+    clip: float  # forward and backward
+    cached_clip: float  # forward twice, backward once
+    losses: dict[int, float]  # heads and loss, by clips of the global batch
+
+    def step(self, batch_size: int, *, rows: int, cached: bool) -> float:
+        """A step of `rows` clips of the global batch, without network and loader."""
+        nearest = min(self.losses, key=lambda size: abs(size - batch_size))
+        # The loss compares every clip with every other.
+        loss = self.losses[nearest] * (batch_size / nearest) ** 2
+        return self.fixed + rows * (self.cached_clip if cached else self.clip) + loss
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Whole steps of a setting."""
+
+    seconds: list[float]
+    peak: int  # bytes beyond what the process held before the model was built
+
+
+def run_trial(params: Params) -> Trial:
+    """Try the settings' model on this machine, with their precision and ZeRO stage."""
+    found = _in_process("trial", params)
+    losses = {int(size): seconds for size, seconds in found.pop("losses").items()}
+    return Trial(**found, losses=losses)
+
+
+def run_step(params: Params, *, exact_memory: bool) -> Measured:
+    """Make whole steps with the settings as they are."""
+    return Measured(**_in_process("step", params, EXACT_MALLOC if exact_memory else {}))
+
+
+def _in_process(what: str, params: Params, environment: Mapping[str, str] | None = None) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-m", "vatt.plan.trial", what],
+        input=params.model_dump_json(),
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(environment or {})},
+        check=False,
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise MachineError(
+            f"the trial ended with {done.returncode}: {last}",
+            hint="name a GPU with --device: that needs no trial",
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- inside the process ---------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Read settings from stdin, print what was found as one line of JSON."""
+    what, params = sys.argv[1], Params.model_validate_json(sys.stdin.read())
+    with distributed.process_group(params.machine):
+        found = trial(params) if what == "trial" else steps(params)
+    sys.stdout.write("\n" + json.dumps(asdict(found)) + "\n")
+
+
+def trial(params: Params) -> Trial:
+    """Two batches tell the fixed part and that of a clip; a cached one, what caching adds."""
+    pretrain = params.pretrain
+    flops = pretraining_work(params.model, pretrain).flops / pretrain.batch_size
+    large = max(4, min(LARGEST, int(SECONDS * GUESS / flops)))
+    small = max(1, large // 4)
+    engine, module = _engine(params.model, pretrain, params.machine)
+    losses = {
+        size: _median(_loss_step(module.model, pretrain, size))
+        for size in {small, large, pretrain.batch_size}
+    }
+    module.micro_batch_size = None
+    times = {
+        size: _median(_step(engine, module, make_clips(params, size))) - losses[size]
+        for size in (small, large)
+    }
+    clip = max(0.0, (times[large] - times[small]) / (large - small))
+    fixed = max(0.0, times[small] - small * clip)
+    module.micro_batch_size = max(1, large // 2)
+    cached = _median(_step(engine, module, make_clips(params, large))) - losses[large]
+    return Trial(fixed, clip, max(clip, (cached - fixed) / large), losses)
+
+
+def steps(params: Params) -> Measured:
+    """Whole steps on one batch that stays in memory."""
+    _warm_up(params)
+    before = _resident("VmRSS")
+    batch = make_clips(params, params.pretrain.batch_size)
+    engine, module = _engine(params.model, params.pretrain, params.machine)
+    step = _step(engine, module, batch)
+    step()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
+    seconds = [_timed(step) for _ in range(ROUNDS)]
+    return Measured(seconds, _resident("VmHWM") - before)
+
+
+def make_clips(params: Params, size: int) -> Batch:
+    """Random clips with the shapes of the settings."""
+    generator = torch.Generator().manual_seed(0)
+    model, candidates = params.model, params.pretrain.text_candidates
+    frame = model.video.frame_size
+    height, width = frame if isinstance(frame, tuple) else (frame, frame)
+    heard = (size, model.audio.samples, *([model.audio.mel_bins] if model.audio.mel_bins else []))
+
+    def draw(low: int, high: int, shape: tuple[int, ...], kind: torch.dtype) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator, dtype=kind)
+
+    return Batch(
+        clip_ids=[str(row) for row in range(size)],
+        video=draw(0, 256, (size, model.video.frames, height, width, 3), torch.uint8),
+        audio=draw(-9000, 9000, heard, torch.int16),
+        text=draw(2, model.text.vocabulary, (size, candidates, model.text.words), torch.int64),
+        has_video=torch.ones(size, dtype=torch.bool),
+        has_audio=torch.ones(size, dtype=torch.bool),
+        colour=torch.tensor([[0.0, 1.0, 1.0, 0.0]]).repeat(size, 1),
+        labels={},
+    )
+
+
+def _engine(
+    model: ModelParams, params: PretrainParams, machine: MachineParams
+) -> tuple[Engine, Pretraining]:
+    module = Pretraining(VATT(model), params, micro_batch_size=machine.micro_batch_size)
+    return make_engine(module, params.optimizer, params.precision, machine), module
+
+
+def _step(engine: Engine, module: Pretraining, batch: Batch) -> Callable[[], None]:
+    def step() -> None:
+        drop = module.params.drop_rate
+        losses = engine(*pretraining_inputs(module.model, batch, 0, drop_rate=drop, seed=0))
+        engine.update(losses["loss"], learning_rate=1e-6)
+
+    return step
+
+
+def _loss_step(model: VATT, params: PretrainParams, size: int) -> Callable[[], None]:
+    dims, candidates = feature_dims(model.params), params.text_candidates
+    shapes = ((size, dims["video"]), (size, dims["audio"]), (size, candidates, dims["text"]))
+    there = torch.ones(size, dtype=torch.bool, device=distributed.device())
+
+    def step() -> None:
+        parts = [torch.randn(shape, device=there.device, requires_grad=True) for shape in shapes]
+        losses = pretraining_loss(
+            model.project(Features(*parts)),
+            has_video=there,
+            has_audio=there,
+            has_text=there[:, None].expand(-1, candidates),
+            temperature=params.temperature,
+            mil_nce_weight=params.mil_nce_weight,
+            form=FORMS[model.params.recipe],
+        )
+        torch.autograd.grad(losses.total, parts)
+
+    return step
+
+
+def _median(step: Callable[[], None]) -> float:
+    step()
+    return statistics.median(_timed(step) for _ in range(ROUNDS))
+
+
+def _timed(step: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _warm_up(params: Params) -> None:
+    """Load all code that a step needs, with a model too small to count."""
+    towers = {
+        name: getattr(params.model, name).model_copy(update={"size": MINIATURE})
+        for name in ("video", "audio", "text")
+    }
+    text = towers["text"].model_copy(update={"vocabulary": 8})
+    content = params.model.model_copy(update={**towers, "text": text}).model_dump()
+    small = params.model_copy(update={"model": ModelParams.model_validate(content)})
+    engine, module = _engine(small.model, small.pretrain, small.machine)
+    step = _step(engine, module, make_clips(small, 4))
+    step(), step()
+    del engine, module, step
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+if __name__ == "__main__":
+    main()
