@@ -9,6 +9,7 @@ from vatt.model.drop_token import draw_kept
 from vatt.model.vatt import VATT
 from vatt.plan.memory import (
     Counts,
+    Kind,
     Setting,
     block_bytes,
     clip_bytes,
@@ -66,14 +67,14 @@ def test_activations_are_what_autograd_keeps(precision, backbone, dropout):
     model = tiny.DEMO.model.model_copy(update={"dropout": dropout, "backbone": backbone})
     params = PARAMS.model_copy(update={"precision": precision})
     formula = CLIPS * clip_bytes(model, params, Setting())
-    assert formula == pytest.approx(kept_by_autograd(model, params, precision), rel=0.02)
+    assert formula == pytest.approx(kept_by_autograd(model, params, precision), rel=0.03)
 
 
 def test_a_block_by_hand():
     size = SizeParams(depth=1, dim=4, mlp_dim=8, heads=2, head_dim=2)
     # 3 tokens: norms 2*3*4*4 + 4*3*4, linears 3*(8+4+8)*2, GELU 3*8*2, q k v 3*3*4*2, scores 2*9*2
     by_hand = 96 + 48 + 120 + 48 + 72 + 36
-    assert block_bytes(size, 3, number=2, dropout=0.0, on_gpu=False) == by_hand
+    assert block_bytes(size, 3, Kind(2, 0.0, False, False)) == by_hand
 
 
 def test_adam_in_mixed_precision_takes_twelve_bytes_a_weight():

@@ -5,11 +5,10 @@ c bytes of a computed number (2 in bf16, 4 in fp32). Weights, gradients and opti
 bf16 is autocast.
 
 An encoder block keeps for its backward pass, per clip:
-  norms      2 n D 4            their inputs, the residual stream, which stays fp32
-             4 n 4              mean and deviation
+  norms      2 n D 4 + 4 n 4    their inputs, the residual stream, in fp32; mean and deviation
   linears    n (2 D + I + M) c  their inputs: of q k v, the attention's out, the MLP's two
   activation n M c              GELU's input
-  attention  3 n I c + h n n c  q, k, v and the scores; GPU: 3 n I c + 4 h n, no scores
+  attention  3 n I c            q, k, v; with its scores, h n n c, where no fused operator is used
 With dropout: a mask for each place where it acts. With activation checkpointing only its input
 (n D 4) stays, and one block at a time has all of it.
 """
@@ -111,34 +110,43 @@ def count(model: ModelParams) -> Counts:
 # --- activations ----------------------------------------------------------------------------------
 
 
-def block_bytes(size: SizeParams, tokens: int, *, number: int, dropout: float, on_gpu: bool) -> int:
-    """What a block of an encoder keeps of one clip; a number computed takes `number` bytes."""
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How numbers are computed."""
+
+    number: int  # bytes
+    dropout: float
+    on_gpu: bool
+    checkpointing: bool
+
+
+def block_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool = False) -> int:
+    """What a block of an encoder keeps of one clip; `masked` attention has a bias."""
     inner = size.heads * size.head_dim
     kept = 2 * tokens * size.dim * FP32 + 4 * tokens * FP32
-    kept += tokens * (2 * size.dim + inner + 2 * size.mlp_dim) * number
-    kept += 3 * tokens * inner * number
-    scores = size.heads * tokens**2 * number
-    kept += size.heads * tokens * FP32 if on_gpu else scores
-    if dropout > 0:
+    kept += tokens * (2 * size.dim + inner + 2 * size.mlp_dim) * kind.number
+    kept += attention_bytes(size, tokens, kind, masked=masked)
+    if kind.dropout > 0:  # a mask takes a byte on a GPU
         places = tokens * (2 * size.dim + size.mlp_dim)
-        # A GPU's mask takes a byte, and its attention draws dropout anew.
-        kept += places if on_gpu else places * number + 2 * scores
+        kept += places if kind.on_gpu else places * kind.number
     return kept
 
 
-def encoder_bytes(
-    size: SizeParams,
-    tokens: int,
-    *,
-    number: int,
-    dropout: float,
-    on_gpu: bool,
-    checkpointing: bool,
-) -> int:
+def attention_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool) -> int:
+    """Queries, keys, values, and scores where the operator keeps them (vatt.model.operators)."""
+    three, scores = 3 * tokens * size.heads * size.head_dim, size.heads * tokens**2
+    if kind.dropout > 0 and not kind.on_gpu:  # torch's plain attention, which is fp32
+        return (three + 3 * scores) * FP32
+    if kind.number == 2 and not masked and not kind.on_gpu:  # a few heads at a time
+        return (three + scores) * kind.number
+    return three * kind.number + size.heads * tokens * FP32  # a fused one
+
+
+def encoder_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool = False) -> int:
     """What an encoder keeps of one clip, its last norm included."""
-    block = block_bytes(size, tokens, number=number, dropout=dropout, on_gpu=on_gpu)
+    block = block_bytes(size, tokens, kind, masked=masked)
     last = tokens * size.dim * FP32 + 2 * tokens * FP32
-    if checkpointing:
+    if kind.checkpointing:
         return size.depth * tokens * size.dim * FP32 + block + last
     return size.depth * block + last
 
@@ -146,27 +154,22 @@ def encoder_bytes(
 def clip_bytes(model: ModelParams, params: PretrainParams, setting: Setting) -> int:
     """What the three towers keep of one clip between their forward and backward passes."""
     number = 2 if params.precision == "bf16" else FP32
-    drop = params.drop_rate
-    how = {"number": number, "dropout": model.dropout, "on_gpu": setting.on_gpu}
+    kind = Kind(number, model.dropout, setting.on_gpu, setting.activation_checkpointing)
     total = 0
     for tower, num_tokens, values in (
         (model.video, num_video_tokens(model.video), math.prod(model.video.patch) * 3),
         (model.audio, num_audio_tokens(model.audio), math.prod(audio_patch(model.audio))),
     ):
-        size, kept = resolve(tower.size), num_kept(num_tokens, drop)
+        size, kept = resolve(tower.size), num_kept(num_tokens, params.drop_rate)
         total += kept * values * number  # the patches, projected
-        if drop > 0:
+        if params.drop_rate > 0:
             total += kept * size.dim * INT64  # where their positions came from
         if model.dropout > 0:
             total += kept * size.dim * (1 if setting.on_gpu else FP32)
-        total += encoder_bytes(
-            size, kept + 1, checkpointing=setting.activation_checkpointing, **how
-        )
-    text, words = resolve(model.text.size), model.text.words
+        total += encoder_bytes(size, kept + 1, kind)
+    words = model.text.words
     sentence = words * INT64
-    sentence += encoder_bytes(
-        text, words + 1, checkpointing=setting.activation_checkpointing, **how
-    )
+    sentence += encoder_bytes(resolve(model.text.size), words + 1, kind, masked=True)
     return total + params.text_candidates * sentence
 
 
@@ -243,23 +246,22 @@ def memory(
     loss = loss_bytes(model, params)
     copies = counts.linear * 2 if params.precision == "bf16" else 0
     kept = clips * clip + copies
-    forward = (0.0, kept, loss, floats)
+    # The floats go when the encoders are done, before the loss begins.
+    forward = (0.0, kept, loss, 0.0) if loss > floats else (0.0, kept, 0.0, 1.0 * floats)
     moments = [forward, (update_bytes(counts, setting), 0.0, 0.0, 0.0)]
     if setting.is_cached(params.batch_size):
         encoders = counts.encoders * FP32
         moments[0] = (0.0, clip + copies, loss, 0.0)  # without graph but for one clip
-        moments += [(encoders, kept + clip, 0.0, floats), (2.0 * encoders, clip, 0.0, 0.0)]
-    else:
-        # The floats go when the encoders are done, before the loss begins.
-        moments[0] = (0.0, kept, loss, 0.0) if loss > floats else (0.0, kept, 0.0, floats)
-    gradients, activations, loss, floats = max(moments, key=sum)
+        moments.append((encoders, kept + clip, 0.0, 1.0 * floats))
+        moments.append((2.0 * encoders, clip, 0.0, 0.0))
+    gradients, activations, loss_work, signals = max(moments, key=sum)
     return Memory(
         weights=weights_bytes(counts, setting),
         gradients=gradients,
         optimizer=optimizer_bytes(counts, params, setting),
         activations=activations,
-        loss=loss,
-        inputs=batches * batch_bytes(model, params, setting) + floats,
+        loss=loss_work,
+        inputs=batches * batch_bytes(model, params, setting) + signals,
         runtime=RUNTIME[setting.on_gpu],
     )
 

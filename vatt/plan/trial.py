@@ -33,7 +33,7 @@ ROUNDS = 3  # the median counts
 SECONDS = 1.0  # aimed at for the larger of the two batches
 GUESS = 2e11  # operations a second, to choose the batches by
 LARGEST = 32  # clips
-MINIATURE = {"depth": 1, "dim": 16, "mlp_dim": 32, "heads": 2, "head_dim": 8}
+FEW = 4  # clips
 # Freed tensors go back to the system at once, so that the peak is what is in use.
 EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -214,16 +214,9 @@ def _timed(step: Callable[[], None]) -> float:
 
 
 def _warm_up(params: Params) -> None:
-    """Load all code that a step needs, with a model too small to count."""
-    towers = {
-        name: getattr(params.model, name).model_copy(update={"size": MINIATURE})
-        for name in ("video", "audio", "text")
-    }
-    text = towers["text"].model_copy(update={"vocabulary": 8})
-    content = params.model.model_copy(update={**towers, "text": text}).model_dump()
-    small = params.model_copy(update={"model": ModelParams.model_validate(content)})
-    engine, module = _engine(small.model, small.pretrain, small.machine)
-    step = _step(engine, module, make_clips(small, 4))
+    """Load all code that a step needs, with two steps of few clips, then give memory back."""
+    engine, module = _engine(params.model, params.pretrain, params.machine)
+    step = _step(engine, module, make_clips(params, FEW))
     step(), step()
     del engine, module, step
     gc.collect()

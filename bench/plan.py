@@ -1,0 +1,135 @@
+"""Forecasts against measurements: peak memory by formula, step time from a short trial.
+
+    python bench/plan.py --memory       any time: every setting in a process of its own
+    python bench/plan.py --time         on a machine that does nothing else
+
+Memory is the peak of resident memory beyond what the process held before the model was built, after
+two steps of four clips had loaded all code; freed tensors go back to the system at once (two
+settings of glibc's malloc), and beside it what glibc's defaults make of it. Time is the median of
+three steps on a batch that stays in memory; the forecast comes from one trial a model, of at most
+32 clips. One JSON line a setting, then a table for docs/benchmarks.md.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from vatt.config import Params, load_params
+from vatt.plan.memory import Setting, count, memory
+from vatt.plan.trial import run_step, run_trial
+
+DEMO = Path(__file__).parents[1] / "presets" / "demo.yaml"
+CASES: list[dict[str, Any]] = [
+    {"size": "tiny", "batch": 64},
+    {"size": "tiny", "batch": 64, "zero": 0},
+    {"size": "tiny", "batch": 128, "precision": "fp32"},
+    {"size": "tiny", "batch": 256},
+    {"size": "tiny", "batch": 256, "micro": 32},
+    {"size": "tiny", "batch": 128, "checkpointing": True},
+    {"size": "small", "batch": 32},
+    {"size": "small", "batch": 64, "micro": 16},
+    {"size": "small", "batch": 32, "zero": 0},
+]
+
+
+def settings(case: dict[str, Any]) -> Params:
+    """The demo's settings with a case's size, batch and way of computing."""
+    params = load_params(DEMO)
+    towers = {
+        name: getattr(params.model, name).model_copy(update={"size": case["size"]})
+        for name in ("video", "audio", "text")
+    }
+    pretrain = {"batch_size": case["batch"], "precision": case.get("precision", "bf16")}
+    machine = {
+        "micro_batch_size": case.get("micro"),
+        "zero_stage": case.get("zero", 1),
+        "activation_checkpointing": case.get("checkpointing", False),
+    }
+    return params.model_copy(
+        update={
+            "model": params.model.model_copy(update=towers),
+            "pretrain": params.pretrain.model_copy(update=pretrain),
+            "machine": params.machine.model_copy(update=machine),
+        }
+    )
+
+
+def name(case: dict[str, Any]) -> str:
+    """A case in words."""
+    words = [case["size"], f"batch {case['batch']}", case.get("precision", "bf16")]
+    words.append(f"micro-batch {case['micro']}" if "micro" in case else "no cache")
+    words.append(f"ZeRO-{case.get('zero', 1)}")
+    return ", ".join([*words, *(["checkpointing"] if case.get("checkpointing") else [])])
+
+
+def measure_memory(case: dict[str, Any]) -> dict[str, float]:
+    """Megabytes: formula, peak, peak with glibc's defaults."""
+    params = settings(case)
+    setting = Setting(
+        micro_batch_size=params.machine.micro_batch_size,
+        zero_stage=params.machine.zero_stage,
+        activation_checkpointing=params.machine.activation_checkpointing,
+    )
+    formula = memory(params.model, params.pretrain, setting, count(params.model), batches=1)
+    return {
+        "forecast": (formula.total - formula.runtime) / 1e6,
+        "measured": run_step(params, exact_memory=True).peak / 1e6,
+        "defaults": run_step(params, exact_memory=False).peak / 1e6,
+    }
+
+
+def measure_time(case: dict[str, Any], trials: dict[Any, Any]) -> dict[str, float]:
+    """Seconds of a step: forecast, median and range of the measured ones."""
+    params = settings(case)
+    key = (case["size"], case.get("precision"), case.get("zero"), case.get("checkpointing"))
+    if key not in trials:
+        trials[key] = run_trial(params)
+    seconds = run_step(params, exact_memory=False).seconds
+    forecast = trials[key].step(case["batch"], rows=case["batch"], cached="micro" in case)
+    found = {"forecast": forecast, "measured": statistics.median(seconds)}
+    return {**found, "least": min(seconds), "most": max(seconds)}
+
+
+def main() -> None:
+    """Measure what was asked for and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--time", action="store_true")
+    parser.add_argument("--only", help="cases whose name holds this")
+    options = parser.parse_args()
+    trials: dict[Any, Any] = {}
+    for what in ("memory", "time"):
+        rows = []
+        for case in CASES if getattr(options, what) else []:
+            if options.only and options.only not in name(case):
+                continue
+            found = measure_memory(case) if what == "memory" else measure_time(case, trials)
+            rows.append((name(case), found))
+            print(json.dumps({"what": what, **case, **found}), flush=True)
+        table(what, rows)
+
+
+def table(what: str, rows: list[tuple[str, dict[str, float]]]) -> None:
+    """Markdown."""
+    unit, last = ("MB", "glibc's defaults") if what == "memory" else ("s", "range")
+    if rows:
+        print(f"\n| setting | forecast, {unit} | measured, {unit} | difference | {last} |")
+        print("|---|---|---|---|---|")
+    for words, found in rows:
+        forecast, measured = found["forecast"], found["measured"]
+        more = (
+            f"{found['defaults']:.0f}"
+            if what == "memory"
+            else (f"{found['least']:.3f}-{found['most']:.3f}")
+        )
+        digits = 0 if what == "memory" else 3
+        print(
+            f"| {words} | {forecast:.{digits}f} | {measured:.{digits}f} "
+            f"| {forecast / measured - 1:+.0%} | {more} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
