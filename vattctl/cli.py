@@ -10,7 +10,7 @@ import click
 
 from vatt import __version__
 from vatt.errors import SettingsError, VattError
-from vattctl import checks, comparing, data, models, params, pipeline, runs
+from vattctl import checks, comparing, data, models, params, pipeline, planning, runs
 
 BUG, INTERRUPTED = 101, 130
 
@@ -61,6 +61,7 @@ def cli(
 for command in (
     pipeline.demo,
     *data.COMMANDS,
+    planning.plan_command,
     *pipeline.COMMANDS,
     *runs.COMMANDS,
     comparing.compare,

@@ -6,14 +6,18 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vatt.errors import SettingsError
 
+if TYPE_CHECKING:
+    from vatt.config import Params
+
 PARAMS = Path("params.yaml")
 PRESETS = Path("presets")
+SIZES = ("tiny", "small", "base", "medium", "large")
 
 
 def enter_project(context: click.Context) -> Path:
@@ -62,10 +66,29 @@ def change(settings: dict[tuple[str, ...], Any], *, write: bool = True) -> list[
     """Write settings into params.yaml with its comments kept; returns a line per real change."""
     from io import StringIO
 
-    from ruamel.yaml import YAML
-
     from vatt.config import parse_params
     from vatt.files import atomic_write
+
+    yaml, document, lines = _changed(settings)
+    parse_params(yaml_plain(document), source=PARAMS)
+    if lines and write:
+        text = StringIO()
+        yaml.dump(document, text)
+        with atomic_write(PARAMS) as path:
+            path.write_text(text.getvalue(), encoding="utf-8")
+    return lines
+
+
+def preview(settings: dict[tuple[str, ...], Any]) -> "Params":
+    """The settings as they would be after `change`; nothing is written."""
+    from vatt.config import parse_params
+
+    return parse_params(yaml_plain(_changed(settings)[1]), source=PARAMS)
+
+
+def _changed(settings: dict[tuple[str, ...], Any]) -> tuple[Any, Any, list[str]]:
+    """A YAML writer, the changed document, and a line per real change."""
+    from ruamel.yaml import YAML
 
     yaml = YAML()
     yaml.preserve_quotes = True
@@ -77,13 +100,7 @@ def change(settings: dict[tuple[str, ...], Any], *, write: bool = True) -> list[
     except FileNotFoundError:
         raise SettingsError(f"{PARAMS} is missing", hint="run `vattctl config use demo`") from None
     lines = [line for keys, value in settings.items() if (line := _set(document, keys, value))]
-    parse_params(yaml_plain(document), source=PARAMS)
-    if lines and write:
-        text = StringIO()
-        yaml.dump(document, text)
-        with atomic_write(PARAMS) as path:
-            path.write_text(text.getvalue(), encoding="utf-8")
-    return lines
+    return yaml, document, lines
 
 
 def _null(representer: Any, value: None) -> Any:

@@ -13,10 +13,18 @@ from typing import Any
 import click
 
 from vatt.errors import MachineError, SettingsError, VattError
-from vattctl.params import change, enter_project, parse_setting, size_settings, use_preset
+from vattctl.params import (
+    SIZES,
+    change,
+    enter_project,
+    parse_setting,
+    preview,
+    size_settings,
+    use_preset,
+)
+from vattctl.planning import check_memory
 
 STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate", "report")
-SIZES = ("tiny", "small", "base", "medium", "large")
 
 
 class StageFailed(VattError):
@@ -214,6 +222,8 @@ def pretrain(
         more |= size_settings(chosen, backbone or now.backbone)
     if launcher_arguments:
         more[("machine", "launcher_arguments")] = list(launcher_arguments)
+    wanted = {**more, **dict(parse_setting(text) for text in assignments)}
+    check_memory(preview(wanted), force=force)
     run(context, ("pretrain",), assignments, force=force, dry_run=dry_run, more=more)
 
 

@@ -26,7 +26,6 @@ FP32, INT64 = 4, 8
 ADAM_STATES, SGD_STATES = 2, 1  # numbers kept for a weight
 MAX_SCORES = 2**24  # vatt.losses: scores held at a time, in each direction
 BUCKET = 50_000_000  # vatt.training.engine: numbers that ZeRO reduces at once
-AHEAD = 4  # batches on a CPU: the one in use, two ready, one in the making
 FALLBACK_BUCKET = 500_000_000  # numbers that DeepSpeed joins to reduce at stage 0, also alone
 SCORE_BYTES = 6 * FP32 + 2  # of a pair: both directions, masked, their gradients; two masks
 RUNTIME = {False: 0.6e9, True: 1.0e9}  # Python, torch, DeepSpeed; on a GPU context and NCCL
@@ -230,7 +229,7 @@ def memory(
     setting: Setting,
     counts: Counts | None = None,
     *,
-    batches: int = AHEAD,
+    batches: int = 1,
 ) -> Memory:
     """The parts at the step's peak, which is one of three moments.
 

@@ -12,18 +12,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vatt.config import MachineParams, ModelParams, Params, PretrainParams
-from vatt.data.batches import Batch
+from vatt.data.batches import Batch, Sampling, train_batches
+from vatt.data.loader import Loading
 from vatt.errors import MachineError
 from vatt.losses import FORMS, pretraining_loss
 from vatt.model.assembly import feature_dims
 from vatt.model.vatt import VATT, Features
+from vatt.plan.speed import Trial
 from vatt.training import distributed
 from vatt.training.engine import Engine, make_engine
 from vatt.training.pretrain import Pretraining, pretraining_inputs
@@ -34,25 +36,10 @@ SECONDS = 1.0  # aimed at for the larger of the two batches
 GUESS = 2e11  # operations a second, to choose the batches by
 LARGEST = 32  # clips
 FEW = 4  # clips
+LOADED = 32  # clips of a batch, to try the loader with
+LOADER_SECONDS = 3.0
 # Freed tensors go back to the system at once, so that the peak is what is in use.
 EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """Seconds of a step's parts in one process."""
-
-    fixed: float  # of every step: the optimiser, starting and ending
-    clip: float  # forward and backward
-    cached_clip: float  # forward twice, backward once
-    losses: dict[int, float]  # heads and loss, by clips of the global batch
-
-    def step(self, batch_size: int, *, rows: int, cached: bool) -> float:
-        """A step of `rows` clips of the global batch, without network and loader."""
-        nearest = min(self.losses, key=lambda size: abs(size - batch_size))
-        # The loss compares every clip with every other.
-        loss = self.losses[nearest] * (batch_size / nearest) ** 2
-        return self.fixed + rows * (self.cached_clip if cached else self.clip) + loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +60,11 @@ def run_trial(params: Params) -> Trial:
 def run_step(params: Params, *, exact_memory: bool) -> Measured:
     """Make whole steps with the settings as they are."""
     return Measured(**_in_process("step", params, EXACT_MALLOC if exact_memory else {}))
+
+
+def run_loader(params: Params) -> float:
+    """Samples a second that this machine's loader makes of the shards, each decoded anew."""
+    return float(_in_process("loader", params)["samples_per_second"])
 
 
 def _in_process(what: str, params: Params, environment: Mapping[str, str] | None = None) -> Any:
@@ -99,9 +91,33 @@ def _in_process(what: str, params: Params, environment: Mapping[str, str] | None
 def main() -> None:
     """Read settings from stdin, print what was found as one line of JSON."""
     what, params = sys.argv[1], Params.model_validate_json(sys.stdin.read())
-    with distributed.process_group(params.machine):
-        found = trial(params) if what == "trial" else steps(params)
-    sys.stdout.write("\n" + json.dumps(asdict(found)) + "\n")
+    if what == "loader":
+        found: Any = {"samples_per_second": loader_rate(params)}
+    else:
+        with distributed.process_group(params.machine):
+            found = asdict(trial(params) if what == "trial" else steps(params))
+    sys.stdout.write("\n" + json.dumps(found) + "\n")
+
+
+def loader_rate(params: Params) -> float:
+    """Samples over seconds, once the workers have begun."""
+    pretrain, size = params.pretrain, min(params.pretrain.batch_size, LOADED)
+    batches = train_batches(
+        params.paths.shards,
+        split="train",
+        batch_size=size,
+        steps=1000,
+        first_step=0,
+        seed=params.seed,
+        sampling=Sampling.for_pretraining(params.model, pretrain),
+        loading=replace(Loading.of(params.machine), cache_gb=0.0),
+    )
+    next(batches)
+    began, made = time.perf_counter(), 0
+    while time.perf_counter() - began < LOADER_SECONDS:
+        next(batches)
+        made += size
+    return made / (time.perf_counter() - began)
 
 
 def trial(params: Params) -> Trial:

@@ -21,6 +21,7 @@ class Device:
 
     name: str
     memory_gb: float  # GiB that a process can have
+    bandwidth: float  # bytes a second of that memory
     bf16_flops: float
     fp32_flops: float  # tensor cores in TF32 are not used by default
     watts: float  # the board's limit
@@ -32,16 +33,16 @@ class Device:
 GPUS = {
     device.name: device
     for device in (
-        Device("h200-141gb", 139, 989e12, 67e12, 700, 450e9, 50e9, 55e9),
-        Device("h100-80gb", 79, 989e12, 67e12, 700, 450e9, 50e9, 55e9),
-        Device("a100-80gb", 79, 312e12, 19.5e12, 400, 300e9, 25e9, 25e9),
-        Device("a100-40gb", 39.4, 312e12, 19.5e12, 400, 300e9, 25e9, 25e9),
-        Device("l40s", 44.5, 362e12, 91.6e12, 350, 25e9, 12.5e9, 25e9),
-        Device("a6000", 47.5, 155e12, 38.7e12, 300, 25e9, 12.5e9, 25e9),
-        Device("rtx4090", 23.6, 165e12, 82.6e12, 450, 25e9, 1.25e9, 25e9),
-        Device("rtx3090", 23.6, 71e12, 35.6e12, 350, 25e9, 1.25e9, 25e9),
-        Device("v100-32gb", 31.7, 15.7e12, 15.7e12, 300, 150e9, 12.5e9, 12e9),
-        Device("t4", 14.6, 8.1e12, 8.1e12, 70, 12e9, 1.25e9, 12e9),
+        Device("h200-141gb", 139, 4.8e12, 989e12, 67e12, 700, 450e9, 50e9, 55e9),
+        Device("h100-80gb", 79, 3.35e12, 989e12, 67e12, 700, 450e9, 50e9, 55e9),
+        Device("a100-80gb", 79, 2.0e12, 312e12, 19.5e12, 400, 300e9, 25e9, 25e9),
+        Device("a100-40gb", 39.4, 1.55e12, 312e12, 19.5e12, 400, 300e9, 25e9, 25e9),
+        Device("l40s", 44.5, 0.86e12, 362e12, 91.6e12, 350, 25e9, 12.5e9, 25e9),
+        Device("a6000", 47.5, 0.77e12, 155e12, 38.7e12, 300, 25e9, 12.5e9, 25e9),
+        Device("rtx4090", 23.6, 1.0e12, 165e12, 82.6e12, 450, 25e9, 1.25e9, 25e9),
+        Device("rtx3090", 23.6, 0.94e12, 71e12, 35.6e12, 350, 25e9, 1.25e9, 25e9),
+        Device("v100-32gb", 31.7, 0.9e12, 15.7e12, 15.7e12, 300, 150e9, 12.5e9, 12e9),
+        Device("t4", 14.6, 0.32e12, 8.1e12, 8.1e12, 70, 12e9, 1.25e9, 12e9),
     )
 }
 

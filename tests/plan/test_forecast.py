@@ -1,0 +1,108 @@
+"""Forecasts against sums done by hand; what fits, and what is cheapest."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.training import tiny
+from vatt.config import load_params
+from vatt.errors import SettingsError
+from vatt.plan.forecast import (
+    GIB,
+    Place,
+    cheapest,
+    forecast,
+    forecast_memory,
+    largest_micro_batch,
+    named_place,
+    settings,
+)
+from vatt.plan.memory import Counts, Setting, count
+from vatt.plan.speed import (
+    GPU_SHARE,
+    GpuSpeed,
+    Seconds,
+    Trial,
+    TrialSpeed,
+    gather_bytes,
+    gradient_bytes,
+)
+from vatt.training.devices import GPUS
+from vatt.training.telemetry import pretraining_work
+
+PAPER = load_params(Path(__file__).parents[2] / "presets" / "paper.yaml")
+COUNTS = Counts(trained=1000, frozen=0, encoders=900, linear=800)
+
+
+def on(speed, place, **setting):
+    return forecast(PAPER, Setting(**setting), place, speed, COUNTS)
+
+
+def test_features_and_gradients_that_travel_by_hand():
+    # tiny model: features of 16 + 16 and two texts of 16, batch 8, fp32
+    params = tiny.pretrain_params(batch_size=8, text_candidates=2)
+    whole = 8 * (16 + 16 + 2 * 16) * 4
+    assert gather_bytes(tiny.model_params(), params, 1) == 0
+    assert gather_bytes(tiny.model_params(), params, 4) == 3 * whole * 3 / 4
+    assert gradient_bytes(COUNTS, Setting(processes=2)) == 2 * 4000 / 2
+    assert gradient_bytes(COUNTS, Setting(processes=2, zero_stage=3), passes=4) == 5 * 4000 / 2
+
+
+def test_a_gpu_s_step_is_operations_over_a_share_of_its_peak():
+    gpu = GPUS["h100-80gb"]
+    speed = GpuSpeed(gpu, PAPER.model, PAPER.pretrain, COUNTS)
+    flops = pretraining_work(PAPER.model, PAPER.pretrain).flops
+    plain = speed(Setting(on_gpu=True)).compute
+    assert plain == pytest.approx(flops / (gpu.bf16_flops * GPU_SHARE))
+    assert speed(Setting(on_gpu=True, micro_batch_size=32)).compute == pytest.approx(4 / 3 * plain)
+    eight = speed(Setting(processes=8, on_gpu=True))
+    assert eight.compute == pytest.approx(plain / 8) and eight.network > 0
+
+
+def test_a_trial_s_step_is_its_clips_and_what_every_step_costs():
+    trial = Trial(fixed=0.5, clip=0.01, cached_clip=0.013, losses={64: 0.1, 16: 0.01})
+    assert trial.step(64, rows=64, cached=False) == pytest.approx(0.5 + 0.64 + 0.1)
+    assert trial.step(128, rows=128, cached=True) == pytest.approx(0.5 + 1.664 + 0.4)
+    speed = TrialSpeed(trial, tiny.pretrain_params(batch_size=64), loader=32.0)
+    found = speed(Setting())
+    assert found.busy == pytest.approx(1.24) and found.total == 2.0 and found.bound == "loader"
+
+
+def test_days_hours_energy_by_hand():
+    place = Place("x", 1e12, 500.0, True)
+    found = on(lambda setting: Seconds(1.0, 0.0, 0.0, 0.728, 0.0), place, processes=4)
+    assert found.days == pytest.approx(10.0)  # 500,000 steps of 1.728 s
+    assert found.device_hours == pytest.approx(960) and found.kwh == pytest.approx(480)
+    assert found.samples_per_second == pytest.approx(2048 / 1.728)
+    assert found.seconds.bound == "compute"
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not():
+    place, counts = named_place("a100-40gb"), count(PAPER.model)
+    found = largest_micro_batch(PAPER, Setting(on_gpu=True), place, counts)
+    assert found is not None
+
+    def needed(size):
+        setting = Setting(on_gpu=True, micro_batch_size=size)
+        return forecast_memory(PAPER, setting, place, counts).total
+
+    assert needed(found) <= 0.92 * place.memory < needed(found + 1)
+    tiny_place = Place("x", 1e9, 0.0, True)
+    assert largest_micro_batch(PAPER, Setting(on_gpu=True), tiny_place, counts) is None
+
+
+def test_the_cheapest_setting_fits_and_none_that_fits_is_faster():
+    place, counts = named_place("rtx4090"), count(PAPER.model)
+    assert place.device is not None
+    speed = GpuSpeed(place.device, PAPER.model, PAPER.pretrain, counts)
+    found = cheapest(PAPER, 1, place, speed, counts)
+    assert found is not None and found.fits and found.setting.micro_batch_size is not None
+    for setting in settings(2048, 1, place):
+        other = forecast(PAPER, setting, place, speed, counts)
+        assert not other.fits or other.seconds.total >= found.seconds.total
+    assert cheapest(PAPER, 1, Place("x", 2 * GIB, 0.0, True), speed, counts) is None
+
+
+def test_an_unknown_device_is_told_what_there_is():
+    with pytest.raises(SettingsError, match="h100-80gb"):
+        named_place("h1000")

@@ -1,0 +1,250 @@
+"""What a pre-training takes, before it starts: plan, and the check that `pretrain` begins with."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vatt.errors import SettingsError
+from vattctl.params import SIZES, enter_project, parse_setting, preview, size_settings
+
+if TYPE_CHECKING:
+    from vatt.config import Params
+    from vatt.plan.forecast import Forecast, Place
+
+PLAN_VERSION = 1
+PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimiser",
+    "activations": "activations",
+    "loss": "heads and loss",
+    "inputs": "clips",
+    "runtime": "runtime",
+}
+
+
+@click.command(
+    "plan",
+    epilog="""\b
+Examples:
+  vattctl plan                                    this machine, after a short trial
+  vattctl plan --device h100-80gb --price 2.50    a GPU by its data sheet, at 2.50 an hour
+  vattctl plan --device rtx4090 --gpus 4 --size base --batch 2048
+  vattctl plan --json""",
+)
+@click.option("--device", help="A GPU type, e.g. h100-80gb, a100-40gb, rtx4090; default: here.")
+@click.option("--gpus", type=click.IntRange(min=1), help="How many; default: machine.processes.")
+@click.option("--price", type=click.FloatRange(min=0), help="Of one device for one hour.")
+@click.option("--size", type=click.Choice(SIZES), help="As in `vattctl pretrain`.")
+@click.option("--batch", type=click.IntRange(min=1), help="Clips of the global batch.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Another setting.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def plan_command(
+    context: click.Context,
+    device: str | None,
+    gpus: int | None,
+    price: float | None,
+    size: str | None,
+    batch: int | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Forecast memory, time, energy and cost of the pre-training in params.yaml.
+
+    Nothing is changed or started but a short trial, and with --device not even that: then all is
+    formula, with a GPU at 40 % of its peak. Exit code 2 when the settings do not fit.
+    """
+    enter_project(context)
+    changes = dict(parse_setting(text) for text in assignments)
+    if batch is not None:
+        changes["pretrain", "batch_size"] = batch
+    if gpus is not None:
+        changes["machine", "processes"] = gpus
+    if size is not None:
+        changes |= size_settings(size, preview({}).model.backbone)
+    found = make_plan(preview(changes), device)
+    if as_json:
+        click.echo(json.dumps(_plain(found, price), indent=2))
+    else:
+        _print(found, price)
+    if not found["as_set"].fits:
+        context.exit(SettingsError.exit_code)
+
+
+def make_plan(params: "Params", device: str | None) -> dict[str, Any]:
+    """The settings as they are, the largest micro-batch, and the cheapest way."""
+    from vatt.plan import forecast as plans
+    from vatt.plan.memory import count
+    from vatt.plan.speed import GpuSpeed, Speed, TrialSpeed
+
+    place = plans.named_place(device) if device else plans.this_place(params)
+    counts = count(params.model)
+    loader = None
+    if device is None:
+        from vatt.plan.trial import run_loader, run_trial
+
+        click.echo("trying the model on this machine...", err=True)
+        if (params.paths.shards / "index.jsonl").exists():
+            loader = run_loader(params)
+        speed: Speed = TrialSpeed(run_trial(params), params.pretrain, loader)
+    else:
+        assert place.device is not None
+        speed = GpuSpeed(place.device, params.model, params.pretrain, counts)
+    setting = plans.as_set(params, place)
+    return {
+        "params": params,
+        "place": place,
+        "loader": loader,
+        "measured": device is None,
+        "as_set": plans.forecast(params, setting, place, speed, counts),
+        "largest": plans.largest_micro_batch(params, setting, place, counts),
+        "cheapest": plans.cheapest(params, setting.processes, place, speed, counts),
+    }
+
+
+def check_memory(params: "Params", *, force: bool) -> None:
+    """Tell what `pretrain` will take; refuse what cannot fit, unless it is forced."""
+    from vatt.plan import forecast as plans
+    from vatt.plan.memory import count
+
+    place = plans.this_place(params)
+    setting, counts = plans.as_set(params, place), count(params.model)
+    memory = plans.forecast_memory(params, setting, place, counts)
+    parts = ", ".join(
+        f"{words} {_bytes(getattr(memory, name))}"
+        for name, words in PARTS.items()
+        if getattr(memory, name) > 0.02 * memory.total
+    )
+    click.echo(
+        f"forecast: {_bytes(memory.total)} for each process ({parts}); {place.name} has "
+        f"{_bytes(place.memory)}; `vattctl plan` tells time and cost",
+        err=True,
+    )
+    if memory.total <= place.memory or force:
+        return
+    largest = plans.largest_micro_batch(params, setting, place, counts)
+    remedy = (
+        f"--set machine.micro_batch_size={largest}"
+        if largest is not None
+        else "a smaller --size, or machine.activation_checkpointing=true"
+    )
+    raise SettingsError(
+        f"{_bytes(memory.total)} are needed, {place.name} has {_bytes(place.memory)}",
+        hint=f"try {remedy}; `vattctl plan` finds what fits; --force starts all the same",
+    )
+
+
+def _plain(found: dict[str, Any], price: float | None) -> dict[str, Any]:
+    place: Place = found["place"]
+    cheapest = found["cheapest"]
+    return {
+        "version": PLAN_VERSION,
+        "device": place.name,
+        "memory_bytes": place.memory,
+        "source": "trial" if found["measured"] else "formula",
+        "loader_samples_per_second": found["loader"],
+        "largest_micro_batch": found["largest"],
+        "as_set": _facts(found["as_set"], price),
+        "cheapest": _facts(cheapest, price) if cheapest else None,
+    }
+
+
+def _facts(one: "Forecast", price: float | None) -> dict[str, Any]:
+    return {
+        "setting": asdict(one.setting),
+        "fits": one.fits,
+        "memory_bytes": {**asdict(one.memory), "total": one.memory.total},
+        "step_seconds": {**asdict(one.seconds), "total": one.seconds.total},
+        "bound_by": one.seconds.bound,
+        "samples_per_second": one.samples_per_second,
+        "days": one.days,
+        "device_hours": one.device_hours,
+        "kwh": one.kwh,
+        "cost": None if price is None else price * one.device_hours,
+    }
+
+
+def _print(found: dict[str, Any], price: float | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    # A pipe has no width: give every row one line there.
+    console = Console(width=console.width if console.is_terminal else 200)
+    params, place = found["params"], found["place"]
+    way = "from a short trial here" if found["measured"] else "by formula, at 40 % of the peak"
+    console.print(
+        f"{params.pretrain.steps:,} steps of {params.pretrain.batch_size:,} clips on "
+        f"{found['as_set'].setting.processes} x {place.name} "
+        f"({_bytes(place.memory)} each); time {way}",
+        highlight=False,
+    )
+    chosen = found["cheapest"]
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "as set", "cheapest that fits"):
+        table.add_column(column, justify="right" if column else "left")
+    rows = _rows(found["as_set"], price)
+    others = _rows(chosen, price) if chosen else {}
+    for name, value in rows.items():
+        table.add_row(name, value, others.get(name, "-"))
+    console.print(table)
+    largest = found["largest"]
+    console.print(
+        "not even one clip fits at a time"
+        if largest is None
+        else f"largest micro-batch that fits as set: {largest}",
+        highlight=False,
+    )
+    if chosen is None:
+        console.print("no setting fits: choose a smaller --size or a larger --device")
+    elif chosen.setting != found["as_set"].setting:
+        console.print(
+            f"to use it: vattctl pretrain {_options(chosen)}", highlight=False, soft_wrap=True
+        )
+
+
+def _rows(one: "Forecast", price: float | None) -> dict[str, str]:
+    setting, seconds = one.setting, one.seconds
+    rows = {
+        "micro-batch": str(setting.micro_batch_size or f"{setting.rows(one.batch_size)} (all)"),
+        "ZeRO stage": str(setting.zero_stage),
+        "offload": setting.offload,
+        "activation checkpointing": "yes" if setting.activation_checkpointing else "no",
+    }
+    for name, words in PARTS.items():
+        rows[f"memory: {words}"] = _bytes(getattr(one.memory, name))
+    rows["memory at the peak"] = _bytes(one.memory.total) + ("" if one.fits else " - too much")
+    for name in ("compute", "loss", "update", "network", "loader"):
+        value = getattr(seconds, name)
+        rows[f"step: {name}"] = _time(value) if value else "-"
+    rows["a step"] = f"{_time(seconds.total)}, bound by {seconds.bound}"
+    rows["samples a second"] = f"{one.samples_per_second:,.0f}"
+    rows["days"] = f"{one.days:,.2f}"
+    rows["device-hours"] = f"{one.device_hours:,.1f}"
+    rows["energy"] = f"{one.kwh:,.1f} kWh"
+    if price is not None:
+        rows["cost"] = f"{price * one.device_hours:,.2f}"
+    return rows
+
+
+def _options(one: "Forecast") -> str:
+    setting = one.setting
+    values = {
+        "processes": setting.processes,
+        "micro_batch_size": setting.micro_batch_size or "null",
+        "zero_stage": setting.zero_stage,
+        "offload": setting.offload,
+        "activation_checkpointing": str(setting.activation_checkpointing).lower(),
+    }
+    return " ".join(f"--set machine.{name}={value}" for name, value in values.items())
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.2f} ms"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
