@@ -35,8 +35,7 @@ def encode_in_micro_batches(
     rows = next(len(value) for value in inputs if value is not None)
     if micro_batch_size is None or micro_batch_size >= rows:
         return encode(*inputs)
-    starts = range(1, rows, micro_batch_size)
-    rest = [_rows(inputs, slice(start, start + micro_batch_size)) for start in starts]
+    rest = [_rows(inputs, which) for which in _micro_batches(range(1, rows), micro_batch_size)]
     trained = [weight for weight in weights if weight.requires_grad]
     return _Rejoin.apply(_Replay(encode, rest, trained), *encode(*_rows(inputs, slice(0, 1))))
 
@@ -86,15 +85,18 @@ class _Replay:
         with torch.random.fork_rng(devices), torch.enable_grad():
             for part, share, states in zip(self.parts, shares, self.generators, strict=True):
                 self._set_generators(states)
-                with self.autocast:
-                    features = self.encode(*part)
-                found = torch.autograd.grad(features, self.weights, share)
-                if totals:
-                    torch._foreach_add_(totals, found)
-                else:
-                    totals = list(found)
+                self._add_gradients(totals, part, share)
         for weight, total in zip(self.weights, totals, strict=True):
             _add_to_gradient(weight, total)
+
+    def _add_gradients(self, totals: list[Tensor], part: Rows, share: tuple[Tensor, ...]) -> None:
+        with self.autocast:
+            features = self.encode(*part)
+        found = torch.autograd.grad(features, self.weights, share)
+        if totals:
+            torch._foreach_add_(totals, found)
+        else:
+            totals.extend(found)
 
     def _generator_states(self) -> list[Tensor]:
         states = [torch.get_rng_state()]
@@ -114,6 +116,12 @@ def _add_to_gradient(weight: nn.Parameter, total: Tensor) -> None:
         return total.add_(gradient)
 
     handle = weight.register_hook(add)
+
+
+def _micro_batches(rows: range, size: int) -> list[slice]:
+    """A remainder comes first: the memory of a whole one beside the sum is then the peak always."""
+    ends = range(rows.stop, rows.start, -size)
+    return [slice(max(rows.start, end - size), end) for end in reversed(ends)]
 
 
 def _rows(inputs: tuple[Tensor | None, ...], which: slice) -> Rows:
