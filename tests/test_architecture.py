@@ -4,7 +4,13 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = ("vatt.config", "vatt.errors", "vatt.files", "vatt")  # `vatt` itself imports nothing
+EVERYWHERE = (
+    "vatt.config",
+    "vatt.errors",
+    "vatt.files",
+    "vatt.slurm",
+    "vatt",
+)  # `vatt` itself imports nothing
 ALLOWED = {  # longest prefix wins
     "stages": ("vatt",),
     "vattctl": ("vatt", "vattctl"),

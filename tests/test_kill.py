@@ -1,7 +1,8 @@
 """The demo's pre-training, all its steps on its real shards, through at least twenty SIGKILLs.
 
-Settings are the demo's but for how often it saves and reports, which shapes no weight.
-VATT_KILL_LOG names a file that gets the figures.
+Settings are the demo's but for how often it saves and reports and its threads, which shape no
+weight. VATT_KILL_SHARDS names the data folder of a project whose demo shards are made already;
+VATT_KILL_LOG a file that gets the figures.
 """
 
 import hashlib
@@ -31,7 +32,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     project = new_project(tmp_path_factory.mktemp("demo"))
     settings = yaml.safe_load((project / "presets" / "demo.yaml").read_text(encoding="utf-8"))
     settings["pretrain"] |= OFTEN
+    settings["machine"]["threads"] = 1
     (project / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    if "VATT_KILL_SHARDS" in os.environ:
+        shutil.copytree(os.environ["VATT_KILL_SHARDS"], project / "data")
+        return project
     for stage in ("download", "preprocess"):
         subprocess.run(command(stage), cwd=project, env=environment(), check=True)
     return project

@@ -16,6 +16,7 @@ from types import FrameType
 
 from vatt.errors import MachineError, Stopped, VattError
 from vatt.files import atomic_write, lock
+from vatt.slurm import join_step
 
 FOLDER = Path(".vattctl")  # in the project's root; locks, the last outcome, the last traceback
 OUTCOME = FOLDER / "outcome.json"
@@ -38,6 +39,7 @@ def _run(stage: str, main: Callable[[], None]) -> int:
     logging.basicConfig(level=level, format="%(message)s")
     for number in (signal.SIGTERM, signal.SIGUSR1):  # training replaces these by its own
         signal.signal(number, _stop)
+    join_step()
     try:
         if is_first_process() and LAUNCHED_VARIABLE not in os.environ:
             with lock(FOLDER / f"{stage}.lock"):

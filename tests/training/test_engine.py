@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.training import tiny
-from vatt.errors import SettingsError
+from vatt.errors import MachineError, SettingsError
+from vatt.training.blocks import apply_options
 from vatt.training.engine import DeepSpeedEngine, LocalEngine
 
 OPTIMIZER = tiny.pretrain_params().optimizer
@@ -63,3 +64,11 @@ def test_offloading_without_its_zero_stage_is_refused(offload, zero):
     machine = tiny.machine_params(offload=offload, zero_stage=zero)
     with pytest.raises(SettingsError, match=r"machine\.offload"):
         DeepSpeedEngine(Regression(), OPTIMIZER, "fp32", machine)
+
+
+def test_compiling_says_what_it_needs(monkeypatch):
+    with pytest.raises(SettingsError, match="zero_stage 3"):
+        apply_options(Regression(), tiny.machine_params(compile=True, zero_stage=3))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(MachineError, match=r"no-such-compiler\n.*machine\.compile=false"):
+        apply_options(Regression(), tiny.machine_params(compile=True))

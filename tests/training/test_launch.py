@@ -33,6 +33,22 @@ def test_launcher_arguments_come_last_but_for_the_module():
 
 
 @pytest.mark.slow
+def test_a_hostfile_counts_whatever_the_number_of_processes(tmp_path, monkeypatch, caplog):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=2\n")
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.chdir(ROOT)
+    settings = {"OMP_NUM_THREADS": "1", "VATT_TEST_FOLDER": str(tmp_path)}
+    for name, value in (settings | {"VATT_TEST_DEEPSPEED": "1"}).items():
+        monkeypatch.setenv(name, value)
+    machine = tiny.machine_params(processes=1, launcher_arguments=["--hostfile", str(hosts)])
+    assert launch("tests.training.victim", machine) == 0
+    assert f"--hostfile {hosts} tests.training.victim" in caplog.text
+    meta = json.loads((tmp_path / "state" / "step-00000024" / "meta.json").read_text())
+    assert meta["engine"].endswith("processes: 2")
+
+
+@pytest.mark.slow
 def test_a_stop_signal_reaches_all_processes_and_the_rerun_continues(tmp_path):
     losses = tmp_path / "losses"
     environment = {

@@ -121,6 +121,14 @@ def test_twenty_steps_equal_plain_torch(found, alone):
             torch.testing.assert_close(value, expected[name], rtol=0, atol=drift, msg=name)
 
 
+@pytest.mark.parametrize("option", [*worker.OPTIONS, *worker.COMPILED])
+def test_what_machine_says_changes_no_result(found, alone, option):
+    if option not in found[1]:
+        pytest.skip("tried with more cases")
+    expected = torch.tensor(alone["specific"]["history"][: worker.RESUMED_STEPS])
+    close(torch.tensor(found[1][option]), expected)
+
+
 def test_a_state_goes_on_in_another_number_of_processes(found, alone):
     done = len(worker.TEXTLESS)
     for number, ((_, backbone, _), result) in enumerate(found[2].items()):

@@ -7,6 +7,7 @@ which engines are tried; VATT_TEST_START holds states to go on from, by backbone
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch import Tensor
 from tests.training import evaluating, tiny
 from vatt.data.batches import Batch
 from vatt.training import distributed
-from vatt.training.engine import DeepSpeedEngine, Engine
+from vatt.training.engine import DeepSpeedEngine, Engine, make_engine
 from vatt.training.loop import seed_dropout
 from vatt.training.pretrain import Pretraining, pretraining_inputs
 from vatt.training.shares import read_shares
@@ -34,6 +35,12 @@ CASES: dict[str, list[Case]] = {
     "one": [(3, "agnostic", True)],
 }
 CASES["quick"] += CASES["one"]
+OPTIONS: dict[str, dict[str, Any]] = {  # settings of `machine`
+    "checkpointed": {"activation_checkpointing": True, "zero_stage": 3},
+    "optimizer offloaded": {"offload": "optimizer", "zero_stage": 2},
+    "all offloaded": {"offload": "all", "zero_stage": 3},
+}
+COMPILED = {"compiled, checkpointed": {"compile": True, "activation_checkpointing": True}}
 
 
 def main() -> None:
@@ -50,6 +57,8 @@ def main() -> None:
             results["exact", backbone] = exact_gradients(backbone)
         for number, case in enumerate(CASES[os.environ["VATT_TEST_CASES"]]):
             results[case] = trained(*case, folder / str(number))
+        for name, options in options_of(os.environ["VATT_TEST_CASES"]).items():
+            results[name] = tried(options)
         if distributed.rank() == 0:
             torch.save(results, folder / "results.pt")
     sys.exit(int(os.environ.get("VATT_TEST_EXIT", "0")))
@@ -106,6 +115,21 @@ def trained(zero: int, backbone: str, cached: bool, folder: Path) -> dict[str, o
     engine.load(Path(os.environ["VATT_TEST_START"]) / backbone / state_name(len(TEXTLESS)))
     steps = range(len(TEXTLESS), len(TEXTLESS) + RESUMED_STEPS)
     return found | {"resumed": [update(engine, model, step) for step in steps]}
+
+
+def options_of(cases: str) -> dict[str, dict[str, Any]]:
+    """What of `machine` is tried with these cases; compiling takes long."""
+    return {"one": {}, "quick": OPTIONS, "all": OPTIONS | COMPILED}[cases]
+
+
+def tried(options: dict[str, Any]) -> list[tuple[float, float]]:
+    """Losses and norms of a few updates, with settings of `machine`."""
+    micro = max(1, tiny.BATCH_SIZE // distributed.world_size() // 2)
+    machine = tiny.machine_params(micro_batch_size=micro, **options)
+    model = tiny.make_model(tiny.model_params())
+    module = Pretraining(model, tiny.pretrain_params(), micro_batch_size=micro)
+    engine = make_engine(module, OPTIMIZER, "fp32", machine)
+    return [update(engine, model, step) for step in range(RESUMED_STEPS)]
 
 
 def state_name(updates: int) -> str:

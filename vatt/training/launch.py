@@ -28,10 +28,10 @@ def launch(module: str, machine: MachineParams, *arguments: str) -> int | None:
     started by this function, by torchrun or by Slurm. Stop signals are passed on to each process;
     all of them save and end with 75.
     """
-    if "RANK" in os.environ or machine.processes == 1:
+    if "RANK" in os.environ or (machine.processes == 1 and not _names_machines(machine)):
         return None
     command = [*launch_line(module, machine), *arguments]
-    log.info("%s", shlex.join(command))
+    log.warning("launch: %s", shlex.join(command))
     told = {LAUNCHED: "1", "DS_ACCELERATOR": device().type}
     launcher = subprocess.Popen(command, env=os.environ | told)
     with _passing_on(launcher.pid):
@@ -41,10 +41,16 @@ def launch(module: str, machine: MachineParams, *arguments: str) -> int | None:
 def launch_line(module: str, machine: MachineParams) -> list[str]:
     """The command that `launch` runs; later launcher arguments win over ours."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--module", "--no_local_rank"]
-    if not {"--hostfile", "-H", "--include", "-i"} & set(machine.launcher_arguments):
+    if not _names_machines(machine):
         command += ["--num_gpus", str(machine.processes)]
     command += ["--master_port", str(free_port()), "--quiet", *machine.launcher_arguments]
     return [*command, module]
+
+
+def _names_machines(machine: MachineParams) -> bool:
+    """Whether the launcher's arguments say where to start how many processes."""
+    given = {argument.partition("=")[0] for argument in machine.launcher_arguments}
+    return bool(given & {"--hostfile", "-H", "--include", "-i", "--num_nodes", "--num_gpus"})
 
 
 @contextmanager
