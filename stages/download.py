@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from vatt.config import load_params
 from vatt.data.download import download
-from vatt.data.manifest import describe_manifest, read_manifest, write_manifest
+from vatt.data.manifest import Manifest, describe_manifest, write_manifest
 from vatt.data.sources.chosen import open_source
 from vatt.files import atomic_write
 from vatt.outcome import run_stage
@@ -33,7 +33,7 @@ def main() -> None:
         write_manifest(paths.manifest, source.clips)
         corpus = describe_manifest(paths.manifest)
         counts = download(
-            read_manifest(paths.manifest), source.data, params.machine,
+            Manifest(paths.manifest), source.data, params.machine,
             media=paths.media, ledger=paths.download_ledger, progress=tick,
         )  # fmt: skip
         run.log(0, {f"clips.{state}": float(count) for state, count in counts.items()})

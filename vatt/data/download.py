@@ -16,8 +16,8 @@ from vatt.config import DataParams, MachineParams
 from vatt.data.cut import find_ffmpeg
 from vatt.data.fetch import PARTIAL, TOOLS, Fetching, Order, Outcome, fetch_all
 from vatt.data.hosts import Hosts
-from vatt.data.ledger import JOURNAL, RETRYABLE, Entry, Ledger, read_ledger, write_ledger
-from vatt.data.manifest import Clip, media_path
+from vatt.data.ledger import JOURNAL, RETRYABLE, Entry, Ledger, read_entries, write_ledger
+from vatt.data.manifest import Clip, media_name, path_in_folder
 from vatt.data.pool import worker_pool
 from vatt.data.section import Section
 from vatt.errors import DataError, MachineError
@@ -46,11 +46,10 @@ def download(
 ) -> dict[str, int]:
     """Fetch the media of all clips; returns the number of clips in each state.
 
-    A folder's own files are looked at where they lie. A clip lost for good is not tried again, one
-    that met a weak network is.
+    `clips` are gone through twice and not held: a list, or a `Manifest`. A folder's own files are
+    looked at where they lie. A clip lost for good is not tried again, one that met a weak network
+    is.
     """
-    # What is said in them is nobody's business here, and most of a list.
-    clips = [replace(clip, labels={}, captions=()) for clip in clips]
     manners = machine.download
     (media / PARTIAL).mkdir(parents=True, exist_ok=True)
     fetching = Fetching(
@@ -65,20 +64,24 @@ def download(
         max_rate=manners.max_mb_per_second and manners.max_mb_per_second * 1e6,
     )
     with lock(media / ".download.lock"), Ledger(media / JOURNAL) as journal:
-        known = read_ledger(media / JOURNAL)
-        groups: dict[str, list[Clip]] = {}
+        entries = read_entries(media / JOURNAL)
+        known = {entry.clip_id: replace(entry, time=None) for entry in entries}
+        groups: dict[str, list[str]] = {}
+        total = 0
         for clip in clips:
+            total += 1
             if not _is_settled(clip, known.get(clip.clip_id), params, media):
-                groups.setdefault(clip.url, []).append(clip)
-        room = _room(media, manners.max_gb)
-        report = progress or (lambda *_: None)
-        work = _Work(groups, params, fetching, journal, known, report, room)
-        work.begin(len(clips))
+                groups.setdefault(clip.url, []).append(clip.clip_id)
+        work = _Work(
+            list(groups.items())[::-1], params, fetching, journal, known,
+            progress or (lambda *_: None), _room(media, manners.max_gb), total=total,
+        )  # fmt: skip
+        del groups
         with worker_pool(machine.workers, preload=["vatt.data.fetch"]) as pool:
             work.run(pool, ahead=2 * machine.workers or 1)
         final = [known[clip.clip_id] for clip in clips]
         counts = write_ledger(ledger, final)
-        _check(final, params, ledger)
+        _check(final, params)
     return counts
 
 
@@ -95,28 +98,24 @@ def _is_settled(clip: Clip, entry: Entry | None, params: DataParams, media: Path
 class _Work:
     """The files still to be fetched, and what became of them so far."""
 
-    groups: dict[str, list[Clip]]  # by url
+    todo: list[tuple[str, list[str]]]  # urls and their clips, the first at the end
     params: DataParams
     fetching: Fetching
     journal: Ledger
     known: dict[str, Entry]
     progress: Progress
     room: float  # bytes that may still come
-    out: dict[str, list[Clip]] = field(default_factory=dict)  # groups by the file asked for
+    out: dict[str, list[str]] = field(default_factory=dict)  # clips by the file asked for
     done: int = 0
-    total: int = 0
+    total: int = 0  # clips, settled ones too
     lost_by_host: Counter[str] = field(default_factory=Counter)
     reached: set[str] = field(default_factory=set)
     refused: Counter[str] = field(default_factory=Counter)  # in a row
 
-    def begin(self, total: int) -> None:
-        """Count what is settled already."""
-        self.total = total
-        self.done = total - sum(len(group) for group in self.groups.values())
-        self.progress(self.done, total)
-
     def run(self, pool: Executor, *, ahead: int) -> None:
         """Hand the orders out in chunks, a bounded number ahead, and note what comes back."""
+        self.done = self.total - sum(len(clip_ids) for _, clip_ids in self.todo)
+        self.progress(self.done, self.total)
         chunks = _chunks(self._orders())
         waiting: set[Future[list[Outcome]]] = set()
         try:
@@ -142,14 +141,12 @@ class _Work:
             ) from None
 
     def _orders(self) -> Iterator[Order]:
-        for url, group in self.groups.items():
-            name = group[0].media_name
-            self.out[name] = group
+        while self.todo:
+            url, clip_ids = self.todo.pop()
+            name = media_name(url)
+            self.out[name] = clip_ids
             if url.startswith("folder:"):
-                path = media_path(
-                    group[0], media=self.fetching.media, location=self.params.location
-                )
-                yield Order(name, here=path)
+                yield Order(name, here=path_in_folder(url, self.params.location))
                 continue
             mirrors, page = addresses_of(url, self.params)
             addresses = [*mirrors, *([page] if page else [])]
@@ -168,7 +165,7 @@ class _Work:
     def _is_down(self, host: str) -> bool:
         return host not in self.reached and self.lost_by_host[host] >= HOST_IS_DOWN
 
-    def _note(self, group: Sequence[Clip], outcome: Outcome) -> None:
+    def _note(self, clip_ids: Sequence[str], outcome: Outcome) -> None:
         """One line of the journal for each clip of a file."""
         if outcome.reached:
             self.reached.add(outcome.host)
@@ -178,7 +175,7 @@ class _Work:
         self.refused[outcome.host] = self.refused[outcome.host] + 1 if is_busy else 0
         entries = [
             Entry(
-                clip.clip_id,
+                clip_id,
                 outcome.state,
                 STAGE,
                 outcome.reason,
@@ -187,11 +184,11 @@ class _Work:
                 sha256=outcome.sha256,
                 tools=TOOLS if outcome.sha256 else None,
             )
-            for clip in group
+            for clip_id in clip_ids
         ]
         self.journal.record(*entries)
         self.known.update((entry.clip_id, entry) for entry in entries)
-        self.done += len(group)
+        self.done += len(clip_ids)
         self.progress(self.done, self.total)
 
 
@@ -248,7 +245,7 @@ def _room(media: Path, max_gb: float | None) -> float:
     return max_gb * 1e9 - sum(entry.stat().st_size for entry in os.scandir(media))
 
 
-def _check(final: Sequence[Entry], params: DataParams, ledger: Path) -> None:
+def _check(final: Sequence[Entry], params: DataParams) -> None:
     """Stop when there is no network, or too little came."""
     states = Counter(entry.state for entry in final)
     why = ", ".join(f"{count} {state}" for state, count in states.most_common() if state != "ok")
@@ -260,7 +257,7 @@ def _check(final: Sequence[Entry], params: DataParams, ledger: Path) -> None:
     if states["ok"] == 0:
         raise DataError(
             f"no clip is left after download{f' ({why})' if why else ''}",
-            hint=f"{ledger} says why; check data.source, data.location and data.base_urls",
+            hint="`vattctl ledger` says why; check data.source, data.location and data.base_urls",
         )
     if states["ok"] < params.min_share * len(final):
         raise DataError(

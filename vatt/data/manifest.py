@@ -53,25 +53,45 @@ class Clip:
     @property
     def media_name(self) -> str:
         """The file name of its media: the same for all clips of one url, safe on any disk."""
-        return hashlib.sha256(self.url.encode()).hexdigest()[:24]
+        return media_name(self.url)
+
+
+def media_name(url: str) -> str:
+    """The file name that what lies at a url gets."""
+    return hashlib.sha256(url.encode()).hexdigest()[:24]
 
 
 def media_path(clip: Clip, *, media: Path, location: Path | None) -> Path:
     """Where the clip's media lies: a folder's own files in place, anything else in `media`."""
     if not clip.url.startswith("folder:"):
         return media / clip.media_name
+    return path_in_folder(clip.url, location)
+
+
+def path_in_folder(url: str, location: Path | None) -> Path:
+    """The file of a url `folder:...`, which must lie in the folder."""
     if location is None:
         raise DataError(
-            f"clip {clip.clip_id} lies in a folder, and data.location names none",
+            f"{url} lies in a folder, and data.location names none",
             hint="run `vattctl ingest FOLDER` again",
         )
-    path = location / clip.url.removeprefix("folder:")
+    path = location / url.removeprefix("folder:")
     if not path.parent.resolve().is_relative_to(location.resolve()):
         raise DataError(
-            f"clip {clip.clip_id} points out of {location}: {clip.url}",
+            f"a clip points out of {location}: {url}",
             hint="run `vattctl ingest FOLDER` again",
         )
     return path
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A manifest on disk, read anew whenever it is gone through."""
+
+    path: Path
+
+    def __iter__(self) -> Iterator[Clip]:
+        return read_manifest(self.path)
 
 
 @dataclass(frozen=True, slots=True)
