@@ -366,6 +366,8 @@ def test_youtube_only_when_allowed_but_mirrors_always():
     assert addresses_of(url, closed) == (("http://mirror/x/abc_-123.mp4",), None)
     allowed = closed.model_copy(update={"allow_youtube": True, "base_urls": ()})
     assert addresses_of(url, allowed) == ((), url)
+    webm = closed.model_copy(update={"base_urls": ("http://m/{id}.webm?x=1",)})
+    assert addresses_of(url, webm) == (("http://m/abc_-123.webm?x=1",), None)
     part = addresses_of(url + "#t=30,40", allowed.model_copy(update={"base_urls": ("http://m",)}))
     assert part == (("http://m/abc_-123_000030_000040.mp4",), url)
     with pytest.raises(DataError, match=r"data\.base_urls"):

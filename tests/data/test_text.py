@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import vatt
 from tests.data.corpus import TEST_DATA, make_clip, needs_data
 from vatt.data.manifest import Caption
 from vatt.data.text import (
@@ -55,6 +56,11 @@ def test_the_releases_list_keeps_its_own_ids(tmp_path):
         assert len(vocabulary) == 6
         assert vocabulary.encode("The dont, DON'T cat!", 6).tolist() == [4, 5, 5, 3, 0, 0]
         assert vocabulary.decode([4, 5, 3, 0]) == "the dont …"
+
+
+def test_a_checkpoint_folder_turns_words_into_ids(tmp_path):
+    (tmp_path / "vocabulary.txt").write_text("\n".join(SPECIAL))
+    assert vatt.vocabulary(tmp_path).encode("The cat", 3).tolist() == [4, 3, 0]
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def addresses_of(url: str, params: DataParams) -> tuple[tuple[str, ...], str | N
         name += f"_{int(section[0]):06d}_{int(section[1]):06d}.mp4" if section else ".mp4"
     else:
         name = parts.path.rpartition("/")[2] if at_home else url.partition(":")[2]
-    mirrors = tuple(base.rstrip("/") + "/" + quote(name) for base in params.base_urls if name)
+    mirrors = tuple(_on_mirror(base, name) for base in params.base_urls if name)
     if at_home and (params.allow_youtube or not is_youtube):
         return mirrors, url.partition("#t=")[0]
     if not mirrors and not at_home:
@@ -217,6 +217,13 @@ def addresses_of(url: str, params: DataParams) -> tuple[tuple[str, ...], str | N
             f"{url} needs a server to come from", hint="set data.base_urls in params.yaml"
         )
     return mirrors, None
+
+
+def _on_mirror(base: str, name: str) -> str:
+    """A file's address below a mirror; `{id}` in it stands for the name without its ending."""
+    if "{id}" in base:
+        return base.replace("{id}", quote(name.rpartition(".")[0] or name))
+    return base.rstrip("/") + "/" + quote(name)
 
 
 def section_of(url: str) -> Section | None:
