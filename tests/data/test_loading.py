@@ -185,7 +185,8 @@ def test_batches_that_are_kept_stay_as_they_were(shards):
 
 
 def test_prefetching_is_bounded_by_bytes_and_goes_on_while_nobody_waits(whole):
-    from vatt.data.loader import Maker, open_index
+    from vatt.data.loader import Maker
+    from vatt.data.loading import open_index
     from vatt.data.pool import InProcess
 
     large = replace(SAMPLING, frames=32, frame_size=(224, 224))

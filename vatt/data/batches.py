@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vatt.data import augment
-from vatt.data.loader import HERE, Loading, StandIn, load, open_index
+from vatt.data.loader import StandIn, load
+from vatt.data.loading import HERE, Loading, open_index
 from vatt.data.order import Order
 from vatt.data.reader import ShardIndex
 from vatt.data.sampling import Request, Sampling, View, check_rates

@@ -1,30 +1,29 @@
 """Requests -> arrays, in order: decoded by worker processes, from memory where all of it fits."""
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Self
 
 import torch
 
-from vatt.config import MachineParams
 from vatt.data.arrays import Arrays, Block, Blocks, attach, bytes_of
 from vatt.data.background import Background
+from vatt.data.loading import Loading
 from vatt.data.memory import Memory
-from vatt.data.order import OPEN_SHARDS, WINDOW
+from vatt.data.order import WINDOW
 from vatt.data.pool import worker_pool
-from vatt.data.reader import BrokenSampleError, ShardIndex, ShardReader, extents, place
+from vatt.data.reader import BrokenSampleError, ShardIndex, ShardReader, place
 from vatt.data.remote import ShardCache
-from vatt.data.samples import INDEX, VOCABULARY, Row
+from vatt.data.samples import VOCABULARY, Row
 from vatt.data.sampling import Broken, Request, Sampling, Source, Stored, fill_all
 from vatt.data.storage import Storage
 from vatt.data.text import Vocabulary
-from vatt.errors import MachineError, SettingsError
+from vatt.errors import MachineError
 
 Loaded = tuple[list[Request], Arrays]
 # Takes a request, its broken sample and why; returns what to show instead.
@@ -32,65 +31,6 @@ StandIn = Callable[[Request, BrokenSampleError], Request]
 
 AHEAD = 16  # batches made before they are asked for, at most
 CHUNK = 16  # clips that a worker shows at a time, at most
-
-
-@dataclass(frozen=True, slots=True)
-class Loading:
-    """How samples are loaded; what comes out does not depend on it."""
-
-    workers: int = 0
-    cache_gb: float = 0.0  # decoded clips kept in memory
-    prefetch_gb: float = 1.0  # batches made before they are asked for; one always is
-    max_broken_share: float = 0.0  # more broken samples than this stop a training
-    ledger: Path | None = None  # where broken samples are noted
-    shards_url: str | None = None  # where shards lie that are not beside their index
-    shard_cache: Path = Path()  # and where they are kept
-    shard_cache_gb: float = 0.0
-
-    @classmethod
-    def of(cls, machine: MachineParams) -> Self:
-        """As the settings want it."""
-        return cls(
-            workers=machine.workers,
-            cache_gb=machine.cache_gb,
-            prefetch_gb=machine.prefetch_gb,
-            max_broken_share=machine.max_broken_share,
-            ledger=machine.load_ledger,
-            shards_url=machine.shards_url,
-            shard_cache=machine.shard_cache,
-            shard_cache_gb=machine.shard_cache_gb,
-        )
-
-
-HERE = Loading()  # in this process, from local shards, no sample broken
-
-
-def open_index(
-    shards: Path, how: Loading, *, split: str, keys: Collection[str] | None = None
-) -> ShardIndex:
-    """The index of a split, and where its shards come from."""
-    index = ShardIndex.load(shards, split=split, keys=keys)
-    if how.shards_url is None:
-        return index
-    cache = ShardCache.of(
-        how.shards_url, shards / INDEX, folder=how.shard_cache, gigabytes=how.shard_cache_gb
-    )
-    needed = largest(index.rows, OPEN_SHARDS + 1)
-    if needed > cache.limit:
-        raise SettingsError(
-            f"machine.shard_cache_gb: {how.shard_cache_gb} holds too few shards: {OPEN_SHARDS} "
-            "are read at a time",
-            hint=f"raise it to {needed / 1e9 + 0.1:.1f} or more",
-        )
-    return replace(index, remote=cache)
-
-
-def largest(rows: Sequence[Row], count: int) -> int:
-    """Bytes of the `count` largest shards."""
-    ends: dict[str, int] = {}
-    for shard, first, size in extents(rows):
-        ends[shard] = max(ends.get(shard, 0), first + size)
-    return sum(sorted(ends.values())[-count:])
 
 
 def load(
@@ -208,6 +148,10 @@ class Maker:
         """Get near what is asked for soon."""
         self._scout.announce([self._index.rows[request.row] for request in asked])
 
+    def stop(self) -> None:
+        """End an announcement that is under way."""
+        self._scout.stop()
+
     def close(self) -> None:
         """Close the shards."""
         self._reader.close()
@@ -250,6 +194,7 @@ def _from_shards(
             while waiting:
                 yield maker.end(waiting.popleft(), stand_in)
         finally:
+            maker.stop()
             helper.shutdown(cancel_futures=True)
             maker.close()
 

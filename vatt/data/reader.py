@@ -88,6 +88,7 @@ class ShardReader:
     def __init__(self, index: ShardIndex) -> None:
         self.index = index
         self._open: OrderedDict[str, int] = OrderedDict()
+        self._stopped = False
         self._record: tuple[str, dict[str, Any]] = ("", {})  # the last one read, and whose it is
 
     def facts(self, row: Row) -> Facts:
@@ -146,9 +147,15 @@ class ShardReader:
     def announce(self, rows: Iterable[Row]) -> None:
         """Have the disk read samples that are needed soon, in the order in which they lie."""
         for shard, first, size in extents(rows):
+            if self._stopped:
+                return
             handle = self._handle(shard)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(handle, first, size, os.POSIX_FADV_WILLNEED)
+
+    def stop(self) -> None:
+        """End an announcement that goes on in another thread."""
+        self._stopped = True
 
     def _record_of(self, row: Row) -> dict[str, Any]:
         if self._record[0] != row.key:

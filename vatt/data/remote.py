@@ -49,7 +49,8 @@ class ShardCache:
         while True:
             with suppress(FileNotFoundError):
                 handle = os.open(path, os.O_RDONLY)
-                os.utime(handle)  # the least recently opened shard goes first
+                now = time.time_ns()
+                os.utime(handle, ns=(now, now))  # the least recently opened shard goes first
                 return handle
             self._fetch(shard, path)
 
@@ -71,7 +72,7 @@ class ShardCache:
     def _make_room(self, needed: int) -> None:
         with _waiting_lock(self.folder / ".room.lock"):
             there = [(path.stat(), path) for path in self.folder.glob("*.tar")]
-            there.sort(key=lambda entry: entry[0].st_atime_ns)
+            there.sort(key=lambda entry: entry[0].st_mtime_ns)
             total = needed + sum(stat.st_size for stat, _ in there)
             for stat, path in there:
                 if total <= self.limit:

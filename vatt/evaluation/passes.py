@@ -16,7 +16,7 @@ from vatt.config import (
     PretrainParams,
 )
 from vatt.data.batches import Batch, Loading, Sampling, eval_batches
-from vatt.data.loader import open_index
+from vatt.data.loading import open_index
 from vatt.data.samples import INDEX, VOCABULARY
 from vatt.evaluation import inner
 from vatt.evaluation.classification import Predictions, predict

@@ -20,7 +20,7 @@ import torch
 
 from vatt.config import MachineParams, ModelParams, Params, PretrainParams
 from vatt.data.batches import Batch, Sampling, train_batches
-from vatt.data.loader import Loading
+from vatt.data.loading import Loading
 from vatt.errors import MachineError
 from vatt.losses import FORMS, pretraining_loss
 from vatt.model.assembly import feature_dims
