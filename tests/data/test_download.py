@@ -22,6 +22,7 @@ from vatt.data import download as download_module
 from vatt.data import fetch
 from vatt.data.cut import Cut, cut, find_ffmpeg
 from vatt.data.download import addresses_of, download
+from vatt.data.hosts import Hosts
 from vatt.data.ledger import read_ledger
 from vatt.data.media import probe
 from vatt.data.refusals import explain
@@ -338,6 +339,25 @@ def test_a_web_page_without_a_video_is_no_media(tmp_path, media):
 )  # fmt: skip
 def test_what_a_site_says_decides_the_state(said, state):
     assert explain(DownloadError(f"ERROR: [youtube] abc: {said}")).state == state
+
+
+@pytest.mark.parametrize(
+    ("heights", "wanted", "chosen"),
+    [((144, 360, 720), 360, 360), ((144, 240, 720), 360, 240), ((480, 1080), 360, 480)],
+)
+def test_the_stream_of_the_wanted_size_is_taken(tmp_path, heights, wanted, chosen):
+    fetching = fetch.Fetching(
+        tmp_path, "ffmpeg", False, wanted, None, None, 1, Hosts(tmp_path, 1, 0.0), None
+    )
+    tool = fetch._youtube_dl(tmp_path, "a", "host", fetching)
+    tool.params["format_sort"] = [f"res:{wanted}"]
+    formats = [
+        {"format_id": str(h), "url": f"http://host/{h}", "height": h, "width": 2 * h, "ext": "mp4",
+         "vcodec": "h264", "acodec": "aac"}
+        for h in heights
+    ]  # fmt: skip
+    found = {"id": "a", "title": "a", "formats": formats, "extractor": "x", "webpage_url": "x"}
+    assert tool.process_ie_result(found, download=False)["height"] == chosen
 
 
 def test_the_proxy_stands_in_a_file(tmp_path):

@@ -2,10 +2,11 @@
 
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from tests.data.corpus import demo_params, write_media
+from tests.data.corpus import TEST_DATA, demo_params, needs_data, write_media
 from tests.data.test_shards import write
 from vatt.data.download import download
 from vatt.data.ledger import read_ledger
@@ -160,9 +161,31 @@ def test_a_list_of_addresses(tmp_path):
     assert (second.start, second.end, second.labels, second.captions) == (0.0, None, {}, ())
 
 
-def test_paths_and_youtube_ids_become_addresses(tmp_path):
-    [path] = listed(tmp_path, "path,label\na b.mp4,1\n")
-    assert path.url == "urls:a b.mp4"
+def test_paths_are_files_beside_the_list_or_on_a_mirror(tmp_path):
+    (tmp_path / "b.mp4").touch()
+    text = "path,label\na b.mp4,1\nb.mp4,2\n"
+    assert [clip.url for clip in listed(tmp_path, text)] == ["folder:a b.mp4", "folder:b.mp4"]
+    mirrored = PARAMS.data.model_copy(update={"base_urls": ("http://mirror",)})
+    found = [clip.url for clip in read_urls(tmp_path / "list.csv", mirrored)]
+    assert found == ["urls:a b.mp4", "folder:b.mp4"]
+
+
+@needs_data
+def test_each_file_of_a_list_ends_in_its_state(tmp_path):
+    hostile = Path(TEST_DATA) / "hostile"
+    for name in ("ok_reference.mp4", "zero_length.mp4"):
+        (tmp_path / name).symlink_to(hostile / name)
+    location = tmp_path / "list.csv"
+    location.symlink_to(hostile / "manifests" / "missing_files.csv")
+    params = demo_params(source="urls", location=location)
+    clips = list(read_urls(location, params.data))
+    counts = download(
+        clips, params.data, params.machine, media=tmp_path / "media", ledger=tmp_path / "l"
+    )
+    assert counts == {"ok": 1, "not-found": 1, "corrupt": 1}
+
+
+def test_youtube_ids_become_addresses(tmp_path):
     [video] = listed(tmp_path, "youtube_id,label\nabc_-12,x\n")
     assert video.url == "https://www.youtube.com/watch?v=abc_-12"
 

@@ -75,6 +75,8 @@ def path_in_folder(url: str, location: Path | None) -> Path:
             f"{url} lies in a folder, and data.location names none",
             hint="run `vattctl ingest FOLDER` again",
         )
+    if location.is_file():  # a list, with the files beside it
+        location = location.parent
     path = location / url.removeprefix("folder:")
     if not path.parent.resolve().is_relative_to(location.resolve()):
         raise DataError(

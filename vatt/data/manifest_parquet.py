@@ -7,8 +7,8 @@ from typing import Any
 
 from vatt.errors import DataError
 
-ROWS = 8192  # of a row group; captions make a row some kilobytes
-BATCH = 512
+ROWS = 1024  # of a row group; captions make a row some kilobytes
+BATCH = 256
 
 
 def write_parquet(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -37,7 +37,7 @@ def read_urls(path: Path, data: DataParams) -> Iterator[Clip]:
     marks = array("Q")
     for line, row in _rows(path):
         try:
-            clip = _clip(row)
+            clip = _clip(row, path.parent, mirrored=bool(data.base_urls))
         except ValueError as error:
             faults.add(line, str(error))
             continue
@@ -48,18 +48,18 @@ def read_urls(path: Path, data: DataParams) -> Iterator[Clip]:
     if not marks:
         faults.check()
         raise DataError(f"{path} lists no clip", hint="a header line and one line a clip")
-    _add_twins(path, marks, faults)
+    _add_twins(path, data, marks, faults)
     faults.check()
 
 
-def _add_twins(path: Path, marks: "array[int]", faults: Faults) -> None:
+def _add_twins(path: Path, data: DataParams, marks: "array[int]", faults: Faults) -> None:
     """Name the lines that list a clip once more."""
     ordered = np.sort(np.asarray(marks))
     twins = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
     first: dict[str, int] = {}
     for line, row in _rows(path) if twins else ():
         try:
-            name = _clip(row).clip_id
+            name = _clip(row, path.parent, mirrored=bool(data.base_urls)).clip_id
         except ValueError:
             continue
         if mark_of(name) in twins and first.setdefault(name, line) != line:
@@ -100,8 +100,8 @@ def _header(fields: list[str], path: Path) -> list[str]:
     )
 
 
-def _clip(row: dict[str, str]) -> Clip:
-    url = _url(row)
+def _clip(row: dict[str, str], home: Path, *, mirrored: bool) -> Clip:
+    url = _url(row, home, mirrored=mirrored)
     start = _time(row.get("start", ""), "start") or 0.0
     end = _time(row.get("end", ""), "end")
     if start < 0 or (end is not None and end <= start):
@@ -127,7 +127,8 @@ def _clip(row: dict[str, str]) -> Clip:
     )
 
 
-def _url(row: dict[str, str]) -> str:
+def _url(row: dict[str, str], home: Path, *, mirrored: bool) -> str:
+    """An address; a path is a file beside the list, or else on a mirror where there are any."""
     if row.get("youtube_id"):
         if not re.fullmatch(r"[\w-]{1,64}", row["youtube_id"], re.ASCII):
             raise ValueError(f"'{row['youtube_id']}' is no YouTube id")
@@ -138,7 +139,9 @@ def _url(row: dict[str, str]) -> str:
             raise ValueError(f"'{row['url']}' is no http or https address")
         return row["url"]
     if row.get("path"):
-        return f"urls:{row['path'].lstrip('/')}"
+        name = row["path"].lstrip("/")
+        here = not mirrored or (home / name).is_file()
+        return f"folder:{name}" if here else f"urls:{name}"
     raise ValueError("no address in it")
 
 
