@@ -164,6 +164,26 @@ def test_a_changed_setting_reruns_only_what_depends_on_it(finished: Path, tmp_pa
     assert "Running stage 'preprocess'" not in after.stdout + after.stderr
 
 
+@pytest.mark.slow
+def test_torchrun_s_processes_train_together_and_one_drives_dvc(
+    finished: Path, tmp_path: Path
+) -> None:
+    project = tmp_path / "copy"
+    shutil.copytree(finished, project, symlinks=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc_per_node", "2", "-m", "vattctl.cli", "pretrain"]
+    done = subprocess.run(
+        command, cwd=project, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    state = json.loads((project / "runs/pretrain-state/step-00000012/meta.json").read_text())
+    assert state["engine"].endswith("processes: 2")
+    one, two = metrics(finished, "pretrain"), metrics(project, "pretrain")
+    assert two["loss"] == pytest.approx(one["loss"], rel=0.02)  # bf16
+    status = json.loads(vattctl(project, "status", "--json").stdout)["stages"]
+    assert next(row for row in status if row["stage"] == "pretrain")["state"] == "up to date"
+
+
 def make_kill(stage: str) -> Callable[[Path], None]:
     """Wait until the stage's own process runs, let it work a little, kill it outright."""
 

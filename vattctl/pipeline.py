@@ -23,6 +23,7 @@ from vattctl.params import (
     use_preset,
 )
 from vattctl.planning import check_memory
+from vattctl.ranks import pretrain_as_rank
 
 STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate", "report")
 
@@ -223,6 +224,8 @@ def pretrain(
     if launcher_arguments:
         more[("machine", "launcher_arguments")] = list(launcher_arguments)
     wanted = {**more, **dict(parse_setting(text) for text in assignments)}
+    if pretrain_as_rank(wanted, quiet=context.obj["quiet"]):
+        return
     check_memory(preview(wanted), force=force)
     run(context, ("pretrain",), assignments, force=force, dry_run=dry_run, more=more)
 
