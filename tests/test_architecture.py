@@ -45,6 +45,7 @@ ALLOWED = {  # longest prefix wins
         "vatt.metrics",
         "vatt.checkpoint",
     ),
+    "vatt.search": ("vatt.checkpoint", "vatt.model", "vatt.data"),
     "vatt.checkpoint": ("vatt.model",),
     "vatt.release": ("vatt.release", "vatt.model", "vatt.checkpoint"),
     "vatt.export": ("vatt.model", "vatt.checkpoint"),

@@ -10,7 +10,17 @@ import click
 
 from vatt import __version__
 from vatt.errors import SettingsError, VattError
-from vattctl import checks, comparing, data, models, params, pipeline, planning, runs
+from vattctl import (
+    checks,
+    comparing,
+    data,
+    models,
+    params,
+    pipeline,
+    planning,
+    runs,
+    searching,
+)
 
 BUG, INTERRUPTED = 101, 130
 
@@ -68,6 +78,8 @@ for command in (
     params.config,
     models.import_command,
     models.export_command,
+    searching.embed,
+    searching.search,
     checks.verify_command,
 ):
     cli.add_command(command)

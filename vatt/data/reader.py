@@ -103,6 +103,14 @@ class ShardReader:
         except (ValueError, TypeError, KeyError) as error:
             raise self._broken(row, f"its JSON is not as it should be: {error}") from None
 
+    def origin(self, row: Row) -> tuple[str, float, float]:
+        """Where a sample was cut from: its source's address, from and to, in seconds."""
+        record = self._record_of(row)
+        try:
+            return str(record["url"]), float(record["start"]), float(record["end"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._broken(row, f"its JSON is not as it should be: {error}") from None
+
     def frames(self, row: Row, indices: Sequence[int], box: Box | None = None) -> np.ndarray:
         """The frames at `indices`, in any order, or `box` of them: (T, H, W, C)."""
         assert row.video is not None

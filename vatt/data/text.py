@@ -83,6 +83,12 @@ class Vocabulary:
         ids[: len(found)] = found
         return ids
 
+    def knows(self, sentence: str) -> bool:
+        """Whether any word of a sentence has an id of its own."""
+        return any(
+            self._ids.get(word, self._unknown) != self._unknown for word in self._cut(sentence)
+        )
+
     def decode(self, ids: Iterable[int]) -> str:
         """The words behind ids, without padding."""
         known = [self._words.get(place, UNKNOWN_SHOWN) for place in ids if place != PAD]

@@ -1,0 +1,254 @@
+"""Moments in a person's own videos, and the words that find them: folder -> index -> moments.
+
+n moments, E width of the video-text space. A moment is as long as what the model sees at once.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vatt import checkpoint
+from vatt.config import Params
+from vatt.data.batches import Loading, Sampling, eval_batches, model_inputs
+from vatt.data.download import download
+from vatt.data.ledger import read_ledger
+from vatt.data.manifest import Clip
+from vatt.data.reader import ShardIndex, ShardReader
+from vatt.data.shards import write_shards
+from vatt.data.sources.folder import scan
+from vatt.data.text import Vocabulary
+from vatt.errors import DataError, SettingsError
+from vatt.files import atomic_folder
+from vatt.model.vatt import VATT
+
+Progress = Callable[[int, int], None]
+Vectors = NDArray[np.float32]
+
+VERSION = 1
+FACTS, MOMENTS, VECTORS = "index.json", "moments.jsonl", "vectors.faiss"
+BATCH = 16
+SPLIT = "test"  # nothing is trained on what is searched
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A span of a file, in seconds."""
+
+    file: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A moment that was found; the cosine is that of words and picture."""
+
+    moment: Moment
+    cosine: float
+
+
+class Embedder:
+    """A pre-trained checkpoint that tells where pictures and words lie in their common space."""
+
+    def __init__(self, folder: Path) -> None:
+        model = checkpoint.load(folder)
+        if not isinstance(model, VATT):
+            raise SettingsError(
+                f"{folder} holds a classifier", hint="name a pre-trained checkpoint's folder"
+            )
+        self.folder, self.model = folder, model
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.mark = _digest(folder / checkpoint.WEIGHTS)
+
+    @torch.inference_mode()
+    def text(self, sentence: str) -> Vectors:
+        """Where a sentence lies: (E,). Raises DataError when no word of it is known."""
+        words = self.folder / checkpoint.VOCABULARY
+        if not words.exists():
+            raise DataError(
+                f"{self.folder} has no vocabulary.txt, so words are no ids",
+                hint="import the checkpoint with --vocab FILE",
+            )
+        vocabulary = Vocabulary.load(words)
+        ids = vocabulary.encode(sentence, self.model.params.text.words)
+        if not vocabulary.knows(sentence):
+            raise DataError(f"no word of '{sentence}' is in {words}", hint="try other words")
+        device = next(self.model.parameters()).device
+        found = self.model(text=torch.from_numpy(ids)[None, None].to(device)).text_vt
+        return found[0, 0].cpu().numpy()
+
+    def videos(
+        self,
+        clips: Sequence[Clip],
+        location: Path,
+        params: Params,
+        *,
+        work: Path,
+        progress: Progress,
+    ) -> Iterator[tuple[Moment, Vectors]]:
+        """Every moment of the clips' files and where its picture lies: (E,).
+
+        What is cut lies in `work` and need not be cut again; its ledgers say what was left out.
+        """
+        index = self._cut(clips, location, params, work=work, progress=progress)
+        video = self.model.params.video
+        sampling = Sampling(
+            frames=video.frames,
+            fps=params.pretrain.fps,
+            frame_size=_pair(video.frame_size),
+            samples=0,
+            audio_hz=None,
+            candidates=0,
+            words=0,
+            augmentation=None,
+        )
+        rows = {row.key: row for row in index.rows if row.video is not None}
+        loading = replace(Loading.of(params.machine), cache_gb=0.0, shards_url=None)
+        reader, device = ShardReader(index), next(self.model.parameters()).device
+        batches = eval_batches(
+            index.folder, split=SPLIT, batch_size=BATCH, sampling=sampling, loading=loading,
+            clip_ids=rows.keys(),
+        )  # fmt: skip
+        for batch in batches:
+            with torch.inference_mode():
+                found = self.model(video=model_inputs(batch.to(device))[0]).video_vt.cpu().numpy()
+            for key, vector in zip(batch.clip_ids, found, strict=True):
+                url, start, end = reader.origin(rows[key])
+                yield Moment(url.partition(":")[2], start, end), vector
+        reader.close()
+
+    def _cut(
+        self,
+        clips: Sequence[Clip],
+        location: Path,
+        params: Params,
+        *,
+        work: Path,
+        progress: Progress,
+    ) -> ShardIndex:
+        """The files' moments as shards."""
+        video, fps = self.model.params.video, params.pretrain.fps
+        data = params.data.model_copy(
+            update={
+                "source": "folder", "location": location, "require": ("video",),
+                "min_clips": 1, "min_share": 0.0, "base_urls": (),
+            }
+        )  # fmt: skip
+        preprocess = params.preprocess.model_copy(
+            update={
+                "clip_seconds": video.frames / fps,
+                "min_clip_seconds": min(1.0, video.frames / fps) / 2,
+                "fps": math.ceil(fps),
+                "short_side": min(_pair(video.frame_size)),
+                "max_failed_share": 1.0,
+                "vocabulary_file": None,
+            }
+        )
+        ledger = work / "download.ledger.jsonl"
+        download(clips, data, params.machine, media=work / "media", ledger=ledger)
+        write_shards(
+            clips, read_ledger(ledger), preprocess, data,
+            machine=params.machine, media=work / "media", folder=work / "shards",
+            ledger=work / "preprocess.ledger.jsonl", seed=0, progress=progress,
+        )  # fmt: skip
+        return ShardIndex.load(work / "shards", split=SPLIT)
+
+
+def embed_file(
+    embedder: Embedder, file: Path, params: Params, *, work: Path, progress: Progress
+) -> list[tuple[Moment, Vectors]]:
+    """The moments of one file."""
+    found = embedder.videos([_clip(file.name)], file.parent, params, work=work, progress=progress)
+    return sorted(found, key=lambda one: one[0].start)
+
+
+def build_index(
+    embedder: Embedder, folder: Path, params: Params, *, out: Path, progress: Progress
+) -> dict[str, Any]:
+    """Index all videos of a folder and below; returns what index.json says.
+
+    An index of the same files by the same checkpoint is left as it is.
+    """
+    found = scan(folder, params.data)
+    facts = {
+        "version": VERSION,
+        "folder": str(folder.resolve()),
+        "files": found.mark,
+        "checkpoint": embedder.mark,
+        "fps": params.pretrain.fps,
+    }
+    if is_index(out) and _facts(out).items() >= facts.items():
+        return _facts(out)
+    import faiss
+
+    work = out.with_name(f".{out.name}.work")
+    clips = [replace(clip, split=SPLIT, captions=(), labels={}) for clip in found.clips]
+    moments, vectors = [], []
+    for moment, vector in embedder.videos(clips, folder, params, work=work, progress=progress):
+        moments.append(moment)
+        vectors.append(vector)
+    videos = len({moment.file for moment in moments})
+    facts |= {"moments": len(moments), "videos": videos, "left_out": len(clips) - videos}
+    index = faiss.IndexFlatIP(len(vectors[0]))
+    index.add(np.stack(vectors))
+    with atomic_folder(out) as temporary:
+        faiss.write_index(index, str(temporary / VECTORS))
+        lines = [json.dumps(asdict(moment), ensure_ascii=False) + "\n" for moment in moments]
+        (temporary / MOMENTS).write_text("".join(lines), encoding="utf-8")
+        (temporary / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return facts
+
+
+def search(embedder: Embedder, index: Path, query: str, *, count: int) -> list[Hit]:
+    """The moments nearest to the words, nearest first; exact, by their cosine."""
+    import faiss
+
+    if _facts(index)["checkpoint"] != embedder.mark:
+        raise DataError(
+            f"{index} was made with another checkpoint than {embedder.folder}",
+            hint="name the folder of the videos instead, and it is made anew",
+        )
+    moments = [
+        Moment(**json.loads(line))
+        for line in (index / MOMENTS).read_text(encoding="utf-8").splitlines()
+    ]
+    vectors = faiss.read_index(str(index / VECTORS))
+    cosines, places = vectors.search(embedder.text(query)[None], min(count, len(moments)))
+    return [
+        Hit(moments[place], float(cosine))
+        for cosine, place in zip(cosines[0], places[0], strict=True)
+    ]
+
+
+def is_index(folder: Path) -> bool:
+    """Whether a folder is an index, and no folder of videos."""
+    return (folder / FACTS).is_file() and (folder / VECTORS).is_file()
+
+
+def _facts(index: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((index / FACTS).read_text(encoding="utf-8"))
+    return facts
+
+
+def _clip(name: str) -> Clip:
+    return Clip(
+        clip_id="file", source="folder", url=f"folder:{name}", start=0.0, end=None,
+        split=SPLIT, labels={}, captions=(), licence=None,
+    )  # fmt: skip
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
