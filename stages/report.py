@@ -2,7 +2,7 @@
 
 from vatt.config import load_params
 from vatt.outcome import run_stage
-from vatt.provenance import stage_hash
+from vatt.provenance import listed_hash, stage_hash
 from vatt.report.page import write_report
 from vatt.training import tracking
 
@@ -10,7 +10,8 @@ from vatt.training import tracking
 def main() -> None:
     """Write the report from whatever has been run."""
     params = load_params()
-    with tracking.run("report", params, stage_hash=stage_hash("report", params)) as run:
+    made_from, data = stage_hash("report", params), listed_hash(params.paths.metrics)
+    with tracking.run("report", params, stage_hash=made_from, data_hash=data) as run:
         write_report(params.paths, params.report)
         run.artifact(params.paths.report / "report.html")
         run.artifact(params.paths.report / "report.md")

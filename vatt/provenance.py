@@ -1,6 +1,7 @@
 """What a stage was made from: one hash over its settings, its code and its input data."""
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,12 @@ def _resolve(text: str, raw_params: dict[str, Any], item: dict[str, str]) -> str
 def data_hash(shards: Path) -> str:
     """The sha256 that names exactly the clips in the shards, by their index."""
     return _hash_of_file(shards / "index.jsonl")
+
+
+def listed_hash(metrics: Path) -> str | None:
+    """The sha256 that names the clips of the manifest, as the download stage noted it."""
+    try:
+        found = json.loads((metrics / "download.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return found.get("corpus", {}).get("hash")

@@ -12,9 +12,11 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+from yt_dlp.cookies import YoutubeDLCookieJar
 from yt_dlp.utils import DownloadError
 
 from tests.data.corpus import demo_params, make_clip, write_media
@@ -26,6 +28,7 @@ from vatt.data.hosts import Hosts
 from vatt.data.ledger import read_ledger
 from vatt.data.media import probe
 from vatt.data.refusals import explain
+from vatt.data.section import download_section
 from vatt.data.storage import decode_frames
 from vatt.errors import DataError, MachineError
 
@@ -293,6 +296,36 @@ def test_only_the_listed_part_of_a_video_is_fetched(tmp_path):
     [video] = piece.video
     shown = decode_frames(video, range(piece.num_frames), fps=10).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(shown[[0, 5, 19]], [130, 140, 168], atol=3)
+
+
+class FoundApart:
+    """What yt-dlp finds on a page that has picture and sound as two streams."""
+
+    params: ClassVar = {"proxy": ""}
+
+    def __init__(self, base: str) -> None:
+        self.streams = [
+            {"url": f"{base}/v.mp4", "http_headers": {"User-Agent": "x"}},
+            {"url": f"{base}/a.mp4"},
+        ]
+        self.cookiejar = YoutubeDLCookieJar()
+
+    def extract_info(self, address: str, *, download: bool) -> dict:
+        assert not download
+        return {"requested_formats": self.streams}
+
+
+def test_a_part_of_two_streams_becomes_one_file(tmp_path):
+    write_media(tmp_path / "v.mp4", seconds=12, gop=50, sound=False)
+    write_media(tmp_path / "a.mp4", seconds=12, gop=50)
+    picture, both = (Server((tmp_path / name).read_bytes()) for name in ("v.mp4", "a.mp4"))
+    limits = {"program": find_ffmpeg(None), "seconds": 20.0, "silence": 5.0, "max_bytes": 10**8}
+    with serving(picture) as first, serving(both) as second:
+        tool = FoundApart(first)
+        tool.streams[1]["url"] = f"{second}/a.mp4"
+        download_section(tool, "page", (6.0, 8.0), tmp_path / "part.mp4", **limits)
+    media = probe(tmp_path / "part.mp4")
+    assert media.video is not None and media.audio is not None and 2.0 <= media.seconds < 3.0
 
 
 def test_a_part_of_a_video_that_drips_is_given_up(tmp_path, monkeypatch):
