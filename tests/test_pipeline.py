@@ -12,10 +12,12 @@ from tests.test_architecture import ROOT, modules
 STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate", "report")
 # settings that reach a stage another way: `machine` must change no result, `paths` are templated
 UNDECLARED = {"machine", "paths"}
-# modules that change no result: the schema (its effect is in params), messages, progress, logging,
+# modules that change no result: the schema (its effect is in params), where work runs, messages,
+# progress, logging,
 # what watches a training
 WITHOUT_EFFECT = {
     "vatt.config",
+    "vatt.data.executor",
     "vatt.errors",
     "vatt.files",
     "vatt.outcome",

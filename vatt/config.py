@@ -369,6 +369,8 @@ class MachineParams(Section):
     compile: bool  # torch.compile of each block; on a CPU it needs a C++ compiler
     launcher_arguments: tuple[str, ...]  # to the deepspeed launcher
     workers: NonNegativeInt  # processes that download, encode and decode; 0: in the main one
+    executor: Literal["local", "ray"]  # where download and preprocess run: docs/many-machines.md
+    ray_address: str | None  # host:port; null: a cluster is started here
     cache_gb: NonNegativeFloat  # decoded clips kept in memory
     prefetch_gb: PositiveFloat  # batches made ahead, in each process; one always is
     max_broken_share: Rate  # of the train samples; more that cannot be read stop a training

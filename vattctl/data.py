@@ -1,4 +1,4 @@
-"""Clips from the command line: ingest, download, ledger."""
+"""Clips from the command line: ingest, download, preprocess, ledger."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import click
 
 from vatt.errors import SettingsError
 from vattctl.params import change, enter_project
-from vattctl.pipeline import run, stage_options
+from vattctl.pipeline import machines_options, machines_settings, run, stage_options
 
 if TYPE_CHECKING:
     from vatt.config import Params
@@ -60,11 +60,14 @@ def ingest(context: click.Context, folder: Path, as_json: bool, dry_run: bool) -
     metavar="STATES",
     help="Try clips in these states again, and no others: retryable, or names joined by commas.",
 )
+@machines_options
 @stage_options
 @click.pass_context
 def download(
     context: click.Context,
     retry: str | None,
+    executor: str | None,
+    address: str | None,
     assignments: tuple[str, ...],
     force: bool,
     dry_run: bool,
@@ -77,14 +80,38 @@ def download(
       vattctl download --retry retryable          what the network or throttling cost
       vattctl download --retry geo,needs-login --set machine.cookies=cookies.txt
     """
+    more = machines_settings(executor, address)
     if retry is None:
-        run(context, ("download",), assignments, force=force, dry_run=dry_run)
+        run(context, ("download",), assignments, force=force, dry_run=dry_run, more=more)
         return
     enter_project(context)
     count = _forget(retry, write=not dry_run)
     click.echo(f"{count} clips to be tried again", err=True)
     if count:
-        run(context, ("download",), assignments, force=True, dry_run=dry_run)
+        run(context, ("download",), assignments, force=True, dry_run=dry_run, more=more)
+
+
+@click.command()
+@machines_options
+@stage_options
+@click.pass_context
+def preprocess(
+    context: click.Context,
+    executor: str | None,
+    address: str | None,
+    assignments: tuple[str, ...],
+    force: bool,
+    dry_run: bool,
+) -> None:
+    """Cut, scale and pack the clips into shards.
+
+    \b
+    Examples:
+      vattctl preprocess --set preprocess.fps=25
+      vattctl preprocess --executor ray --address 10.0.0.1:6379
+    """
+    more = machines_settings(executor, address)
+    run(context, ("preprocess",), assignments, force=force, dry_run=dry_run, more=more)
 
 
 def _forget(retry: str, *, write: bool) -> int:
@@ -221,4 +248,4 @@ def _echo_table(rows: list[list[str]], *, left: int) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
-COMMANDS = (ingest, download, ledger)
+COMMANDS = (ingest, download, preprocess, ledger)

@@ -55,6 +55,35 @@ def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def machines_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a stage whose work spreads over machines."""
+    for option in (
+        click.option(
+            "--address",
+            metavar="HOST:PORT",
+            help="Of the Ray cluster (machine.ray_address); without one, it is started here.",
+        ),
+        click.option(
+            "--executor",
+            type=click.Choice(["local", "ray"]),
+            help="Worker processes here, or a Ray cluster (machine.executor).",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def machines_settings(executor: str | None, address: str | None) -> dict[tuple[str, ...], Any]:
+    """The settings that these options stand for."""
+    if address is not None and executor == "local":
+        raise SettingsError("--address is for --executor ray", hint="leave one of them out")
+    settings: dict[tuple[str, ...], Any] = {}
+    if executor is not None or address is not None:
+        settings["machine", "executor"] = executor or "ray"
+        settings["machine", "ray_address"] = address
+    return settings
+
+
 def run_stages(
     targets: tuple[str, ...],
     settings: dict[tuple[str, ...], Any],
@@ -272,11 +301,6 @@ def demo(context: click.Context, assignments: tuple[str, ...], force: bool, dry_
 
 
 COMMANDS = (
-    _stage_command(
-        "preprocess",
-        "Cut, scale and pack the clips into shards.",
-        "vattctl preprocess --set preprocess.fps=10",
-    ),
     pretrain,
     _stage_command(
         "finetune",

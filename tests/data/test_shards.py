@@ -20,14 +20,14 @@ from vatt.data.shards import write_shards
 from vatt.errors import DataError
 
 
-def write(root, clips, entries, *, workers=0, params=None, **preprocess):
+def write(root, clips, entries, *, workers=0, params=None, machine=(), **preprocess):
     params = params or demo_params()
     return write_shards(
         clips,
         entries,
         params.preprocess.model_copy(update=preprocess),
         params.data,
-        machine=params.machine.model_copy(update={"workers": workers}),
+        machine=params.machine.model_copy(update={"workers": workers, **dict(machine)}),
         media=root / "media",
         folder=root / "shards",
         ledger=root / "ledger.jsonl",

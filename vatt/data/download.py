@@ -5,20 +5,19 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from urllib.parse import parse_qs, quote, urlsplit
 
 from vatt.config import DataParams, MachineParams
 from vatt.data.cut import find_ffmpeg
+from vatt.data.executor import Workers, start_workers
 from vatt.data.fetch import PARTIAL, TOOLS, Fetching, Order, Outcome, fetch_all
 from vatt.data.hosts import Hosts
 from vatt.data.ledger import JOURNAL, RETRYABLE, Entry, Ledger, read_entries, write_ledger
 from vatt.data.manifest import Clip, media_name, path_in_folder
-from vatt.data.pool import worker_pool
 from vatt.data.section import Section
 from vatt.errors import DataError, MachineError
 from vatt.files import lock
@@ -58,7 +57,7 @@ def download(
         allow_youtube=params.allow_youtube,
         height=params.height,
         proxy=_proxy_in(machine.proxy),
-        cookies=machine.cookies,
+        cookies=machine.cookies and machine.cookies.absolute(),
         threads=THREADS,
         hosts=Hosts(media.absolute() / LOCKS, manners.per_host, manners.pause_seconds),
         max_rate=manners.max_mb_per_second and manners.max_mb_per_second * 1e6,
@@ -77,8 +76,8 @@ def download(
             progress or (lambda *_: None), _room(media, manners.max_gb), total=total,
         )  # fmt: skip
         del groups
-        with worker_pool(machine.workers, preload=["vatt.data.fetch"]) as pool:
-            work.run(pool, ahead=2 * machine.workers or 1)
+        with start_workers(machine, preload=["vatt.data.fetch"]) as workers:
+            work.run(workers)
         final = [known[clip.clip_id] for clip in clips]
         counts = write_ledger(ledger, final)
         _check(final, params)
@@ -112,33 +111,20 @@ class _Work:
     reached: set[str] = field(default_factory=set)
     refused: Counter[str] = field(default_factory=Counter)  # in a row
 
-    def run(self, pool: Executor, *, ahead: int) -> None:
+    def run(self, workers: Workers) -> None:
         """Hand the orders out in chunks, a bounded number ahead, and note what comes back."""
         self.done = self.total - sum(len(clip_ids) for _, clip_ids in self.todo)
         self.progress(self.done, self.total)
-        chunks = _chunks(self._orders())
-        waiting: set[Future[list[Outcome]]] = set()
-        try:
-            while True:
-                for chunk in islice(chunks, max(ahead - len(waiting), 0)):
-                    waiting.add(pool.submit(fetch_all, chunk, self.fetching))
-                if not waiting:
-                    return
-                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    for outcome in future.result():
-                        self._note(self.out.pop(outcome.name), outcome)
-                        self.room -= outcome.num_bytes
-                if self.room < 0:
-                    raise MachineError(
-                        f"{self.fetching.media} has grown to machine.download.max_gb",
-                        hint="raise it, or lower data.sample_share; what is fetched is kept",
-                    )
-        except BrokenProcessPool:
-            raise MachineError(
-                "a worker process died, perhaps for want of memory",
-                hint="lower machine.workers and run it again: what is fetched is kept",
-            ) from None
+        fetch = partial(fetch_all, fetching=self.fetching)
+        for _, outcomes in workers.map(fetch, _chunks(self._orders())):
+            for outcome in outcomes:
+                self._note(self.out.pop(outcome.name), outcome)
+                self.room -= outcome.num_bytes
+            if self.room < 0:
+                raise MachineError(
+                    f"{self.fetching.media} has grown to machine.download.max_gb",
+                    hint="raise it, or lower data.sample_share; what is fetched is kept",
+                )
 
     def _orders(self) -> Iterator[Order]:
         while self.todo:
@@ -146,7 +132,8 @@ class _Work:
             name = media_name(url)
             self.out[name] = clip_ids
             if url.startswith("folder:"):
-                yield Order(name, here=path_in_folder(url, self.params.location))
+                path = path_in_folder(url, self.params.location)
+                yield Order(name, here=path.absolute())
                 continue
             mirrors, page = addresses_of(url, self.params)
             addresses = [*mirrors, *([page] if page else [])]

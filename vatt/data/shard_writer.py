@@ -1,16 +1,21 @@
 """One shard: its clips cut, and written with what became of each."""
 
 import errno
+import hashlib
 import json
+import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import av
 
 from vatt.config import PreprocessParams, fingerprint
-from vatt.data.cut import Cut, Piece, Window, cut
+from vatt.data.cut import Cut, Piece, Window, cut, ffmpeg_version, find_ffmpeg
 from vatt.data.ledger import Entry
 from vatt.data.manifest import Caption, Clip
 from vatt.data.media import BrokenMediaError, probe
@@ -34,9 +39,10 @@ class Setting:
     params: PreprocessParams
     require: tuple[str, ...]
     program: str
-    version: str  # of ffmpeg and of our code
+    version: str  # of all that writes: ffmpeg, PyAV and our code
     folder: Path
     work: Path
+    root: Path  # what relative paths count from: another machine starts elsewhere
 
     def stamp(self, shard: Shard) -> str:
         """Names everything that the bytes of a shard depend on."""
@@ -44,6 +50,26 @@ class Setting:
             [asdict(job.clip), job.windows, job.sha256 or str(job.source)] for job in shard.jobs
         ]
         return fingerprint(FORMAT, self.version, self.params, self.require, shard.split, jobs)
+
+    def here(self) -> Self:
+        """For this machine; another vattctl or ffmpeg on it would write other bytes."""
+        program = self.program if Path(self.program).is_file() else find_ffmpeg(None)
+        if made_by(program) != self.version:
+            raise MachineError(
+                f"vattctl or ffmpeg on {platform.node()} is not the one that began this run",
+                hint="install the same version on every machine",
+            )
+        folder, work = self.root / self.folder, self.root / self.work
+        return replace(self, program=program, folder=folder, work=work)
+
+
+@lru_cache(maxsize=4)
+def made_by(program: str) -> str:
+    """Names what writes shards; when it changes they are written again."""
+    digest = hashlib.sha256(av.__version__.encode())
+    for name in ("cut", "limits", "media", "samples", "shard_writer", "storage"):
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return f"{ffmpeg_version(program)} {digest.hexdigest()}"
 
 
 @dataclass(slots=True)
@@ -69,12 +95,13 @@ class Tally:
 
 def write_shard(shard: Shard, setting: Setting) -> dict[str, Any]:
     """Write a shard and, when it stands, its part file; returns what that holds."""
+    setting = setting.here()
     path = setting.folder / shard.name
     tallies = [Tally() for _ in shard.jobs]
     try:
         with atomic_write(path) as temporary:
             writer = ShardWriter(temporary, name=shard.name)
-            for call in _calls(shard.jobs, tallies):
+            for call in _calls(shard.jobs, tallies, setting.root):
                 _add(call, tallies, shard, setting, writer)
             writer.close()
         entries = [tally.entry(job.clip) for job, tally in zip(shard.jobs, tallies, strict=True)]
@@ -95,11 +122,11 @@ Owner = tuple[int, str]  # number of the job, key of the sample
 Call = list[tuple[Cut, list[Owner]]]  # what one run of ffmpeg cuts, and for whom, window by window
 
 
-def _calls(jobs: Sequence[Job], tallies: Sequence[Tally]) -> Iterator[Call]:
+def _calls(jobs: Sequence[Job], tallies: Sequence[Tally], root: Path) -> Iterator[Call]:
     """Group the jobs in calls of ffmpeg: several short sources in one, a long one in several."""
     call: Call = []
     room, seconds = WINDOWS_A_CALL, SECONDS_A_CALL
-    for item, owners in _cuts(jobs, tallies):
+    for item, owners in _cuts(jobs, tallies, root):
         length = item.media.seconds
         fits = len(owners) <= room and length <= seconds and len(call) < SOURCES_A_CALL
         if call and (not fits or call[-1][0].source == item.source):
@@ -111,10 +138,13 @@ def _calls(jobs: Sequence[Job], tallies: Sequence[Tally]) -> Iterator[Call]:
         yield call
 
 
-def _cuts(jobs: Sequence[Job], tallies: Sequence[Tally]) -> Iterator[tuple[Cut, list[Owner]]]:
+def _cuts(
+    jobs: Sequence[Job], tallies: Sequence[Tally], root: Path
+) -> Iterator[tuple[Cut, list[Owner]]]:
     """The windows of each source, those of all its clips together: it is decoded once."""
     for source, group in groupby(enumerate(jobs), key=lambda item: item[1].source):
         members = list(group)
+        source = root / source
         try:
             media = probe(source)
         except BrokenMediaError as error:

@@ -5,27 +5,20 @@ ledger, the settings and the seed. A shard is finished when its part file (index
 entries) stands beside it and names the same plan.
 """
 
-import hashlib
 import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
-
 from vatt.config import DataParams, MachineParams, PreprocessParams
-from vatt.data import cut, samples, shard_writer
-from vatt.data import media as media_module
-from vatt.data import storage as storage_module
-from vatt.data.cut import ffmpeg_version, find_ffmpeg
+from vatt.data.cut import find_ffmpeg
+from vatt.data.executor import start_workers
 from vatt.data.ledger import Entry, write_ledger
 from vatt.data.manifest import Clip
 from vatt.data.plan import Shard, plan_shards
-from vatt.data.pool import worker_pool
 from vatt.data.samples import (
     INDEX,
     VOCABULARY,
@@ -33,7 +26,7 @@ from vatt.data.samples import (
     row_of,
     write_index,
 )
-from vatt.data.shard_writer import PARTS, Setting, no_space, part_name, write_shard
+from vatt.data.shard_writer import PARTS, Setting, made_by, no_space, part_name, write_shard
 from vatt.data.storage import Storage
 from vatt.data.text import (
     Vocabulary,
@@ -43,7 +36,7 @@ from vatt.data.text import (
     read_stop_words,
     write_vocabulary,
 )
-from vatt.errors import DataError, MachineError
+from vatt.errors import DataError
 from vatt.files import atomic_write, lock
 
 TEXT_FACTS = "text.json"  # how much is said, and how much of it the vocabulary knows
@@ -67,15 +60,15 @@ def write_shards(
     """Cut all downloaded clips into shards; returns the number of clips in each state."""
     program = find_ffmpeg(machine.ffmpeg)
     work = folder.with_name(f".{folder.name}.work")
-    version = f"{ffmpeg_version(program)} {_code_hash()}"
-    setting = Setting(preprocess, data.require, program, version, folder, work)
+    setting = Setting(preprocess, data.require, program, made_by(program), folder, work, Path.cwd())
     with lock(folder.with_name(f".{folder.name}.lock")):
         stop_words = read_stop_words(preprocess.stop_words)
         clips = [as_said(clip, clean=preprocess.clean_text, without=stop_words) for clip in clips]
         shards, entries = plan_shards(clips, downloads, preprocess, data, media=media, seed=seed)
         _tidy(folder, shards, work)
         try:
-            rows = _run(shards, setting, entries, machine.workers, progress or (lambda *_: None))
+            rows = _run(shards, setting, entries, machine, progress or (lambda *_: None))
+            _tidy(folder, shards, work)  # once more: a lost machine leaves half a shard behind
         except OSError as error:
             raise no_space(error, folder) from None
         finally:
@@ -86,15 +79,6 @@ def write_shards(
         _check_rest(len(entries), tried, len(rows), data, ledger)
         _finish(clips, entries, rows, preprocess, folder)
     return counts
-
-
-def _code_hash() -> str:
-    """Changes with what shards are written by, our code and PyAV: then they are written again."""
-    digest = hashlib.sha256(av.__version__.encode())
-    for module in (cut, media_module, samples, shard_writer, storage_module):
-        assert module.__file__ is not None
-        digest.update(Path(module.__file__).read_bytes())
-    return digest.hexdigest()
 
 
 def _tidy(folder: Path, shards: Sequence[Shard], work: Path) -> None:
@@ -113,34 +97,30 @@ def _run(
     shards: Sequence[Shard],
     setting: Setting,
     entries: dict[str, Entry],
-    workers: int,
+    machine: MachineParams,
     progress: Progress,
 ) -> list[Row]:
     """Write the shards that are not finished; returns all rows and adds to the entries."""
     total = sum(shard.num_samples for shard in shards)
     done = 0
     parts: dict[str, dict[str, Any]] = {}
-    with worker_pool(min(workers, len(shards)), preload=["vatt.data.shard_writer"]) as pool:
-        waiting = {}
-        for shard in shards:
-            part = _read_part(shard, setting)
-            if part is None:
-                waiting[pool.submit(write_shard, shard, setting)] = shard
-            else:
+    missing: list[Shard] = []
+    for shard in shards:
+        part = _read_part(shard, setting)
+        if part is None:
+            missing.append(shard)
+        else:
+            parts[shard.name] = part
+            done += shard.num_samples
+    progress(done, total)
+    if missing:
+        with start_workers(
+            machine, most=len(missing), preload=["vatt.data.shard_writer"]
+        ) as workers:
+            for shard, part in workers.map(partial(write_shard, setting=setting), missing):
                 parts[shard.name] = part
                 done += shard.num_samples
-        progress(done, total)
-        try:
-            for future in as_completed(waiting):
-                shard = waiting[future]
-                parts[shard.name] = future.result()
-                done += shard.num_samples
                 progress(done, total)
-        except BrokenProcessPool:
-            raise MachineError(
-                "a worker process died, perhaps for want of memory",
-                hint="lower machine.workers and run it again: finished shards are kept",
-            ) from None
     rows = []
     for shard in shards:
         rows += [row_of(record) for record in parts[shard.name]["rows"]]
