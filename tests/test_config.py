@@ -90,3 +90,23 @@ def test_known_keys_walks_named_sections() -> None:
     assert "steps" in known_keys(("finetune", "tasks", "anything"))
     assert "patch" in known_keys(("model", "video"))
     assert known_keys(("seed",)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "audiosett"}, "did you mean 'audioset'?"),
+        ({"source": "demo+audioset"}, "joined by +"),
+        ({"source": "audioset"}, "data.annotations is needed"),
+        ({"source": "ucf101", "annotations": "lists"}, "data.location is needed"),
+        (
+            {"source": "howto100m+audioset", "annotations": "lists", "mix": {"audioset": 0.5}},
+            "data.mix must name exactly howto100m, audioset",
+        ),
+    ],
+)
+def test_sources_say_what_they_need(
+    raw: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    raw["data"] |= change
+    assert message in problem(raw)

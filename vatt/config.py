@@ -109,10 +109,13 @@ class DataParams(Section):
 
     @model_validator(mode="after")
     def _source_is_known(self) -> "DataParams":
-        if self.source not in OWN_SOURCES and not set(self.sources) <= set(LISTS):
+        unknown = set(self.sources) - set(LISTS)
+        if self.source not in OWN_SOURCES and unknown:
+            close = difflib.get_close_matches(min(unknown), (*OWN_SOURCES, *LISTS), n=1)
             raise ValueError(
                 f"data.source {self.source} is none of {', '.join(OWN_SOURCES)}, "
                 f"nor made of {', '.join(LISTS)} joined by +"
+                + (f"; did you mean '{close[0]}'?" if close else "")
             )
         needs_files = {"folder", "urls"} | OF_FILES
         if needs_files & set(self.sources) and self.location is None:

@@ -413,6 +413,17 @@ def test_mirrors_are_asked_in_order_and_the_source_last(tmp_path, media):
     assert [path for path, _ in server.asked][-2:] == ["fail-404-1-source.mp4"] * 2
 
 
+def test_what_one_mirror_began_another_does_not_end(tmp_path, media):
+    one, folder = clip(0, "a"), tmp_path / "media" / ".partial"
+    folder.mkdir(parents=True)
+    begun = fetch.part_name(one.media_name, "http://another.example.org/a.mp4")
+    (folder / f"{begun}.mp4.part").write_bytes(bytes(100_000))
+    with serving(Server(long(media))) as base:
+        assert run(tmp_path, [one], base) == {"ok": 1}
+    assert (tmp_path / "media" / one.media_name).read_bytes() == long(media)
+    assert not any(folder.iterdir())
+
+
 def test_youtube_only_when_allowed_but_mirrors_always():
     url = "https://www.youtube.com/watch?v=abc_-123"
     closed = demo_params(base_urls=("http://mirror/x",)).data
@@ -467,8 +478,9 @@ def test_a_full_disk_is_the_machines_fault(tmp_path, media):
     one = clip(0, "a")
     partial = tmp_path / "media" / ".partial"
     partial.mkdir(parents=True)
-    (partial / f"{one.media_name}.mp4.part").symlink_to("/dev/full")
     with serving(Server(media)) as base, pytest.raises(MachineError, match="disk") as caught:
+        part = fetch.part_name(one.media_name, f"{base}/a.mp4")
+        (partial / f"{part}.mp4.part").symlink_to("/dev/full")
         run(tmp_path, [one], base)
     assert caught.value.exit_code == 4
 
@@ -527,8 +539,9 @@ def test_a_partial_file_is_continued_where_it_ends(tmp_path, media):
     folder = tmp_path / "media" / ".partial"
     folder.mkdir(parents=True)
     half = len(media) // 2
-    (folder / f"{one.media_name}.mp4.part").write_bytes(media[:half])
     with serving(server) as base:
+        part = fetch.part_name(one.media_name, f"{base}/a.mp4")
+        (folder / f"{part}.mp4.part").write_bytes(media[:half])
         assert run(tmp_path, [one], base) == {"ok": 1}
     assert server.asked == [("a.mp4", f"bytes={half}-")] and server.sent == len(media) - half
     assert (Path(tmp_path) / "media" / one.media_name).read_bytes() == media

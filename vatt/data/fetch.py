@@ -105,7 +105,7 @@ def fetch(order: Order, fetching: Fetching) -> Outcome:
 
 def _fetch_from(address: str, order: Order, fetching: Fetching) -> Outcome:
     folder, name = fetching.media / PARTIAL, order.name
-    parts = urlsplit(address)
+    part, parts = part_name(name, address), urlsplit(address)
     host = parts.netloc.rpartition("@")[2]
     failed = Outcome(name, "network", host=host)
     with fetching.hosts.turn(host):
@@ -120,28 +120,40 @@ def _fetch_from(address: str, order: Order, fetching: Fetching) -> Outcome:
                 if refusal.wait:
                     fetching.hosts.delay(host, refusal.wait)
                 if failed.state not in RETRYABLE:
-                    for rest in folder.glob(f"{name}.*"):
-                        rest.unlink()
+                    _clear(folder, part)
                     return failed
                 if pause is None:
                     return failed
                 time.sleep(max(pause, min(refusal.wait, LONGEST)))
                 continue
-            outcome = _examine(name, _file_of(got, folder, name), fetching.media / name)
+            outcome = _examine(name, _file_of(got, folder, part), fetching.media / name)
+            _clear(folder, name)
             return replace(outcome, host=host)
     return failed
 
 
+def part_name(name: str, address: str) -> str:
+    """What a file is called until it is whole: two mirrors may hold different bytes."""
+    parts = urlsplit(address)
+    place = f"{parts.hostname}{parts.path}?{parts.query}"  # a port may change from run to run
+    return f"{name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+
+
+def _clear(folder: Path, name: str) -> None:
+    for rest in folder.glob(f"{name}*"):
+        rest.unlink()
+
+
 def _get(address: str, order: Order, fetching: Fetching) -> Any:
     """Download into the folder of partial files; returns what yt-dlp says of it."""
-    folder = fetching.media / PARTIAL
-    tool = _youtube_dl(folder, order.name, urlsplit(address).hostname or "", fetching)
+    folder, part = fetching.media / PARTIAL, part_name(order.name, address)
+    tool = _youtube_dl(folder, part, urlsplit(address).hostname or "", fetching)
     if address != order.page:
-        return _download_file(tool, address, order.name)
+        return _download_file(tool, address, part)
     if order.section is None:
         return tool.extract_info(address)
     return download_section(
-        tool, address, order.section, folder / f"{order.name}.mp4", program=fetching.ffmpeg,
+        tool, address, order.section, folder / f"{part}.mp4", program=fetching.ffmpeg,
         seconds=MAX_SECONDS, silence=SILENCE, max_bytes=MAX_BYTES,
     )  # fmt: skip
 
