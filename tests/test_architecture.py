@@ -38,11 +38,13 @@ ALLOWED = {  # longest prefix wins
         "vatt.losses",
         "vatt.checkpoint",
     ),
+    "vatt.multi_label": ("vatt.metrics",),
     "vatt.evaluation": (
         "vatt.evaluation",
         "vatt.model",
         "vatt.data",
         "vatt.metrics",
+        "vatt.multi_label",
         "vatt.checkpoint",
     ),
     "vatt.search": ("vatt.checkpoint", "vatt.model", "vatt.data"),

@@ -85,7 +85,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The 95 % interval of a statistic of per-clip values; clips are drawn with replacement."""
     sample = np.asarray(values, dtype=np.float64)
-    return _interval(statistic(sample[_drawn(len(sample), resamples, seed)], axis=1))
+    return interval(statistic(sample[_drawn(len(sample), resamples, seed)], axis=1))
 
 
 def paired_difference_interval(
@@ -94,14 +94,15 @@ def paired_difference_interval(
     """The 95 % interval of a statistic's difference, measured on the same clips in one order."""
     first, second = _same_clips(ours, theirs)
     drawn = _drawn(len(first), resamples, seed)
-    return _interval(statistic(first[drawn], axis=1) - statistic(second[drawn], axis=1))
+    return interval(statistic(first[drawn], axis=1) - statistic(second[drawn], axis=1))
 
 
 def _drawn(clips: int, resamples: int, seed: int) -> Integers:
     return np.random.default_rng(seed).integers(clips, size=(resamples, clips))
 
 
-def _interval(statistics: Floats) -> tuple[float, float]:
+def interval(statistics: Floats) -> tuple[float, float]:
+    """What holds 95 % of the draws."""
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(statistics, [tail, 1 - tail])
     return float(low), float(high)

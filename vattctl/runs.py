@@ -173,11 +173,17 @@ def headline(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         for start, metric in values.items()
     ]
     found += [
-        (f"fine-tuned {task}, {start}", values[start].get("top_1", values[start]))
+        (f"fine-tuned {task}, {start}", _judged_by(values[start]))
         for task, values in results.get("classification", {}).items()
         for start in ("pretrained", "scratch", "difference")
         if start in values
     ]
+    return found
+
+
+def _judged_by(run: dict[str, Any]) -> dict[str, Any]:
+    """Top-1 accuracy, mAP where clips have several labels, or the difference itself."""
+    found: dict[str, Any] = run.get("top_1") or run.get("mean_ap") or run
     return found
 
 

@@ -109,3 +109,24 @@ def test_the_difference_is_paired_over_the_clips_that_both_answered():
 
 def test_a_start_that_was_not_run_has_no_difference():
     assert compare({"scratch": predictions(0.5)}, resamples=20, seed=0).keys() == {"scratch"}
+
+
+def test_clips_with_several_labels_are_judged_by_mean_average_precision():
+    generator = np.random.default_rng(0)
+    labels = np.array(["a", "b", "a|b", "c", "b|c"] * 20)
+    truth = np.array([[name in label.split("|") for name in "abc"] for label in labels])
+    runs = {
+        start: Predictions(
+            clip_ids=np.array([f"clip-{i}" for i in range(100)]),
+            labels=labels,
+            logits=truth * help_ + generator.normal(size=truth.shape),
+            classes=("a", "b", "c"),
+        )
+        for start, help_ in (("pretrained", 2.0), ("scratch", 0.5))
+    }
+    assert (runs["scratch"].truth() == truth).all()
+    found = compare(runs, resamples=50, seed=0)
+    assert found["pretrained"].keys() == {"mean_ap", "auc", "d_prime"}
+    assert found["difference"]["low"] > 0
+    gap = found["pretrained"]["mean_ap"]["value"] - found["scratch"]["mean_ap"]["value"]
+    assert found["difference"]["value"] == pytest.approx(gap, abs=2e-6)

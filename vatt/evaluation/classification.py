@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from vatt.data.batches import Batch, model_inputs
+from vatt.data.manifest import LABEL_SEPARATOR
 from vatt.metrics import (
     Floats,
     Metric,
@@ -20,6 +21,7 @@ from vatt.metrics import (
     measured_difference,
 )
 from vatt.model.classifier import Classifier
+from vatt.multi_label import measured_multi_label, measured_multi_label_difference
 
 TOP = (1, 5)
 
@@ -36,7 +38,16 @@ class Predictions:
     def targets(self) -> NDArray[np.int64]:
         """The column of each clip's label; -1 for a label that training never showed."""
         columns = {name: column for column, name in enumerate(self.classes)}
-        return np.asarray([columns.get(str(label), -1) for label in self.labels])
+        return np.asarray([columns.get(str(label), -1) for label in self.labels], dtype=np.int64)
+
+    def truth(self) -> NDArray[np.bool_]:
+        """Which classes a clip has, where it may have several: (n, C)."""
+        several = [set(str(label).split(LABEL_SEPARATOR)) for label in self.labels]
+        return np.asarray([[name in own for name in self.classes] for own in several])
+
+    def has_several(self) -> bool:
+        """Whether any clip has more than one label."""
+        return any(LABEL_SEPARATOR in str(label) for label in self.labels)
 
     def correct(self, k: int) -> NDArray[np.bool_]:
         """Whether the label is among the k highest logits; an unknown label never is."""
@@ -92,7 +103,14 @@ def predict(
 def classification_metrics(
     predictions: Predictions, *, resamples: int, seed: int
 ) -> dict[str, Metric]:
-    """Top-1 and top-5 accuracy over the clips; chance is always naming the most frequent class."""
+    """Top-1 and top-5 accuracy over the clips; chance is always naming the most frequent class.
+
+    Where clips have several labels: mean average precision, AUC and d'.
+    """
+    if predictions.has_several():
+        return measured_multi_label(
+            predictions.logits, predictions.truth(), resamples=resamples, seed=seed
+        )
     counts = np.sort(np.unique(predictions.labels, return_counts=True)[1])[::-1]
     chances = {1: majority_share(predictions.labels.tolist())}
     return {
@@ -110,7 +128,10 @@ def classification_metrics(
 def compare(
     runs: Mapping[str, Predictions], *, resamples: int, seed: int
 ) -> dict[str, dict[str, Metric] | Metric]:
-    """Each start's metrics, and pre-trained minus scratch on the clips that both answered."""
+    """Each start's metrics, and pre-trained minus scratch on the clips that both answered.
+
+    The difference is that of top-1 accuracy, or of mAP where clips have several labels.
+    """
     found: dict[str, dict[str, Metric] | Metric] = {
         init: classification_metrics(answers, resamples=resamples, seed=seed)
         for init, answers in runs.items()
@@ -118,7 +139,14 @@ def compare(
     if {"pretrained", "scratch"} <= runs.keys():
         ours, theirs = runs["pretrained"], runs["scratch"]
         _, mine, their = np.intersect1d(ours.clip_ids, theirs.clip_ids, return_indices=True)
-        found["difference"] = measured_difference(
-            ours.correct(1)[mine], theirs.correct(1)[their], resamples=resamples, seed=seed
-        )
+        if ours.has_several():
+            differences = measured_multi_label_difference(
+                ours.logits[mine], theirs.logits[their], ours.truth()[mine],
+                resamples=resamples, seed=seed,
+            )  # fmt: skip
+            found["difference"] = differences["mean_ap"]
+        else:
+            found["difference"] = measured_difference(
+                ours.correct(1)[mine], theirs.correct(1)[their], resamples=resamples, seed=seed
+            )
     return found

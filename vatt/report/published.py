@@ -19,8 +19,10 @@ from vatt.report.tables import (
     Row,
     Table,
     chance_cell,
+    main_measure,
     metric_cell,
     number,
+    plain_cell,
     published_cells,
     rank_cell,
 )
@@ -33,6 +35,9 @@ MEASURED = {
     "k600_top5": ("classification", "kinetics600", "pretrained", "top_5"),
     "mit_top1": ("classification", "moments", "pretrained", "top_1"),
     "mit_top5": ("classification", "moments", "pretrained", "top_5"),
+    "mean_ap": ("classification", "audioset", "pretrained", "mean_ap"),
+    "auc": ("classification", "audioset", "pretrained", "auc"),
+    "d_prime": ("classification", "audioset", "pretrained", "d_prime"),
     "top1": ("classification", "imagenet", "pretrained", "top_1"),
     "top5": ("classification", "imagenet", "pretrained", "top_5"),
     "ucf101": ("probes", "ucf101", "svm", "pretrained"),
@@ -109,7 +114,10 @@ def _measured_row(table: PaperTable, inputs: Inputs) -> Row:
     ]
     why = WHY[table.number]
     if any(metric is not None for metric in metrics):
-        cells = [metric_cell(metric) for metric in metrics]
+        cells = [
+            (plain_cell if column == "d_prime" else metric_cell)(metric)
+            for column, metric in zip(table.columns, metrics, strict=True)
+        ]
         return Row("this run", tuple(cells), "ours")
     return Row("this run", tuple(Cell(NOT_RUN, "not_run") for _ in metrics), "not_run", why)
 
@@ -218,16 +226,16 @@ def _fine_tuned(modality: str) -> Callable[[Inputs], Table | None]:
             Row(
                 name,
                 (
-                    metric_cell(runs.get("pretrained", {}).get("top_1")),
-                    metric_cell(runs.get("scratch", {}).get("top_1"), "baseline"),
-                    chance_cell((runs.get("pretrained") or runs.get("scratch"))["top_1"]),
+                    metric_cell(main_measure(runs.get("pretrained"))),
+                    metric_cell(main_measure(runs.get("scratch")), "baseline"),
+                    chance_cell(main_measure(runs.get("pretrained") or runs.get("scratch"))),
                 ),
                 "ours",
             )
             for name, runs in (inputs.lookup("classification") or {}).items()
             if runs.get("modality") == modality
         ]
-        headings = ("Task", "pre-trained, top-1", "from scratch, top-1", "chance")
+        headings = ("Task", "pre-trained, top-1 or mAP", "from scratch", "chance")
         return _small(headings, rows)
 
     return table

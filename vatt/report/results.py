@@ -11,8 +11,10 @@ from vatt.report.tables import (
     Table,
     chance_cell,
     difference_cell,
+    main_measure,
     metric_cell,
     percent,
+    plain_cell,
     rank_cell,
     signed,
     verdict,
@@ -162,9 +164,9 @@ def _probe_marks(inputs: Inputs) -> list[Mark]:
 
 def _classification_marks(inputs: Inputs) -> list[Mark]:
     return [
-        Mark(name, runs["pretrained"]["top_1"], runs.get("scratch", {}).get("top_1"))
+        Mark(name, mark, main_measure(runs.get("scratch")))
         for name, runs in (inputs.lookup("classification") or {}).items()
-        if "pretrained" in runs
+        if (mark := main_measure(runs.get("pretrained")))
     ]
 
 
@@ -265,17 +267,18 @@ def _classification_table(inputs: Inputs) -> Table:
 def _classification_row(name: str, measure: str, runs: dict[str, Any]) -> Row:
     ours = runs.get("pretrained", {}).get(measure)
     scratch = runs.get("scratch", {}).get(measure)
-    first = measure == "top_1"
+    first = measure in ("top_1", "mean_ap")
+    show = plain_cell if measure == "d_prime" else metric_cell
     difference = runs.get("difference")
     known = ours or scratch
     assert known is not None
     return Row(
         name,
         (
-            metric_cell(ours),
-            metric_cell(scratch, "baseline"),
+            show(ours),
+            show(scratch, "baseline"),
             difference_cell(difference) if first else Cell("–", "none"),
-            chance_cell(known),
+            chance_cell(known, as_share=measure != "d_prime"),
             Cell(str(known["n"]), "text"),
         ),
         "ours",

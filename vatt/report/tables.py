@@ -64,11 +64,24 @@ def metric_cell(metric: dict[str, Any] | None, kind: Kind = "ours", *, why: str 
     )
 
 
+def main_measure(run: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a classifier is judged by: top-1 accuracy, or mAP where clips have several labels."""
+    return None if run is None else run.get("top_1", run.get("mean_ap"))
+
+
 def rank_cell(metric: dict[str, Any] | None, kind: Kind = "ours", *, why: str = "") -> Cell:
     """A median rank with its interval."""
     if metric is None:
         return Cell(NOT_RUN, "not_run", why)
     value, low, high = (f"{round(2 * metric[key]) / 2:g}" for key in ("value", "low", "high"))
+    return Cell(value, kind, f"{low} – {high}")
+
+
+def plain_cell(metric: dict[str, Any] | None, kind: Kind = "ours", *, why: str = "") -> Cell:
+    """A number that is no share (d') with its interval."""
+    if metric is None:
+        return Cell(NOT_RUN, "not_run", why)
+    value, low, high = (f"{metric[key]:.3f}" for key in ("value", "low", "high"))
     return Cell(value, kind, f"{low} – {high}")
 
 
