@@ -1,17 +1,21 @@
 """What a sample shows: captions nearest in time, sound in step, rows that lack something."""
 
 from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.corpus import demo_params, make_corpus
+from tests.data.corpus import demo_params, make_clip, make_corpus
 from tests.data.test_shards import write
 from vatt.data.arrays import Arrays
 from vatt.data.batches import Sampling, eval_batches, train_batches
+from vatt.data.ledger import Entry
 from vatt.data.manifest import Caption
 from vatt.data.reader import Facts, ShardIndex, ShardReader
 from vatt.data.samples import Row, nearest
@@ -143,6 +147,17 @@ def mixed(tmp_path_factory):
     return root / "shards"
 
 
+def write_frames(path: Path, frames: np.ndarray) -> None:
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "10"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
 def test_rows_without_text_come_with_padding_alone_beside_others(mixed):
     sampling = replace(SAMPLING, samples=3200, frames=4)
     for batches in (
@@ -171,3 +186,35 @@ def test_what_a_batch_shows_is_cut_from_what_the_shards_hold(mixed):
         assert np.array_equal(batch.video[place].numpy(), part)
         wave = reader.audio(row, 0, row.num_samples)[2400:5600]
         assert np.array_equal(batch.audio[place].numpy(), wave)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("form", ["h264", "jpeg"])
+def test_a_part_of_frames_is_that_part_of_the_whole_frames(stored, form, data):
+    reader, row = stored[form]
+    height, width = data.draw(st.integers(1, row.height)), data.draw(st.integers(1, row.width))
+    top = data.draw(st.integers(0, row.height - height))
+    left = data.draw(st.integers(0, row.width - width))
+    part = reader.frames(row, [4, 2, 2, 9], (top, left, height, width))
+    whole = reader.frames(row, [4, 2, 2, 9])
+    assert np.array_equal(part, whole[:, top : top + height, left : left + width])
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A clip of noise in both forms."""
+    root = tmp_path_factory.mktemp("stored")
+    clip = make_clip(0)
+    (root / "media").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (10, 36, 52, 3), np.uint8)
+    write_frames(root / "media" / clip.media_name, noise)
+    entries = {clip.clip_id: Entry(clip.clip_id, "ok", "download", seconds=1.0)}
+    readers = {}
+    for form in ("h264", "jpeg"):
+        (root / form).mkdir()
+        (root / form / "media").symlink_to(root / "media")
+        write(root / form, [clip], entries, video_storage=form)
+        index = ShardIndex.load(root / form / "shards", split="train")
+        readers[form] = ShardReader(index), index.rows[0]
+    return readers

@@ -11,6 +11,7 @@ from typing import Literal, Self
 import av
 import numpy as np
 import simplejpeg
+from av.filter import Graph
 from av.video.reformatter import VideoReformatter
 
 from vatt.config import PreprocessParams
@@ -60,14 +61,14 @@ def decode_frames(
         places.setdefault(index, []).append(place)
     first, last = min(places), max(places)
     frames = None
-    scaler = VideoReformatter()  # one for all frames: setting it up takes longer than its work
+    part = _Part(box)
     try:
         for index, frame in _decoded(data, first, last, fps):
             if index in places:
-                part = _inside(scaler.reformat(frame, format="rgb24", threads=1), box)
+                pixels = part.of(frame)
                 if frames is None:
-                    frames = np.empty((len(indices), *part.shape), dtype=np.uint8)
-                frames[places.pop(index)] = part
+                    frames = np.empty((len(indices), *pixels.shape), dtype=np.uint8)
+                frames[places.pop(index)] = pixels
     except (av.FFmpegError, ValueError, IndexError, TypeError) as error:
         raise BrokenMediaError(f"frames {first} to {last} cannot be decoded: {error}") from None
     if places or frames is None:
@@ -90,15 +91,50 @@ def _decoded(data: bytes, first: int, last: int, fps: int) -> Iterator[tuple[int
                 return
 
 
-def _inside(frame: av.VideoFrame, box: Box | None) -> np.ndarray:
-    pixels = frame.to_ndarray()
-    if box is None:
+class _Part:
+    """RGB pixels of a part of frames; no more than that part is converted."""
+
+    def __init__(self, box: Box | None) -> None:
+        self._box = box
+        self._scaler = VideoReformatter()  # setting it up takes longer than its work
+        self._graph: Graph | None = None
+
+    def of(self, frame: av.VideoFrame) -> np.ndarray:
+        """(h, w, C)."""
+        if self._box is None:
+            return self._rgb(frame)
+        top, left, height, width = self._box
+        if self._graph is None:
+            self._graph = self._cutting(frame)
+        self._graph.push(frame)
+        pixels = self._rgb(self._graph.pull())[top % 2 :, left % 2 :][:height, :width]
+        if pixels.shape[:2] != (height, width):
+            raise ValueError(f"a frame of {frame.width} x {frame.height} is too small")
         return pixels
-    top, left, height, width = box
-    part = pixels[top : top + height, left : left + width]
-    if part.shape[:2] != (height, width):
-        raise ValueError(f"a frame of {pixels.shape[1]} x {pixels.shape[0]}, smaller than promised")
-    return part
+
+    def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
+        return self._scaler.reformat(frame, format="rgb24", threads=1).to_ndarray()
+
+    def _cutting(self, frame: av.VideoFrame) -> Graph:
+        """A filter that cuts without copying; it cuts between pixels that share no colour."""
+        assert self._box is not None
+        top, left, height, width = self._box
+        tall, wide = height + top % 2, width + left % 2
+        where = f"{wide + wide % 2}:{tall + tall % 2}:{left - left % 2}:{top - top % 2}"
+        graph = Graph()
+        graph.threads = 1
+        nodes = (
+            graph.add_buffer(
+                width=frame.width,
+                height=frame.height,
+                format=frame.format,
+                time_base=frame.time_base,
+            ),
+            graph.add("crop", where),
+            graph.add("buffersink"),
+        )
+        graph.link_nodes(*nodes).configure()
+        return graph
 
 
 def decode_jpegs(
