@@ -77,9 +77,12 @@ def _from_memory(
             Memory(index, sampling, order if how.workers else (), pool), index, sampling
         )
 
+        blocks, shapes = Blocks(), sampling.shapes()
+
         def made() -> Iterator[Loaded]:
             for asked in requests:
-                arrays = Arrays.empty(len(asked), sampling.shapes())
+                _, memory = blocks.take(bytes_of(len(asked), shapes))
+                arrays = Arrays.over(memory, len(asked), shapes)
                 todo = list(range(len(asked)))
                 while todo:
                     rows = [index.rows[asked[number].row] for number in todo]
@@ -103,7 +106,7 @@ class Job:
 
     asked: list[Request]
     arrays: Arrays
-    block: Block | None  # where the arrays lie, for other processes
+    block: Block  # where the arrays lie, for other processes
     parts: list[Future[list[Broken]]]
 
 
@@ -126,11 +129,8 @@ class Maker:
     def begin(self, asked: list[Request]) -> Job:
         """Have a batch made."""
         shapes, clips = self._sampling.shapes(), len(asked)
-        if self._how.workers == 0:
-            job = Job(asked, Arrays.empty(clips, shapes), None, [])
-        else:
-            block, memory = self._blocks.take(bytes_of(clips, shapes))
-            job = Job(asked, Arrays.over(memory, clips, shapes), block, [])
+        block, memory = self._blocks.take(bytes_of(clips, shapes))
+        job = Job(asked, Arrays.over(memory, clips, shapes), block, [])
         self._submit(job, list(range(clips)))
         return job
 
@@ -165,7 +165,7 @@ class Maker:
         for first in range(0, len(numbers), max(size, 1)):
             part = numbers[first : first + size]
             what = part, [row_of[n] for n in part], [job.asked[n] for n in part]
-            if job.block is None:
+            if self._how.workers == 0:
                 source = _source(self._reader, self._index, self._sampling)
                 future = self._pool.submit(fill_all, job.arrays, *what, source, self._sampling)
             else:
