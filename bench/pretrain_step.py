@@ -362,11 +362,12 @@ def engine(rounds: int) -> None:
         "bare loop": lambda: bare_seconds(model, batch, steps),
     }
     times: dict[str, list[float]] = {name: [] for name in steps_of}
-    for number in range(rounds + 1):
-        for name, seconds in steps_of.items():
-            taken = seconds()
-            if number:
-                times[name].append(taken)
+    with distributed.process_group(machine()):
+        for number in range(rounds + 1):
+            for name, seconds in steps_of.items():
+                taken = seconds()
+                if number:
+                    times[name].append(taken)
     print("\na step of 32 clips from memory, bf16, one process")
     for name, values in times.items():
         print(f"  {name:44} {show(values, 'ms', 1e3)}")
@@ -395,7 +396,7 @@ def pipeline_seconds(model: ModelParams, batch: Batch, steps: int) -> float:
 
     times: list[float] = []
     params = settings(steps=steps, save_every=10**6, report_every=10, evaluate_every=None)
-    with tempfile.TemporaryDirectory() as name, distributed.process_group(machine()):
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         here = machine(mlflow_uri=f"sqlite:///{folder}/mlflow.db")
         paths = DEMO.paths.model_copy(update={"runs": folder / "runs"})
@@ -517,37 +518,39 @@ def gpu(clips: int, micro: int, rounds: int) -> None:
     params = PAPER.pretrain
     work = multimodal_flops(PAPER.model, drop_rate=params.drop_rate, convention="true")
     work += (params.text_candidates - 1) * text_flops(PAPER.model.text, convention="true")
-    for stage, cached in ((1, False), (1, True), (2, True), (3, True)):
-        size = clips if cached else micro
-        here = machine(zero_stage=stage, micro_batch_size=micro)
-        with distributed.process_group(here):
-            torch.manual_seed(0)
-            model = VATT(PAPER.model)
-            module = Pretraining(model, params, micro_batch_size=micro)
-            trained = DeepSpeedEngine(module, params.optimizer, "bf16", here)
-            batch = random_batch(PAPER.model, size, params.text_candidates)
-            times = []
-            torch.cuda.reset_peak_memory_stats()
-            for number in range(rounds + 1):
-                inputs = pretraining_inputs(
-                    model, batch, number, drop_rate=params.drop_rate, seed=0
-                )
-                torch.cuda.synchronize()
-                began = time.perf_counter()
-                losses = trained(*inputs)
-                trained.update(losses["loss"], learning_rate=RATE)
-                torch.cuda.synchronize()
-                times.append(time.perf_counter() - began)
-                del inputs, losses
-        seconds = statistics.median(times[1:])
-        memory_gb = torch.cuda.max_memory_allocated() / 2**30
-        share = 3 * work * size / seconds / peak
-        print(f"  ZeRO-{stage}, batch {size}, {'cached' if cached else 'plain'}: "
-              f"{show(times[1:], 's', 1)}, {size / seconds:.0f} samples/s, MFU {share:.1%} "
-              f"(what is computed twice counts once), peak {memory_gb:.1f} GiB")  # fmt: skip
-        del trained, module, model, batch
-        gc.collect()
-        torch.cuda.empty_cache()
+    with distributed.process_group(machine()):
+        for stage, cached in ((1, False), (1, True), (2, True), (3, True)):
+            size = clips if cached else micro
+            times, peak_bytes = gpu_step(stage, size, micro, rounds)
+            seconds = statistics.median(times)
+            share = 3 * work * size / seconds / peak
+            print(f"  ZeRO-{stage}, batch {size}, {'cached' if cached else 'plain'}: "
+                  f"{show(times, 's', 1)}, {size / seconds:.0f} samples/s, MFU {share:.1%} "
+                  f"(what is computed twice counts once), peak {peak_bytes / 2**30:.1f} GiB")  # fmt: skip
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def gpu_step(stage: int, clips: int, micro: int, rounds: int) -> tuple[list[float], int]:
+    """Seconds of the paper's step at a ZeRO stage, and its peak memory."""
+    torch.manual_seed(0)
+    params, here = PAPER.pretrain, machine(zero_stage=stage, micro_batch_size=micro)
+    model = VATT(PAPER.model)
+    module = Pretraining(model, params, micro_batch_size=micro)
+    trained = DeepSpeedEngine(module, params.optimizer, "bf16", here)
+    batch = random_batch(PAPER.model, clips, params.text_candidates)
+    times = []
+    torch.cuda.reset_peak_memory_stats()
+    for number in range(rounds + 1):
+        inputs = pretraining_inputs(model, batch, number, drop_rate=params.drop_rate, seed=0)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        losses = trained(*inputs)
+        trained.update(losses["loss"], learning_rate=RATE)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+        del inputs, losses
+    return times[1:], torch.cuda.max_memory_allocated()
 
 
 def main() -> None:
