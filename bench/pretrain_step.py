@@ -526,7 +526,7 @@ def gpu(clips: int, micro: int, rounds: int) -> None:
             share = 3 * work * size / seconds / peak
             print(f"  ZeRO-{stage}, batch {size}, {'cached' if cached else 'plain'}: "
                   f"{show(times, 's', 1)}, {size / seconds:.0f} samples/s, MFU {share:.1%} "
-                  f"(what is computed twice counts once), peak {peak_bytes / 2**30:.1f} GiB")  # fmt: skip
+                  f"(once what runs twice), peak {peak_bytes / 2**30:.1f} GiB")  # fmt: skip
             gc.collect()
             torch.cuda.empty_cache()
 
