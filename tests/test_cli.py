@@ -178,3 +178,38 @@ def test_two_evaluations_are_compared_in_the_terminal_and_as_json(project: Path)
     unknown = vattctl(project, "compare", folders[0], "3f2a91")
     assert unknown.returncode == 3
     assert "no evaluate run begins with '3f2a91'" in unknown.stderr
+
+
+def test_ledger_counts_the_clips_and_tells_a_clips_history(project: Path) -> None:
+    from dataclasses import replace
+
+    from tests.data.corpus import make_clip
+    from vatt.data.ledger import JOURNAL, Entry, Ledger
+    from vatt.data.manifest import manifest_hash, write_manifest
+
+    done = vattctl(project, "ledger")
+    assert done.returncode == 3 and "run `vattctl download`" in done.stderr
+    clips = [replace(make_clip(number), source="audioset") for number in range(3)]
+    write_manifest(project / "data" / "manifest.jsonl", clips)
+    with Ledger(project / "data" / "media" / JOURNAL) as journal:
+        journal.record(Entry("clip-000", "network", "download", "timed out"))
+        journal.record(Entry("clip-000", "ok", "download", has=("video",)))
+        journal.record(Entry("clip-001", "removed", "download"))
+    found = json.loads(vattctl(project, "ledger", "--json").stdout)
+    assert found["version"] == 1
+    assert found["total"]["states"] == {"ok": 1, "removed": 1, "pending": 1}
+    assert found["splits"][0]["official"] == 2063949 and found["splits"][0]["listed"] == 3
+    assert found["hash"]["listed"] == manifest_hash(project / "data" / "manifest.jsonl")
+    shown = vattctl(project, "ledger").stdout
+    assert "33.3% kept; data.min_share asks for 50%" in shown
+    history = vattctl(project, "ledger", "clip-000").stdout.splitlines()
+    assert ["timed out" in line for line in history] == [True, False]
+    done = vattctl(project, "ledger", "nobody")
+    assert done.returncode == 3 and "no ledger knows clip nobody" in done.stderr
+
+
+def test_retry_knows_the_states_and_does_nothing_without_clips(project: Path) -> None:
+    done = vattctl(project, "download", "--retry", "gone")
+    assert done.returncode == 2 and "no such state: gone" in done.stderr
+    done = vattctl(project, "download", "--retry", "retryable")
+    assert done.returncode == 0 and "0 clips to be tried again" in done.stderr
