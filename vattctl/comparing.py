@@ -80,4 +80,6 @@ def _span(gap: dict[str, Any]) -> tuple[float, float, float]:
 
 
 def _number(name: str, value: float) -> str:
-    return f"{value:.1f}" if name.endswith("median_rank") else f"{100 * value:.1f} %"
+    if name.endswith(("median_rank", "d_prime")):
+        return f"{value:.2f}"
+    return f"{100 * value:.1f} %"

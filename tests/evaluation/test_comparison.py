@@ -5,6 +5,7 @@ import pytest
 
 from vatt.errors import DataError
 from vatt.evaluation.comparison import compare_evaluations
+from vatt.metrics import mean_ap
 
 CLASSES = np.asarray(["cat", "dog", "owl"])
 
@@ -73,6 +74,28 @@ def test_retrieval_is_asked_again_among_the_shared_clips(tmp_path):
     middle = rows["text_to_video.median_rank"]["difference"]
     assert middle["value"] == np.median(left) - np.median(right)
     assert middle["low"] <= middle["value"] <= middle["high"]
+
+
+def test_clips_with_several_labels_are_compared_by_mean_average_precision(tmp_path):
+    truth = np.asarray([[True, False, True], [False, True, False], [True, True, False]] * 10)
+    generator = np.random.default_rng(0)
+    labels = np.asarray(["|".join(CLASSES[row]) for row in truth])
+    ids = np.asarray([f"clip{i}" for i in range(30)])
+    logits = {"a": truth + generator.normal(size=truth.shape), "b": generator.normal(size=(30, 3))}
+    for name, scores in logits.items():
+        (tmp_path / name).mkdir()
+        np.savez(
+            tmp_path / name / "predictions-sounds-scratch.npz",
+            clip_ids=ids,
+            labels=labels,
+            logits=scores,
+            classes=CLASSES,
+        )
+    rows = compared(tmp_path / "a", tmp_path / "b")
+    row = rows["predictions-sounds-scratch.mean_ap"]
+    assert row["first"]["value"] == pytest.approx(mean_ap(logits["a"], truth), abs=1e-6)
+    assert row["second"]["value"] == pytest.approx(mean_ap(logits["b"], truth), abs=1e-6)
+    assert row["difference"]["low"] > 0
 
 
 def test_a_run_does_not_differ_from_itself(tmp_path):

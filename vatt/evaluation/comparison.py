@@ -14,6 +14,7 @@ from vatt.errors import DataError
 from vatt.evaluation.classification import TOP, Predictions
 from vatt.evaluation.retrieval import RECALLS
 from vatt.metrics import measured, measured_difference, ranks
+from vatt.multi_label import measured_multi_label, measured_multi_label_difference
 
 Arrays = dict[str, NDArray[Any]]
 Values = dict[str, NDArray[Any]]  # measure -> a value a clip (n,)
@@ -32,6 +33,9 @@ def compare_evaluations(
     rows = []
     for name in ours:
         if name not in theirs:
+            continue
+        if name.startswith(PREDICTIONS) and _answers(ours[name]).has_several():
+            rows += _multi_label(name, ours[name], theirs[name], resamples=resamples, seed=seed)
             continue
         for measure, values in _paired(name, ours[name], theirs[name]).items():
             statistic = np.median if measure.endswith("median_rank") else np.mean
@@ -89,14 +93,43 @@ def _shared(ours: Arrays, theirs: Arrays) -> tuple[NDArray[np.integer], NDArray[
     return mine[same], their[same]
 
 
-def _classified(run: Arrays, rows: NDArray[np.integer]) -> Values:
-    answers = Predictions(
+def _answers(run: Arrays, rows: NDArray[np.integer] | slice = slice(None)) -> Predictions:
+    return Predictions(
         run["clip_ids"][rows],
         run["labels"][rows],
         run["logits"][rows],
         tuple(run["classes"].tolist()),
     )
+
+
+def _classified(run: Arrays, rows: NDArray[np.integer]) -> Values:
+    answers = _answers(run, rows)
     return {f"top_{k}": answers.correct(k) for k in TOP if k < len(answers.classes)}
+
+
+def _multi_label(
+    name: str, ours: Arrays, theirs: Arrays, *, resamples: int, seed: int
+) -> list[dict[str, Any]]:
+    """A row for each of mAP, AUC and d', for the classes that both runs know."""
+    mine, their = _shared(ours, theirs)
+    left, right = _answers(ours, mine), _answers(theirs, their)
+    _, columns, others = np.intersect1d(left.classes, right.classes, return_indices=True)
+    truth = left.truth()[:, columns] if len(mine) else np.zeros((0, 0), dtype=bool)
+    if not (truth.any(axis=0) & ~truth.all(axis=0)).any():
+        return []
+    one, other = left.logits[:, columns], right.logits[:, others]
+    how = {"resamples": resamples, "seed": seed}
+    first, second = (measured_multi_label(scores, truth, **how) for scores in (one, other))
+    gaps = measured_multi_label_difference(one, other, truth, **how)
+    return [
+        {
+            "name": f"{name}.{measure}",
+            "first": first[measure],
+            "second": second[measure],
+            "difference": gaps[measure],
+        }
+        for measure in gaps
+    ]
 
 
 def _probed(run: Arrays, rows: NDArray[np.integer]) -> Values:
