@@ -1,6 +1,6 @@
 """Seconds of 720p video that preprocessing turns into shards, a second and core.
 
-    python bench/preprocess.py                       # about three minutes
+    python bench/preprocess.py                       # about four minutes
     python bench/preprocess.py --source film.mp4     # of a film of your own
 
 Beside it, in turns: one plain ffmpeg command that decodes once and cuts by split and trim, and one
@@ -142,8 +142,8 @@ def main() -> None:
     """Measure in turns and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, help="a film; default: one is made")
-    parser.add_argument("--seconds", type=int, default=60, help="of the film")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--seconds", type=int, default=120, help="of the film")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file too")
     options = parser.parse_args()
     params = load_params(ROOT / "presets" / "paper.yaml")

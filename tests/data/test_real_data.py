@@ -1,11 +1,13 @@
 """Real and hostile files go the ordinary way and end in the state they should."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 import pytest
 
 from tests.data.corpus import TEST_DATA, demo_params, make_clip, needs_data
@@ -17,7 +19,7 @@ from vatt.data.cut import Cut, cut, find_ffmpeg
 from vatt.data.download import download
 from vatt.data.ledger import Entry, read_ledger
 from vatt.data.manifest import read_manifest
-from vatt.data.media import probe
+from vatt.data.media import BrokenMediaError, probe
 from vatt.data.reader import ShardIndex, ShardReader
 from vatt.data.sources.folder import Found, scan
 from vatt.data.sources.urls import read_urls
@@ -118,6 +120,31 @@ def test_nothing_is_left_behind_and_the_bytes_are_the_same_twice(hostile, tmp_pa
     assert shards == {path.name: path.read_bytes() for path in (tmp_path / "shards").glob("*.tar")}
     for name in ("index.jsonl", "vocabulary.txt"):
         assert (data / "shards" / name).read_bytes() == (tmp_path / "shards" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_damaged_files_neither_crash_nor_leak(tmp_path):
+    """Real files with bytes changed, cut off or doubled: pieces or a reason, nothing else."""
+    draw = random.Random(0)
+    params = demo_params().preprocess
+    files = [path for path in sorted((DATA / "hostile").glob("*.*")) if path.is_file()]
+    process, kept = psutil.Process(), 0
+    handles = process.num_fds()
+    for number in range(300):
+        data = bytearray(draw.choice(files).read_bytes())
+        for _ in range(draw.choice((1, 10, 100)) if data else 0):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        where = draw.randrange(len(data) + 1)
+        data = (data, data[:where], data[where:], data + data)[number % 4]
+        path = tmp_path / f"{number}.mp4"
+        path.write_bytes(data)
+        try:
+            item = Cut(path, probe(path), ((0.0, 0.5), (0.5, 1.0)))
+        except BrokenMediaError:
+            continue
+        [result] = cut([item], params, program=find_ffmpeg(None), work=tmp_path)
+        kept += any(piece.num_frames for piece in result.pieces)
+    assert kept > 30 and process.num_fds() == handles and not process.children()
 
 
 def test_a_manifest_may_name_a_file_without_an_ending(tmp_path):

@@ -67,6 +67,24 @@ def test_a_jpeg_shard_is_a_plain_tar_of_pictures(folders):
     assert sizes == [len(members[f"{row.key}.{number:04d}.jpg"]) for number in range(10)]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_webdataset_reads_the_shards(folders, form):
+    from webdataset import WebDataset
+
+    folder = folders[0][form] / "shards"
+    rows = ShardIndex.load(folder, split="train").rows
+    shards = sorted({str(folder / row.shard) for row in rows})
+    samples = list(WebDataset(shards, shardshuffle=False).decode("rgb8", partial=True))
+    assert [sample["__key__"] for sample in samples] == [row.key for row in rows]
+    for sample, row in zip(samples, rows, strict=True):
+        assert sample["json"]["clip_id"] == row.clip_id
+        if form[0] == "jpeg":
+            assert sample["0009.jpg"].shape == (row.height, row.width, 3)
+        else:
+            assert len(sample["mp4"]) == row.video[1]
+        assert {"wav", "flac", "m4a"} & sample.keys()
+
+
 @pytest.mark.parametrize("form", ["flac", "aac"])
 @pytest.mark.parametrize("hz", [8000, 48000])
 def test_compressed_sound_stays_in_step_from_any_sample_on(form, hz):

@@ -81,7 +81,12 @@ def cluster(address: str | None) -> Iterator[tuple[Executor, int]]:
     try:
         _reach(address)
         handler = signal.getsignal(signal.SIGTERM)
-        ray.init(address=address, log_to_driver=False, include_dashboard=False)
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            include_dashboard=False,
+            logging_level="warning",
+        )
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # ours, which ray.init replaces
     except (OSError, ValueError, RuntimeError) as error:
