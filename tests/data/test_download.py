@@ -265,14 +265,14 @@ def test_a_host_that_refuses_everything_is_not_asked_on_and_on(tmp_path, media, 
 
 
 def test_the_folder_grows_no_larger_than_it_may(tmp_path, media):
-    clips = [clip(number, str(number)) for number in range(40)]
-    allowed = {"max_gb": 12 * len(media) / 1e9}
+    clips = [clip(number, str(number)) for number in range(24)]
+    allowed = {"max_gb": 6 * len(media) / 1e9}
     with serving(Server(media)) as base:
         with pytest.raises(MachineError, match=r"machine\.download\.max_gb"):
             run(tmp_path, clips, base, manners=allowed)
         came = [path for path in (tmp_path / "media").iterdir() if len(path.name) == 24]
-        assert 12 < len(came) < 30
-        assert run(tmp_path, clips, base) == {"ok": 40}
+        assert 6 < len(came) < 20
+        assert run(tmp_path, clips, base) == {"ok": 24}
 
 
 def test_only_the_listed_part_of_a_video_is_fetched(tmp_path):
@@ -518,10 +518,10 @@ def kill_again_and_again(tmp_path, server: Server, *, kills: int, workers: int) 
             assert until - start <= fetch.BLOCK + piece + on_the_way
 
 
-def test_kills_lose_nothing_and_fetch_little_twice(tmp_path, media):
+def test_a_kill_loses_nothing_and_fetches_little_twice(tmp_path, media):
     server = Server(long(media))
     server.pause = 0.01
-    kill_again_and_again(tmp_path, server, kills=2, workers=2)
+    kill_again_and_again(tmp_path, server, kills=1, workers=2)
 
 
 @pytest.mark.slow

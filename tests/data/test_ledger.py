@@ -52,10 +52,9 @@ def test_several_writers_lose_no_line(tmp_path):
     assert len(read_ledger(tmp_path / "j")) == 600
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_writers_killed_in_the_middle_spoil_no_line_of_others(tmp_path, seed):
+def test_writers_killed_in_the_middle_spoil_no_line_of_others(tmp_path):
     """Each writer's clips are there up to where it was killed, and every line tells one state."""
-    waits = random.Random(seed)
+    waits = random.Random(0)
     path = tmp_path / "j"
     for turn in range(4):
         command = [sys.executable, "-c", WRITER.replace("200", "10**9"), str(path)]
