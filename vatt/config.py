@@ -87,7 +87,7 @@ class DataParams(Section):
 
     source: str  # demo, folder, urls, or official lists joined by +, as howto100m+audioset
     location: Path | None  # folder of videos (urls: a csv file); lists look there for files first
-    location_hash: str | None  # what lay there when `vattctl ingest` looked; it makes DVC notice
+    location_hash: str | None  # of what lies there, or of the lists, as vattctl saw it: for DVC
     annotations: Path | None  # official lists: <annotations>/<list>/ holds the files of each
     mix: dict[str, Annotated[float, Field(gt=0, le=1)]] | None  # of the hours; null: all there is
     sample_share: Annotated[float, Field(gt=0, le=1)]  # of the clips, by the hash of their ids

@@ -94,11 +94,16 @@ def run_stages(
 ) -> None:
     """Change params.yaml, then let DVC run the targets with what they depend on."""
     from vatt.config import load_params
+    from vatt.data.sources.mark import mark_of_lists
 
     changes = change(settings, write=not dry_run)
+    params = load_params()
+    mark = None if dry_run else mark_of_lists(params.data)
+    if mark is not None:  # DVC sees the settings, not the lists that they name
+        changes += change({("data", "location_hash"): mark})
     for line in changes:
         click.echo(f"params.yaml: {line}", err=True)
-    has_tasks = bool(load_params().finetune.run)
+    has_tasks = bool(params.finetune.run)
     dry = ["--dry"] if dry_run else []
     if force and targets:  # the target itself, on top of what is up to date before it
         before = stage_before(targets[0], has_tasks=has_tasks)

@@ -12,6 +12,7 @@ from vatt.data.sources import howto100m
 from vatt.data.sources.audioset import read_audioset, read_class_names, read_segments
 from vatt.data.sources.chosen import listed
 from vatt.data.sources.howto100m import read_howto100m, stream_object
+from vatt.data.sources.mark import mark_of_lists
 from vatt.errors import DataError
 
 FILES = Path(TEST_DATA or "/nowhere") / "annotations"
@@ -174,3 +175,18 @@ def test_two_lists_are_joined_in_the_ratio_of_their_hours(tmp_path):
         known = clip.end or (clip.captions[-1].end if clip.captions else 390.0)
         hours[clip.source] += (known - clip.start) / 3600
     assert hours["howto100m"] / hours.total() == pytest.approx(0.75, abs=0.03)
+
+
+def test_a_list_that_changes_is_noticed(tmp_path):
+    folder = place(tmp_path / "audioset", {"eval_segments.csv": "a\n"})
+    (folder / "captions").mkdir()
+    data = DATA.model_copy(update={"source": "audioset", "annotations": tmp_path})
+    marks = [mark_of_lists(data)]
+    (folder / "eval_segments.csv").write_text("b\n")
+    marks.append(mark_of_lists(data))
+    (folder / "captions" / "a.csv").touch()
+    marks.append(mark_of_lists(data))
+    assert len({*marks}) == 3 and mark_of_lists(data) == marks[-1]
+    assert mark_of_lists(DATA) is None
+    alone = data.model_copy(update={"source": "urls", "location": tmp_path / "none.csv"})
+    assert mark_of_lists(alone) not in marks
