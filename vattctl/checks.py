@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vattctl.terminal import show
+
 if TYPE_CHECKING:
     from vatt.verify.row import Row
 
@@ -47,7 +49,6 @@ def verify_command(context: click.Context, as_json: bool, failed: bool) -> None:
 
 
 def _print(rows: list["Row"]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     columns = ("state", "quantity", "source", "unit", "paper", "expected", "ours", "difference")
@@ -61,9 +62,7 @@ def _print(rows: list["Row"]) -> None:
         name = row.name if row.state == "pass" else f"{row.name} ({row.reason})"
         numbers = (row.paper, row.expected, row.ours, row.difference)
         table.add_row(row.state, name, row.source, row.unit, *map(_number, numbers))
-    console = Console()
-    # A pipe has no width: give every row one line there.
-    Console(width=console.width if console.is_terminal else 300).print(table)
+    show(table)
 
 
 def _number(value: float | None) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vattctl.params import enter_project
+from vattctl.terminal import show
 
 if TYPE_CHECKING:
     from vatt.config import Params
@@ -54,7 +55,6 @@ def _kept(params: "Params", run: str) -> Path:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -70,9 +70,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         table.add_row(
             row["name"], one, other, change, f"{low} to {high}", str(gap["n"]), "*" if clear else ""
         )
-    console = Console()
-    console.print(table)
-    console.print("* the interval of the difference (first - second) leaves out 0")
+    show(table, "* the interval of the difference (first - second) leaves out 0")
 
 
 def _span(gap: dict[str, Any]) -> tuple[float, float, float]:

@@ -8,6 +8,7 @@ import click
 
 from vatt.errors import SettingsError
 from vattctl.params import SIZES, enter_project, parse_setting, preview, size_settings
+from vattctl.terminal import show
 
 if TYPE_CHECKING:
     from vatt.config import Params
@@ -168,19 +169,14 @@ def _facts(one: "Forecast", price: float | None) -> dict[str, Any]:
 
 
 def _print(found: dict[str, Any], price: float | None) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    # A pipe has no width: give every row one line there.
-    console = Console(width=console.width if console.is_terminal else 200)
     params, place = found["params"], found["place"]
     way = "from a short trial here" if found["measured"] else "by formula, at 40 % of the peak"
-    console.print(
+    show(
         f"{params.pretrain.steps:,} steps of {params.pretrain.batch_size:,} clips on "
         f"{found['as_set'].setting.processes} x {place.name} "
-        f"({_bytes(place.memory)} each); time {way}",
-        highlight=False,
+        f"({_bytes(place.memory)} each); time {way}"
     )
     chosen = found["cheapest"]
     table = Table(box=None, pad_edge=False)
@@ -190,20 +186,17 @@ def _print(found: dict[str, Any], price: float | None) -> None:
     others = _rows(chosen, price) if chosen else {}
     for name, value in rows.items():
         table.add_row(name, value, others.get(name, "-"))
-    console.print(table)
+    show(table)
     largest = found["largest"]
-    console.print(
+    show(
         "not even one clip fits at a time"
         if largest is None
-        else f"largest micro-batch that fits as set: {largest}",
-        highlight=False,
+        else f"largest micro-batch that fits as set: {largest}"
     )
     if chosen is None:
-        console.print("no setting fits: choose a smaller --size or a larger --device")
+        show("no setting fits: choose a smaller --size or a larger --device")
     elif chosen.setting != found["as_set"].setting:
-        console.print(
-            f"to use it: vattctl pretrain {_options(chosen)}", highlight=False, soft_wrap=True
-        )
+        show(f"to use it: vattctl pretrain {_options(chosen)}")
 
 
 def _rows(one: "Forecast", price: float | None) -> dict[str, str]:

@@ -12,6 +12,7 @@ import click
 
 from vatt.errors import MachineError
 from vattctl.params import enter_project
+from vattctl.terminal import show
 
 STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate", "report")
 
@@ -104,7 +105,6 @@ def _leaves(changes: list[Any]) -> list[tuple[str, str]]:
 
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from vatt.progress import duration
@@ -116,7 +116,7 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
         took = duration(row["seconds"]) if row["seconds"] is not None else ""
         changes = "; ".join(row["changes"][:3]) if row["state"] == "changed" else ""
         table.add_row(row["stage"], row["state"], took, (row["run_id"] or "")[:12], changes)
-    Console().print(table)
+    show(table)
 
 
 def summary() -> str:
