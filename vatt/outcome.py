@@ -68,10 +68,10 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def read_outcome() -> tuple[int, str] | None:
+def read_outcome(project: Path = Path()) -> tuple[int, str] | None:
     """The last failed stage's code and message; None when no stage has left any."""
     try:
-        outcome = json.loads(OUTCOME.read_text(encoding="utf-8"))
+        outcome = json.loads((project / OUTCOME).read_text(encoding="utf-8"))
         return int(outcome["code"]), str(outcome["message"])
     except (OSError, ValueError, KeyError):
         return None

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ LOCK_FILE = Path("dvc.lock")
 def stage_hash(stage: str, params: Params, **item: str) -> str:
     """The sha256 of a stage's resolved params and deps, as dvc.yaml declares them.
 
-    What earlier stages made counts by its hash in dvc.lock, also inside a folder that is the dep; a
-    source file counts by its content. `item` names the variant of a stage with a matrix.
+    What earlier stages made counts by its hash in dvc.lock, also inside a folder that is the dep
+    and also when another project of the repository made it; a source file counts by its content.
+    `item` names the variant of a stage with a matrix.
     """
     declared = yaml.safe_load(PIPELINE_FILE.read_text(encoding="utf-8"))["stages"][stage]
     declared = declared.get("do", declared)
@@ -27,9 +29,9 @@ def stage_hash(stage: str, params: Params, **item: str) -> str:
     for key in sorted(map(str, declared.get("params", []))):
         key = _resolve(key, raw_params, item)
         digest.update(f"{key}={_lookup(raw_params, key)!r}\n".encode())
-    made = _hashes_of_outputs()
-    for dep in sorted(map(str, declared.get("deps", []))):
-        path = _resolve(dep, raw_params, item)
+    deps = sorted(_resolve(str(dep), raw_params, item) for dep in declared.get("deps", []))
+    made = _hashes_of_outputs(deps)
+    for path in deps:
         within = sorted(out for out in made if Path(out).is_relative_to(path))
         for out in within:
             digest.update(f"{out}:{made[out]}\n".encode())
@@ -38,12 +40,18 @@ def stage_hash(stage: str, params: Params, **item: str) -> str:
     return digest.hexdigest()
 
 
-def _hashes_of_outputs() -> dict[str, str]:
-    if not LOCK_FILE.exists():
-        return {}
-    stages = yaml.safe_load(LOCK_FILE.read_text(encoding="utf-8")).get("stages", {})
-    outs = [out for stage in stages.values() for out in stage.get("outs", [])]
-    return {out["path"]: str(out.get("md5")) for out in outs}
+def _hashes_of_outputs(deps: list[str]) -> dict[str, str]:
+    """What dvc.lock says here and in the folders above each dep; paths count from here."""
+    here = Path.cwd()
+    above = {parent for dep in deps for parent in Path(os.path.normpath(here / dep)).parents}
+    hashes = {}
+    for folder in sorted(above | {here}):
+        if (folder / LOCK_FILE).is_file():
+            locked = yaml.safe_load((folder / LOCK_FILE).read_text(encoding="utf-8"))
+            stages = locked.get("stages", {}).values()
+            for out in (out for stage in stages for out in stage.get("outs", [])):
+                hashes[os.path.relpath(folder / out["path"], here)] = str(out.get("md5"))
+    return hashes
 
 
 def _hash_of_file(path: Path) -> str:

@@ -5,6 +5,7 @@ import difflib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def change(settings: dict[tuple[str, ...], Any], *, write: bool = True) -> list[
     from vatt.config import parse_params
     from vatt.files import atomic_write
 
-    yaml, document, lines = _changed(settings)
+    yaml, document, lines = edited(settings)
     parse_params(yaml_plain(document), source=PARAMS)
     if lines and write:
         text = StringIO()
@@ -83,11 +84,11 @@ def preview(settings: dict[tuple[str, ...], Any]) -> "Params":
     """The settings as they would be after `change`; nothing is written."""
     from vatt.config import parse_params
 
-    return parse_params(yaml_plain(_changed(settings)[1]), source=PARAMS)
+    return parse_params(yaml_plain(edited(settings)[1]), source=PARAMS)
 
 
-def _changed(settings: dict[tuple[str, ...], Any]) -> tuple[Any, Any, list[str]]:
-    """A YAML writer, the changed document, and a line per real change."""
+def edited(settings: Mapping[tuple[str, ...], Any]) -> tuple[Any, Any, list[str]]:
+    """A YAML writer, the document of params.yaml changed, and a line per real change."""
     from ruamel.yaml import YAML
 
     yaml = YAML()

@@ -116,9 +116,17 @@ def run_stages(
         click.echo(closing_lines(targets))
 
 
+def stages_here() -> list[str]:
+    """The stages that this project runs itself, in their order: an experiment lacks some."""
+    import yaml
+
+    declared = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return [name for name in STAGES if name in declared]
+
+
 def stage_before(target: str, *, has_tasks: bool) -> str | None:
     """The stage that a target builds on; fine-tuning is passed over where there are no tasks."""
-    stages = [name for name in STAGES if has_tasks or name != "finetune"]
+    stages = [name for name in stages_here() if has_tasks or name != "finetune"]
     place = stages.index(target.partition("@")[0])
     return stages[place - 1] if place else None
 
@@ -127,7 +135,10 @@ def run_dvc(arguments: list[str], *, quiet: bool) -> None:
     """Run dvc with this interpreter first on PATH; raise a failed stage's own code and message."""
     from vatt.outcome import OUTCOME, read_outcome
 
-    OUTCOME.unlink(missing_ok=True)
+    here = Path.cwd()  # an experiment's stage may wait for one of the project above it
+    projects = [folder for folder in (here, *here.parents) if (folder / "dvc.yaml").is_file()]
+    for project in projects:
+        (project / OUTCOME).unlink(missing_ok=True)
     folder = str(Path(sys.executable).parent)
     environment = {
         **os.environ,
@@ -142,9 +153,9 @@ def run_dvc(arguments: list[str], *, quiet: bool) -> None:
         code = process.wait()
     if code == 0:
         return
-    outcome = read_outcome()
-    if outcome is not None:
-        raise StageFailed(*outcome)
+    for project in projects:
+        if (outcome := read_outcome(project)) is not None:
+            raise StageFailed(*outcome)
     if code in (-signal.SIGINT, 128 + signal.SIGINT):
         raise KeyboardInterrupt
     raise MachineError(

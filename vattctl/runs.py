@@ -12,9 +12,8 @@ import click
 
 from vatt.errors import MachineError
 from vattctl.params import enter_project
+from vattctl.pipeline import STAGES, stages_here
 from vattctl.terminal import show
-
-STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate", "report")
 
 
 @click.command()
@@ -44,7 +43,7 @@ def status(context: click.Context, as_json: bool) -> None:
 
 def _names(runs: dict[str, Any], changed: dict[str, list[str]]) -> list[str]:
     """Stages in the pipeline's order, each with its variants (`finetune@action-scratch`)."""
-    known = {*STAGES, *runs, *changed}
+    known = {*stages_here(), *runs, *changed}
     if any(name.startswith("finetune@") for name in known):
         known.discard("finetune")
     return sorted(known, key=lambda name: (STAGES.index(name.partition("@")[0]), name))
@@ -78,8 +77,8 @@ def _runs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _changed_stages() -> dict[str, list[str]]:
-    """What DVC finds changed, by stage."""
-    command = [sys.executable, "-m", "dvc", "status", "--json"]
+    """What DVC finds changed, by stage; those of experiments are theirs to tell."""
+    command = [sys.executable, "-m", "dvc", "status", "--json", "dvc.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()

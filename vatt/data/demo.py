@@ -76,7 +76,11 @@ def describe(seed: int, split: str, index: int, *, no_text_share: float) -> Clip
         start=0.0,
         end=demo_clips.SECONDS,
         split=split,
-        labels={"digit": demo_clips.DIGITS[digit], "motion": motion},
+        labels={
+            "digit": demo_clips.DIGITS[digit],
+            "motion": motion,
+            "action": f"{demo_clips.DIGITS[digit]} {motion}",  # who does what
+        },
         captions=() if silent else demo_clips.speak(digit=digit, motion=motion, rng=talk),
         licence=LICENCE,
     )

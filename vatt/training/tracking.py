@@ -172,7 +172,7 @@ def store_uri(machine: MachineParams) -> str:
     uri = machine.mlflow_uri
     if not uri.startswith(scheme) or uri.startswith(scheme + "/"):
         return uri
-    return scheme + str(_project_root() / uri.removeprefix(scheme))
+    return scheme + str((_project_root() / uri.removeprefix(scheme)).resolve())
 
 
 def _connect(machine: MachineParams) -> Any:

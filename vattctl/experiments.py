@@ -1,0 +1,218 @@
+"""Experiments: sub-projects of a project, each a folder with settings and stages of its own.
+
+An experiment is the project it stands in with some settings changed. It runs some of the stages
+itself; what the others make it takes from the project (or from another experiment). One git and
+DVC repository holds them all, so DVC knows that an experiment's pre-training waits for the
+project's shards, a killed stage goes on where it stopped, what two experiments share is run once,
+and nothing of the project is overwritten. In the project's folder::
+
+    wide = Experiment(
+        Path("experiments/wide"),
+        stages=("pretrain", "evaluate"),  # the shards are the project's
+        settings={("model", "va_dim"): 1024},
+    )
+    run_experiment(wide)  # writes or updates the folder, then `dvc repro` there
+
+    ucf101 = Experiment(
+        Path("sets/ucf101"),
+        stages=("download", "preprocess", "finetune", "evaluate", "report"),  # its own clips
+        settings={("data", "source"): "ucf101", ("finetune", "tasks"): {"ucf101": {...}}},
+        start=Path("imported/mbs"),  # a checkpoint's folder, anywhere
+    )
+    run_experiment(ucf101, ("finetune",), upstream=False)  # never trains `start` anew
+
+Afterwards `cd experiments/wide && dvc repro` and `vattctl --project experiments/wide status` work
+as in any project. `.gitignore` leaves the three files of a folder in `experiments/` or `sets/` to
+git (params.yaml, dvc.yaml, dvc.lock): DVC refuses stages that git ignores.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from vatt.errors import SettingsError
+from vattctl.params import PARAMS, edited, yaml_plain
+from vattctl.pipeline import STAGES, run_dvc
+
+PIPELINE = Path("dvc.yaml")
+HERE = Path()
+MADE_BY = {  # of the paths in params.yaml; whoever lacks the stage takes them from elsewhere
+    "download": ("manifest", "download_ledger", "media"),
+    "preprocess": ("shards", "preprocess_ledger"),
+    "pretrain": ("pretrained",),
+}
+INPUTS = (  # settings that name files of the project, which an experiment shares
+    ("data", "location"),
+    ("data", "annotations"),
+    ("preprocess", "vocabulary_file"),
+    ("preprocess", "stop_words"),
+    ("machine", "shard_cache"),
+    ("machine", "ffmpeg"),
+    ("machine", "cookies"),
+    ("machine", "proxy"),
+)
+SQLITE = "sqlite:///"
+HEADER = "# Made by vattctl from {parent}: change the settings there, or copy this folder.\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A sub-project; every path counts from the project's folder.
+
+    `settings` are changes to the project's, as `--set` makes them: a whole value for each key that
+    params.yaml has (a task of one's own: the whole of `finetune.tasks`). A relative path among
+    them counts, as any in params.yaml, from the experiment's folder.
+    """
+
+    folder: Path
+    stages: tuple[str, ...]  # that it runs itself
+    settings: Mapping[tuple[str, ...], Any] = field(default_factory=dict)
+    data: Path = HERE  # the project or experiment whose shards it uses, when it makes none
+    start: Path | None = None  # a checkpoint, when it trains none; None: the project's
+
+
+def write_experiment(experiment: Experiment) -> None:
+    """Make or update the experiment's params.yaml and dvc.yaml from the project's, here.
+
+    Nothing is written where nothing has changed; each file appears whole, the settings first.
+    """
+    import yaml
+
+    unknown = set(experiment.stages) - set(STAGES)
+    if unknown:
+        raise SettingsError(f"no stage '{min(unknown)}'", hint=f"stages: {', '.join(STAGES)}")
+    own = {
+        name: stage
+        for name, stage in _read(PIPELINE)["stages"].items()
+        if name in experiment.stages
+    }
+    stages = {name: _moved(stage, experiment) for name, stage in own.items()}
+    plain = yaml.safe_dump({"stages": stages}, sort_keys=False, width=4096)
+    header = HEADER.format(parent=_from(experiment.folder, PARAMS))
+    _write(experiment.folder / PARAMS, header + _settings_text(experiment))
+    _write(experiment.folder / PIPELINE, header + plain)
+
+
+def run_experiment(
+    experiment: Experiment,
+    targets: tuple[str, ...] = (),
+    *,
+    upstream: bool = True,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Write the experiment, then let DVC run the targets (all its stages) and what they need.
+
+    Without `upstream`, what other projects make is taken as it is, up to date or not.
+    """
+    write_experiment(experiment)
+    dry = ["--dry"] if dry_run else []
+    wanted = targets or tuple(name for name in STAGES if name in experiment.stages)
+    with inside(experiment.folder):
+        if upstream:
+            run_dvc(["repro", *dry, *targets], quiet=quiet)
+        else:
+            last = max(STAGES.index(target.partition("@")[0]) for target in wanted)
+            before = [name for name in STAGES[:last] if name in experiment.stages]
+            own = [name for name in before if name not in wanted] + list(wanted)
+            run_dvc(["repro", *dry, "--single-item", *own], quiet=quiet)
+
+
+@contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Work in another folder for a while, as the stages do: their paths count from there."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _settings_text(experiment: Experiment) -> str:
+    """The project's settings, comments too, with the experiment's and its places changed."""
+    from vatt.config import parse_params
+
+    changes = {**_places(experiment, _read(PARAMS)), **experiment.settings}
+    yaml, document, _ = edited(changes)
+    parse_params(yaml_plain(document), source=experiment.folder / PARAMS)
+    text = StringIO()
+    yaml.dump(document, text)
+    return text.getvalue()
+
+
+def _places(experiment: Experiment, known: Any) -> dict[tuple[str, ...], Any]:
+    """Where the experiment finds what it does not make itself."""
+    folder = experiment.folder
+    places: dict[tuple[str, ...], Any] = {}
+    makers = _read(experiment.data / PARAMS)
+    for stage, names in MADE_BY.items():
+        if stage in experiment.stages:
+            continue
+        for name in names:
+            of = known if stage == "pretrain" else makers
+            base = HERE if stage == "pretrain" else experiment.data
+            places["paths", name] = _from(folder, base / of["paths"][name])
+    if experiment.start is not None:
+        places["paths", "pretrained"] = _from(folder, experiment.start)
+    for section, name in INPUTS:
+        if known[section][name] is not None:
+            places[section, name] = _from(folder, Path(known[section][name]))
+    uri = known["machine"]["mlflow_uri"]
+    if uri.startswith(SQLITE) and not uri.startswith(f"{SQLITE}/"):
+        store = _from(folder, Path(uri.removeprefix(SQLITE)))
+        places["machine", "mlflow_uri"] = SQLITE + store
+    return places
+
+
+def _moved(stage: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
+    """A stage as it stands in the experiment's folder: its code lies elsewhere."""
+    deps = [
+        dep if str(dep).startswith("${") else _from(experiment.folder, Path(dep))
+        for dep in stage["deps"]
+    ]
+    trains = [name for name in ("pretrain", "finetune") if name in experiment.stages]
+    if "${paths.checkpoints}" in deps:  # the folder of both, where they are trained here
+        if not trains:
+            deps.remove("${paths.checkpoints}")
+        if "pretrain" not in experiment.stages:
+            deps.append("${paths.pretrained}")
+    return {**stage, "deps": deps}
+
+
+def _from(folder: Path, path: Path) -> str:
+    """A path of the project as seen from the experiment's folder; absolute outside the project."""
+    whole = _whole(path)
+    if not whole.is_relative_to(_repository()):
+        return str(whole)
+    return Path(os.path.relpath(whole, _whole(folder))).as_posix()
+
+
+def _whole(path: Path) -> Path:
+    """From the root on; a link stays one, as DVC names what is behind it by the link."""
+    return Path(os.path.normpath(Path.cwd() / path))
+
+
+def _repository() -> Path:
+    """The folder of the git and DVC repository around this project; the project's without one."""
+    here = Path.cwd()
+    return next((parent for parent in (here, *here.parents) if (parent / ".dvc").is_dir()), here)
+
+
+def _read(file: Path) -> Any:
+    import yaml
+
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def _write(file: Path, text: str) -> None:
+    from vatt.files import atomic_write
+
+    if file.exists() and file.read_text(encoding="utf-8") == text:
+        return
+    with atomic_write(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
