@@ -19,8 +19,18 @@ def load(folder: Path | str) -> Union["VATT", "Classifier"]:
 
 
 def vocabulary(folder: Path | str) -> "Vocabulary":
-    """The words of a checkpoint folder: `.encode(sentence, words)` makes the ids a model wants."""
+    """The words of a checkpoint folder: `.encode(sentence, words)` makes the ids (L,) of a text.
+
+    Raises DataError for a folder without a word list, whose model takes ids alone.
+    """
     from vatt import checkpoint
     from vatt.data.text import Vocabulary
+    from vatt.errors import DataError
 
-    return Vocabulary.load(Path(folder) / checkpoint.VOCABULARY)
+    words = Path(folder) / checkpoint.VOCABULARY
+    if not words.exists():
+        raise DataError(
+            f"{folder} has no {checkpoint.VOCABULARY}, so words are no ids",
+            hint="import the checkpoint with --vocab FILE",
+        )
+    return Vocabulary.load(words)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import vatt
 from vatt import checkpoint
 from vatt.config import Params
 from vatt.data.batches import Loading, Sampling, eval_batches, model_inputs
@@ -24,7 +25,6 @@ from vatt.data.manifest import Clip
 from vatt.data.reader import ShardIndex, ShardReader
 from vatt.data.shards import write_shards
 from vatt.data.sources.folder import scan
-from vatt.data.text import Vocabulary
 from vatt.errors import DataError, SettingsError
 from vatt.files import atomic_folder
 from vatt.model.vatt import VATT
@@ -71,16 +71,13 @@ class Embedder:
     @torch.inference_mode()
     def text(self, sentence: str) -> Vectors:
         """Where a sentence lies: (E,). Raises DataError when no word of it is known."""
-        words = self.folder / checkpoint.VOCABULARY
-        if not words.exists():
+        words = vatt.vocabulary(self.folder)
+        ids = words.encode(sentence, self.model.params.text.words)
+        if not words.knows(sentence):
             raise DataError(
-                f"{self.folder} has no vocabulary.txt, so words are no ids",
-                hint="import the checkpoint with --vocab FILE",
+                f"no word of '{sentence}' is in {self.folder / checkpoint.VOCABULARY}",
+                hint="try other words",
             )
-        vocabulary = Vocabulary.load(words)
-        ids = vocabulary.encode(sentence, self.model.params.text.words)
-        if not vocabulary.knows(sentence):
-            raise DataError(f"no word of '{sentence}' is in {words}", hint="try other words")
         device = next(self.model.parameters()).device
         found = self.model(text=torch.from_numpy(ids)[None, None].to(device)).text_vt
         return found[0, 0].cpu().numpy()

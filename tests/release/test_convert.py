@@ -158,6 +158,12 @@ def test_a_word_list_comes_along_when_it_fits_the_table(tmp_path: Path) -> None:
     words.write_text("one\ntwo\n")
     convert(tmp_path / "ckpt-5", tmp_path / "out", {ONLY: 3}, vocabulary=words)
     assert (tmp_path / "out" / "vocabulary.txt").read_text() == "one\ntwo\n"
+    model, ids = vatt.load(tmp_path / "out"), vatt.vocabulary(tmp_path / "out").encode("Two!", 8)
+    assert ids.tolist() == [3, 0, 0, 0, 0, 0, 0, 0]
+    assert model(text=torch.from_numpy(ids)[None, None]).text_vt.shape == (1, 1, 12)
+    convert(tmp_path / "ckpt-5", tmp_path / "wordless", {ONLY: 3})
+    with pytest.raises(DataError, match=r"no vocabulary\.txt.*\n.*--vocab FILE"):
+        vatt.vocabulary(tmp_path / "wordless")
     words.write_text("".join(f"word{n}\n" for n in range(129)))
     with pytest.raises(DataError, match="129 words, the model's table 128 rows"):
         convert(tmp_path / "ckpt-5", tmp_path / "two", {ONLY: 3}, vocabulary=words)

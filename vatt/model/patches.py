@@ -40,8 +40,20 @@ def cut(inputs: Tensor, patch: Sequence[int]) -> Tensor:  # (B, *sizes, C) -> (B
     return rearrange(inputs, _CUT[len(patch)], **dict(zip(letters, patch, strict=True)))
 
 
-def check_shape(inputs: Tensor, axes: Sequence[str | int]) -> None:
-    """Raise unless the axes after the clips' are these: a name for any size, or a size."""
+def check_input(inputs: Tensor, axes: Sequence[str | int], *, ids: bool = False) -> None:
+    """Raise unless these are the axes after the clips': a name for any size, or a size.
+
+    The values are floats, or `ids`.
+    """
+    if not isinstance(inputs, Tensor):
+        raise SettingsError(
+            f"the input is a {type(inputs).__name__}; allowed is a tensor",
+            hint="words: vatt.vocabulary(FOLDER).encode makes their ids; arrays: torch.from_numpy",
+        )
+    if inputs.is_floating_point() == ids:
+        kind = str(inputs.dtype).removeprefix("torch.")
+        wanted = "word ids, whole numbers" if ids else "floats, for pictures and sound in [-1, 1]"
+        raise SettingsError(f"the input holds {kind}; allowed are {wanted}", hint="convert it")
     allowed = f"(clips, {', '.join(map(str, axes))})"
     came = tuple(inputs.shape)
     if inputs.ndim != len(axes) + 1:
@@ -82,7 +94,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
         """(B, *sizes, C) -> (B, N, D), or (B, K, D) where `kept` (B, K) names tokens."""
-        check_shape(inputs, (*self.axes, self.channels))
+        check_input(inputs, (*self.axes, self.channels))
         patches = cut(inputs, self.patch)
         positions = self.positions(num_patches(inputs.shape[1:-1], self.patch))[None]
         if kept is not None:
@@ -96,7 +108,7 @@ class AudioEmbedding(PatchEmbedding):
     """Patches of a signal that comes without a channel axis: (B, S) or (B, frames, mel bins)."""
 
     def forward(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
-        check_shape(inputs, self.axes)
+        check_input(inputs, self.axes)
         return super().forward(inputs[..., None], kept)
 
 

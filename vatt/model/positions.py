@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vatt.errors import SettingsError
+
 Resize = Callable[[Tensor, int], Tensor]
 
 
@@ -48,6 +50,16 @@ def spline(table: Tensor, size: int) -> Tensor:  # (n, D) -> (size, D)
     basis = torch.cat([(queries - nodes.T).abs() ** 3, queries, torch.ones_like(queries)], dim=1)
     # A table of one row has no slope; the least-squares inverse then leaves it constant.
     return (basis @ torch.linalg.pinv(system) @ values).to(table.dtype)
+
+
+def first(table: Tensor, size: int) -> Tensor:  # (n, D) -> (size, D)
+    """The first rows, for words: a sentence's length says nothing of how far apart they are."""
+    if size > len(table):
+        raise SettingsError(
+            f"the input's words are {size}; allowed are 1 to {len(table)}, the model's positions",
+            hint="cut the text",
+        )
+    return table[:size]
 
 
 class AxisPositions(nn.Module):

@@ -17,6 +17,7 @@ from vatt.model.positions import (
     ReleasedSpectrogramPositions,
     Resize,
     bicubic,
+    first,
     spline,
 )
 from vatt.model.projection import Heads, NormalisedLinear, PlainLinear
@@ -124,7 +125,7 @@ def release_text_tower(params: ModelParams, size: SizeParams, encoder: Encoder) 
 def release_shared_text_tower(params: ModelParams, size: SizeParams, encoder: Encoder) -> TextTower:
     """Frozen words with learned positions into the shared encoder; no relative bias."""
     positions = AxisPositions(
-        ("temporal",), (params.text.words,), size.dim, norm=layer_norm(size.dim), resize=spline
+        ("temporal",), (params.text.words,), size.dim, norm=layer_norm(size.dim), resize=first
     )
     return TextTower(
         PositionedWords(

@@ -14,7 +14,7 @@ from vatt.config import ModelParams
 from vatt.model.assembly import build_heads, build_towers
 from vatt.model.initialise import initialise
 from vatt.model.inputs import audio_grid, video_grid
-from vatt.model.patches import check_shape
+from vatt.model.patches import check_input
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class VATT(nn.Module):
         video (B, T, H, W, 3) and audio (B, S) are floats in [-1, 1] (a spectrogram model takes
         audio (B, frames, mel bins)); text (B, K, L) holds word ids, 0 for a pad. `kept_video`
         and `kept_audio` (B, kept) name the tokens that DropToken leaves; only training gives them.
-        Raises SettingsError for shapes that cannot be.
+        Raises SettingsError for what is no such tensor.
         """
         features = self.encode(video, audio, text, kept_video=kept_video, kept_audio=kept_audio)
         has_text = None if text is None else (text != 0).any(-1)
@@ -98,7 +98,7 @@ class VATT(nn.Module):
     ) -> Features:
         """Raw signals -> features; arguments as in `forward`."""
         if text is not None:
-            check_shape(text, ("candidates", "words"))
+            check_input(text, ("candidates", "words"), ids=True)
         return Features(
             video=None if video is None else self.video(video, kept_video),
             audio=None if audio is None else self.audio(audio, kept_audio),
