@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench slow clean
+.PHONY: setup demo tables tables-seeds test lint bench slow clean
 
 setup: $(READY)
 
@@ -20,6 +20,14 @@ $(READY): pyproject.toml constraints.txt
 
 demo: setup
 	@$(BIN)/vattctl demo
+
+tables: setup  # every table of the paper in small, and the report: within an hour on two cores
+	@$(BIN)/vattctl table all
+	@$(BIN)/vattctl report
+
+tables-seeds: setup  # DropToken and specific against agnostic with three seeds: slower
+	@$(BIN)/vattctl table all --seeds
+	@$(BIN)/vattctl report
 
 test: setup
 	@echo "test: fast tests, under ten minutes on two cores ..."

@@ -14,7 +14,8 @@ EVERYWHERE = (
 ALLOWED = {  # longest prefix wins
     "stages": ("vatt",),
     "vattctl": ("vatt", "vattctl"),
-    "vatt.report": ("vatt.report", "vatt.paper", "vatt.model.flops"),
+    "vatt.studies": ("vatt.studies", "vatt.paper"),
+    "vatt.report": ("vatt.report", "vatt.paper", "vatt.studies", "vatt.model.flops"),
     "vatt.verify": (
         "vatt.verify",
         "vatt.paper",

@@ -20,6 +20,7 @@ from vattctl import (
     planning,
     runs,
     searching,
+    tables,
 )
 
 BUG, INTERRUPTED = 101, 130
@@ -73,6 +74,7 @@ for command in (
     *data.COMMANDS,
     planning.plan_command,
     *pipeline.COMMANDS,
+    *tables.COMMANDS,
     *runs.COMMANDS,
     comparing.compare,
     params.config,

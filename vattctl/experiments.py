@@ -32,11 +32,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vatt.errors import SettingsError
 from vattctl.params import PARAMS, edited, yaml_plain
 from vattctl.pipeline import STAGES, run_dvc
+
+if TYPE_CHECKING:
+    from vatt.config import Params
 
 PIPELINE = Path("dvc.yaml")
 HERE = Path()
@@ -133,13 +136,22 @@ def inside(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def _settings_text(experiment: Experiment) -> str:
-    """The project's settings, comments too, with the experiment's and its places changed."""
+def settings_of(experiment: Experiment) -> "Params":
+    """The experiment's settings, whether it has been written or not."""
     from vatt.config import parse_params
 
-    changes = {**_places(experiment, _read(PARAMS)), **experiment.settings}
-    yaml, document, _ = edited(changes)
-    parse_params(yaml_plain(document), source=experiment.folder / PARAMS)
+    document = _edited(experiment)[1]
+    return parse_params(yaml_plain(document), source=experiment.folder / PARAMS)
+
+
+def _edited(experiment: Experiment) -> tuple[Any, Any, list[str]]:
+    return edited({**_places(experiment, _read(PARAMS)), **experiment.settings})
+
+
+def _settings_text(experiment: Experiment) -> str:
+    """The project's settings, comments too, with the experiment's and its places changed."""
+    settings_of(experiment)  # raises when one is wrong
+    yaml, document, _ = _edited(experiment)
     text = StringIO()
     yaml.dump(document, text)
     return text.getvalue()
@@ -149,7 +161,8 @@ def _places(experiment: Experiment, known: Any) -> dict[tuple[str, ...], Any]:
     """Where the experiment finds what it does not make itself."""
     folder = experiment.folder
     places: dict[tuple[str, ...], Any] = {}
-    makers = _read(experiment.data / PARAMS)
+    others = experiment.data / PARAMS  # of an experiment that is still to be written: as here
+    makers = _read(others) if others.exists() else known
     for stage, names in MADE_BY.items():
         if stage in experiment.stages:
             continue
@@ -179,7 +192,7 @@ def _moved(stage: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
     if "${paths.checkpoints}" in deps:  # the folder of both, where they are trained here
         if not trains:
             deps.remove("${paths.checkpoints}")
-        if "pretrain" not in experiment.stages:
+        if "pretrain" not in experiment.stages and "${paths.pretrained}" not in deps:
             deps.append("${paths.pretrained}")
     return {**stage, "deps": deps}
 

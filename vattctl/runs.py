@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def status(context: click.Context, as_json: bool) -> None:
     params = load_params()
     dead = mark_dead_runs(params) if params.paths.runs.exists() else []
     runs = _runs(params.paths.runs)
-    changed = _changed_stages()
+    changed = changed_stages()
     rows = [_row(name, runs.get(name), changed.get(name)) for name in _names(runs, changed)]
     if as_json:
         click.echo(json.dumps({"version": 1, "stages": rows, "marked_killed": dead}, indent=2))
@@ -76,9 +77,12 @@ def _runs(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _changed_stages() -> dict[str, list[str]]:
-    """What DVC finds changed, by stage; those of experiments are theirs to tell."""
-    command = [sys.executable, "-m", "dvc", "status", "--json", "dvc.yaml"]
+def changed_stages(files: Sequence[Path] = (Path("dvc.yaml"),)) -> dict[str, list[str]]:
+    """What DVC finds changed, by stage, in these of the repository's dvc.yaml that exist."""
+    there = [str(file) for file in files if file.exists()]
+    if not there:
+        return {}
+    command = [sys.executable, "-m", "dvc", "status", "--json", *there]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()

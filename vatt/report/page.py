@@ -22,6 +22,7 @@ from vatt.report.figures import (
 from vatt.report.inputs import STAGES, Inputs, read_inputs
 from vatt.report.published import published_sections
 from vatt.report.results import key_figures, result_tables, scales
+from vatt.report.studies import backbone_table, drop_token_pictures
 from vatt.report.tables import percent
 
 CONVENTIONS: tuple[Convention, ...] = ("true", "paper")
@@ -75,6 +76,8 @@ def _context(inputs: Inputs, params: ReportParams) -> dict[str, Any]:
         "scales": scales(inputs),
         "tables": result_tables(inputs),
         "sections": published_sections(inputs),
+        "backbones": backbone_table(inputs),
+        "drop_token": drop_token_pictures(inputs),
         "curves": learning_curves(inputs),
         "maps": feature_maps(inputs, clips=params.tsne_clips),
         "densities": similarity_densities(inputs),

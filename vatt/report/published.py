@@ -13,6 +13,7 @@ from vatt.model.flops import multimodal_flops, video_flops
 from vatt.paper import PaperTable, heading, paper_tables
 from vatt.report.inputs import Inputs
 from vatt.report.results import DIRECTIONS, PROBES
+from vatt.report.studies import study_table
 from vatt.report.tables import (
     NOT_RUN,
     Cell,
@@ -94,7 +95,9 @@ def _section(table: PaperTable, inputs: Inputs) -> Section:
         rows=tuple(lines),
         remark=table.note,
     )
-    small = IN_SMALL[table.number](inputs) if table.number in IN_SMALL else None
+    small = study_table(table.number, inputs)
+    if small is None and table.number in IN_SMALL:
+        small = IN_SMALL[table.number](inputs)
     return Section(table.number, published, small, has_ours=ours.kind == "ours")
 
 

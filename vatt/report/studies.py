@@ -1,0 +1,204 @@
+"""What the tables' runs measured, row by row beside the published numbers; DropToken's trade-off.
+
+A number of one seed has the interval of its bootstrap over clips. Of three seeds the mean is shown,
+with the 95 % interval of Student's t over the seeds, which tells how another seed would fare.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vatt.paper import PaperTable, paper_tables
+from vatt.report.inputs import Inputs
+from vatt.report.svg import Picture, lines
+from vatt.report.tables import (
+    NOT_RUN,
+    Cell,
+    Row,
+    Table,
+    difference_cell,
+    metric_cell,
+    published_cells,
+    rank_cell,
+)
+from vatt.studies.scale import (
+    AGNOSTIC,
+    BASE,
+    DROP_RATES,
+    FACTOR,
+    SCALES,
+    SEEDS,
+    STAND_INS,
+    STUDIES,
+    Answer,
+    Study,
+)
+from vatt.studies.tables import study
+
+Metric = dict[str, Any]
+STUDENT_T = {2: 12.706, 3: 4.303}  # 97.5 % of Student's t, by the number of seeds
+COMPARED = ("ucf101", "hmdb51", "esc50", "youcook2_r10", "msrvtt_r10", "k400_top1", "mean_ap")
+REMARK = (
+    f"In small: frames and frame sizes are the paper's divided by {FACTOR}, patches are not scaled "
+    "(4x16x16 stays), a clip has 6,400 samples of sound; the tiny model, the demo's corpus. To be "
+    "compared from row to row, not with the published numbers."
+)
+
+
+def over_seeds(metrics: Sequence[Metric]) -> Metric:
+    """The mean of several seeds with the interval of Student's t; of one seed, as it is."""
+    if len(metrics) == 1:
+        return dict(metrics[0])
+    values = [metric["value"] for metric in metrics]
+    mean = statistics.fmean(values)
+    half = STUDENT_T[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return {**metrics[0], "value": mean, "low": mean - half, "high": mean + half}
+
+
+def measured(inputs: Inputs, answer: Answer) -> tuple[Any, int]:
+    """What a cell's runs measured, and by how many seeds; None when it has not been run."""
+    found = [_look(runs.get(name), answer.path) for runs, name in _seeds(inputs, answer.run)]
+    there = [value for value in found if value is not None]
+    if not there or isinstance(there[0], int | float):
+        return (there or [None])[0], 1  # operations are the same for every seed
+    return over_seeds(there if len(there) == len(SEEDS) else there[:1]), (
+        len(there) if len(there) == len(SEEDS) else 1
+    )
+
+
+def _seeds(inputs: Inputs, run: str) -> list[tuple[Mapping[str, Any], str]]:
+    runs = inputs.metrics.get(STUDIES, {}).get("runs", {})
+    return [(runs, run if seed == SEEDS[0] else f"{run}-seed-{seed}") for seed in SEEDS]
+
+
+def _look(value: Any, path: Sequence[str]) -> Any:
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def study_table(number: int, inputs: Inputs) -> Table | None:
+    """A published table with ours in small under each row that has them; None without any run."""
+    scale = SCALES.get(inputs.metrics.get(STUDIES, {}).get("scale", ""))
+    if scale is None:
+        return None
+    table = next(table for table in paper_tables() if table.number == number)
+    wanted = study(number, scale)
+    if not any(measured(inputs, answer)[0] is not None for answer in wanted.answers.values()):
+        return None
+    rows = []
+    for place, row in enumerate(table.rows):
+        if any(cell[0] == place for cell in wanted.answers):
+            name = " ".join(map(str, row.values[:2])) if row.name == "VATT" else row.name
+            rows.append(Row(name, published_cells(row.values), "published", starts=True))
+            rows.append(_ours(place, table, wanted, inputs))
+    return Table(
+        title="Run in small, row by row",
+        headings=("", *(_heading(table, column) for column in table.columns)),
+        rows=tuple(rows),
+        remark=REMARK,
+    )
+
+
+def _heading(table: PaperTable, column: str) -> str:
+    name = table.headings[table.columns.index(column)]
+    return f"{name}: {STAND_INS[column][0]}" if column in STAND_INS else name
+
+
+def _ours(place: int, table: PaperTable, wanted: Study, inputs: Inputs) -> Row:
+    cells, seeds = [], 1
+    for column in table.columns:
+        answer = wanted.answers.get((place, column))
+        if answer is None:
+            cells.append(Cell("–", "none"))
+            continue
+        value, counted = measured(inputs, answer)
+        cells.append(_cell(value, answer))
+        seeds = max(seeds, counted)
+    row = table.rows[place].name
+    stand_in = f"{STAND_INS[row][0]}, " if row in STAND_INS else ""
+    note = f"{stand_in}mean of {seeds} seeds" if seeds > 1 else f"{stand_in}one seed"
+    if all(cell.kind in ("none", "not_run") for cell in cells):
+        return Row("in small", tuple(cells), "not_run", "vattctl table runs it")
+    return Row("in small", tuple(cells), "ours", note)
+
+
+def _cell(value: Any, answer: Answer) -> Cell:
+    if value is None:
+        return Cell(NOT_RUN, "not_run")
+    if isinstance(value, int | float):
+        return Cell(f"{value:.3f}", "computed")
+    return rank_cell(value) if answer.path[-1] == "median_rank" else metric_cell(value)
+
+
+# --- specific against agnostic, and DropToken -----------------------------------------------------
+
+
+def backbone_table(inputs: Inputs) -> Table | None:
+    """Specific against agnostic: each measure, and the difference, paired by seed."""
+    rows = []
+    for column in COMPARED:
+        words, path = STAND_INS[column]
+        pairs = [
+            (_look(runs.get(one), path), _look(runs.get(other), path))
+            for (runs, one), (_, other) in zip(
+                _seeds(inputs, BASE), _seeds(inputs, AGNOSTIC), strict=True
+            )
+        ]
+        both = [(one, other) for one, other in pairs if one is not None and other is not None]
+        both = both if len(both) == len(SEEDS) else both[:1]
+        if not both:
+            continue
+        ours, others = (over_seeds([pair[side] for pair in both]) for side in (0, 1))
+        cells = [metric_cell(ours), metric_cell(others)]
+        if len(both) > 1:
+            each = [{"value": one["value"] - other["value"]} for one, other in both]
+            cells.append(difference_cell(over_seeds(each)))
+        else:
+            cells.append(Cell("–", "none", "needs three seeds"))
+        note = f"mean of {len(both)} seeds" if len(both) > 1 else "one seed"
+        rows.append(Row(words, tuple(cells), "ours", note))
+    if not rows:
+        return None
+    return Table(
+        title="Modality-specific against modality-agnostic",
+        headings=("", "specific", "agnostic", "difference"),
+        rows=tuple(rows),
+        remark="The same steps on the same clips; three towers against one shared encoder of the "
+        "same size. The difference is paired by seed: specific less agnostic.",
+    )
+
+
+def drop_token_pictures(inputs: Inputs) -> list[Picture]:
+    """DropToken's accuracy against the operations of a clip, and against the seconds of a run."""
+    names = {
+        rate: BASE if rate == 0.5 else f"drop-{100 * rate:.0f}" for rate in DROP_RATES.values()
+    }
+    runs = inputs.metrics.get(STUDIES, {}).get("runs", {})
+    if not all(name in runs for name in names.values()):
+        return []
+    measures = {STAND_INS[column][0]: STAND_INS[column][1] for column in COMPARED[:4]}
+    curves = {
+        words: [measured(inputs, Answer(name, path))[0] for name in names.values()]
+        for words, path in measures.items()
+    }
+    shown = {words: [100 * one["value"] for one in found] for words, found in curves.items()
+             if None not in found}  # fmt: skip
+    places = {
+        "GFLOPs of a clip": [runs[name]["gflops"]["pretrain"] for name in names.values()],
+        "seconds of the pre-training": [
+            runs[name]["seconds"].get("pretrain") for name in names.values()
+        ],
+    }
+    rates = ", ".join(f"{100 * rate:.0f}" for rate in names)
+    return [
+        lines(
+            f"DropToken: accuracy against {axis.partition(' of')[0]}",
+            [(words, xs, ys) for words, ys in shown.items()],
+            x_label=axis,
+            y_label="%",
+            caption=f"From left to right {rates} % of the tokens dropped while pre-training.",
+        )
+        for axis, xs in places.items()
+        if shown and None not in xs
+    ]

@@ -1,0 +1,250 @@
+"""A table's runs as experiments: where each stands, what it costs, what it has measured."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vatt.errors import SettingsError
+from vattctl.experiments import Experiment, inside, settings_of
+from vattctl.runs import changed_stages
+
+if TYPE_CHECKING:
+    from vatt.config import Params
+    from vatt.studies.scale import Run, Scale
+
+VERSION = 1
+EXPERIMENTS, SETS = Path("experiments"), Path("sets")
+CHECKPOINT = Path("runs/checkpoints/pretrained")
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A run as it stands: how far it is, what it lacks, what it took or will take."""
+
+    run: "Run"
+    state: str  # done, changed, to run
+    missing: tuple[str, ...]  # what must be there first
+    measured: float | None  # seconds, of the stages that have run
+    forecast: float | None  # seconds; None: nothing to tell it by
+
+
+@contextmanager
+def parent(run: "Run") -> Iterator[Path]:
+    """The project that a run changes: its data set's, or the one at hand; yields the way back."""
+    if run.data is None:
+        yield Path()
+    else:
+        with inside(SETS / run.data):
+            yield Path("../..")
+
+
+def experiment_of(run: "Run", scale: "Scale", root: Path) -> Experiment:
+    """A run as an experiment, seen from its parent project's folder."""
+    import yaml
+
+    raw = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    tasks = {
+        task.name: {**_of(raw["finetune"]["tasks"], task.like, run), **task.settings}
+        for task in run.tasks
+    }
+    settings: dict[tuple[str, ...], Any] = {}
+    for key, value in run.settings.items():
+        keys = tuple(key.split("."))
+        if keys[:2] == ("evaluate", "probes"):
+            probes = {**raw["evaluate"]["probes"], **({keys[2]: value} if keys[2:] else value)}
+            settings["evaluate", "probes"] = {name: _probe(one) for name, one in probes.items()}
+        elif keys[:2] != ("finetune", "tasks"):
+            settings[keys] = value
+        elif keys[2] in tasks:
+            tasks[keys[2]][keys[3]] = value
+    settings["finetune", "run"] = list(tasks)
+    if tasks:
+        settings["finetune", "tasks"], settings["finetune", "init"] = tasks, list(run.inits)
+    stages = [
+        *(["download", "preprocess"] if _brings_data(run) else []),
+        *(["pretrain"] if run.start is None else []),
+        *(["finetune"] if tasks else []),
+        *(["evaluate"] if scale.name == "demo" or run.start is not None else []),
+    ]
+    others_data = run.seed is not None and not _brings_data(run)
+    return Experiment(
+        root / EXPERIMENTS / run.name,
+        stages=tuple(stages),
+        settings=settings,
+        data=root / EXPERIMENTS / _bringer(run) if others_data else Path(),
+        start=None if run.start is None else root / EXPERIMENTS / run.start / CHECKPOINT,
+    )
+
+
+def _bringer(run: "Run") -> str:
+    """Of a seed's runs the one that makes its corpus."""
+    from vatt.studies.scale import BASE
+
+    return f"{BASE}-seed-{run.seed}"
+
+
+def _brings_data(run: "Run") -> bool:
+    return run.seed is not None and run.name == _bringer(run)
+
+
+def _of(tasks: dict[str, Any], like: str, run: "Run") -> dict[str, Any]:
+    """The task that a run's is like; a data set's project may know it by the set's name."""
+    name = run.data if like not in tasks and run.data in tasks else like
+    if name not in tasks:
+        raise SettingsError(
+            f"finetune.tasks has no '{like}', which {run.name} needs",
+            hint=f"it has: {', '.join(tasks)}",
+        )
+    return dict(tasks[name])
+
+
+def _probe(given: dict[str, Any]) -> dict[str, Any]:
+    """A probe with every setting that the schema asks for."""
+    from vatt.config import ProbeParams
+
+    silent: dict[str, Any] = {"train_labels": None, "folds": []}
+    return {key: value for key, value in silent.items() if key in ProbeParams.model_fields} | given
+
+
+def plan(
+    runs: "Sequence[Run]", scale: "Scale", params: "Params", *, device: str | None, gpus: int
+) -> list[Planned]:
+    """State and cost of each run; nothing is written."""
+    speed = _speed(params, device, gpus)
+    changed = changed_stages([EXPERIMENTS / run.name / "dvc.yaml" for run in runs])
+    by_name = {run.name: run for run in runs}
+    planned = []
+    for run in runs:
+        folder = EXPERIMENTS / run.name
+        stages = [name for name in changed if name.startswith(f"{folder}/")]
+        ran = (folder / "dvc.lock").exists()
+        state = "to run" if not ran else "changed" if stages else "done"
+        work = _work(run, by_name.get(run.start or ""), scale)
+        planned.append(
+            Planned(
+                run,
+                state=state,
+                missing=tuple(missing(run)),
+                measured=sum(_seconds(folder).values()) or None,
+                forecast=None if speed is None else work / speed,
+            )
+        )
+    return planned
+
+
+def missing(run: "Run") -> list[str]:
+    if run.data is None or (SETS / run.data / "dvc.yaml").exists():
+        return []
+    return [str(SETS / run.data)]
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    """What the stages of a project took, by name."""
+    found = {}
+    for file in sorted((folder / "reports/runs").glob("*.json")):
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if facts.get("status") == "FINISHED":
+            found[file.stem] = float(facts["seconds"])
+    return found
+
+
+def _speed(params: "Params", device: str | None, gpus: int) -> float | None:
+    """Operations a second: a GPU's by its data sheet, else as a pre-training here has shown."""
+    from vatt.plan.forecast import named_place
+    from vatt.plan.speed import GPU_SHARE
+    from vatt.training.telemetry import pretraining_work
+
+    if device is not None:
+        place = named_place(device)
+        assert place.device is not None
+        return place.device.bf16_flops * GPU_SHARE * gpus
+    from vatt.config import load_params
+
+    for folder in (Path(), *sorted(EXPERIMENTS.glob("*"))):
+        seconds = _seconds(folder).get("pretrain")
+        if seconds:
+            known = load_params(folder / "params.yaml")
+            work = pretraining_work(known.model, known.pretrain).flops * known.pretrain.steps
+            return work / seconds
+    return None
+
+
+def _work(run: "Run", start: "Run | None", scale: "Scale") -> float:
+    """Operations of a run's training; a fine-tuning's model is that of its start."""
+    from vatt.training.tasks import task_model
+    from vatt.training.telemetry import finetuning_work, pretraining_work
+
+    known = _params_of(run, scale)
+    model = known.model if start is None else _params_of(start, scale).model
+    work = 0.0
+    if run.start is None:
+        work += pretraining_work(known.model, known.pretrain).flops * known.pretrain.steps
+    for name in known.finetune.run:
+        task = known.finetune.tasks[name]
+        once = finetuning_work(task_model(model, task), task).flops * task.steps
+        work += once * len(known.finetune.init)
+    return work
+
+
+def _params_of(run: "Run", scale: "Scale") -> "Params":
+    """The settings of a run, written or not; where its data set lacks, by the project's recipe."""
+    if missing(run):
+        return settings_of(experiment_of(run, scale, Path()))
+    with parent(run) as root:
+        return settings_of(experiment_of(run, scale, root))
+
+
+def gather(scale: "Scale", params: "Params") -> dict[str, Any]:
+    """What the runs have measured, in one file among the metrics: the report is made from it."""
+    from vatt.files import atomic_write
+    from vatt.studies.scale import SEEDS, STUDIES, with_seed
+    from vatt.studies.tables import studies
+
+    runs = {run.name: run for one in studies(scale) for run in one.runs}
+    found = {}
+    for run in [with_seed(run, seed) for run in runs.values() for seed in SEEDS]:
+        file = EXPERIMENTS / run.name / "reports/metrics/evaluate.json"
+        if file.exists():
+            found[run.name] = _measured(EXPERIMENTS / run.name, file)
+    content = {"version": VERSION, "scale": scale.name, "runs": found}
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    target = params.paths.metrics / f"{STUDIES}.json"
+    if found and not (target.exists() and target.read_text(encoding="utf-8") == text):
+        with atomic_write(target) as path:
+            path.write_text(text, encoding="utf-8")
+    return found
+
+
+def _measured(folder: Path, file: Path) -> dict[str, Any]:
+    """A run's metrics with its operations and seconds."""
+    from vatt.checkpoint import load_config
+    from vatt.config import ModelParams, load_params
+    from vatt.model.flops import audio_flops, multimodal_flops, video_flops
+    from vatt.training.tasks import task_model
+
+    params = load_params(folder / "params.yaml")
+    results = json.loads(file.read_text(encoding="utf-8"))
+    checkpoint = load_config(folder / params.paths.pretrained)
+    whole, rate = ModelParams.model_validate(checkpoint["model"]), params.pretrain.drop_rate
+    gflops = {"pretrain": multimodal_flops(whole, drop_rate=rate, convention="true") / 1e9}
+    for name in params.finetune.run:
+        task = params.finetune.tasks[name]
+        model = task_model(whole, task)
+        flops = (
+            audio_flops(model.audio, drop_rate=task.drop_rate, convention="true")
+            if task.modality == "audio"
+            else video_flops(model.video, drop_rate=task.drop_rate, convention="true")
+        )
+        gflops[name] = flops / 1e9
+    return {
+        "seed": params.seed,
+        "steps": params.pretrain.steps,
+        "gflops": gflops,
+        "seconds": _seconds(folder),
+        "retrieval": {"pretrained": results.get("retrieval", {}).get("pretrained", {})},
+        "probes": results.get("probes", {}),
+        "classification": results.get("classification", {}),
+    }
