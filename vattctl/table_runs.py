@@ -1,14 +1,13 @@
 """A table's runs as experiments: where each stands, what it costs, what it has measured."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vatt.errors import SettingsError
-from vattctl.experiments import Experiment, inside, settings_of
+from vattctl.experiments import Experiment, settings_of
 from vattctl.runs import changed_stages
 
 if TYPE_CHECKING:
@@ -31,26 +30,19 @@ class Planned:
     forecast: float | None  # seconds; None: nothing to tell it by
 
 
-@contextmanager
-def parent(run: "Run") -> Iterator[Path]:
-    """The project that a run changes: its data set's, or the one at hand; yields the way back."""
-    if run.data is None:
-        yield Path()
-    else:
-        with inside(SETS / run.data):
-            yield Path("../..")
-
-
-def experiment_of(run: "Run", scale: "Scale", root: Path) -> Experiment:
-    """A run as an experiment, seen from its parent project's folder."""
+def experiment_of(run: "Run", scale: "Scale") -> Experiment:
+    """A run as an experiment of this project; on a data set, by the recipe that the set brings."""
     import yaml
 
-    raw = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    brought = None if run.data is None or missing(run) else SETS / run.data / "params.yaml"
+    raw = yaml.safe_load((brought or Path("params.yaml")).read_text(encoding="utf-8"))
     tasks = {
         task.name: {**_of(raw["finetune"]["tasks"], task.like, run), **task.settings}
         for task in run.tasks
     }
     settings: dict[tuple[str, ...], Any] = {}
+    if brought is not None:
+        settings = {("evaluate", key): value for key, value in raw["evaluate"].items()}
     for key, value in run.settings.items():
         keys = tuple(key.split("."))
         if keys[:2] == ("evaluate", "probes"):
@@ -69,13 +61,15 @@ def experiment_of(run: "Run", scale: "Scale", root: Path) -> Experiment:
         *(["finetune"] if tasks else []),
         *(["evaluate"] if scale.name == "demo" or run.start is not None else []),
     ]
-    others_data = run.seed is not None and not _brings_data(run)
+    data = Path() if run.data is None else SETS / run.data
+    if run.seed is not None and not _brings_data(run):
+        data = EXPERIMENTS / _bringer(run)
     return Experiment(
-        root / EXPERIMENTS / run.name,
+        EXPERIMENTS / run.name,
         stages=tuple(stages),
         settings=settings,
-        data=root / EXPERIMENTS / _bringer(run) if others_data else Path(),
-        start=None if run.start is None else root / EXPERIMENTS / run.start / CHECKPOINT,
+        data=data,
+        start=None if run.start is None else EXPERIMENTS / run.start / CHECKPOINT,
     )
 
 
@@ -91,7 +85,7 @@ def _brings_data(run: "Run") -> bool:
 
 
 def _of(tasks: dict[str, Any], like: str, run: "Run") -> dict[str, Any]:
-    """The task that a run's is like; a data set's project may know it by the set's name."""
+    """The task that a run's is like; a data set knows it by the set's name."""
     name = run.data if like not in tasks and run.data in tasks else like
     if name not in tasks:
         raise SettingsError(
@@ -191,10 +185,7 @@ def _work(run: "Run", start: "Run | None", scale: "Scale") -> float:
 
 def _params_of(run: "Run", scale: "Scale") -> "Params":
     """The settings of a run, written or not; where its data set lacks, by the project's recipe."""
-    if missing(run):
-        return settings_of(experiment_of(run, scale, Path()))
-    with parent(run) as root:
-        return settings_of(experiment_of(run, scale, root))
+    return settings_of(experiment_of(run, scale))
 
 
 def gather(scale: "Scale", params: "Params") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from vatt.errors import SettingsError, Stopped, VattError
 from vattctl.experiments import run_experiment
 from vattctl.params import enter_project
 from vattctl.pipeline import StageFailed
-from vattctl.table_runs import VERSION, Planned, experiment_of, gather, missing, parent, plan
+from vattctl.table_runs import VERSION, Planned, experiment_of, gather, missing, plan
 from vattctl.terminal import show
 
 if TYPE_CHECKING:
@@ -115,8 +115,7 @@ def _run_all(runs: "Sequence[Run]", scale: "Scale", params: "Params", *, quiet: 
     for place, run in enumerate(runs, start=1):
         click.echo(f"{place} of {len(runs)}: {run.name}", err=True)
         try:
-            with parent(run) as root:
-                run_experiment(experiment_of(run, scale, root), quiet=quiet)
+            run_experiment(experiment_of(run, scale), quiet=quiet)
         except StageFailed as error:
             if error.exit_code == RESUMABLE:
                 raise

@@ -30,7 +30,7 @@ TASKS_OF = {
     "top1": "imagenet",
     "top5": "imagenet",
 }
-PROBED = {"ucf101": "video", "hmdb51": "video", "esc50": "audio"}
+PROBED = ("ucf101", "hmdb51", "esc50")
 SEARCHED = ("youcook2", "msrvtt")
 MEASURES = {"top1": "top_1", "top5": "top_5", "mean_ap": "mean_ap", "auc": "auc"}
 MEASURES |= {"d_prime": "d_prime"}
@@ -87,8 +87,6 @@ def _asked(run: Run, column: str, scale: Scale, kind: str = "svm") -> tuple[Run 
     data = _data_set(column)
     on = Run(f"{run.name}-{data}", start=run.name, data=data)
     if data in PROBED:
-        probe = {"modality": PROBED[data], "label": LABELS[data], "train_labels": None}
-        on = replace(on, settings={"evaluate.probes": {data: probe}})
         return on, Answer(on.name, ("probes", data, kind, "pretrained"))
     measure = column if column in MEASURES else column.partition("_")[2]
     if data in SEARCHED:
@@ -98,7 +96,6 @@ def _asked(run: Run, column: str, scale: Scale, kind: str = "svm") -> tuple[Run 
     return on, Answer(on.name, ("classification", data, "pretrained", MEASURES[measure]))
 
 
-LABELS = {"ucf101": "action", "hmdb51": "action", "esc50": "sound"}
 LIKE = {"kinetics600": "kinetics400", "moments": "kinetics400"}  # the same recipe
 SEARCH_MEASURES = {"r10": "recall_at_10", "median_rank": "median_rank"}
 
