@@ -54,7 +54,7 @@ def test_without_runs_there_is_no_table() -> None:
 def test_each_published_row_has_ours_under_it_and_what_has_not_run_says_so() -> None:
     found = study_table(5, inputs(base=run(0.4), drop_0=run(0.6)))
     assert found is not None
-    assert [row.head for row in found.rows[2:4]] == ["hmdb51", "in small"]
+    assert [row.head for row in found.rows[2:4]] == ["HMDB51", "in small"]
     published, ours = found.rows[2:4]
     assert [cell.text for cell in published.cells] == ["62.5", "64.8", "65.6", "66.4"]
     assert [cell.text for cell in ours.cells] == [

@@ -10,10 +10,10 @@ from typing import Any
 
 from vatt.config import AudioParams, ModelParams, SizeParams, TextParams, VideoParams
 from vatt.model.flops import multimodal_flops, video_flops
-from vatt.paper import PaperTable, heading, paper_tables
+from vatt.paper import PaperTable, paper_tables
 from vatt.report.inputs import Inputs
 from vatt.report.results import DIRECTIONS, PROBES
-from vatt.report.studies import study_table
+from vatt.report.studies import row_name, study_table
 from vatt.report.tables import (
     NOT_RUN,
     Cell,
@@ -22,7 +22,6 @@ from vatt.report.tables import (
     chance_cell,
     main_measure,
     metric_cell,
-    number,
     plain_cell,
     published_cells,
     rank_cell,
@@ -82,9 +81,7 @@ def published_sections(inputs: Inputs) -> tuple[Section, ...]:
 
 
 def _section(table: PaperTable, inputs: Inputs) -> Section:
-    rows = [
-        Row(_row_name(row.name), published_cells(row.values), "published") for row in table.rows
-    ]
+    rows = [Row(row_name(row.name), published_cells(row.values), "published") for row in table.rows]
     ours = _measured_row(table, inputs)
     computed = FORMULAS[table.number](table) if table.number in FORMULAS else []
     # Table 7 holds sizes: there is nothing in it to measure.
@@ -99,16 +96,6 @@ def _section(table: PaperTable, inputs: Inputs) -> Section:
     if small is None and table.number in IN_SMALL:
         small = IN_SMALL[table.number](inputs)
     return Section(table.number, published, small, has_ours=ours.kind == "ours")
-
-
-def _row_name(name: str) -> str:
-    if "_" in name:
-        return heading(name)
-    return (
-        number(name.replace(" top1", " top-1").replace("gflops", "GFLOPs"))
-        if (name[:1].isdigit())
-        else name
-    )
 
 
 def _measured_row(table: PaperTable, inputs: Inputs) -> Row:
