@@ -1,7 +1,8 @@
 """A table's runs as experiments: where each stands, what it costs, what it has measured."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ def experiment_of(run: "Run", scale: "Scale") -> Experiment:
     brought = None if run.data is None or missing(run) else SETS / run.data / "params.yaml"
     raw = yaml.safe_load((brought or Path("params.yaml")).read_text(encoding="utf-8"))
     tasks = {
-        task.name: {**_of(raw["finetune"]["tasks"], task.like, run), **task.settings}
+        task.name: _merged(_of(raw["finetune"]["tasks"], task.like, run), task.settings)
         for task in run.tasks
     }
     settings: dict[tuple[str, ...], Any] = {}
@@ -73,6 +74,12 @@ def experiment_of(run: "Run", scale: "Scale") -> Experiment:
     )
 
 
+def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """What `over` says holds, in a section within too."""
+    deeper = {k: _merged(under[k], v) for k, v in over.items() if isinstance(v, Mapping)}
+    return {**under, **over, **deeper}
+
+
 def _bringer(run: "Run") -> str:
     """Of a seed's runs the one that makes its corpus."""
     from vatt.studies.scale import BASE
@@ -92,7 +99,7 @@ def _of(tasks: dict[str, Any], like: str, run: "Run") -> dict[str, Any]:
             f"finetune.tasks has no '{like}', which {run.name} needs",
             hint=f"it has: {', '.join(tasks)}",
         )
-    return dict(tasks[name])
+    return deepcopy(tasks[name])
 
 
 def _probe(given: dict[str, Any]) -> dict[str, Any]:

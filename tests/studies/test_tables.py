@@ -1,7 +1,10 @@
 """The paper's tables as runs: every cell has one, shared runs are one, and settings are valid."""
 
+from pathlib import Path
+
 import pytest
 
+from vatt.config import load_params
 from vatt.paper import paper_tables
 from vatt.studies.scale import BASE, DEMO, FACTOR, PAPER, SEEDED, with_seed
 from vatt.studies.tables import studies, study
@@ -57,12 +60,30 @@ def test_in_small_the_tables_need_fifteen_runs_of_which_fourteen_pre_train() -> 
 
 def test_frames_and_sizes_are_the_paper_s_by_one_factor_and_patches_as_they_are() -> None:
     runs = {run.name: run.settings for run in study(9, DEMO).runs}
-    assert all(settings["model.video.frames"] * FACTOR in (32, 64) for settings in runs.values())
-    assert runs["32x200x200-5x16x16"]["model.video.frame_size"] * FACTOR == 200
-    assert runs["32x224x224-8x32x32"]["model.video.patch"] == [8, 32, 32]
+    for name, settings in runs.items():
+        if name != BASE:
+            frames, size = (int(part) for part in name.split("-")[0].split("x")[:2])
+            assert abs(settings["model.video.frame_size"] - size / FACTOR) <= 0.5
+            assert 0 <= frames / FACTOR - settings["model.video.frames"] < 4  # a patch's depth
+            patch = [int(part) for part in name.split("-")[1].split("x")]
+            assert settings["model.video.patch"] == patch
     tasks = {task.name: task.settings for task in study(6, DEMO).runs[-1].tasks}
     assert len(tasks) == 6  # the cells that the paper reports
-    assert tasks["32x320-drop-75"] == {"frames": 8, "frame_size": 80, "drop_rate": 0.75}
+    assert tasks["32x320-drop-75"] == {
+        "frames": 8,
+        "frame_size": 91,
+        "drop_rate": 0.75,
+        "augmentation": {"crop_area": [1.0, 1.0]},  # of 72 pixels, enlarged
+    }
+
+
+def test_the_base_in_small_is_the_demo_s_model() -> None:
+    demo = load_params(Path(__file__).parents[2] / "presets" / "demo.yaml")
+    assert (DEMO.frames(32), DEMO.size(224)) == (
+        demo.model.video.frames,
+        demo.model.video.frame_size,
+    )
+    assert tuple(DEMO.crop(224)["crop_area"]) == demo.pretrain.augmentation.crop_area
 
 
 def test_table_5_reads_its_columns_as_runs() -> None:

@@ -2,20 +2,22 @@
 
 From one list follow both the runs of `vattctl table` and the rows of the report. In small, on the
 demo corpus, one factor scales the clip: frames and frame sizes are the paper's divided by FACTOR,
-exactly. Two things cannot be scaled so, and stay as they are:
+sizes rounded to pixels (64 for 224, exactly), frames down to whole patches. Not scaled are:
 
 - Patches: divided too, a clip would have the paper's 1,568 tokens, which two cores do not train in
   the seconds that a run may take. 4x16x16 stays 4x16x16; patches at the edges are padded.
 - The waveform: a clip of the demo has 6,400 samples, and patches of 128 to 1,024 stay.
 
-A clip of the demo has 10 frames: 16 (for the paper's 64) show it begun again.
+A clip of the demo has 10 frames: 16 (for the paper's 64) show it begun again. Of its 72 pixels a
+smaller frame is cut out, a larger one is the whole enlarged, in training as in the test.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-FACTOR = 4
+FACTOR = 3.5
+DEPTH, STORED = 4, 72  # frames of a patch; pixels of the demo's clips
 SEEDS = (0, 1, 2)
 DROP_RATES = {"drop_75": 0.75, "drop_50": 0.5, "drop_25": 0.25, "drop_0": 0.0}
 STUDIES = "studies"  # the stem of the file that holds what the runs measured, among the metrics
@@ -72,24 +74,27 @@ class Scale:
 
     def frames(self, frames: int) -> int:
         """Frames of a clip."""
-        return frames // FACTOR if self.name == "demo" else frames
+        return int(frames / FACTOR) // DEPTH * DEPTH if self.name == "demo" else frames
 
     def size(self, pixels: int) -> int:
         """Height or width of a frame."""
-        return pixels // FACTOR if self.name == "demo" else pixels
+        return round(pixels / FACTOR) if self.name == "demo" else pixels
+
+    def crop(self, pixels: int) -> Settings:
+        """How much of a frame is shown in training: in small as much as in the test."""
+        if self.name == "paper":
+            return {}
+        area = round(min(1.0, self.size(pixels) / STORED) ** 2, 2)
+        return {"crop_area": [area, area]}
 
 
 DEMO = Scale(
     "demo",
     {
-        "model.video.frames": 32 // FACTOR,
-        "model.video.frame_size": 224 // FACTOR,
         "pretrain.drop_rate": 0.5,
         "pretrain.steps": 250,
         "pretrain.optimizer.warmup_steps": 60,
         "pretrain.save_every": 50,
-        "finetune.tasks.action.frame_size": 224 // FACTOR,
-        "finetune.tasks.image.frame_size": 224 // FACTOR,
         "evaluate.probes.action": {"modality": "video", "label": "action"},
     },
 )

@@ -198,6 +198,7 @@ def _table_6(scale: Scale) -> Study:
                     "frames": scale.frames(frames),
                     "frame_size": scale.size(size),
                     "drop_rate": rate,
+                    "augmentation": scale.crop(size),
                 },
             )
             path = ("classification", task, "pretrained", "top_1")
@@ -231,6 +232,8 @@ def _table_9(scale: Scale) -> Study:
             "model.video.frame_size": scale.size(size),
             "model.video.patch": [int(part) for part in patch.split("x")],
         }
+        for key, value in scale.crop(size).items():
+            settings[f"pretrain.augmentation.{key}"] = value
         name = BASE if (clip, patch) == ("32x224x224", "4x16x16") else f"{clip}-{patch}"
         run = _pretraining(scale, name, {} if name == BASE else settings)
         for column in table.columns[2:]:
