@@ -41,9 +41,10 @@ STUDENT_T = {2: 12.706, 3: 4.303}  # 97.5 % of Student's t, by the number of see
 COMPARED = ("ucf101", "hmdb51", "esc50", "youcook2_r10", "msrvtt_r10", "k400_top1", "mean_ap")
 REMARK = (
     f"In small: frame sizes and frames are the paper's divided by {FACTOR} and rounded, to pixels "
-    "and down to whole patches; patches are not scaled (4x16x16 stays), a clip has 6,400 samples of sound; the tiny model, the demo's corpus. To be "
-    "compared from row to row, not with the published numbers. Of one seed the interval is that of "
-    "the test clips; of three seeds Student's t over the seeds."
+    "and down to whole patches; patches are not scaled (4x16x16 stays), a clip has 6,400 samples "
+    "of sound; the tiny model, the demo's corpus. To be compared from row to row, not with the "
+    "published numbers. Of one seed the interval is that of the test clips; of three seeds "
+    "Student's t over the seeds."
 )
 
 
