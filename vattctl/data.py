@@ -58,7 +58,8 @@ def ingest(context: click.Context, folder: Path, as_json: bool, dry_run: bool) -
 @click.option(
     "--retry",
     metavar="STATES",
-    help="Try clips in these states again, and no others: retryable, or names joined by commas.",
+    help="Try clips in these states again: retryable, which every run tries, or names joined by "
+    "commas.",
 )
 @machines_options
 @stage_options

@@ -1,5 +1,6 @@
 """Download against a server that behaves as servers do."""
 
+import io
 import random
 import signal
 import socket
@@ -17,6 +18,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from yt_dlp.cookies import YoutubeDLCookieJar
+from yt_dlp.networking import Response
+from yt_dlp.networking.exceptions import HTTPError
 from yt_dlp.utils import DownloadError
 
 from tests.data.corpus import demo_params, make_clip, write_media
@@ -372,6 +375,19 @@ def test_a_web_page_without_a_video_is_no_media(tmp_path, media):
 )  # fmt: skip
 def test_what_a_site_says_decides_the_state(said, state):
     assert explain(DownloadError(f"ERROR: [youtube] abc: {said}")).state == state
+
+
+@pytest.mark.parametrize(
+    ("host", "state"),
+    [("rr3---sn-x.googlevideo.com", "rate-limited"), ("notgooglevideo.com", "needs-login")],
+)
+def test_a_403_of_youtubes_streams_is_throttling(host, state):
+    answer = Response(io.BytesIO(), f"https://{host}/videoplayback?x=1", {}, status=403)
+    try:
+        raise HTTPError(answer)
+    except HTTPError as error:
+        seen = DownloadError(f"ERROR: {error}", sys.exc_info())
+    assert explain(seen).state == state
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,14 @@ def test_clips_come_back_as_written(tmp_path, name):
     assert list(read_manifest(tmp_path / name)) == clips
 
 
+@pytest.mark.parametrize("name", ["m.jsonl", "m.parquet"])
+def test_half_a_character_from_a_json_escape_can_be_written(tmp_path, name):
+    captions = (Caption(0.0, 1.0, json.loads(r'"a \ud83d \ud83d\ude00"')),)
+    write_manifest(tmp_path / name, [replace(make_clip(0), captions=captions)])
+    [clip] = read_manifest(tmp_path / name)
+    assert clip.captions[0].text == "a ? 😀"
+
+
 def test_hash_names_the_set_whatever_its_order(tmp_path):
     clips = [make_clip(number) for number in range(5)]
     write_manifest(tmp_path / "a", clips)

@@ -1,5 +1,6 @@
 """A folder and a list of addresses become clips; nothing in them is passed over in silence."""
 
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -55,6 +56,30 @@ def test_every_file_is_accounted_for(folder):
     subtitles = 2
     # the folder that is named like a video is no file
     assert len(files) == counts["videos"] + subtitles + sum(counts["ignored"].values()) - 1
+
+
+def test_what_is_no_file_or_has_no_name_is_left_out_and_counted(tmp_path):
+    root = tmp_path / "videos"
+    (root / "sub").mkdir(parents=True)
+    write_media(root / "a\nb.mp4")
+    shutil.copy(root / "a\nb.mp4", tmp_path / "outside.mp4")
+    (root / "link.mp4").symlink_to(tmp_path / "outside.mp4")  # as libraries of links are made
+    (root / "dangling.mp4").symlink_to("nowhere")
+    (root / "loop.mp4").symlink_to("loop.mp4")
+    (root / "sub" / "up").symlink_to(root)
+    os.mkfifo(root / "pipe.mp4")  # whoever opens it waits for a writer
+    shutil.copy(root / "a\nb.mp4", os.fsencode(root) + b"/caf\xe9.mp4")
+    (root / "link.srt").mkdir()
+    found = scan(root, PARAMS.data, PARAMS.preprocess)
+    write_manifest(tmp_path / "manifest.jsonl", found.clips)
+    assert sorted(clip.url for clip in read_manifest(tmp_path / "manifest.jsonl")) == [
+        "folder:a\nb.mp4", "folder:dangling.mp4", "folder:link.mp4", "folder:loop.mp4",
+    ]  # fmt: skip
+    assert found.broken == [("dangling.mp4", "no such file"), ("loop.mp4", "no such file")]
+    assert found.ignored == {
+        "links to folders": 1, "pipes, sockets and devices": 1,
+        "files whose names are not UTF-8 (rename them)": 1,
+    }  # fmt: skip
 
 
 def test_labels_captions_and_ids(folder):

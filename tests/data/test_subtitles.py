@@ -1,8 +1,11 @@
 """Subtitle files give captions; what cannot be read is counted."""
 
+import subprocess
+
 import pytest
 
-from tests.data.corpus import TEST_DATA, needs_data
+from tests.data.corpus import TEST_DATA, needs_data, write_media
+from vatt.data.cut import find_ffmpeg
 from vatt.data.manifest import Caption
 from vatt.data.subtitles import embedded_captions, read_subtitles
 
@@ -40,6 +43,13 @@ def test_rolling_captions_are_said_once(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_cue_of_very_many_lines_takes_no_longer_than_it_must(tmp_path):
+    many = "a\n" * 100_000  # quadratic, this would not end
+    cues = f"WEBVTT\n\n00:00.000 --> 00:01.000\n{many}\n00:01.000 --> 00:02.000\n{many}"
+    got = read(tmp_path, "a.vtt", cues + "<00:00:01.500>b\n")
+    assert [len(caption.text.split()) for caption in got.captions] == [100_000, 100_000 - 8 + 1]
+
+
 def test_words_repeated_in_plain_subtitles_stay(tmp_path):
     cues = "WEBVTT\n\n00:00.000 --> 00:01.000\nGo!\n\n00:01.000 --> 00:02.000\nGo!\n"
     assert len(read(tmp_path, "a.vtt", cues).captions) == 2
@@ -54,6 +64,8 @@ def test_words_repeated_in_plain_subtitles_stay(tmp_path):
         ('{"start": [0, 1], "end": [1], "text": ["a", "b"]}', [], 2),
         ('[{"start": 0, "duration": 2, "text": "a"}, {"text": "b"}, 3]', ["a"], 2),
         ("{broken", [], 1),
+        ("[" * 100_000, [], 1),
+        ('[{"start": 0, "end": ' + "9" * 5000 + ', "text": "a"}]', [], 1),
         ("17", [], 1),
     ],
 )
@@ -75,3 +87,31 @@ def test_a_text_track_inside_a_video_is_read():
 
     captions = embedded_captions(Path(TEST_DATA) / "hostile" / "with_subtitles.mp4").captions
     assert [caption.text for caption in captions] == ["Hello there", "Second line"]
+
+
+@pytest.mark.parametrize("codec", ["ass", "srt", "webvtt"])
+def test_each_kind_of_text_track_in_a_matroska_file_is_read(tmp_path, codec):
+    write_media(tmp_path / "film.mp4", seconds=3.0)
+    cue = "1\n00:00:00,500 --> 00:00:01,500\nsalt, and\n<i>pepper</i>\n"
+    (tmp_path / "film.srt").write_text(cue)
+    run_ffmpeg(
+        *("-i", "film.mp4", "-i", "film.srt", "-c:v", "copy", "-c:a", "copy", "-c:s", codec),
+        "film.mkv",
+        folder=tmp_path,
+    )
+    found = embedded_captions(tmp_path / "film.mkv")
+    assert found.captions == (Caption(0.5, 1.5, "salt, and pepper"),)
+
+
+def test_a_script_that_names_other_files_is_not_followed(tmp_path):
+    write_media(tmp_path / "film.mp4")
+    (tmp_path / "film.srt").write_text("1\n00:00:00,000 --> 00:00:01,000\nsecret\n")
+    run_ffmpeg("-i", "film.mp4", "-i", "film.srt", "-c:s", "mov_text", "v.mp4", folder=tmp_path)
+    assert embedded_captions(tmp_path / "v.mp4").captions
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile v.mp4\n")
+    assert embedded_captions(tmp_path / "list.mp4").captions == ()
+
+
+def run_ffmpeg(*arguments: str, folder) -> None:
+    command = [find_ffmpeg(None), "-v", "error", *arguments]
+    subprocess.run(command, cwd=folder, check=True)

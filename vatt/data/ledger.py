@@ -158,5 +158,5 @@ def _from_line(line: str) -> Entry | None:
         for name in {"state", "stage", "reason", "tools"} & record.keys():
             record[name] = sys.intern(record[name])  # a few texts, millions of times
         return Entry(**{name: value for name, value in record.items() if name in known})
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None

@@ -204,7 +204,7 @@ def _records(path: Path, *, is_parquet: bool) -> Iterator[Any]:
         for number, line in enumerate(file, start=1):
             try:
                 yield json.loads(line) if line.strip() else None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise _no_clip(f"{path}:{number}", str(error)) from None
 
 
@@ -217,9 +217,14 @@ def _to_record(clip: Clip) -> dict[str, Any]:
         "end": clip.end,
         "split": clip.split,
         "labels": clip.labels,
-        "captions": [[caption.start, caption.end, caption.text] for caption in clip.captions],
+        "captions": [[c.start, c.end, _writable(c.text)] for c in clip.captions],
         "licence": clip.licence,
     }
+
+
+def _writable(text: str) -> str:
+    """Half of a surrogate pair, as a JSON escape may give, is no character and has no bytes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _to_line(record: dict[str, Any]) -> str:

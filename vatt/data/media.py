@@ -46,11 +46,10 @@ def probe(path: Path) -> Media:
 
 
 def _scan(container: av.container.InputContainer) -> Media:
-    video = _picture_stream(container)
-    audio = container.streams.best("audio")
+    video, audio = _picture_stream(container), _sound_stream(container)
     chosen = [stream for stream in (video, audio) if stream is not None]
     if not chosen:
-        raise BrokenMediaError("no picture and no sound in it")
+        raise BrokenMediaError("no picture and no sound in it that can be decoded")
     first: dict[int, float] = {}
     last: dict[int, float] = {}
     packets = dict.fromkeys((stream.index for stream in chosen), 0)
@@ -91,11 +90,17 @@ def _scan(container: av.container.InputContainer) -> Media:
     )
 
 
-def _picture_stream(
-    container: av.container.InputContainer,
-) -> av.VideoStream | None:
-    """The first moving picture: cover art is none."""
+def _picture_stream(container: av.container.InputContainer) -> av.VideoStream | None:
+    """The first moving picture: cover art is none, nor is one that no decoder knows."""
     for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:
+        attached = stream.disposition & av.stream.Disposition.attached_pic
+        if stream.codec_context is not None and not attached:
             return stream
     return None
+
+
+def _sound_stream(container: av.container.InputContainer) -> av.AudioStream | None:
+    """The track that a player would take."""
+    best = container.streams.best("audio")
+    known = isinstance(best, av.AudioStream) and best.codec_context is not None
+    return best if known else None

@@ -169,7 +169,7 @@ class ShardReader:
         if self._record[0] != row.key:
             try:
                 record = json.loads(self._read(row, row.json))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise self._broken(row, f"its JSON cannot be read: {error}") from None
             if not isinstance(record, dict):
                 raise self._broken(row, "its JSON is no object")

@@ -21,6 +21,10 @@ _SAYS = (
 )
 
 
+# YouTube's servers of streams answer 403 to whom they throttle, and to links that are too old.
+THROTTLES_BY_403 = ".googlevideo.com/"
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """Why a file did not come."""
@@ -39,12 +43,19 @@ def explain(error: Exception) -> Refusal:
         raise MachineError("the disk of the media folder is full", hint="free some space")
     cause = _cause(error)
     status = cause.status if isinstance(cause, HTTPError) else _status_in(said)
+    if status == 403 and THROTTLES_BY_403 in _address(cause):
+        return Refusal("rate-limited", "HTTP 403", wait=_asked_to_wait(cause))
     if status is not None:
         return Refusal(_state_of_status(status), f"HTTP {status}", wait=_asked_to_wait(cause))
     if isinstance(cause, TransportError) or "Got error: " in said:
         reached = not re.search(r"Failed to (establish|resolve)|unreachable|ProxyError", said)
         return Refusal("network", reason, reached=reached)
     return Refusal(_state_said(cause, said), reason)
+
+
+def _address(cause: BaseException) -> str:
+    """The address that answered."""
+    return cause.response.url if isinstance(cause, HTTPError) else ""
 
 
 def _asked_to_wait(cause: BaseException) -> float:

@@ -4,22 +4,27 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import av
+from av.subtitles.stream import SubtitleStream
 
 from vatt.data.manifest import Caption
+from vatt.data.media import FORMATS
 
 SUFFIXES = (".srt", ".vtt", ".json")
 MAX_BYTES = 20 * 2**20  # a larger file is no subtitles
+MAX_LINES = 8  # that a cue has in common with the one before: two or three are usual
 _TIME = r"(?:(\d+):)?(\d{1,2}):(\d{2})[.,](\d{1,3})"
 _ARROW = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?")
 _INLINE_TIME = re.compile(rf"<{_TIME}>")
 _TAG = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")
-_TEXT_TRACKS = ("mov_text", "subrip", "webvtt", "text")
+_ASS = ("ass", "ssa")
+_TEXT_TRACKS = ("mov_text", "subrip", "srt", "webvtt", "text", *_ASS)
+ASS_FIELDS = 8  # of a line of an ass track, before its text
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +37,12 @@ class Subtitles:
 
 def read_subtitles(path: Path) -> Subtitles:
     """Read a file; what is malformed is counted, not raised."""
-    if path.stat().st_size > MAX_BYTES:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            return Subtitles((), dropped=1)
+        text = _decode(path.read_bytes())
+    except OSError:  # not ours to read
         return Subtitles((), dropped=1)
-    text = _decode(path.read_bytes())
     if path.suffix.lower() == ".json":
         return _from_json(text, path.stem)
     return _from_cues(text)
@@ -79,8 +87,8 @@ def _unroll(cues: list[tuple[float, float, list[str]]]) -> list[tuple[float, flo
         repeated = max(
             (
                 k
-                for k in range(len(lines) + 1)
-                if k <= len(before) and before[-k or None :][:k] == lines[:k]
+                for k in range(min(len(lines), len(before), MAX_LINES) + 1)
+                if before[-k or None :][:k] == lines[:k]
             ),
             default=0,
         )
@@ -94,7 +102,7 @@ def _from_json(text: str, name: str) -> Subtitles:
     """Lists of start, end and text (alone, or under the video's name), or a list of cues."""
     try:
         record = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return Subtitles((), dropped=1)
     if isinstance(record, dict) and isinstance(record.get(name), (dict, list)):
         record = record[name]
@@ -134,29 +142,37 @@ def _caption(row: Any) -> Caption | None:
 
 def embedded_captions(path: Path) -> Subtitles:
     """The first text track inside a video; none when there is none or it cannot be read."""
-    found = []
+    options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+    if not path.is_file():
+        return Subtitles(())
     try:
-        with av.open(f"file:{path.resolve()}", options={"protocol_whitelist": "file"}) as container:
+        with av.open(f"file:{path.resolve()}", options=options) as container:
+            # A track of a kind that nobody knows has no codec at all.
             tracks = [
-                s for s in container.streams.subtitles if s.codec_context.name in _TEXT_TRACKS
+                track
+                for track in container.streams.subtitles
+                if track.codec_context is not None and track.codec_context.name in _TEXT_TRACKS
             ]
-            if not tracks:
-                return Subtitles(())
-            zero = (container.start_time or 0) / 1e6
-            for packet in container.demux(tracks[0]):
-                data = bytes(packet)
-                if packet.pts is None or not packet.duration or not data:
-                    continue
-                if tracks[0].codec_context.name == "mov_text":
-                    data = data[2 : 2 + int.from_bytes(data[:2], "big")]
-                start = float(packet.pts * packet.time_base) - zero
-                text = _plain(" ".join(_decode(data).split("\n")))
-                found.append(
-                    Caption(start, start + float(packet.duration * packet.time_base), text)
-                )
+            found = list(_cues_in(container, tracks[0])) if tracks else []
     except (av.FFmpegError, ValueError):
         return Subtitles((), dropped=1)
     return Subtitles(_in_order(caption for caption in found if caption.text))
+
+
+def _cues_in(container: av.container.InputContainer, track: SubtitleStream) -> Iterator[Caption]:
+    zero = (container.start_time or 0) / 1e6
+    kind = track.codec_context.name
+    for packet in container.demux(track):
+        data = bytes(packet)
+        if packet.pts is None or not packet.duration or not data:
+            continue
+        if kind == "mov_text":
+            data = data[2 : 2 + int.from_bytes(data[:2], "big")]
+        elif kind in _ASS:
+            data = data.split(b",", ASS_FIELDS)[-1].replace(b"\\N", b"\n")
+        start = float(packet.pts * packet.time_base) - zero
+        text = _plain(" ".join(_decode(data).split("\n")))
+        yield Caption(start, start + float(packet.duration * packet.time_base), text)
 
 
 def _in_order(captions: Iterable[Caption]) -> tuple[Caption, ...]:

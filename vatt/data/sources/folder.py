@@ -145,19 +145,37 @@ def _files(folder: Path) -> tuple[list[str], Counter[str]]:
     ignored: Counter[str] = Counter()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        suffix = path.suffix.lower()
-        if path.is_dir():
-            if suffix in MEDIA:
-                ignored["folders named like a video"] += 1
-        elif any(part.startswith(".") for part in Path(name).parts):
-            ignored["hidden files"] += 1
-        elif suffix == ".part" or suffix == ".ytdl":
-            ignored["unfinished downloads"] += 1
-        elif suffix in MEDIA:
+        why = _why_not(path, name)
+        if why is None:
             names.append(name)
-        elif suffix not in SUFFIXES:
-            ignored[f"{suffix} files" if suffix else "files without an ending"] += 1
+        elif why:
+            ignored[why] += 1
     return names, ignored
+
+
+def _why_not(path: Path, name: str) -> str | None:
+    """What a path is that is no medium; "" when that need not be told, None for a medium."""
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        if path.is_symlink():
+            return "links to folders"
+        return "folders named like a video" if suffix in MEDIA else ""
+    if any(part.startswith(".") for part in Path(name).parts):
+        return "hidden files"
+    if path.exists() and not path.is_file():
+        return "pipes, sockets and devices"  # opening one may wait for ever
+    if suffix in (".part", ".ytdl"):
+        return "unfinished downloads"
+    if suffix in MEDIA:
+        return None if _is_text(name) else "files whose names are not UTF-8 (rename them)"
+    if suffix in SUFFIXES:
+        return ""
+    return f"{suffix} files" if suffix else "files without an ending"
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name is made of characters: on most disks any bytes will do."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _subtitles_of(folder: Path, ignored: Counter[str]) -> dict[str, list[Path]]:

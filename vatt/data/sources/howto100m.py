@@ -156,6 +156,8 @@ class _Text:
             try:
                 value, self._at = self._decoder.raw_decode(self._text, self._at)
                 return value
+            except RecursionError as error:
+                raise self._broken(str(error)) from None
             except ValueError as error:
                 if len(self._text) - self._at > MAX_MEMBER or not self._more():
                     raise self._broken(str(error)) from None
