@@ -1,6 +1,7 @@
 """What each stored form takes on disk, how near it is to the source, and how fast it is read.
 
     python bench/storage.py --films FOLDER           # of videos
+    python bench/storage.py --films FOLDER --tile    # of small ones: four become one large picture
 
 Films are cut as presets/paper.yaml says (ten seconds, 10 frames a second, short side 256, sound of
 48 kHz), once in each form. Then windows of 3.2 seconds (crops of 224 x 224 in the middle) are read
@@ -13,6 +14,7 @@ import json
 import os
 import random
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from vatt.config import Params, load_params
+from vatt.data.cut import find_ffmpeg
 from vatt.data.ledger import Entry
 from vatt.data.manifest import Clip
 from vatt.data.media import probe
@@ -41,6 +44,34 @@ PICTURES: dict[str, dict[str, Any]] = {
     "jpeg, scale 6": {"video_storage": "jpeg", "jpeg_scale": 6},
 }
 SOUNDS = ("pcm", "flac", "aac")
+TILE, TILED_SECONDS = (284, 160), 30
+
+
+def tile(films: Sequence[Path], folder: Path) -> list[Path]:
+    """Four films, over and over, as one of 568 x 320: as much detail as a film of that size has."""
+    folder.mkdir()
+    size = "{}:{}".format(*TILE)
+    shrunk = f"fps=30,scale={size}:force_original_aspect_ratio=increase,crop={size},setsar=1"
+    made = []
+    for first in range(0, len(films) - 3, 4):
+        four = films[first : first + 4]
+        heard = [k for k, film in enumerate(four) if probe(film).audio is not None]
+        if not heard:
+            continue
+        graph = "".join(f"[{k}:v]{shrunk}[t{k}];" for k in range(4))
+        graph += "[t0][t1][t2][t3]xstack=inputs=4:layout=0_0|w0_0|0_h0|w0_h0[v]"
+        inputs = [part for film in four for part in ("-stream_loop", "-1", "-i", str(film))]
+        made.append(folder / f"tiled{first:03d}.mp4")
+        subprocess.run(
+            [
+                *(find_ffmpeg(None), "-v", "error", *inputs, "-filter_complex", graph),
+                *("-map", "[v]", "-map", f"{heard[0]}:a", "-t", str(TILED_SECONDS)),
+                *("-c:v", "libx264", "-crf", "12", "-preset", "veryfast", "-c:a", "aac"),
+                *("-b:a", "192k", str(made[-1])),
+            ],
+            check=True,
+        )
+    return made
 
 
 def store(films: Sequence[Path], folder: Path, params: Params, **how: Any) -> ShardReader:
@@ -125,6 +156,7 @@ def main() -> None:
     """Store, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--films", type=Path, required=True, help="a folder of videos")
+    parser.add_argument("--tile", action="store_true", help="put four of them side by side")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file too")
     options = parser.parse_args()
@@ -132,6 +164,7 @@ def main() -> None:
     films = sorted(options.films.resolve().glob("*.mp4"))
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
+        films = tile(films, root / "tiled") if options.tile else films
         reference = store(films, root / "reference", params, **REFERENCE)
         pictures = {
             form: store(films, root / form, params, **how) for form, how in PICTURES.items()
