@@ -193,6 +193,17 @@ def test_what_is_no_media_says_why(tmp_path):
         probe(tmp_path / "folder.mp4")
 
 
+def test_a_stream_that_no_decoder_knows_is_none(tmp_path):
+    for sound in (True, False):
+        path = tmp_path / f"{sound}.mp4"
+        write_media(path, sound=sound)
+        path.write_bytes(path.read_bytes().replace(b"avc1\0\0", b"zz9z\0\0"))
+    media = probe(tmp_path / "True.mp4")
+    assert media.video is None and media.audio is not None
+    with pytest.raises(BrokenMediaError, match="that can be decoded"):
+        probe(tmp_path / "False.mp4")
+
+
 def test_a_missing_ffmpeg_is_the_machines_fault(tmp_path):
     with pytest.raises(MachineError, match=r"machine\.ffmpeg"):
         find_ffmpeg(tmp_path / "none")
