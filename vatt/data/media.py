@@ -39,10 +39,15 @@ def probe(path: Path) -> Media:
     if path.stat().st_size == 0:
         raise BrokenMediaError("empty file")
     try:
-        with av.open(f"file:{path.resolve()}", options=_OPTIONS) as container:
+        with open_media(path) as container:
             return _scan(container)
     except av.FFmpegError as error:
         raise BrokenMediaError(f"not a media file: {error.strerror}") from None
+
+
+def open_media(path: Path) -> av.container.InputContainer:
+    """A file whose format is one of ours, whatever bytes its titles are made of."""
+    return av.open(f"file:{path.resolve()}", options=_OPTIONS, metadata_errors="replace")
 
 
 def _scan(container: av.container.InputContainer) -> Media:

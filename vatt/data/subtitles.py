@@ -13,7 +13,7 @@ import av
 from av.subtitles.stream import SubtitleStream
 
 from vatt.data.manifest import Caption
-from vatt.data.media import FORMATS
+from vatt.data.media import open_media
 
 SUFFIXES = (".srt", ".vtt", ".json")
 MAX_BYTES = 20 * 2**20  # a larger file is no subtitles
@@ -142,11 +142,10 @@ def _caption(row: Any) -> Caption | None:
 
 def embedded_captions(path: Path) -> Subtitles:
     """The first text track inside a video; none when there is none or it cannot be read."""
-    options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
     if not path.is_file():
         return Subtitles(())
     try:
-        with av.open(f"file:{path.resolve()}", options=options) as container:
+        with open_media(path) as container:
             # A track of a kind that nobody knows has no codec at all.
             tracks = [
                 track
