@@ -25,7 +25,7 @@ class Planned:
     """A run as it stands: how far it is, what it lacks, what it took or will take."""
 
     run: "Run"
-    state: str  # done, changed, to run
+    state: str  # done, unfinished (or changed since), to run
     missing: tuple[str, ...]  # what must be there first
     measured: float | None  # seconds, of the stages that have run
     forecast: float | None  # seconds; None: nothing to tell it by
@@ -46,13 +46,11 @@ def experiment_of(run: "Run", scale: "Scale") -> Experiment:
         settings = {("evaluate", key): value for key, value in raw["evaluate"].items()}
     for key, value in run.settings.items():
         keys = tuple(key.split("."))
-        if keys[:2] == ("evaluate", "probes"):
-            probes = {**raw["evaluate"]["probes"], **({keys[2]: value} if keys[2:] else value)}
-            settings["evaluate", "probes"] = {name: _probe(one) for name, one in probes.items()}
-        elif keys[:2] != ("finetune", "tasks"):
+        if keys[:2] == ("evaluate", "probes"):  # one more
+            probes = {**raw["evaluate"]["probes"], keys[2]: _probe(value)}
+            settings["evaluate", "probes"] = probes
+        else:
             settings[keys] = value
-        elif keys[2] in tasks:
-            tasks[keys[2]][keys[3]] = value
     settings["finetune", "run"] = list(tasks)
     if tasks:
         settings["finetune", "tasks"], settings["finetune", "init"] = tasks, list(run.inits)
@@ -110,24 +108,23 @@ def _probe(given: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in silent.items() if key in ProbeParams.model_fields} | given
 
 
-def plan(
-    runs: "Sequence[Run]", scale: "Scale", params: "Params", *, device: str | None, gpus: int
-) -> list[Planned]:
+def plan(runs: "Sequence[Run]", scale: "Scale", *, device: str | None, gpus: int) -> list[Planned]:
     """State and cost of each run; nothing is written."""
-    speed = _speed(params, device, gpus)
+    speed = _speed(device, gpus)
     changed = changed_stages([EXPERIMENTS / run.name / "dvc.yaml" for run in runs])
     by_name = {run.name: run for run in runs}
     planned = []
     for run in runs:
         folder = EXPERIMENTS / run.name
-        stages = [name for name in changed if name.startswith(f"{folder}/")]
+        same = _same(settings_of(experiment_of(run, scale)), folder) and not any(
+            name.startswith(f"{folder}/") for name in changed
+        )
         ran = (folder / "dvc.lock").exists()
-        state = "to run" if not ran else "changed" if stages else "done"
         work = _work(run, by_name.get(run.start or ""), scale)
         planned.append(
             Planned(
                 run,
-                state=state,
+                state="to run" if not ran else "done" if same else "unfinished",
                 missing=tuple(missing(run)),
                 measured=sum(_seconds(folder).values()) or None,
                 forecast=None if speed is None else work / speed,
@@ -136,7 +133,19 @@ def plan(
     return planned
 
 
+def _same(settings: "Params", folder: Path) -> bool:
+    """Whether the folder was written with these settings; `machine` changes no result."""
+    from vatt.config import load_params
+
+    if not (folder / "params.yaml").exists():
+        return False
+    written = load_params(folder / "params.yaml")
+    one, other = (params.model_dump(exclude={"machine"}) for params in (settings, written))
+    return one == other
+
+
 def missing(run: "Run") -> list[str]:
+    """The data set that a run needs and that is not there."""
     if run.data is None or (SETS / run.data / "dvc.yaml").exists():
         return []
     return [str(SETS / run.data)]
@@ -152,7 +161,7 @@ def _seconds(folder: Path) -> dict[str, float]:
     return found
 
 
-def _speed(params: "Params", device: str | None, gpus: int) -> float | None:
+def _speed(device: str | None, gpus: int) -> float | None:
     """Operations a second: a GPU's by its data sheet, else as a pre-training here has shown."""
     from vatt.plan.forecast import named_place
     from vatt.plan.speed import GPU_SHARE
@@ -178,8 +187,8 @@ def _work(run: "Run", start: "Run | None", scale: "Scale") -> float:
     from vatt.training.tasks import task_model
     from vatt.training.telemetry import finetuning_work, pretraining_work
 
-    known = _params_of(run, scale)
-    model = known.model if start is None else _params_of(start, scale).model
+    known = settings_of(experiment_of(run, scale))
+    model = known.model if start is None else settings_of(experiment_of(start, scale)).model
     work = 0.0
     if run.start is None:
         work += pretraining_work(known.model, known.pretrain).flops * known.pretrain.steps
@@ -188,11 +197,6 @@ def _work(run: "Run", start: "Run | None", scale: "Scale") -> float:
         once = finetuning_work(task_model(model, task), task).flops * task.steps
         work += once * len(known.finetune.init)
     return work
-
-
-def _params_of(run: "Run", scale: "Scale") -> "Params":
-    """The settings of a run, written or not; where its data set lacks, by the project's recipe."""
-    return settings_of(experiment_of(run, scale))
 
 
 def gather(scale: "Scale", params: "Params") -> dict[str, Any]:

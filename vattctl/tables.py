@@ -63,7 +63,7 @@ def table(
     scale = _scale(params)
     runs = _runs(numbers, scale, seeds=seeds)
     if number is None or dry_run:
-        planned = plan(runs, scale, params, device=device, gpus=gpus)
+        planned = plan(runs, scale, device=device, gpus=gpus)
         if as_json:
             click.echo(json.dumps(_plain(numbers, planned, scale), indent=2))
         elif number is None:
