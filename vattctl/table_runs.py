@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vatt.errors import SettingsError
-from vattctl.experiments import Experiment, settings_of
+from vattctl.experiments import Experiment, inside, settings_of
 from vattctl.runs import changed_stages
 
 if TYPE_CHECKING:
@@ -161,6 +161,22 @@ def _seconds(folder: Path) -> dict[str, float]:
     return found
 
 
+def _training_seconds(params: "Params", folder: Path) -> float | None:
+    """What a pre-training's steps take at their median speed, whatever else the machine did."""
+    from statistics import median
+
+    from vatt.training.tracking import metric_values
+
+    file = folder / params.paths.runs / "pretrain.json"
+    if not file.exists():
+        return None
+    run_id = json.loads(file.read_text(encoding="utf-8"))["run_id"]
+    with inside(folder):  # a relative store counts from there
+        speeds = metric_values(params, run_id, "samples_per_second")
+    samples = params.pretrain.steps * params.pretrain.batch_size
+    return samples / median(speeds) if speeds else None
+
+
 def _speed(device: str | None, gpus: int) -> float | None:
     """Operations a second: a GPU's by its data sheet, else as a pre-training here has shown."""
     from vatt.plan.forecast import named_place
@@ -174,9 +190,9 @@ def _speed(device: str | None, gpus: int) -> float | None:
     from vatt.config import load_params
 
     for folder in (Path(), *sorted(EXPERIMENTS.glob("*"))):
-        seconds = _seconds(folder).get("pretrain")
+        known = load_params(folder / "params.yaml")
+        seconds = _training_seconds(known, folder)
         if seconds:
-            known = load_params(folder / "params.yaml")
             work = pretraining_work(known.model, known.pretrain).flops * known.pretrain.steps
             return work / seconds
     return None
@@ -246,6 +262,7 @@ def _measured(folder: Path, file: Path) -> dict[str, Any]:
         "steps": params.pretrain.steps,
         "gflops": gflops,
         "seconds": _seconds(folder),
+        "training_seconds": _training_seconds(params, folder),
         "retrieval": {"pretrained": results.get("retrieval", {}).get("pretrained", {})},
         "probes": results.get("probes", {}),
         "classification": results.get("classification", {}),

@@ -183,7 +183,7 @@ def backbone_table(inputs: Inputs) -> Table | None:
 
 
 def drop_token_pictures(inputs: Inputs) -> list[Picture]:
-    """DropToken's accuracy against the operations of a clip, and against the seconds of a run."""
+    """DropToken's accuracy against the operations of a clip, and against time."""
     names = {
         rate: BASE if rate == 0.5 else f"drop-{100 * rate:.0f}" for rate in DROP_RATES.values()
     }
@@ -199,18 +199,16 @@ def drop_token_pictures(inputs: Inputs) -> list[Picture]:
              if None not in found}  # fmt: skip
     places = {
         "GFLOPs of a clip": [runs[name]["gflops"]["pretrain"] for name in names.values()],
-        "seconds of the pre-training": [
-            runs[name]["seconds"].get("pretrain") for name in names.values()
-        ],
+        "seconds of its steps": [runs[name]["training_seconds"] for name in names.values()],
     }
     rates = ", ".join(f"{100 * rate:.0f}" for rate in names)
     return [
         lines(
-            f"DropToken: accuracy against {axis.partition(' of')[0]}",
+            f"DropToken while pre-training: accuracy against {axis.partition(' of')[0]}",
             [(words, xs, ys) for words, ys in shown.items()],
             x_label=axis,
             y_label="%",
-            caption=f"From left to right {rates} % of the tokens dropped while pre-training.",
+            caption=f"From left to right {rates} % of the tokens dropped, at its median speed.",
         )
         for axis, xs in places.items()
         if shown and None not in xs

@@ -166,6 +166,14 @@ def artifact_of(params: Params, run_id: str, stage: str, name: str) -> Path:
     return Path(client.download_artifacts(mine[0].info.run_id, name))
 
 
+def metric_values(params: Params, run_id: str, name: str) -> list[float]:
+    """A run's metric at all its steps, in their order; none where the run is not known."""
+    client = _connect(params.machine)
+    if not _exists(client, run_id):
+        return []
+    return [metric.value for metric in client.get_metric_history(run_id, name)]
+
+
 def store_uri(machine: MachineParams) -> str:
     """The tracking store; a relative sqlite path counts from the project's root."""
     scheme = "sqlite:///"
