@@ -43,6 +43,21 @@ def test_rolling_captions_are_said_once(tmp_path):
     ]  # fmt: skip
 
 
+def test_rolling_captions_without_inline_times_are_said_once(tmp_path):
+    lines = [f"words number {number}" for number in range(6)]
+    cues = [f"00:00:0{n},010 --> 00:00:0{n + 1},000\n{lines[n - 1]}\n{lines[n]}\n\n"
+            f"00:00:0{n + 1},000 --> 00:00:0{n + 1},010\n{lines[n]}\n\n"
+            for n in range(1, 6)]  # fmt: skip
+    got = read(tmp_path, "a.srt", f"00:00:00,000 --> 00:00:01,010\n{lines[0]}\n\n" + "".join(cues))
+    assert [caption.text for caption in got.captions] == lines
+
+
+def test_a_refrain_in_plain_subtitles_stays(tmp_path):
+    cue = "00:00:0{0},000 --> 00:00:0{1},000\nla la\n\n"
+    song = "".join(cue.format(number, number + 1) for number in range(8))
+    assert len(read(tmp_path, "a.srt", song).captions) == 8
+
+
 def test_a_cue_of_very_many_lines_takes_no_longer_than_it_must(tmp_path):
     many = "a\n" * 100_000  # quadratic, this would not end
     cues = f"WEBVTT\n\n00:00.000 --> 00:01.000\n{many}\n00:01.000 --> 00:02.000\n{many}"

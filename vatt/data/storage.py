@@ -90,14 +90,19 @@ def frame_parts(
     try:
         for index, frame in _decoded(data, first, last, fps):
             if index in places:
-                pixels = scaler.reformat(frame, format="rgb24", threads=1).to_ndarray()
-                part = _cut(pixels, box)
+                part = _cut(_pixels(scaler.reformat(frame, format="rgb24", threads=1)), box)
                 for place in places.pop(index):
                     yield place, part
     except (av.FFmpegError, ValueError, IndexError, TypeError) as error:
         raise BrokenMediaError(f"frames {first} to {last} cannot be decoded: {error}") from None
     if places:
         raise BrokenMediaError(f"frame {min(places)} is missing")
+
+
+def _pixels(frame: av.VideoFrame) -> np.ndarray:
+    """(H, W, C) of an RGB frame, in place: `to_ndarray` copies where lines are padded."""
+    lines = np.frombuffer(frame.planes[0], np.uint8).reshape(frame.height, -1)
+    return lines[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
 
 
 def _cut(pixels: np.ndarray, box: Box | None) -> np.ndarray:

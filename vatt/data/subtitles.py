@@ -4,8 +4,9 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from vatt.data.media import open_media
 
 SUFFIXES = (".srt", ".vtt", ".json")
 MAX_BYTES = 20 * 2**20  # a larger file is no subtitles
+Cue = tuple[float, float, list[str]]  # start, end and lines
+FEW = 3  # cues that begin as another ended, by chance
 MAX_LINES = 8  # that a cue has in common with the one before: two or three are usual
 _TIME = r"(?:(\d+):)?(\d{1,2}):(\d{2})[.,](\d{1,3})"
 _ARROW = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?")
@@ -59,7 +62,7 @@ def _decode(data: bytes) -> str:
 
 def _from_cues(text: str) -> Subtitles:
     """srt and vtt: a line with an arrow, then lines of words up to an empty one."""
-    cues: list[tuple[float, float, list[str]]] = []
+    cues: list[Cue] = []
     dropped = 0
     for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n").replace("\r", "\n")):
         lines = block.strip("\n").split("\n")
@@ -72,13 +75,25 @@ def _from_cues(text: str) -> Subtitles:
             dropped += 1
             continue
         cues.append((start, end, [_plain(line) for line in lines[at + 1 :]]))
-    if _INLINE_TIME.search(text):
+    if _INLINE_TIME.search(text) or _rolls(cues):
         cues = _unroll(cues)
     captions = (Caption(start, end, " ".join(filter(None, lines))) for start, end, lines in cues)
     return Subtitles(_in_order(caption for caption in captions if caption.text), dropped)
 
 
-def _unroll(cues: list[tuple[float, float, list[str]]]) -> list[tuple[float, float, list[str]]]:
+def _rolls(cues: Sequence[Cue]) -> bool:
+    """Whether a third of the cues begin with the last line of the one before and say more.
+
+    So do automatic captions that were turned into srt, where their inline times are lost.
+    """
+    again = sum(
+        len(lines) > 1 and bool(before) and lines[0] == before[-1]
+        for (_, _, before), (_, _, lines) in pairwise(cues)
+    )
+    return again >= max(len(cues) / 3, FEW)
+
+
+def _unroll(cues: list[Cue]) -> list[Cue]:
     """Automatic captions roll: each cue begins with the lines that the one before ended with."""
     kept = []
     before: list[str] = []
