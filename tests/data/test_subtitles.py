@@ -130,9 +130,11 @@ def test_a_script_that_names_other_files_is_not_followed(tmp_path):
 def test_a_text_track_of_an_unknown_kind_is_none(tmp_path):
     write_media(tmp_path / "film.mp4")
     (tmp_path / "film.srt").write_text("1\n00:00:00,000 --> 00:00:01,000\nwords\n")
-    run_ffmpeg("-i", "film.mp4", "-i", "film.srt", "-c:s", "mov_text", "v.mp4", folder=tmp_path)
-    (tmp_path / "v.mp4").write_bytes((tmp_path / "v.mp4").read_bytes().replace(b"tx3g", b"zz9z"))
-    assert embedded_captions(tmp_path / "v.mp4").captions == ()
+    run_ffmpeg("-i", "film.mp4", "-i", "film.srt", "-c:s", "srt", "v.mkv", folder=tmp_path)
+    film = (tmp_path / "v.mkv").read_bytes()
+    assert b"S_TEXT/UTF8" in film
+    (tmp_path / "v.mkv").write_bytes(film.replace(b"S_TEXT/UTF8", b"S_ZZZZ/ZZZZ"))
+    assert embedded_captions(tmp_path / "v.mkv").captions == ()
 
 
 def run_ffmpeg(*arguments: str, folder) -> None:
