@@ -24,8 +24,8 @@ class Numbered:
     def facts(self, row):
         return Facts({}, ())
 
-    def parts(self, row, indices, box):
-        yield 0, np.array(indices, np.uint8)[:, None, None, None].repeat(3, axis=3)
+    def frames(self, row, indices, box):
+        return np.array(indices, np.uint8)[:, None, None, None].repeat(3, axis=3)
 
     def audio(self, row, first, last):
         return np.zeros(0, np.int16)

@@ -15,9 +15,9 @@ from vatt.data.storage import Box
 
 Colour = tuple[float, float, float, float]  # brightness, contrast, saturation, hue
 
-_resize = torch.ops.aten.upsample_bilinear2d.out
 IDENTITY: Colour = (0.0, 1.0, 1.0, 0.0)  # changes nothing
 _TRIES = 10
+_FRAMES_AT_ONCE = 4  # they fit the processor's cache
 
 
 def generator_for(*keys: int) -> torch.Generator:
@@ -75,9 +75,13 @@ def show(part: np.ndarray, out: np.ndarray, *, flip: bool) -> None:
     """Resize and mirror frames alike, (T, h, w, C) uint8, into `out`: (T, H, W, C) uint8."""
     image, shown = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in (part, out))
     # Both operators have a fast form for channels that lie together, and write in place.
-    if flip:
-        image = torch.flip(image, (-1,))
-    _resize(image, list(out.shape[1:3]), False, None, None, out=shown)
+    for first in range(0, len(part), _FRAMES_AT_ONCE):
+        frames, target = (x[first : first + _FRAMES_AT_ONCE] for x in (image, shown))
+        if flip:
+            frames = torch.flip(frames, (-1,))
+        torch.ops.aten.upsample_bilinear2d.out(
+            frames, list(out.shape[1:3]), False, None, None, out=target
+        )
 
 
 def draw_colour(params: AugmentationParams, generator: torch.Generator) -> Colour:

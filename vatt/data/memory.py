@@ -1,6 +1,6 @@
 """Clips decoded once and kept, where all of them fit in memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 
@@ -16,10 +16,9 @@ from vatt.data.reader import (
 )
 from vatt.data.samples import Row
 from vatt.data.sampling import Sampling
-from vatt.data.storage import Box, Part
+from vatt.data.storage import Box
 
 CHUNK = 16  # clips that a worker decodes at a time
-FRAMES_AT_ONCE = 4  # they fit the processor's cache
 
 
 class Memory:
@@ -44,15 +43,13 @@ class Memory:
         """Labels and captions."""
         return self._clip(row).facts
 
-    def parts(self, row: Row, indices: Sequence[int], box: Box) -> Iterator[Part]:
-        """Some of the frames at a time, the part of them in the box."""
+    def frames(self, row: Row, indices: Sequence[int], box: Box) -> np.ndarray:
+        """(T, H, W, C), the part of the frames in the box."""
         video = self._clip(row).video
         assert video is not None
         top, left, height, width = box
         part = video[:, top : top + height, left : left + width]
-        for first in range(0, len(indices), FRAMES_AT_ONCE):
-            chosen = list(indices[first : first + FRAMES_AT_ONCE])
-            yield first, np.ascontiguousarray(part[chosen])
+        return np.ascontiguousarray(part[list(indices)])
 
     def audio(self, row: Row, first: int, last: int) -> np.ndarray:
         """(S,), fewer where the clip ends."""

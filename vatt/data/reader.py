@@ -6,7 +6,7 @@ T H W C: frames, height, width, channels; S samples.
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,10 @@ from vatt.data.samples import INDEX, Extent, Row, read_index, tar_bytes
 from vatt.data.storage import (
     WAV_HEADER_BYTES,
     Box,
-    Part,
     Storage,
+    decode_frames,
+    decode_jpegs,
     decode_sound,
-    frame_parts,
-    jpeg_parts,
-    together,
 )
 from vatt.errors import DataError
 
@@ -115,18 +113,13 @@ class ShardReader:
 
     def frames(self, row: Row, indices: Sequence[int], box: Box | None = None) -> np.ndarray:
         """The frames at `indices`, in any order, or `box` of them: (T, H, W, C)."""
-        return together(self.parts(row, indices, box), len(indices))
-
-    def parts(self, row: Row, indices: Sequence[int], box: Box | None = None) -> Iterator[Part]:
-        """The same one by one, as they are decoded."""
         assert row.video is not None
         try:
             if self.index.storage.video == "jpeg":
                 pictures = self._pictures(row, indices)
-                yield from jpeg_parts(pictures, height=row.height, width=row.width, box=box)
-            else:
-                data = self._read(row, row.video)
-                yield from frame_parts(data, indices, fps=self.index.fps, box=box)
+                return decode_jpegs(pictures, height=row.height, width=row.width, box=box)
+            data = self._read(row, row.video)
+            return decode_frames(data, indices, fps=self.index.fps, box=box)
         except BrokenMediaError as error:
             raise self._broken(row, str(error)) from None
 

@@ -3,7 +3,7 @@
 T H W C: frames, height, width, channels; S samples; K candidate texts; L words.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Protocol, Self
@@ -16,7 +16,7 @@ from vatt.data import augment
 from vatt.data.arrays import Arrays, Shapes
 from vatt.data.reader import BrokenSampleError, Facts
 from vatt.data.samples import Row, nearest
-from vatt.data.storage import Box, Part
+from vatt.data.storage import Box
 from vatt.data.text import Vocabulary
 from vatt.errors import SettingsError
 
@@ -113,8 +113,8 @@ class Stored(Protocol):
     def facts(self, row: Row) -> Facts:
         """Labels and captions."""
 
-    def parts(self, row: Row, indices: Sequence[int], box: Box) -> Iterator[Part]:
-        """Some of the frames at a time, the part of them in the box."""
+    def frames(self, row: Row, indices: Sequence[int], box: Box) -> np.ndarray:
+        """(T, H, W, C), the part of the frames in the box."""
 
     def audio(self, row: Row, first: int, last: int) -> np.ndarray:
         """(S,), fewer where the clip ends."""
@@ -216,8 +216,7 @@ def _show_picture(
     indices = frame_indices(
         round(start * fps), row.num_frames, frames=shown, stride=fps / sampling.fps
     )
-    for place, part in stored.parts(row, indices, box):
-        augment.show(part, video[place : place + len(part)], flip=flip)
+    augment.show(stored.frames(row, indices, box), video[:shown], flip=flip)
     video[shown:] = video[:1]
     return colour
 

@@ -11,19 +11,17 @@ from typing import Literal, Self
 import av
 import numpy as np
 import simplejpeg
+from av.filter import Graph
 from av.video.reformatter import VideoReformatter
 
 from vatt.config import PreprocessParams
 from vatt.data.media import BrokenMediaError
 
 Box = tuple[int, int, int, int]  # top, left, height, width
-Part = tuple[int, np.ndarray]  # which of the frames asked for, and its pixels (1, h, w, C), which
-# are good until the next one is asked for: they stay in the processor's cache
 
 WAV_HEADER_BYTES = 44
 AAC_PREROLL = 2048  # samples: a packet's first half needs the packet before it
 _BITEXACT = {"fflags": "+bitexact"}
-_KNOWN = {"probesize": "32", "analyzeduration": "0"}  # the mp4's header tells all: do not guess
 _EXTENSIONS = {"pcm": "wav", "flac": "flac", "aac": "m4a"}
 _CONTAINERS = {"flac": "flac", "aac": "mp4"}
 
@@ -56,67 +54,31 @@ class Storage:
 def decode_frames(
     data: bytes, indices: Sequence[int], *, fps: int, box: Box | None = None
 ) -> np.ndarray:
-    """The frames at `indices` of an H.264 file, or `box` of them, in any order: (T, H, W, C)."""
-    return together(frame_parts(data, indices, fps=fps, box=box), len(indices))
-
-
-def decode_jpegs(
-    pictures: Sequence[bytes | memoryview], *, height: int, width: int, box: Box | None = None
-) -> np.ndarray:
-    """Pictures of one size, or `box` of them: (T, H, W, C)."""
-    return together(jpeg_parts(pictures, height=height, width=width, box=box), len(pictures))
-
-
-def together(parts: Iterator[Part], count: int) -> np.ndarray:
-    """All of `count` frames: (T, H, W, C)."""
-    frames = None
-    for place, pixels in parts:
-        if frames is None:
-            frames = np.empty((count, *pixels.shape[1:]), dtype=np.uint8)
-        frames[place] = pixels[0]
-    assert frames is not None
-    return frames
-
-
-def frame_parts(
-    data: bytes, indices: Sequence[int], *, fps: int, box: Box | None
-) -> Iterator[Part]:
-    """The frames at `indices` of an H.264 file, or `box` of them, in the order of decoding."""
+    """The frames at `indices`, in any order, of an mp4 of constant fps, or `box` of them:
+    (T, H, W, C)."""
     places: dict[int, list[int]] = {}
     for place, index in enumerate(indices):
         places.setdefault(index, []).append(place)
     first, last = min(places), max(places)
-    scaler = VideoReformatter()  # setting it up takes longer than its work
+    frames = None
+    part = _Part(box)
     try:
         for index, frame in _decoded(data, first, last, fps):
             if index in places:
-                part = _cut(_pixels(scaler.reformat(frame, format="rgb24", threads=1)), box)
-                for place in places.pop(index):
-                    yield place, part
+                pixels = part.of(frame)
+                if frames is None:
+                    frames = np.empty((len(indices), *pixels.shape), dtype=np.uint8)
+                frames[places.pop(index)] = pixels
     except (av.FFmpegError, ValueError, IndexError, TypeError) as error:
         raise BrokenMediaError(f"frames {first} to {last} cannot be decoded: {error}") from None
-    if places:
+    if places or frames is None:
         raise BrokenMediaError(f"frame {min(places)} is missing")
-
-
-def _pixels(frame: av.VideoFrame) -> np.ndarray:
-    """(H, W, C) of an RGB frame, in place: `to_ndarray` copies where lines are padded."""
-    lines = np.frombuffer(frame.planes[0], np.uint8).reshape(frame.height, -1)
-    return lines[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
-
-
-def _cut(pixels: np.ndarray, box: Box | None) -> np.ndarray:
-    """(1, h, w, C) of (H, W, C); nothing is copied."""
-    top, left, height, width = box or (0, 0, *pixels.shape[:2])
-    part = pixels[None, top : top + height, left : left + width]
-    if part.shape[1:3] != (height, width):
-        raise ValueError(f"a frame of {pixels.shape[1]} x {pixels.shape[0]} is too small")
-    return part
+    return frames
 
 
 def _decoded(data: bytes, first: int, last: int, fps: int) -> Iterator[tuple[int, av.VideoFrame]]:
     """The frames from some before `first` to `last`, with their numbers."""
-    with av.open(io.BytesIO(data), format="mp4", options=_KNOWN) as container:
+    with av.open(io.BytesIO(data), format="mp4") as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
         stream.codec_context.thread_count = 1
@@ -129,21 +91,69 @@ def _decoded(data: bytes, first: int, last: int, fps: int) -> Iterator[tuple[int
                 return
 
 
-def jpeg_parts(
-    pictures: Sequence[bytes | memoryview], *, height: int, width: int, box: Box | None
-) -> Iterator[Part]:
-    """Pictures of one size, or `box` of them, in their order."""
+class _Part:
+    """RGB pixels of a part of frames; no more than that part is converted."""
+
+    def __init__(self, box: Box | None) -> None:
+        self._box = box
+        self._scaler = VideoReformatter()  # setting it up takes longer than its work
+        self._graph: Graph | None = None
+
+    def of(self, frame: av.VideoFrame) -> np.ndarray:
+        """(h, w, C)."""
+        if self._box is None:
+            return self._rgb(frame)
+        top, left, height, width = self._box
+        if self._graph is None:
+            self._graph = self._cutting(frame)
+        self._graph.push(frame)
+        pixels = self._rgb(self._graph.pull())[top % 2 :, left % 2 :][:height, :width]
+        if pixels.shape[:2] != (height, width):
+            raise ValueError(f"a frame of {frame.width} x {frame.height} is too small")
+        return pixels
+
+    def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
+        return self._scaler.reformat(frame, format="rgb24", threads=1).to_ndarray()
+
+    def _cutting(self, frame: av.VideoFrame) -> Graph:
+        """A filter that cuts without copying; it cuts between pixels that share no colour."""
+        assert self._box is not None
+        top, left, height, width = self._box
+        tall, wide = height + top % 2, width + left % 2
+        where = f"{wide + wide % 2}:{tall + tall % 2}:{left - left % 2}:{top - top % 2}"
+        graph = Graph()
+        graph.threads = 1
+        nodes = (
+            graph.add_buffer(
+                width=frame.width,
+                height=frame.height,
+                format=frame.format,
+                time_base=frame.time_base,
+            ),
+            graph.add("crop", where),
+            graph.add("buffersink"),
+        )
+        graph.link_nodes(*nodes).configure()
+        return graph
+
+
+def decode_jpegs(
+    pictures: Sequence[bytes | memoryview], *, height: int, width: int, box: Box | None = None
+) -> np.ndarray:
+    """Pictures of one size, or `box` of them: (T, H, W, C)."""
+    top, left, tall, wide = box or (0, 0, height, width)
+    frames = np.empty((len(pictures), tall, wide, 3), dtype=np.uint8)
     whole = np.empty((height, width, 3), dtype=np.uint8)
-    part = _cut(whole, box)
     try:
-        for place, picture in enumerate(pictures):
+        for picture, frame in zip(pictures, frames, strict=True):
             # The fast forms differ by a few grey levels, far less than compression does.
             image = simplejpeg.decode_jpeg(picture, buffer=whole, fastdct=True, fastupsample=True)
             if image.shape != whole.shape:
                 raise ValueError("a picture has another size")
-            yield place, part
+            frame[:] = whole[top : top + tall, left : left + wide]
     except ValueError as error:
         raise BrokenMediaError(f"a JPEG cannot be decoded: {error}") from None
+    return frames
 
 
 def encode_sound(wave: np.ndarray, storage: Storage, *, kbps: int) -> bytes:
