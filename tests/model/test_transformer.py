@@ -46,6 +46,21 @@ def test_the_encoder_equals_the_formulas():
     torch.testing.assert_close(encoder(tokens, biases), naive(encoder, tokens, biases))
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_first_tokens_alone_are_those_of_all(biased):
+    torch.manual_seed(0)
+    encoder, tokens = Encoder(SIZE, dropout=0.0).double(), torch.randn(3, 5, 12).double()
+    biases = [torch.randn(3, 1, 1, 5).double(), torch.randn(1, 2, 5, 5).double()] if biased else ()
+    whole, first = encoder(tokens, biases), encoder(tokens, biases, wanted=2)
+    torch.testing.assert_close(first, whole[:, :2])
+    gradients = [
+        torch.autograd.grad(part.square().sum(), list(encoder.parameters()))
+        for part in (whole[:, :2], first)
+    ]
+    for ours, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_without_positions_permuting_tokens_permutes_the_output():
     torch.manual_seed(0)
     encoder = Encoder(SIZE, dropout=0.0)

@@ -31,24 +31,23 @@ class Watched:
 
     def watch(self, clip_ids: list[str], inputs: Tensor, counts: Tensor | None) -> None:
         """Run the tower; `counts` (B, 1 + N) is 0 for pads."""
-        entered: list[Tensor] = []
+        entered: list[tuple[Tensor, ...]] = []
         active: list[Tensor] = []
 
         def add(_module: Any, _inputs: Any, nodes: Tensor) -> None:
             whole = nodes.new_ones(nodes.shape[:2]) if counts is None else counts
             active.append(torch.einsum("bnm,bn->m", nodes.double(), whole.double()))
 
-        blocks = self.tower.encoder.blocks
-        hooks = [block.mlp.activation.register_forward_hook(add) for block in blocks]
-        hooks.append(
-            self.tower.encoder.register_forward_pre_hook(lambda _, given: entered.append(given[0]))
-        )
+        encoder = self.tower.encoder
+        hooks = [encoder.register_forward_pre_hook(lambda _, given: entered.append(given))]
         try:
             self.tower(inputs)
+            hooks += [block.mlp.activation.register_forward_hook(add) for block in encoder.blocks]
+            encoder(*entered[0])  # for every token; a tower asks for AGG's answer alone
         finally:
             for hook in hooks:
                 hook.remove()
-        (tokens,) = entered
+        tokens = entered[0][0]
         whole = tokens.new_ones(tokens.shape[:2]) if counts is None else counts.to(tokens.dtype)
         own = whole[:, 1:, None]  # AGG is no input
         self.inputs.append(((tokens[:, 1:] * own).sum(1) / own.sum(1)).float().cpu().numpy())

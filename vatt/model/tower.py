@@ -25,7 +25,7 @@ class Tower(nn.Module):
     def forward(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
         """Raw input -> features (B, D), fp32; `kept` (B, K) names the tokens that go on."""
         tokens = prepend(self.agg_token, self.embed(inputs, kept))
-        return full_precision(self.post(self.encoder(tokens)[:, 0]))
+        return full_precision(self.post(self.encoder(tokens, wanted=1)[:, 0]))
 
 
 class TextTower(nn.Module):
@@ -53,7 +53,7 @@ class TextTower(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:  # (B, L) word ids, 0 pads -> (B, D), fp32
         tokens = self.lift(prepend(self.agg_token, self.embed(text)))
-        return full_precision(self.post(self.encoder(tokens, self._biases(text))[:, 0]))
+        return full_precision(self.post(self.encoder(tokens, self._biases(text), wanted=1)[:, 0]))
 
     def _biases(self, text: Tensor) -> Sequence[Tensor]:
         is_pad = nn.functional.pad(text == 0, (1, 0))  # AGG is none

@@ -33,10 +33,13 @@ class Attention(nn.Module):
         self.qkv = Linear(size.dim, 3 * inner, bias=bias)
         self.out = Linear(inner, size.dim, bias=bias)
 
-    def forward(self, tokens: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, bias: Tensor | None = None, *, wanted: int | None = None
+    ) -> Tensor:  # (B, N, D) -> (B, wanted or N, D)
         query, key, value = rearrange(
             self.qkv(tokens), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads
         )
+        query, bias = query[:, :, :wanted], None if bias is None else bias[:, :, :wanted]
         dropout = self.dropout if self.training else 0.0
         mixed = attention(query, key, value, bias=bias, scale=self.scale, dropout=dropout)
         return self.out(rearrange(mixed, "b heads n d -> b n (heads d)"))
@@ -69,8 +72,11 @@ class Block(nn.Module):
         self.mlp = MLP(size, bias=bias, dropout=dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens: Tensor, bias: Tensor | None = None) -> Tensor:
-        tokens = tokens + self.dropout(self.attention(self.attention_norm(tokens), bias))
+    def forward(
+        self, tokens: Tensor, bias: Tensor | None = None, *, wanted: int | None = None
+    ) -> Tensor:  # (B, N, D) -> (B, wanted or N, D)
+        mixed = self.attention(self.attention_norm(tokens), bias, wanted=wanted)
+        tokens = tokens[:, :wanted] + self.dropout(mixed)
         return tokens + self.dropout(self.mlp(self.mlp_norm(tokens)))
 
 
@@ -94,10 +100,21 @@ class Encoder(nn.Module):
         )
         self.norm = norm(size.dim)
 
-    def forward(self, tokens: Tensor, biases: Sequence[Tensor | None] = ()) -> Tensor:
-        """(B, N, D) -> (B, N, D); `biases`, where given, holds one bias for each block."""
-        for block, bias in zip(self.blocks, biases or [None] * len(self.blocks), strict=True):
-            tokens = block(tokens, bias)
+    def forward(
+        self,
+        tokens: Tensor,
+        biases: Sequence[Tensor | None] = (),
+        *,
+        wanted: int | None = None,
+    ) -> Tensor:
+        """(B, N, D) -> (B, N, D), or the first `wanted` tokens alone, which costs a block less.
+
+        `biases`, where given, holds one bias for each block.
+        """
+        biases = biases or [None] * len(self.blocks)
+        for number, (block, bias) in enumerate(zip(self.blocks, biases, strict=True), start=1):
+            # What the last block makes of the other tokens, nobody would read.
+            tokens = block(tokens, bias, wanted=wanted if number == len(self.blocks) else None)
         return self.norm(tokens)
 
 

@@ -10,7 +10,8 @@ An encoder block keeps for its backward pass, per clip:
   activation n M c              GELU's input
   attention  3 n I c            q, k, v; with its scores, h n n c, where no fused operator is used
 With dropout: a mask for each place where it acts. With activation checkpointing only its input
-(n D 4) stays, and one block at a time has all of it.
+(n D 4) stays, and one block at a time has all of it. The last block answers for AGG alone: its
+first norm, q k v and their keys and values are for all tokens, the rest is for one.
 """
 
 import math
@@ -141,13 +142,21 @@ def attention_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool) 
     return three * kind.number + size.heads * tokens * FP32  # a fused one
 
 
+def last_block_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool) -> int:
+    """What the last block keeps of one clip, the norm after it included."""
+    inner = size.heads * size.head_dim
+    norm = size.dim * FP32 + 2 * FP32
+    of_all = norm + (size.dim + 3 * inner) * kind.number
+    of_agg = block_bytes(size, 1, kind, masked=masked)  # its share of the above included
+    return tokens * of_all + of_agg
+
+
 def encoder_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool = False) -> int:
     """What an encoder keeps of one clip, its last norm included."""
     block = block_bytes(size, tokens, kind, masked=masked)
-    last = tokens * size.dim * FP32 + 2 * tokens * FP32
     if kind.checkpointing:
-        return size.depth * tokens * size.dim * FP32 + block + last
-    return size.depth * block + last
+        return size.depth * tokens * size.dim * FP32 + block
+    return (size.depth - 1) * block + last_block_bytes(size, tokens, kind, masked=masked)
 
 
 def clip_bytes(model: ModelParams, params: PretrainParams, setting: Setting) -> int:
