@@ -13,6 +13,13 @@ def however_small(monkeypatch):
     monkeypatch.setattr(operators, "_CHUNK", 4 * 17 * 17)  # six heads: four, then two
 
 
+@pytest.fixture(params=[True, False])
+def narrow(request, monkeypatch):
+    """A processor on which convolutions are the faster, and one on which they are not."""
+    monkeypatch.setattr(operators, "_library_is_narrow", lambda: request.param)
+    return request.param
+
+
 def gradients(output, *inputs):
     torch.manual_seed(1)
     return torch.autograd.grad(output, inputs, torch.randn_like(output))
@@ -26,7 +33,7 @@ def close(left, right, tolerance):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(3, 7, 24), (5, 24), (2, 3, 4, 24)])
-def test_linear_equals_torchs_in_fp32(shape, bias):
+def test_linear_equals_torchs_in_fp32(shape, bias, narrow):
     torch.manual_seed(0)
     layer, inputs = Linear(24, 40, bias=bias), torch.randn(*shape, requires_grad=True)
     fast = layer(inputs)
@@ -34,13 +41,13 @@ def test_linear_equals_torchs_in_fp32(shape, bias):
     with plain_operators():
         plain = layer(inputs)
     plain_gradients = gradients(plain, inputs, *layer.parameters())
-    assert "Convolution" in str(fast.grad_fn)
+    assert ("Convolution" in str(fast.grad_fn)) == narrow
     assert "Convolution" not in str(plain.grad_fn)
     close([fast, *fast_gradients], [plain, *plain_gradients], 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_types_take_torchs_linear(dtype):
+def test_other_types_take_torchs_linear(dtype, narrow):
     layer = Linear(8, 8).to(dtype)
     assert "Convolution" not in str(layer(torch.randn(4, 8, dtype=dtype)).grad_fn)
 
@@ -69,7 +76,28 @@ def test_attention_equals_torchs(dtype, tolerance, biased):
     close(fast, plain, tolerance)
 
 
-def test_the_switch_is_off_again_afterwards():
+def test_fewer_queries_than_keys_equal_the_first_of_all():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 3, 17, 8).bfloat16()
+    some, all_ = (
+        attention(part, key, value, bias=None, scale=0.35, dropout=0.0)
+        for part in (query[:, :, :2], query)
+    )
+    close([some], [all_[:, :, :2]], 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "narrow"),
+    [("AuthenticAMD", 26, True), ("AuthenticAMD", 25, False), ("GenuineIntel", 26, False)],
+)
+def test_the_processor_says_whether_the_library_is_narrow(vendor, family, narrow, monkeypatch):
+    facts = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\n"
+    monkeypatch.setattr(operators.Path, "read_text", lambda *_, **__: facts)
+    assert operators._library_is_narrow.__wrapped__() == narrow
+
+
+def test_the_switch_is_off_again_afterwards(monkeypatch):
+    monkeypatch.setattr(operators, "_library_is_narrow", lambda: True)
     with pytest.raises(RuntimeError), plain_operators():
         raise RuntimeError
     assert "Convolution" in str(Linear(4, 4)(torch.randn(2, 4)).grad_fn)

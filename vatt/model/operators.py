@@ -10,6 +10,8 @@ B clips, N tokens.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +37,11 @@ class Linear(nn.Linear):
     """A linear layer."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        work = inputs.numel() * self.out_features
-        if work < _WORTH_IT or not _fast_on_cpu(inputs) or _type_of(inputs) != torch.float32:
-            return F.linear(inputs, self.weight, self.bias)
-        return _ConvolutionLinear.apply(inputs, self.weight, self.bias)
+        large = inputs.numel() * self.out_features >= _WORTH_IT
+        suits = large and _fast_on_cpu(inputs) and _type_of(inputs) == torch.float32
+        if suits and _library_is_narrow():
+            return _ConvolutionLinear.apply(inputs, self.weight, self.bias)
+        return F.linear(inputs, self.weight, self.bias)
 
 
 def attention(
@@ -50,8 +53,12 @@ def attention(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """Softmax attention over (B, heads, N, head_dim); `bias` is added to the scaled scores."""
-    if bias is None and not dropout and query.dtype == torch.bfloat16 and _fast_on_cpu(query):
+    """Softmax attention over (B, heads, N, head_dim); `bias` is added to the scaled scores.
+
+    There may be fewer queries than keys and values.
+    """
+    plain = bias is None and not dropout and query.shape == key.shape
+    if plain and query.dtype == torch.bfloat16 and _fast_on_cpu(query):
         return _ChunkedAttention.apply(query, key, value, scale, torch.is_grad_enabled())
     bias = None if bias is None else bias.to(query.dtype)
     return F.scaled_dot_product_attention(
@@ -64,8 +71,22 @@ def full_precision(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+@cache
+def _library_is_narrow() -> bool:
+    """Whether torch's fp32 matrix library (MKL) uses half of this processor's vector width.
+
+    So it is on AMD's from Zen 5 (family 26) on. Up to Zen 4, and on Intel's, it reaches the peak.
+    """
+    try:
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    families = [line.split(":")[1] for line in facts.splitlines() if line.startswith("cpu family")]
+    return "AuthenticAMD" in facts and int(families[0]) >= 26
+
+
 class _ConvolutionLinear(torch.autograd.Function):
-    """A linear layer as a 1 x 1 convolution, which takes oneDNN's fp32 path."""
+    """A linear layer whose products are 1 x 1 convolutions, which take oneDNN's fp32 path."""
 
     @staticmethod
     def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
@@ -74,12 +95,13 @@ class _ConvolutionLinear(torch.autograd.Function):
         return _convolve(inputs, weight, bias)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         inputs, weight = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
+        asked = ctx.needs_input_grad[0]
         return (
-            _convolve(gradient, weight.t(), None),
-            rows.t() @ inputs.reshape(-1, inputs.shape[-1]),
+            _convolve(gradient, weight.t(), None) if asked else None,
+            _outer(rows, inputs.reshape(-1, inputs.shape[-1])),
             rows.sum(0) if ctx.has_bias else None,
         )
 
@@ -88,6 +110,11 @@ def _convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     image = inputs.reshape(1, -1, 1, inputs.shape[-1]).permute(0, 3, 1, 2)  # channels last
     product = F.conv2d(image, weight[:, :, None, None], bias)
     return product.permute(0, 2, 3, 1).reshape(*inputs.shape[:-1], weight.shape[0])
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:  # (N, n), (N, m) -> (n, m)
+    """left.t() @ right: the rows are the channels of an image of m pixels."""
+    return F.conv2d(right[None, :, :, None], left.t()[:, :, None, None])[0, :, :, 0]
 
 
 class _ChunkedAttention(torch.autograd.Function):
