@@ -97,9 +97,14 @@ def test_bf16_inputs_are_computed_in_fp32():
     assert torch.equal(loss, mil_nce(video.float(), texts.float(), TAU))
 
 
-@given(seed=st.integers(0, 2**16), clips=st.integers(2, 7))
+@given(
+    seed=st.integers(0, 2**16),
+    clips=st.integers(2, 7),
+    form=st.sampled_from([paper_form, release_form, symmetric_form]),
+    max_scores=st.sampled_from([1, 2**20]),
+)
 @settings(max_examples=25, deadline=None)
-def test_permuting_clips_permutes_the_gradient(seed, clips):
+def test_permuting_clips_permutes_the_gradient(seed, clips, form, max_scores):
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(clips, generator=generator)
     valid = torch.rand(clips, 3, generator=generator) < 0.7
@@ -107,7 +112,7 @@ def test_permuting_clips_permutes_the_gradient(seed, clips):
 
     def gradients(places: Tensor) -> tuple[Tensor, ...]:
         inputs = video[places].requires_grad_(), texts[places].requires_grad_()
-        loss = mil_nce(*inputs, TAU, valid=valid[places])
+        loss = mil_nce(*inputs, TAU, valid=valid[places], form=form, max_scores=max_scores)
         return torch.autograd.grad(loss, inputs)
 
     for straight, permuted in zip(gradients(torch.arange(clips)), gradients(order), strict=True):

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,6 +17,14 @@ from vatt.config import ModelParams
 
 FOLDER = Path(os.environ.get("VATT_GOLDEN", Path(__file__).parents[1] / "golden"))
 TRIMMED = "VATT_GOLDEN" not in os.environ
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+DEVICES = ["cpu", CUDA]
 
 _TOWERS = [
     (r"_base_layer/vid_backbone/_base/", "video."),

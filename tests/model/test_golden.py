@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.model.golden import (
+    DEVICES,
     TRIMMED,
     arrays,
     finetuning_params,
@@ -26,7 +27,9 @@ FINETUNED = ["ft_video", "ft_video_interp", "ft_audio", "ft_video_ut", "ft_audio
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4, floor: float = 1e-9) -> None:
     """Equal to `tolerance` of the array's largest value, and to `floor` at least."""
     scale = expected.abs().max().item()
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * scale + floor)
+    torch.testing.assert_close(
+        actual.cpu(), expected, rtol=tolerance, atol=tolerance * scale + floor
+    )
 
 
 def all_close(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -43,18 +46,18 @@ def pretrained(name: str) -> VATT:
     return model.requires_grad_()  # the small reference trains its word table
 
 
-def run(name: str, mode: str) -> tuple[VATT, Embeddings, dict[str, Tensor]]:
-    model = pretrained(name).train(mode != "eval")
+def run(name: str, mode: str, device: str) -> tuple[VATT, Embeddings, dict[str, Tensor]]:
+    model = pretrained(name).train(mode != "eval").to(device)
     file = f"{name}_{mode}"
     kept = {}
     if mode == "train_droptoken":
         for modality in ("video", "audio"):
             row = tensor(file, f"droptoken/kept_{modality}").long()
-            kept[f"kept_{modality}"] = row.expand(4, -1)
+            kept[f"kept_{modality}"] = row.expand(4, -1).to(device)
     features = model.encode(
-        tensor(file, "in/video"),
-        tensor(file, "in/audio")[..., 0],
-        tensor(file, "in/text").long().unflatten(0, (4, 3)),
+        tensor(file, "in/video").to(device),
+        tensor(file, "in/audio")[..., 0].to(device),
+        tensor(file, "in/text").long().unflatten(0, (4, 3)).to(device),
         **kept,
     )
     answers = {
@@ -73,10 +76,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["fac", "ut"])
-def test_features_and_unit_vectors_equal_the_reference(name, mode):
-    _, embeddings, features = run(name, mode)
+def test_features_and_unit_vectors_equal_the_reference(name, mode, device):
+    _, embeddings, features = run(name, mode, device)
     file = f"{name}_{mode}"
     for modality, value in features.items():
         close(value, tensor(file, f"out/{modality}/features_pooled"))
@@ -89,16 +93,17 @@ def test_features_and_unit_vectors_equal_the_reference(name, mode):
     close(embeddings.text_vt.flatten(0, 1), tensor(file, "norm/txt_tovid"))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["fac", "ut"])
-def test_losses_gradients_and_running_statistics_equal_the_reference(name, mode):
-    model, embeddings, _ = run(name, mode)
+def test_losses_gradients_and_running_statistics_equal_the_reference(name, mode, device):
+    model, embeddings, _ = run(name, mode, device)
     file = f"{name}_{mode}"
     losses = pretraining_loss(
         embeddings,
-        has_video=torch.ones(4, dtype=torch.bool),
-        has_audio=tensor(file, "label/audio_mask").bool(),
-        has_text=tensor(file, "label/text_mask").bool()[:, None].expand(4, 3),
+        has_video=torch.ones(4, dtype=torch.bool, device=device),
+        has_audio=tensor(file, "label/audio_mask").bool().to(device),
+        has_text=tensor(file, "label/text_mask").bool()[:, None].expand(4, 3).to(device),
         temperature=0.07,
         mil_nce_weight=1.0,
         form=release_form,
@@ -145,22 +150,24 @@ def available(names: list[str]) -> list[str]:
     return [name for name in names if (FOLDER / f"{name}_weights.npz").exists()]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", available([*FINETUNED, "ft_spectrogram"]))
-def test_finetuned_logits_equal_the_reference(name):
-    model = finetuned(name).eval()
+def test_finetuned_logits_equal_the_reference(name, device):
+    model = finetuned(name).eval().to(device)
     expected = tensor(f"{name}_eval", "out/logits")
     with torch.no_grad():
-        logits = model(signal(f"{name}_eval"))
+        logits = model(signal(f"{name}_eval").to(device))
     close(logits.unflatten(0, (len(expected), -1)).mean(1), expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", available([*FINETUNED, "ft_spectrogram"]))
-def test_finetuning_gradients_equal_the_reference(name):
-    model = finetuned(name).train()
+def test_finetuning_gradients_equal_the_reference(name, device):
+    model = finetuned(name).train().to(device)
     file = f"{name}_train"
-    logits = model(signal(file))
+    logits = model(signal(file).to(device))
     close(logits, tensor(file, "out/logits"))
-    logits.backward(released_loss_gradient(name, logits))
+    logits.backward(released_loss_gradient(name, logits.cpu()).to(device))
     gradients = {key: value.grad for key, value in model.named_parameters()}
     expected = ours(group(file, "grad/"))
     assert len(expected) > 20
