@@ -4,13 +4,15 @@ On a CPU: forward + backward of the base video tower (784 tokens, width 768, 12 
 Hugging Face's VideoMAE and ViViT, timm's blocks and torch.nn.TransformerEncoder; the forward pass
 against the latter's fast path; DropToken 50 % against 0 %; the operators of vatt/model/operators.py
 against torch's own. On a GPU (--gpu): the share of the measured bf16 matrix peak that a training
-step of the medium and large towers reaches with DropToken 50 %, plain and compiled.
+step of the medium and large towers reaches with DropToken 50 % and flash attention, plain and
+compiled.
 
     pip install transformers timm     # in a throwaway environment beside this project
     python bench/encoder.py --dtype bf16 fp32 --batch 1 4 --threads 2
 
-All candidates run in turn within each round, so that a busy machine slows all of them; the time of
-one is the median over the rounds, the best is shown too.
+All candidates run in turn within each round, so that a busy machine slows all of them. A ratio is
+taken within a round, of each one's second step in a row; shown are its median, lowest and highest
+over the rounds.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vatt.config import AudioParams, ModelParams, TextParams, VideoParams
 from vatt.model.assembly import build_towers
@@ -145,24 +148,31 @@ def without_choice(step: Step) -> Step:
 
 
 def compare(title: str, steps: dict[str, Step], rounds: int) -> dict[str, Any]:
-    """Times of all steps, taken in turn; the first one is ours."""
+    """Times of all steps, taken in turn, beside those of the first one."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name, step in steps.items():
+            step()  # memory is as the step itself leaves it, not as another candidate did
             start = time.perf_counter()
             step()
-            if number:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    best = {name: min(values) for name, values in times.items()}
-    ours = next(iter(steps))
-    print(f"\n{title}")
-    for name in steps:
+            times[name].append(time.perf_counter() - start)
+    first = next(iter(steps))
+    rows = {}
+    print(f"\n{title}, {rounds} rounds")
+    for name, values in times.items():
+        ratios = [mine / other for mine, other in zip(values, times[first], strict=True)]
+        rows[name] = {
+            "milliseconds": statistics.median(values) * 1e3,
+            "ratio": statistics.median(ratios),
+            "lowest": min(ratios),
+            "highest": max(ratios),
+        }
         print(
-            f"  {name:32} median {median[name] * 1e3:8.1f} ms  best {best[name] * 1e3:8.1f} ms"
-            f"  {median[name] / median[ours]:5.2f} x ours (best {best[name] / best[ours]:5.2f})"
+            "  {0:28} {milliseconds:8.1f} ms  {ratio:5.2f} times the first"
+            " ({lowest:.2f} to {highest:.2f})".format(name, **rows[name]),
+            flush=True,
         )
-    return {"title": title, "median": median, "best": best}
+    return {"title": title, "rounds": rounds, "rows": rows}
 
 
 def cpu_benchmarks(dtypes: list[str], batches: list[int], rounds: int) -> list[dict[str, Any]]:
@@ -220,11 +230,16 @@ def gpu_benchmarks(batch: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def forward_operations(size: str) -> float:
-    """Two per multiply-add of a clip: patches, dense layers, both attention products."""
+    """Two per multiply-add of a clip: patches, dense layers, both attention products.
+
+    Of the last block, what follows its keys and values is for one token.
+    """
     dims = SIZES[size]
     inner, tokens = dims.heads * dims.head_dim, TOKENS + 1
-    dense = tokens * dims.dim * (4 * inner + 2 * dims.mlp_dim)
-    return 2 * (TOKENS * 4 * 16 * 16 * 3 * dims.dim + dims.depth * (dense + 2 * tokens**2 * inner))
+    projected = tokens * 3 * dims.dim * inner
+    of_each = dims.dim * (inner + 2 * dims.mlp_dim) + 2 * tokens * inner
+    patches = TOKENS * 4 * 16 * 16 * 3 * dims.dim
+    return 2 * (patches + dims.depth * projected + ((dims.depth - 1) * tokens + 1) * of_each)
 
 
 def matrix_peak(size: int = 8192, rounds: int = 20) -> float:
@@ -244,7 +259,7 @@ def gpu_seconds(model: nn.Module, video: Tensor, kept: Tensor, rounds: int) -> f
     """Seconds of a training step."""
 
     def step() -> None:
-        with precision("bf16", "cuda"):
+        with precision("bf16", "cuda"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             loss = model(video, kept).square().mean()
         loss.backward()
         model.zero_grad(set_to_none=True)
@@ -270,6 +285,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: there is no CUDA device here")
     if options.gpu:
         results = gpu_benchmarks(options.batch[-1], options.rounds)
     else:
