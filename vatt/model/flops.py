@@ -9,7 +9,8 @@ table 5, are of the training graph: 3 more for every element that may drop out.
 
 "true": two operations a multiply-add in the projections, the dense layers and *both* products of
 attention, over the tokens that our model computes: the kept ones (it drops before it projects) and
-the AGG token; nothing else.
+the AGG token; nothing else. It counts all of the last block, where our model leaves out what AGG's
+answer does not need.
 """
 
 import math
