@@ -67,10 +67,17 @@ class PathsParams(Section):
 
 OWN_SOURCES = ("demo", "folder", "urls")
 LISTS = (  # official lists: their readers are in vatt/data/sources
-    "audioset", "esc50", "hmdb51", "howto100m", "kinetics400", "kinetics600", "kinetics700",
-    "moments", "msrvtt", "ucf101", "youcook2",
+    "audioset", "esc50", "hmdb51", "howto100m", "imagenet", "kinetics400", "kinetics600",
+    "kinetics700", "moments", "msrvtt", "ucf101", "vggsound", "youcook2",
 )  # fmt: skip
-OF_FILES = {"esc50", "hmdb51", "moments", "msrvtt", "ucf101"}  # their media come as an archive
+OF_FILES = {
+    "esc50",
+    "hmdb51",
+    "imagenet",
+    "moments",
+    "msrvtt",
+    "ucf101",
+}  # their media come as an archive
 
 
 class DemoParams(Section):
@@ -191,6 +198,18 @@ class AudioParams(Section):
     samples: PositiveInt  # S, waveform samples; for a spectrogram its number of mel frames
     patch: PositiveInt | tuple[PositiveInt, PositiveInt]  # samples, or (frames, mel bins)
     mel_bins: PositiveInt | None  # spectrogram only
+
+    @model_validator(mode="after")
+    def _bins_of_a_spectrogram(self) -> "AudioParams":
+        spectrogram = self.input == "spectrogram"
+        if spectrogram != (self.mel_bins is not None) or spectrogram != isinstance(
+            self.patch, tuple
+        ):
+            raise ValueError(
+                "a spectrogram needs mel_bins and a patch of (frames, mel bins), e.g. 80 and "
+                "[16, 5]; a waveform has mel_bins: null and a patch in samples"
+            )
+        return self
 
 
 class TextParams(Section):

@@ -26,7 +26,7 @@ class Arrays:
     """One row a clip; what is not filled is zero."""
 
     video: np.ndarray  # (B, T, H, W, C) uint8
-    audio: np.ndarray  # (B, S) int16
+    audio: np.ndarray  # (B, S) int16, or (B, frames, mel bins) float32
     text: np.ndarray  # (B, K, L) int64
     colour: np.ndarray  # (B, 4) float32
     has_video: np.ndarray  # (B,) bool

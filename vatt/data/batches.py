@@ -36,7 +36,7 @@ class Batch:
 
     clip_ids: list[str]
     video: Tensor  # (B, T, H, W, C) uint8
-    audio: Tensor  # (B, S) int16
+    audio: Tensor  # (B, S) int16, or (B, frames, mel bins) float
     text: Tensor  # (B, K, L) int64, 0 pads
     has_video: Tensor  # (B,) bool
     has_audio: Tensor  # (B,) bool
@@ -62,12 +62,12 @@ def model_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scaled(video: Tensor, audio: Tensor, colour: Tensor) -> tuple[Tensor, Tensor]:
-    """A batch's video, its colours changed, and audio, both in [-1, 1]."""
+    """A batch's video, its colours changed, and waveforms in [-1, 1]; a spectrogram as it is."""
     clips = video.float() / 255
     identity = torch.tensor(augment.IDENTITY, device=colour.device)
     if (colour != identity).any():
         clips = augment.change_colour(clips, colour)
-    return clips * 2 - 1, audio.float() / 32768
+    return clips * 2 - 1, audio if audio.is_floating_point() else audio.float() / 32768
 
 
 def train_batches(

@@ -14,6 +14,7 @@ import torch
 from vatt.config import AugmentationParams, FinetuneTaskParams, ModelParams, PretrainParams
 from vatt.data import augment
 from vatt.data.arrays import Arrays, Shapes
+from vatt.data.mel import STEP_SECONDS, log_mel
 from vatt.data.reader import BrokenSampleError, Facts
 from vatt.data.samples import Row, nearest
 from vatt.data.storage import Box
@@ -28,12 +29,13 @@ class Sampling:
     frames: int  # T
     fps: float
     frame_size: tuple[int, int]  # H, W
-    samples: int  # S
+    samples: int  # S; of a spectrogram its frames
     audio_hz: int | None  # None: as stored
     candidates: int  # K
     words: int  # L
     augmentation: AugmentationParams | None  # training only; None: centre crop, as stored
     still: bool = False  # one frame of the clip, T times
+    mel_bins: int | None = None  # a spectrogram instead of the waveform
 
     @classmethod
     def for_pretraining(cls, model: ModelParams, pretrain: PretrainParams) -> Self:
@@ -47,6 +49,7 @@ class Sampling:
             candidates=pretrain.text_candidates,
             words=model.text.words,
             augmentation=pretrain.augmentation,
+            mel_bins=model.audio.mel_bins,
         )
 
     @classmethod
@@ -65,18 +68,28 @@ class Sampling:
             words=0,
             augmentation=task.augmentation,
             still=still,
+            mel_bins=model.audio.mel_bins,
         )
 
     def shapes(self) -> Shapes:
         """What one clip takes in a batch."""
         return {
             "video": ((self.frames, *self.frame_size, 3), np.uint8),
-            "audio": ((self.samples,), np.int16),
+            "audio": self._audio_shape(),
             "text": ((self.candidates, self.words), np.int64),
             "colour": ((4,), np.float32),
             "has_video": ((), np.bool_),
             "has_audio": ((), np.bool_),
         }
+
+    def _audio_shape(self) -> tuple[tuple[int, ...], type]:
+        if self.mel_bins is None:
+            return (self.samples,), np.int16
+        return (self.samples, self.mel_bins), np.float32
+
+    def heard(self, hz: int) -> float:
+        """The seconds of sound that are shown."""
+        return self.samples / hz if self.mel_bins is None else self.samples * STEP_SECONDS
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -157,7 +170,7 @@ def fill(
     has_video = sampling.frames > 0 and row.video is not None
     has_audio = sampling.samples > 0 and row.audio is not None
     hz = sampling.audio_hz or audio_hz
-    heard = sampling.samples / hz  # seconds
+    heard = sampling.heard(hz)
     if has_video:
         seen = 1 if sampling.still else sampling.frames * fps / sampling.fps  # stored frames
         first = _first(row.num_frames - seen, request.view, generator)
@@ -179,8 +192,13 @@ def fill(
     if has_audio:
         begin = round(start * audio_hz)
         wave = stored.audio(row, begin, begin + round(heard * audio_hz))
-        wave = resample(wave, audio_hz, hz)[: sampling.samples]
-        audio[: len(wave)] = wave
+        wave = resample(wave, audio_hz, hz)
+        if sampling.mel_bins is None:
+            wave = wave[: sampling.samples]
+            audio[: len(wave)] = wave
+        else:
+            frames, bins = audio.shape
+            audio[:] = log_mel(wave / np.float32(32768), hz=hz, frames=frames, bins=bins)
     text = arrays.text[number]
     text[:] = 0
     if source.vocabulary is not None and sampling.candidates:
