@@ -163,7 +163,7 @@ def test_a_share_is_held_out_to_validate_and_the_tests_stay_the_same(folder):
 
 def test_a_folder_without_videos_is_said_so(tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(DataError, match="no video in"):
+    with pytest.raises(DataError, match="no video, sound or image in"):
         scan(tmp_path, PARAMS.data)
 
 

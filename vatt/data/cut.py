@@ -19,7 +19,7 @@ import numpy as np
 
 from vatt.config import PreprocessParams
 from vatt.data.limits import Limits, run_limited
-from vatt.data.media import FORMATS, Media
+from vatt.data.media import FORMATS, STILL_SECONDS, Media
 from vatt.errors import MachineError
 
 Window = tuple[float, float]  # start and end, seconds of the source
@@ -147,10 +147,10 @@ def _outputs(item: Cut, params: PreprocessParams, prefix: str) -> list[Any]:
         f"file:{item.source.resolve()}",
         **({"ss": f"{seek:.6f}"} if seek else {}),
         **({"max_pixels:v": MAX_PIXELS} if item.media.video is not None else {}),
+        **_form(item.media),
         t=f"{length:.6f}",
         threads=1,
         protocol_whitelist="file",
-        format_whitelist=FORMATS,
     )
     shift = item.media.start - seek
     windows = [(start + shift, end + shift) for start, end in item.windows]
@@ -163,6 +163,13 @@ def _outputs(item: Cut, params: PreprocessParams, prefix: str) -> list[Any]:
     if item.media.audio is not None:
         outputs.append(_sound(stream[str(item.media.audio)], length, params, prefix))
     return outputs
+
+
+def _form(media: Media) -> dict[str, Any]:
+    """An image is one frame that lasts; its name could be taken for a pattern of names."""
+    if media.image is None:
+        return {"format_whitelist": FORMATS}
+    return {"f": media.image, "format_whitelist": media.image, "framerate": 1 / STILL_SECONDS}
 
 
 def _pictures(

@@ -10,6 +10,8 @@ FORMATS = (
     "aac,ac3,aiff,amr,asf,au,avi,caf,dv,flac,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mov,mp4,m4a,"
     "3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,mxf,ogg,rm,vob,wav,w64,wv"
 )
+STILL_SECONDS = 1.0  # for so long an image is shown
+_IMAGES = {b"\xff\xd8\xff": "jpeg_pipe", b"\x89PNG\r\n\x1a\n": "png_pipe", b"BM": "bmp_pipe"}
 MAX_HOURS = 48  # a file that claims more lies
 NEAR_START = 0.1  # seconds
 PROGRESSIVE = 1  # FFmpeg's field order; above it are the interlaced ones
@@ -30,6 +32,7 @@ class Media:
     seconds: float  # of the picture from there on; of the sound where there is no picture
     num_frames: int
     interlaced: bool = False  # some of its pictures are two half pictures
+    image: str | None = None  # FFmpeg's name for the format of an image
 
 
 def probe(path: Path) -> Media:
@@ -38,6 +41,9 @@ def probe(path: Path) -> Media:
         raise BrokenMediaError("not a file" if path.exists() else "no such file")
     if path.stat().st_size == 0:
         raise BrokenMediaError("empty file")
+    image = image_format(path)
+    if image is not None:  # not opened: what it claims to be is for the limits of `cut`
+        return Media(0, None, 0.0, STILL_SECONDS, 1, image=image)
     try:
         with open_media(path) as container:
             return _scan(container)
@@ -48,6 +54,15 @@ def probe(path: Path) -> Media:
 def open_media(path: Path) -> av.container.InputContainer:
     """A file whose format is one of ours, whatever bytes its titles are made of."""
     return av.open(f"file:{path.resolve()}", options=_OPTIONS, metadata_errors="replace")
+
+
+def image_format(path: Path) -> str | None:
+    """FFmpeg's name for the format of an image, by its first bytes; None for anything else."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "webp_pipe"
+    return next((form for mark, form in _IMAGES.items() if head.startswith(mark)), None)
 
 
 def _scan(container: av.container.InputContainer) -> Media:

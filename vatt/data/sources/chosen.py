@@ -13,24 +13,28 @@ from vatt.data.sources.audioset import read_audioset
 from vatt.data.sources.folder import scan
 from vatt.data.sources.folds import read_esc50, read_hmdb51, read_ucf101
 from vatt.data.sources.howto100m import read_howto100m
+from vatt.data.sources.imagenet import read_imagenet
 from vatt.data.sources.kinetics import read_kinetics
 from vatt.data.sources.local import placed
 from vatt.data.sources.mix import sampled, union
 from vatt.data.sources.moments import read_moments
 from vatt.data.sources.retrieval import read_msrvtt, read_youcook2
 from vatt.data.sources.urls import read_urls
+from vatt.data.sources.vggsound import read_vggsound
 
 READERS: dict[str, Callable[[Path, DataParams], Iterator[Clip]]] = {
     "audioset": read_audioset,
     "esc50": read_esc50,
     "hmdb51": read_hmdb51,
     "howto100m": read_howto100m,
+    "imagenet": read_imagenet,
     "kinetics400": partial(read_kinetics, source="kinetics400"),
     "kinetics600": partial(read_kinetics, source="kinetics600"),
     "kinetics700": partial(read_kinetics, source="kinetics700"),
     "moments": read_moments,
     "msrvtt": read_msrvtt,
     "ucf101": read_ucf101,
+    "vggsound": read_vggsound,
     "youcook2": read_youcook2,
 }
 

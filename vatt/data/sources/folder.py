@@ -16,8 +16,13 @@ from vatt.errors import DataError
 
 AUDIO = {".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"}
 VIDEO = {".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"}
-MEDIA = AUDIO | VIDEO | {".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
+IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
+PLAYED = AUDIO | VIDEO | {".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
+MEDIA = PLAYED | IMAGES
 LABEL = "class"  # named after the sub-folder
+SPLIT_FOLDERS = {name: name for name in SPLITS} | {
+    "training": "train", "valid": "val", "validate": "val", "validation": "val", "testing": "test",
+}  # fmt: skip
 HEAD = 2**16  # bytes that tell a file from another
 
 
@@ -73,7 +78,8 @@ def scan(folder: Path, data: DataParams, preprocess: PreprocessParams | None = N
     files, ignored = _files(folder)
     if not files:
         raise DataError(
-            f"no video in {folder}", hint=f"known file names end in {', '.join(sorted(MEDIA))}"
+            f"no video, sound or image in {folder}",
+            hint=f"known file names end in {', '.join(sorted(MEDIA))}",
         )
     subtitles = _subtitles_of(folder, ignored)
     read = {name: _captions(folder / name, subtitles.get(_stem(name), [])) for name in files}
@@ -150,7 +156,17 @@ def _files(folder: Path) -> tuple[list[str], Counter[str]]:
             names.append(name)
         elif why:
             ignored[why] += 1
-    return names, ignored
+    return _without_covers(names, ignored), ignored
+
+
+def _without_covers(names: list[str], ignored: Counter[str]) -> list[str]:
+    """Images are media where there is nothing else; beside videos they are thumbnails."""
+    played = [name for name in names if Path(name).suffix.lower() in PLAYED]
+    if not played:
+        return names
+    suffixes = (Path(name).suffix.lower() for name in names)
+    ignored.update(f"{suffix} files" for suffix in suffixes if suffix in IMAGES)
+    return played
 
 
 def _why_not(path: Path, name: str) -> str | None:
@@ -233,7 +249,8 @@ def _first(marks: list[str], share: float) -> int:
 
 def _split_of(name: str) -> str | None:
     """The split that a sub-folder of that name decides."""
-    return next((part for part in Path(name).parts[:-1] if part in SPLITS), None)
+    folders = Path(name).parts[:-1]
+    return next((SPLIT_FOLDERS[part] for part in folders if part in SPLIT_FOLDERS), None)
 
 
 def _mark(path: Path) -> str:
@@ -255,7 +272,7 @@ def _mark_of_all(folder: Path, files: list[str], clips: list[Clip]) -> str:
 
 def _clip(name: str, captions: tuple[Caption, ...], split: str) -> Clip:
     path = Path(name)
-    label = path.parent.name if path.parent.name not in SPLITS else ""
+    label = path.parent.name if path.parent.name not in SPLIT_FOLDERS else ""
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", path.stem).strip("-")[:40] or "clip"
     short = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:10]
     return Clip(

@@ -18,11 +18,28 @@ COUNTS: dict[str, dict[str, int]] = {
     "esc50": {"train": 1_600, "test": 400},
     "hmdb51": {"train": 3_570, "val": 1_666, "test": 1_530},
     "howto100m": {"train": 1_220_000},  # videos; published to this precision
-    "kinetics400": {"val": 19_906, "test": 38_685},
-    "kinetics600": {"val": 30_000, "test": 72_924},
+    "imagenet": {"train": 1_281_167, "val": 50_000},
+    "kinetics400": {"train": 246_534, "val": 19_906, "test": 38_685},
+    "kinetics600": {"train": 392_622, "val": 30_000, "test": 72_924},
+    "kinetics700": {"train": 545_317, "val": 35_000, "test": 70_000},  # the list of 2019
+    "moments": {"train": 802_264, "val": 33_900},  # version 1
     "msrvtt": {"train": 9_000, "test": 1_000},
     "ucf101": {"train": 9_537, "test": 3_783},
+    "vggsound": {"train": 183_730, "test": 15_446},
     "youcook2": {"test": 3_350},
+}
+# The label that is learned from each, and how many classes it has.
+CLASSES: dict[str, tuple[str, int]] = {
+    "audioset": ("sound", 527),
+    "esc50": ("sound", 50),
+    "hmdb51": ("action", 51),
+    "imagenet": ("class", 1_000),
+    "kinetics400": ("action", 400),
+    "kinetics600": ("action", 600),
+    "kinetics700": ("action", 700),
+    "moments": ("action", 339),
+    "ucf101": ("action", 101),
+    "vggsound": ("sound", 309),
 }
 
 

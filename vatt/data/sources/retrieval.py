@@ -1,10 +1,11 @@
 """Sets for text-to-video retrieval -> clips with their sentences: YouCook2 and MSR-VTT (1k-A).
 
 Files, under their official names: youcook2: validation_youcook.csv, the clips that MIL-NCE and VATT
-are tested on; msrvtt: MSRVTT_JSFUSION_test.csv, MSRVTT_train.9k.csv and, for the sentences of the
-train clips, the official json (any *videodatainfo*.json).
+are tested on; msrvtt: MSRVTT_JSFUSION_test.csv (or msrvtt_test.csv, the same) and, for training,
+MSRVTT_train.9k.csv with the official json of its sentences (any *videodatainfo*.json, or .json.gz).
 """
 
+import gzip
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from vatt.data.sources.official import (
 )
 from vatt.errors import DataError
 
+MSRVTT_TESTS = ("MSRVTT_JSFUSION_test.csv", "msrvtt_test.csv")
 A_CLIP = 30.0  # seconds: no clip of MSR-VTT is longer; its sentences hold for all of it
 
 
@@ -59,21 +61,23 @@ def read_youcook2(folder: Path, data: DataParams) -> Iterator[Clip]:
 def read_msrvtt(folder: Path, data: DataParams) -> Iterator[Clip]:
     """The 1k-A split: 9,000 train clips with all their sentences, 1,000 test clips with one."""
     sentences: dict[str, list[str]] = {}
-    for path in sorted(folder.glob("*videodatainfo*.json")):
+    for path in sorted(folder.glob("*videodatainfo*.json*")):
         for sentence in _sentences(path):
             sentences.setdefault(str(sentence["video_id"]), []).append(str(sentence["caption"]))
-    [path] = listed_files(folder, "MSRVTT_train.9k.csv")
-    for _, row in csv_rows(path, ("video_id",)):
+    train, tests = folder / "MSRVTT_train.9k.csv", [folder / name for name in MSRVTT_TESTS]
+    for _, row in csv_rows(train, ("video_id",)) if train.is_file() else ():
         yield _msrvtt(row["video_id"], "train", sentences.get(row["video_id"], []))
-    [path] = listed_files(folder, "MSRVTT_JSFUSION_test.csv")
+    path = next((path for path in tests if path.is_file()), tests[0])
     for _, row in csv_rows(path, ("video_id", "sentence")):
         yield _msrvtt(row["video_id"], "test", [row["sentence"]])
 
 
 def _sentences(path: Path) -> list[dict[str, Any]]:
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["sentences"])
-    except (ValueError, KeyError, TypeError) as error:
+        opened = gzip.open if path.suffix == ".gz" else Path.open
+        with opened(path, "rb") as file:
+            return list(json.load(file)["sentences"])
+    except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
         raise DataError(f"{path} is broken: {error}", hint=MANGLED) from None
 
 

@@ -1,0 +1,169 @@
+"""ImageNet's (ILSVRC 2012) images -> clips of one frame, one of 1,000 classes each.
+
+Files: LOC_synset_mapping.txt (names too) or imagenet_synsets.txt; for a flat val folder one of
+LOC_val_solution.csv, imagenet_2012_validation_synset_labels.txt, or
+ILSVRC2012_validation_ground_truth.txt with the devkit's meta.mat; for several right answers an
+image (label `real`), imagenet_real_labels.json. The images lie in train/<synset>/ and val/ (flat or
+in <synset>/) of data.location, or as Kaggle's and the original archives name these folders.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from vatt.config import DataParams
+from vatt.data.manifest import LABEL_SEPARATOR, Clip
+from vatt.data.sources.folder import IMAGES
+from vatt.data.sources.official import MANGLED, Faults, csv_rows, file_clip, open_text
+from vatt.errors import DataError
+
+LABEL, REAL = "class", "real"
+BASES = ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
+FOLDERS = {
+    "train": ("train", "ILSVRC2012_img_train"),
+    "val": ("val", "validation", "ILSVRC2012_img_val"),
+}
+SYNSETS = ("LOC_synset_mapping.txt", "imagenet_synsets.txt")
+KAGGLE = "LOC_val_solution.csv"
+BY_NUMBER = "imagenet_2012_validation_synset_labels.txt"  # a synset a line, in the images' order
+DEVKIT, DEVKIT_IDS = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
+REASSESSED = "imagenet_real_labels.json"
+_SYNSET = re.compile(r"n\d{8}")
+_VAL = re.compile(r"ILSVRC2012_val_(\d{8})")
+
+
+def read_imagenet(folder: Path, data: DataParams) -> Iterator[Clip]:
+    """All images of train/, and all that val/ should hold."""
+    assert data.location is not None  # the schema asks for it
+    classes = read_classes(folder)
+    real = read_real(folder, classes)
+    train, val = (_folder(data.location, split) for split in FOLDERS)
+    if train is None and val is None:
+        raise DataError(
+            f"neither train nor val in {data.location}",
+            hint="unpack the archives there: train/n01440764/..., val/ILSVRC2012_val_00000001.JPEG",
+        )
+    if train is not None:
+        for synset, name in _images(data.location, train, classes):
+            yield file_clip(name, "imagenet", "train", {LABEL: classes[synset]})
+    if val is not None:
+        for synset, name in _val_images(folder, data.location, val, classes):
+            yield file_clip(name, "imagenet", "val", _val_labels(name, classes[synset], real))
+
+
+def read_classes(folder: Path) -> dict[str, str]:
+    """Synsets in the official order, with what they are called: n01440764 -> n01440764 tench."""
+    path = next((folder / name for name in SYNSETS if (folder / name).is_file()), None)
+    if path is None:
+        raise DataError(
+            f"none of {', '.join(SYNSETS)} in {folder}",
+            hint="docs/data-sources.md says where to get them",
+        )
+    faults = Faults(path, hint=MANGLED)
+    classes: dict[str, str] = {}
+    for line, text in enumerate(open_text(path), start=1):
+        synset, _, names = text.strip().replace(" : ", " ", 1).partition(" ")
+        if not _SYNSET.fullmatch(synset):
+            faults.add(line, f"'{synset}' is no synset")
+        elif synset in classes:
+            faults.add(line, f"{synset} once more")
+        classes[synset] = f"{synset} {names.partition(',')[0]}".strip()
+    faults.check()
+    return classes
+
+
+def read_real(folder: Path, classes: dict[str, str]) -> list[str] | None:
+    """The reassessed labels of each val image, joined; "" where no class is right."""
+    path = folder / REASSESSED
+    if not path.is_file():
+        return None
+    names = list(classes.values())
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+        return [LABEL_SEPARATOR.join(names[number] for number in some) for some in numbers]
+    except (ValueError, TypeError, IndexError) as error:
+        raise DataError(f"{path} is broken: {error}", hint=MANGLED) from None
+
+
+def read_val(folder: Path) -> dict[int, str] | None:
+    """The synset of each val image by its number; None when no file says."""
+    if (folder / KAGGLE).is_file():
+        rows = csv_rows(folder / KAGGLE, ("ImageId", "PredictionString"))
+        return {
+            _number(row["ImageId"], folder / KAGGLE, line): row["PredictionString"].split(" ")[0]
+            for line, row in rows
+        }
+    if (folder / BY_NUMBER).is_file():
+        return dict(enumerate((line.strip() for line in open_text(folder / BY_NUMBER)), start=1))
+    if (folder / DEVKIT).is_file():
+        synset_of = _devkit_ids(folder / DEVKIT_IDS)
+        lines = enumerate(open_text(folder / DEVKIT), start=1)
+        return {number: synset_of.get(line.strip(), line) for number, line in lines}
+    return None
+
+
+def _devkit_ids(path: Path) -> dict[str, str]:
+    """The devkit numbers the classes in an order of its own, which its MATLAB file tells."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing", hint="it lies in the devkit's data folder")
+    from scipy.io import loadmat  # slow to import, and seldom needed
+
+    try:
+        rows = loadmat(str(path), squeeze_me=True, variable_names=["synsets"])["synsets"]
+        return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in rows}
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise DataError(f"{path} is broken: {error}", hint=MANGLED) from None
+
+
+def _number(name: str, path: Path, line: int) -> int:
+    match = _VAL.fullmatch(name)
+    if match is None:
+        raise DataError(f"{path}:{line}: '{name}' is no val image", hint=MANGLED)
+    return int(match[1])
+
+
+def _folder(location: Path, split: str) -> Path | None:
+    places = (location / base / name for base in BASES for name in FOLDERS[split])
+    return next((place for place in places if place.is_dir()), None)
+
+
+def _images(location: Path, place: Path, classes: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Synsets and names of the images in a folder with one folder a class."""
+    for folder in sorted(path for path in place.iterdir() if path.is_dir()):
+        if folder.name not in classes:
+            raise DataError(
+                f"{folder} is named like no class of ImageNet",
+                hint="move it away, or use `vattctl finetune folder` for classes of your own",
+            )
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() in IMAGES:
+                yield folder.name, path.relative_to(location).as_posix()
+
+
+def _val_images(
+    folder: Path, location: Path, place: Path, classes: dict[str, str]
+) -> Iterator[tuple[str, str]]:
+    """In folders by class, or flat with a file that tells the classes."""
+    if any(_SYNSET.fullmatch(path.name) for path in place.iterdir()):
+        yield from _images(location, place, classes)
+        return
+    told = read_val(folder)
+    if told is None:
+        raise DataError(
+            f"{place} is flat, and no file in {folder} tells its classes",
+            hint=f"add {KAGGLE} (Kaggle), {BY_NUMBER}, or {DEVKIT} and {DEVKIT_IDS} (the devkit)",
+        )
+    unknown = sorted(set(told.values()) - set(classes))
+    if unknown:
+        raise DataError(f"'{unknown[0]}' is a val label, and no class", hint=MANGLED)
+    for number, synset in told.items():
+        name = place / f"ILSVRC2012_val_{number:08d}.JPEG"
+        yield synset, name.relative_to(location).as_posix()
+
+
+def _val_labels(name: str, label: str, real: list[str] | None) -> dict[str, str]:
+    match = _VAL.fullmatch(Path(name).stem)
+    number = int(match[1]) if match else 0
+    right = real[number - 1] if real is not None and 1 <= number <= len(real) else ""
+    return {LABEL: label} | ({REAL: right} if right else {})
