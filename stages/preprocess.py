@@ -3,6 +3,7 @@
 import json
 
 from vatt.config import load_params
+from vatt.data.attrition import account, shares
 from vatt.data.ledger import read_ledger
 from vatt.data.manifest import manifest_hash, read_manifest
 from vatt.data.shards import TEXT_FACTS, write_shards
@@ -35,9 +36,12 @@ def main() -> None:
             progress=tick,
         )
         run.log(0, {f"clips.{state}": float(count) for state, count in counts.items()})
+        left = account(paths.manifest, downloads=[paths.download_ledger],
+                       preprocess=paths.preprocess_ledger)  # fmt: skip
         with atomic_write(paths.metrics / "preprocess.json") as path:
             said = json.loads((paths.shards / TEXT_FACTS).read_text(encoding="utf-8"))
-            path.write_text(json.dumps({"clips": counts, "text": said}, indent=2) + "\n")
+            content = {"clips": counts, "text": said, "lists": shares(left)}
+            path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

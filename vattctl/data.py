@@ -195,6 +195,8 @@ def _text(value: Any) -> str:
 
 
 def _as_json(found: "Attrition") -> dict[str, Any]:
+    from vatt.data.attrition import shares
+
     def row(loss: "Loss") -> dict[str, Any]:
         return {"official": loss.official, "listed": loss.listed, "states": loss.counts()}
 
@@ -206,6 +208,7 @@ def _as_json(found: "Attrition") -> dict[str, Any]:
             {"source": source, "split": split, **row(loss)}
             for (source, split), loss in sorted(found.by_split.items())
         ],
+        "official": shares(found),
         "classes": [
             {"label": label, "value": value, **row(loss)}
             for (label, value), loss in sorted(found.by_class.items())
@@ -227,12 +230,25 @@ def _print(found: "Attrition", params: "Params") -> None:
         worst = sorted(lost, key=lambda key: (lost[key].states["ok"] / lost[key].listed, key))
         rows = [[*key, *_numbers(lost[key], ["ok"])] for key in worst[:WORST]]
         _echo_table([["label", "class", "listed", "ok"], *rows], left=2)
+    for line in _shortfalls(found):
+        click.echo(line)
     share = found.total.states["ok"] / max(found.total.listed, 1)
     click.echo(f"\n{share:.1%} kept; data.min_share asks for {params.data.min_share:.0%}")
     click.echo(f"hash of the listed clips  {found.listed_hash}")
     click.echo(f"hash of the kept clips    {found.kept_hash}")
     if any(found.total.states[state] for state in ("rate-limited", "network")):
         click.echo("next: vattctl download --retry retryable")
+
+
+def _shortfalls(found: "Attrition") -> list[str]:
+    from vatt.data.attrition import shares
+
+    lines = [
+        f"{row['source']} {row['of']}: {row['kept']:,} of the official {row['official']:,} are here"
+        for row in shares(found)
+        if row["official"] is not None and row["kept"] < row["official"]
+    ]
+    return ["", *lines] if lines else []
 
 
 def _numbers(loss: "Loss", states: list[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from tests.data.corpus import make_clip
-from vatt.data.attrition import account
+from vatt.data.attrition import account, shares
 from vatt.data.ledger import Entry, write_ledger
 from vatt.data.manifest import manifest_hash, write_manifest
 
@@ -43,5 +43,11 @@ def test_every_clip_counts_once_in_the_state_of_its_last_stage(tmp_path):
     assert found.by_class["sound", "Dog"].listed == 6
     assert found.by_class["sound", "Bark"].counts() == {"network": 1, "too-short": 1, "pending": 1}
     assert found.listed_hash == manifest_hash(tmp_path / "m")
+    assert shares(found) == [
+        {"source": "audioset", "of": "train", "official": 2063949, "listed": 4, "kept": 1},
+        {"source": "urls", "of": "test", "official": None, "listed": 1, "kept": 0},
+        {"source": "urls", "of": "train", "official": None, "listed": 1, "kept": 1},
+        {"source": "audioset", "of": "classes", "official": 527, "listed": 2, "kept": 1},
+    ]
     write_manifest(tmp_path / "kept", [clips[4], clips[0]])
     assert found.kept_hash == manifest_hash(tmp_path / "kept")

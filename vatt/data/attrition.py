@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vatt.data.ledger import STATES, Entry, read_entries
 from vatt.data.manifest import LABEL_SEPARATOR, SetName, mark_of, read_manifest
-from vatt.data.sources.official import COUNTS
+from vatt.data.sources.official import CLASSES, COUNTS
 
 PENDING = "pending"  # listed, and no ledger says anything of it yet
 WORDS = (*STATES, PENDING)
@@ -72,6 +73,27 @@ def account(manifest: Path, *, downloads: Sequence[Path], preprocess: Path) -> A
     sizes = Counter(name for name, _ in by_class)
     by_class = {key: loss for key, loss in by_class.items() if sizes[key[0]] <= MANY_CLASSES}
     return Attrition(total, by_split, by_class, listed.hexdigest(), kept.hexdigest())
+
+
+def shares(found: Attrition) -> list[dict[str, Any]]:
+    """What is left of each list: clips by split, and classes, beside the official numbers.
+
+    `official` is None for clips of one's own.
+    """
+    rows: list[dict[str, Any]] = [
+        {"source": source, "of": split, "official": loss.official, "listed": loss.listed,
+         "kept": loss.states["ok"]}
+        for (source, split), loss in sorted(found.by_split.items())
+    ]  # fmt: skip
+    for source in sorted({source for source, _ in found.by_split} & CLASSES.keys()):
+        label, official = CLASSES[source]
+        classes = [loss for (name, _), loss in found.by_class.items() if name == label]
+        kept = sum(loss.states["ok"] > 0 for loss in classes)
+        rows.append(
+            {"source": source, "of": "classes", "official": official, "listed": len(classes),
+             "kept": kept}
+        )  # fmt: skip
+    return rows
 
 
 class _States:
