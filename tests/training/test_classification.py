@@ -71,6 +71,23 @@ def test_a_mixture_is_a_weighted_sum_with_the_partner():
     assert mixed.tolist() == [[0.25 * 1 + 0.75 * 3, 0.25 * 2 + 0.75 * 6], [3.0, 6.0]]
 
 
+def test_mixtures_are_the_release_s():
+    golden = np.load(Path(__file__).parents[1] / "golden" / "data.npz")
+    own = torch.tensor(golden["mixup/lambda(one per example)"])[:, 0]
+    partners = torch.tensor(golden["mixup/perm"]).long()
+    for name in ("", "_label"):
+        mixed = mix(torch.tensor(golden[f"mixup/in{name}"]), own, partners)
+        torch.testing.assert_close(mixed, torch.tensor(golden[f"mixup/out{name}"]))
+
+
+def test_labels_are_smoothed_as_the_release_does():
+    golden = np.load(Path(__file__).parents[1] / "golden" / "data.npz")
+    hard, smooth = (torch.tensor(golden[f"label/{name}"]) for name in ("onehot", "smoothed_0.1"))
+    logits = torch.linspace(-2, 2, hard.numel()).view(hard.shape)
+    expected = -(smooth * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(softmax_loss(logits, hard, smoothing=0.1), expected)
+
+
 def test_a_mixture_s_share_depends_on_seed_step_and_sample_only():
     whole = draw_mix(5.0, seed=1, step=2, samples=range(8))
     assert torch.equal(whole[4:], draw_mix(5.0, seed=1, step=2, samples=range(4, 8)))
