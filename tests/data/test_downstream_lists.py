@@ -36,11 +36,11 @@ def test_kinetics(tmp_path, name, classes):
     files = {f"{stem}_{split}.csv": FILES / "Kinetics" / f"{stem}_{split}.csv"
              for split in ("val", "test")}  # fmt: skip
     clips = list(READERS[name](place(tmp_path, files), DATA))
-    official = {split: COUNTS[name][split] for split in ("val", "test")}
-    assert counts(clips) == official and len(values(clips, "action")) == classes
+    # Val is tested on; what the test lists hold has no labels.
+    assert counts(clips) == {"test": COUNTS[name]["test"]}
+    assert len(values(clips, "action")) == classes and all(clip.labels for clip in clips)
     known = (FILES / "Kinetics" / f"label_map_k{name[-3:]}.txt").read_text().splitlines()
     assert values(clips, "action") == {label.strip() for label in known}
-    assert all(("action" in clip.labels) == (clip.split == "val") for clip in clips)
     assert len({clip.clip_id for clip in clips}) == len(clips)
 
 
@@ -127,7 +127,7 @@ def test_moments(tmp_path):
     real = FILES / "MomentsInTime"
     files = {f"{name}.csv": real / f"{name}.made.csv" for name in ("trainingSet", "validationSet")}
     clips = list(READERS["moments"](place(tmp_path, files), DATA))
-    assert counts(clips) == {"train": 6560, "val": 960}
+    assert counts(clips) == {"train": 6560, "test": 960}
     assert clips[0].url == "folder:training/inflating/yt-vvIxdBxctWY_15.mp4"
     known = (real / "label_map_mit.txt").read_text().splitlines()
     assert len(known) == CLASSES["moments"][1] and values(clips, "action") <= set(known)

@@ -158,13 +158,13 @@ def test_imagenet_s_layouts_and_val_labels(tmp_path, layout, kind):
         source="imagenet", annotations=tmp_path / "lists", location=location, min_clips=1
     )
     clips = list(listed(params.data, 0))
-    assert Counter(clip.split for clip in clips) == {"train": 6, "val": 4}
-    told = {clip.url[-13:]: clip.labels for clip in clips if clip.split == "val"}
+    assert Counter(clip.split for clip in clips) == {"train": 6, "test": 4}
+    told = {clip.url[-13:]: clip.labels for clip in clips if clip.split == "test"}
     assert told["00000001.JPEG"] == {"class": "n01443537 goldfish", "real": "n01443537 goldfish"}
     assert told["00000002.JPEG"]["real"] == "n01440764 tench|n01443537 goldfish"
     assert told["00000003.JPEG"] == {"class": "n01443537 goldfish"}
     through(tmp_path, params, clips, fps=1, video_storage="jpeg", jpeg_scale=2)
-    for split in ("train", "val"):
+    for split in ("train", "test"):
         batches = eval_batches(
             tmp_path / "shards", split=split, batch_size=8, sampling=still(params)
         )
@@ -223,7 +223,7 @@ def test_imagenet_s_own_files_load_whole():
     assert len(classes) == CLASSES["imagenet"][1] and classes["n02123045"] == "n02123045 tabby"
     assert list(classes) == (FILES / "imagenet_synsets.txt").read_text().split()
     real = read_real(FILES, classes)
-    assert len(real) == COUNTS["imagenet"]["val"]
+    assert len(real) == COUNTS["imagenet"]["test"]
     assert sum(not labels for labels in real) == 3163  # images that show none of the thousand
     assert len({name for labels in real for name in labels.split("|")} - {""}) == 1000
     assert read_val(FILES) is None

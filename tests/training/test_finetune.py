@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.training import tiny
+from vatt.checkpoint import save
 from vatt.config import FinetuneTaskParams
 from vatt.errors import DataError, SettingsError
 from vatt.model.classifier import Classifier
@@ -17,6 +18,7 @@ from vatt.training.finetune import (
     hash_of_weights,
     load_backbone,
 )
+from vatt.training.tasks import start
 
 CLASSES = ["0", "1", "2"]
 
@@ -104,14 +106,37 @@ def test_it_resumes_from_the_same_start_only(tmp_path, caplog):
     assert "not resuming" in caplog.text and "start was" in caplog.text
 
 
-def test_the_backbone_starts_from_the_pretrained_tower():
-    vatt = tiny.make_model(tiny.model_params(), seed=5)
+@pytest.mark.parametrize("backbone", ["specific", "agnostic"])
+def test_the_backbone_starts_from_the_pretrained_tower(backbone):
+    settings = tiny.model_params(backbone=backbone)
+    vatt = tiny.make_model(settings, seed=5)
     for modality, tower in (("video", vatt.video), ("audio", vatt.audio)):
-        model = classifier(modality)
+        model = Classifier(settings, modality=modality, num_classes=3, head_dropout=0.0)
         head = model.head.weight.clone()
         load_backbone(model, vatt.state_dict())
         assert hash_of_weights(model.backbone) == hash_of_weights(tower)
         assert torch.equal(model.head.weight, head)
+
+
+@pytest.mark.parametrize("init", ["pretrained", "scratch"])
+@pytest.mark.parametrize("recipe", ["paper", "release"])
+def test_a_task_of_more_frames_and_pixels_starts_from_resized_positions(tmp_path, recipe, init):
+    settings = tiny.model_params().model_copy(update={"recipe": recipe})
+    vatt = tiny.make_model(settings, seed=5)
+    save(vatt, settings, tmp_path)
+    video = task(frames=8, frame_size=24, drop_rate=0.5)
+    model = start(video, classes=CLASSES, init=init, pretrained=tmp_path, seed=0)
+    positions = model.backbone.embed.positions
+    assert model.num_tokens == (8 // 2) * (24 // 8) ** 2
+    for axis, size in (("temporal", 4), ("vertical", 3), ("horizontal", 3)):
+        table, before = positions.get_parameter(axis), vatt.video.embed.positions
+        assert table.shape[0] == size and table.requires_grad
+        resized = before.resize(before.get_parameter(axis), size)
+        assert torch.allclose(table, resized, atol=1e-6) == (init == "pretrained")
+    image = task(modality="image", frames=None, frame_size=32)
+    model = start(image, classes=CLASSES, init=init, pretrained=tmp_path, seed=0)
+    assert model.num_tokens == (32 // 8) ** 2  # one voxel deep
+    assert model(torch.zeros(2, 2, 32, 32, 3)).shape == (2, 3)
 
 
 def test_mixed_targets_follow_the_mixed_inputs():

@@ -4,7 +4,8 @@ Files: LOC_synset_mapping.txt (names too) or imagenet_synsets.txt; for a flat va
 LOC_val_solution.csv, imagenet_2012_validation_synset_labels.txt, or
 ILSVRC2012_validation_ground_truth.txt with the devkit's meta.mat; for several right answers an
 image (label `real`), imagenet_real_labels.json. The images lie in train/<synset>/ and val/ (flat or
-in <synset>/) of data.location, or as Kaggle's and the original archives name these folders.
+in <synset>/) of data.location, or as Kaggle's and the original archives name these folders. Val is
+what is tested on: the test labels are not public.
 """
 
 import json
@@ -49,7 +50,7 @@ def read_imagenet(folder: Path, data: DataParams) -> Iterator[Clip]:
             yield file_clip(name, "imagenet", "train", {LABEL: classes[synset]})
     if val is not None:
         for synset, name in _val_images(folder, data.location, val, classes):
-            yield file_clip(name, "imagenet", "val", _val_labels(name, classes[synset], real))
+            yield file_clip(name, "imagenet", "test", _val_labels(name, classes[synset], real))
 
 
 def read_classes(folder: Path) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Moments in Time's lists -> clips: three-second files, one of 339 actions each.
 
 Files, under their official names: trainingSet.csv and validationSet.csv (no header: file, label,
-votes for, votes against). The media lie in training/ and validation/ of data.location.
+votes for, votes against). The media lie in training/ and validation/ of data.location; validation
+is what is tested on, as in the paper: the test labels are not public.
 """
 
 import csv
@@ -12,7 +13,7 @@ from vatt.config import DataParams
 from vatt.data.manifest import Clip
 from vatt.data.sources.official import MANGLED, Faults, file_clip, listed_files, open_text
 
-FILES = {"trainingSet.csv": ("training", "train"), "validationSet.csv": ("validation", "val")}
+FILES = {"trainingSet.csv": ("training", "train"), "validationSet.csv": ("validation", "test")}
 
 
 def read_moments(folder: Path, data: DataParams) -> Iterator[Clip]:
