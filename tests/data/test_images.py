@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -35,7 +36,7 @@ def write_image(path: Path, colour: tuple[int, int, int], *, size=(60, 90), form
     content[size[0] // 2 :] = colour
     encoder = av.CodecContext.create(codec, "w")
     encoder.height, encoder.width, encoder.pix_fmt = *size, pixels
-    encoder.time_base = "1/25"
+    encoder.time_base = Fraction(1, 25)
     frame = av.VideoFrame.from_ndarray(content, format="rgb24").reformat(
         format=pixels, dst_color_range=2 if codec == "mjpeg" else None
     )
