@@ -317,12 +317,6 @@ def demo(context: click.Context, assignments: tuple[str, ...], force: bool, dry_
 
 
 COMMANDS = (
-    pretrain,
-    _stage_command(
-        "finetune",
-        "Fine-tune on every task, from pre-trained weights and from scratch.",
-        "vattctl finetune --set finetune.tasks.action.steps=300",
-    ),
     _stage_command(
         "evaluate",
         "Measure probes, fine-tuned accuracy and zero-shot retrieval.",

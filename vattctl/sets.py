@@ -1,0 +1,318 @@
+"""A data set by its name: presets/sets/<set>.yaml and the recipe that it names -> settings.
+
+Two sub-projects come of it: sets/<set> downloads and preprocesses, experiments/<name> fine-tunes,
+evaluates and reports on its shards, from the checkpoint that --from names.
+"""
+
+import difflib
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vatt.errors import DataError, SettingsError, VattError
+from vattctl.experiments import Experiment
+
+if TYPE_CHECKING:
+    from vatt.config import ModelParams, Params
+    from vatt.data.manifest import Clip
+
+SETS, RECIPES = Path("presets/sets"), Path("presets/recipes")
+OWN = ("folder", "csv")
+PAPER_FPS, PAPER_HZ = 25, 48_000  # rates that a checkpoint of another shape was trained with
+SHOWN_WHOLE = 7 / 8  # of the short side, in a test crop
+
+Settings = dict[tuple[str, ...], Any]
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the command line asks for."""
+
+    name: str  # of the set
+    start: Path  # a checkpoint's folder
+    location: Path | None  # --data
+    annotations: Path
+    experiment: str
+    init: tuple[str, ...] = ("pretrained",)
+    modality: str | None = None
+    drop_rate: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The two sub-projects, and what a person should know before they run."""
+
+    clips: Experiment
+    work: Experiment
+    about: str
+    trains: bool
+
+
+def folder_of(wanted: Wanted) -> str:
+    """Of a set's shards; data of one's own may be of several kinds."""
+    if wanted.name not in OWN or wanted.location is None:
+        return wanted.name
+    short = hashlib.sha256(str(wanted.location).encode()).hexdigest()[:6]
+    readable = re.sub(r"[^A-Za-z0-9_]+", "-", wanted.location.stem).strip("-")
+    return f"{wanted.name}-{readable}-{short}"
+
+
+def names() -> list[str]:
+    """The sets that have a file."""
+    return sorted(path.stem for path in SETS.glob("*.yaml"))
+
+
+def plan(wanted: Wanted, project: "Params", assignments: Settings) -> Plan:
+    """Settings for a set; whatever cannot work is said here, before anything runs."""
+    tree = overlay(wanted.name)
+    model = start_model(wanted.start)
+    about, files = tree.pop("about", ""), tree.pop("files", "")
+    epochs = tree.pop("epochs", None)
+    data = tree["data"] | {
+        "location": None if wanted.location is None else str(wanted.location),
+        "location_hash": None,
+        "annotations": None if wanted.name in OWN else str(wanted.annotations),
+    }
+    tree["data"] = data
+    seen = look(wanted, project, data, files)
+    data["location_hash"] = seen.mark
+    if wanted.name in OWN:
+        fit_own(tree, seen.clips, wanted, epochs)
+    fit_rates(tree, model, project)
+    task = tree.pop("task", None)
+    if task is not None:
+        if wanted.drop_rate is not None:
+            task["drop_rate"] = wanted.drop_rate
+        tree["finetune"] = {
+            "run": [wanted.name],
+            "init": list(wanted.init),
+            "tasks": {wanted.name: task},
+        }
+    else:
+        tree["finetune"] = {"run": [], "init": ["pretrained"], "tasks": {}}
+    tree["report"] = {"title": f"VATT on {wanted.name}"}
+    tree["evaluate"] = known_to_schema(tree["evaluate"])
+    settings = assigned(flat(tree), assignments)
+    # The recipe too: `vattctl table` takes it from there. Another seed needs no other shards.
+    own = {key: value for key, value in settings.items() if key[0] != "seed"}
+    folder = Path("sets") / folder_of(wanted)
+    trains = bool(settings["finetune", "run"])
+    stages = ("finetune", "evaluate", "report") if trains else ("evaluate", "report")
+    return Plan(
+        clips=Experiment(folder, ("download", "preprocess"), own),
+        work=Experiment(
+            Path("experiments") / wanted.experiment,
+            stages,
+            settings,
+            data=folder,
+            start=wanted.start,
+        ),
+        about=about,
+        trains=trains,
+    )
+
+
+def known_to_schema(evaluate: Tree) -> Tree:
+    """Without what an evaluation of this version does not know."""
+    from vatt.config import EvaluateParams, ProbeParams
+
+    kept = {key: value for key, value in evaluate.items() if key in EvaluateParams.model_fields}
+    probes = kept.get("probes", {})
+    kept["probes"] = {
+        name: {key: value for key, value in probe.items() if key in ProbeParams.model_fields}
+        for name, probe in probes.items()
+    }
+    return kept
+
+
+def overlay(name: str) -> Tree:
+    """The set's file over its recipe's."""
+    if name not in names():
+        close = difflib.get_close_matches(name, names(), n=1)
+        raise SettingsError(
+            f"no data set '{name}'",
+            hint=f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(names())}",
+        )
+    tree = _read(SETS / f"{name}.yaml")
+    return merged(_read(RECIPES / f"{tree.pop('recipe')}.yaml"), tree)
+
+
+def merged(under: Tree, over: Mapping[str, Any]) -> Tree:
+    """Section by section: what `over` says holds."""
+    result = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def flat(tree: Tree) -> Settings:
+    """Sections and their keys, as `--set` names them: {("data", "source"): ...}."""
+    return {(section, key): value for section, keys in tree.items() for key, value in keys.items()}
+
+
+def assigned(settings: Settings, assignments: Settings) -> Settings:
+    """With the command line's --set, which may reach into a value such as the task."""
+    result = dict(settings)
+    for keys, value in assignments.items():
+        if len(keys) <= 2 or keys[:2] not in result:
+            result[keys] = value
+            continue
+        result[keys[:2]] = changed(result[keys[:2]], keys, value, depth=2)
+    return result
+
+
+def changed(section: Any, keys: tuple[str, ...], value: Any, *, depth: int) -> Any:
+    """A copy of nested settings in which one is changed; a key that is not there is an error."""
+    if not isinstance(section, dict) or keys[depth] not in section:
+        known = sorted(section) if isinstance(section, dict) else []
+        close = difflib.get_close_matches(keys[depth], known, n=1)
+        raise SettingsError(
+            f"--set: no key {'.'.join(keys)}",
+            hint=f"did you mean '{'.'.join((*keys[:depth], close[0]))}'?" if close
+            else f"{'.'.join(keys[:depth])} has: {', '.join(known) or 'no keys'}",
+        )  # fmt: skip
+    last = depth == len(keys) - 1
+    inner = value if last else changed(section[keys[depth]], keys, value, depth=depth + 1)
+    return {**section, keys[depth]: inner}
+
+
+# --- what the checkpoint and the data decide ------------------------------------------------------
+
+
+def start_model(folder: Path) -> "ModelParams":
+    """The shape of the checkpoint that training starts from."""
+    from vatt.checkpoint import load_config
+    from vatt.config import ModelParams
+
+    if not folder.is_dir():
+        raise DataError(
+            f"no checkpoint in {folder}",
+            hint="train one with `vattctl pretrain`, convert a released one with `vattctl import`, "
+            "or name another with --from DIR",
+        )
+    config = load_config(folder)
+    if "classifier" in config:
+        raise DataError(
+            f"{folder} holds a classifier, which has no words and no common space",
+            hint="start from the pre-trained checkpoint that it was made from",
+        )
+    return ModelParams.model_validate(config["model"])
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the source lists, and a mark that changes with it."""
+
+    clips: "list[Clip]"
+    mark: str | None
+
+
+def look(wanted: Wanted, project: "Params", data: Tree, files: str) -> Seen:
+    """The clips of one's own data; of an official list the first, to see that it can be read."""
+    from vatt.config import OF_FILES, DataParams
+    from vatt.data.sources.chosen import listed
+    from vatt.data.sources.folder import scan
+    from vatt.data.sources.mark import mark_of_lists
+
+    if wanted.location is None and wanted.name in (*OWN, *OF_FILES):
+        what = "a csv file" if wanted.name == "csv" else "the folder with the unpacked files"
+        raise SettingsError(
+            f"{wanted.name} needs --data", hint=f"vattctl finetune {wanted.name} --data: {what}"
+        )
+    params = DataParams.model_validate({**project.data.model_dump(), **data})
+    try:
+        if params.source == "folder" and params.location is not None:
+            found = scan(params.location, params)
+            return Seen(found.clips, found.mark)
+        clips = iter(listed(params, project.seed))
+        first = list(clips) if wanted.name in OWN else [next(clips)]
+        return Seen(first, mark_of_lists(params))
+    except StopIteration:
+        raise DataError(f"the lists of {wanted.name} hold no clip", hint=files or None) from None
+    except VattError as error:
+        if not files:
+            raise
+        raise type(error)(
+            str(error).partition("\n  -> ")[0],
+            hint=f"{error.hint or ''}\n     {wanted.annotations / wanted.name} should hold {files}",
+        ) from None
+
+
+def fit_own(tree: Tree, clips: "list[Clip]", wanted: Wanted, epochs: int) -> None:
+    """Modality, label, split and steps of a folder or csv of one's own."""
+    task, label = tree["task"], tree["task"]["label"]
+    splits = Counter(clip.split for clip in clips if clip.labels.get(label))
+    classes = {
+        clip.labels[label] for clip in clips if clip.split == "train" and label in clip.labels
+    }
+    if len(classes) < 2:
+        raise DataError(
+            f"{len(classes)} classes among {splits['train']} labelled train files: "
+            f"nothing to tell apart",
+            hint="a folder for each class: root/class/file, or root/train/class/file"
+            if wanted.name == "folder" else "a column named label with two values or more",
+        )  # fmt: skip
+    if not splits["test"]:
+        raise DataError(
+            f"no file of {wanted.location} is there to test on",
+            hint="call its folder test (column split: test), or leave all splits out and a share "
+            "of the files is drawn",
+        )
+    task["modality"] = wanted.modality or modality_of(clips)
+    steps = max(math.ceil(epochs * splits["train"] / task["batch_size"]), 100)
+    task["steps"], task["optimizer"]["warmup_steps"] = steps, steps // 10
+    tree["data"]["require"] = ["audio"] if task["modality"] == "audio" else ["video"]
+    kind = "audio" if task["modality"] == "audio" else "video"
+    probe = {"modality": kind, "label": label, "train_labels": None, "folds": []}
+    tree["evaluate"]["probes"] = {wanted.name: probe}
+    if task["modality"] == "image":
+        tree["preprocess"] |= {"clip_seconds": 1.0, "fps": 1, "video_storage": "jpeg"}
+        tree["preprocess"] |= {"jpeg_scale": 2, "min_clip_seconds": 1.0}
+    tree["evaluate"]["retrieval_pool"] = max(splits["test"], 2)
+
+
+def modality_of(clips: "list[Clip]") -> str:
+    """What most files are, by their names: image, audio or video."""
+    from vatt.data.sources.folder import AUDIO, IMAGES
+
+    kinds = Counter(
+        "image" if suffix in IMAGES else "audio" if suffix in AUDIO else "video"
+        for suffix in (Path(clip.url.partition("?")[0]).suffix.lower() for clip in clips)
+    )
+    return kinds.most_common(1)[0][0]
+
+
+def fit_rates(tree: Tree, model: "ModelParams", project: "Params") -> None:
+    """Rates and sizes that the set leaves open are those that the checkpoint was trained with.
+
+    One of the project's own shape was trained as the project says, any other as the paper says.
+    """
+    ours = model.model_dump(exclude={"text"}) == project.model.model_dump(exclude={"text"})
+    side = model.video.frame_size
+    size = side if isinstance(side, int) else max(side)
+    preprocess, evaluate = tree["preprocess"], tree["evaluate"]
+    task = tree.get("task", {})
+    open_fps = "fps" not in preprocess
+    preprocess.setdefault("fps", project.preprocess.fps if ours else PAPER_FPS)
+    preprocess.setdefault("audio_hz", project.preprocess.audio_hz if ours else PAPER_HZ)
+    preprocess.setdefault(
+        "short_side", project.preprocess.short_side if ours else round(size / SHOWN_WHOLE)
+    )
+    shown = project.pretrain.fps if ours else PAPER_FPS / 2
+    evaluate.setdefault("fps", min(shown, preprocess["fps"]))
+    if task.get("modality") == "video" and task["fps"] is None:
+        task["fps"] = min(shown, preprocess["fps"]) if open_fps else preprocess["fps"] / 2
+
+
+def _read(path: Path) -> Tree:
+    import yaml
+
+    tree: Tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return tree
