@@ -1,0 +1,258 @@
+"""What pre-training on the demo's made corpus is worth on real sound: prints a Markdown table.
+
+    python bench/real_audio.py --fsdd DIR --esc10 DIR --from DIR... --seeds 0 1 2
+
+DIR of --fsdd holds recordings/<digit>_<speaker>_<take>.wav (Free Spoken Digit Dataset); of --esc10
+audio/ and meta/esc50.csv in ESC-50's layout. Each --from is a checkpoint; the seeds take them in
+turn. Everything trained goes the way of one's own data: a csv, then `vattctl finetune csv`.
+
+A log-mel spectrogram of the same 0.8 s window and logistic regression (its strength chosen on the
+train clips) is what the encoder has to beat.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from vatt.config import load_params
+from vatt.data.labels import balanced
+from vatt.data.manifest import Clip, path_in_folder
+from vatt.data.mel import STEP_SECONDS, log_mel
+from vatt.data.sources.urls import read_urls
+from vatt.metrics import Metric, measured
+
+HZ, WINDOW, BINS = 8000, 6400, 40
+FOLDS = 4  # of the choice of a strength; no class has fewer train clips
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+TEST_TAKES = 5  # of a speaker and digit: the official test
+FEW = 100  # labels, ten a digit
+PARTS = 3  # of ESC-10's fold 4: a class has recordings of three sources at least
+RESAMPLES = 1000
+SETS = {"fsdd": (600, None), "fsdd-few": (200, FEW), "esc10": (0, None)}  # steps, labels
+TITLES = {
+    "fsdd": "FSDD, 2,700 labels",
+    "fsdd-few": f"FSDD, {FEW} labels",
+    "esc10": "ESC-10, fold 4 in thirds",
+}
+Row = tuple[str, str, list[Metric]]
+
+
+def main() -> None:
+    """List, train, measure, print."""
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("--fsdd", type=Path, required=True)
+    options.add_argument("--esc10", type=Path, required=True)
+    options.add_argument("--from", dest="starts", type=Path, nargs="+", required=True)
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--work", type=Path, default=Path("data/real-audio"))
+    options.add_argument("--of", nargs="+", default=list(SETS), choices=SETS)
+    given = options.parse_args()
+    work = given.work.absolute()
+    digits, parts = spoken_digits(given.fsdd, work / "fsdd"), sounds(given.esc10, work / "esc10")
+    starts = [given.starts[n % len(given.starts)].absolute() for n in range(len(given.seeds))]
+    rows: list[Row] = []
+    for name in given.of:
+        found = [
+            probed(parts, start, seed) if name == "esc10" else tuned(digits, name, start, seed)
+            for start, seed in zip(starts, given.seeds, strict=True)
+        ]
+        if name == "esc10":
+            base = pooled([baseline(part, None) for part in parts])
+        else:
+            base = baseline(digits, SETS[name][1])
+        rows += table(TITLES[name], found, base)
+    show(rows, given.seeds)
+
+
+# --- lists ----------------------------------------------------------------------------------------
+
+
+def write_list(folder: Path, rows: list[dict[str, str]], *, name: str) -> Path:
+    """A csv beside the files, as `vattctl finetune csv` takes it."""
+    path = folder / f"{name}.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def spoken_digits(source: Path, folder: Path) -> Path:
+    """The official split: takes 0 to 4 of each speaker and digit are the test."""
+    shutil.copytree(source / "recordings", folder / "recordings", dirs_exist_ok=True)
+    rows = []
+    for path in sorted((folder / "recordings").glob("*.wav")):
+        digit, _, take = path.stem.split("_")
+        split = "test" if int(take) < TEST_TAKES else "train"
+        rows.append({"path": f"recordings/{path.name}", "label": digit, "split": split})
+    assert Counter(row["split"] for row in rows) == {"train": 2700, "test": 300}
+    return write_list(folder, rows, name="digits")
+
+
+def sounds(source: Path, folder: Path) -> list[Path]:
+    """The 80 clips of fold 4, each third tested once; no two thirds share a source recording."""
+    shutil.copytree(source / "audio", folder / "audio", dirs_exist_ok=True)
+    with (source / "meta" / "esc50.csv").open(newline="", encoding="utf-8") as file:
+        clips = [row for row in csv.DictReader(file) if row["fold"] == "4"]
+    sizes = Counter((row["category"], row["src_file"]) for row in clips)
+    filled: Counter[tuple[str, int]] = Counter()
+    part_of = {}
+    for (category, recording), size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        part = min(range(PARTS), key=lambda number: filled[category, number])
+        filled[category, part] += size
+        part_of[recording] = part
+    lists = []
+    for part in range(PARTS):
+        rows = [
+            {"path": f"audio/{row['filename']}", "label": row["category"],
+             "split": "test" if part_of[row["src_file"]] == part else "train"}
+            for row in clips
+        ]  # fmt: skip
+        lists.append(write_list(folder, rows, name=f"third-{part + 1}"))
+    return lists
+
+
+# --- ours -----------------------------------------------------------------------------------------
+
+
+def run(data: Path, name: str, start: Path, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """An experiment by the ordinary command; its metrics."""
+    command = [sys.executable, "-m", "vattctl.cli", "-q", "finetune", "csv", "--data", str(data)]
+    command += ["--from", str(start), "--name", name, "--init", "pretrained", "--init", "scratch"]
+    for key, value in {"seed": seed, **settings}.items():
+        command += ["--set", f"{key}={json.dumps(value)}"]
+    subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "NO_COLOR": "1"})
+    folder = Path("experiments") / name
+    metrics = load_params(folder / "params.yaml").paths.metrics / "evaluate.json"
+    found: dict[str, Any] = json.loads((folder / metrics).read_text(encoding="utf-8"))
+    return found
+
+
+def tuned(data: Path, name: str, start: Path, seed: int) -> dict[str, Metric]:
+    """Fine-tuning and probes on the spoken digits."""
+    steps, labels = SETS[name]
+    task = {"steps": steps, "train_labels": labels, "optimizer.warmup_steps": steps // 10,
+            "optimizer.learning_rate": 3e-4}  # fmt: skip
+    settings = {f"finetune.tasks.csv.{key}": value for key, value in task.items()}
+    settings["evaluate.probes.csv.train_labels"] = labels
+    found = run(data, f"{name}-{seed}", start, seed, settings)
+    answers = found["classification"]["csv"]
+    return {
+        "fine-tuned": answers["pretrained"]["top_1"],
+        "trained from scratch": answers["scratch"]["top_1"],
+        "difference of these two": answers["difference"],
+        **probes_of(found),
+    }
+
+
+def probed(lists: list[Path], start: Path, seed: int) -> dict[str, Metric]:
+    """Probes on the sounds, each third asked once: all 80 clips together."""
+    found = [
+        probes_of(run(part, f"esc10-{part.stem}-{seed}", start, seed, {"finetune.run": []}))
+        for part in lists
+    ]
+    return {way: pooled([one[way] for one in found]) for way in found[0]}
+
+
+def probes_of(found: dict[str, Any]) -> dict[str, Metric]:
+    """Both classifiers on both encoders."""
+    return {
+        f"{text} on {encoder} features": found["probes"]["csv"][kind][encoder]
+        for kind, text in (("svm", "SVM"), ("low_rank", "low-rank classifier"))
+        for encoder in ("pretrained", "untrained")
+    }
+
+
+def pooled(metrics: list[Metric]) -> Metric:
+    """Accuracies on parts that are asked once each -> that on all clips."""
+    sizes = [int(one["n"] or 0) for one in metrics]
+    rights = [round(float(one["value"] or 0) * n) for one, n in zip(metrics, sizes, strict=True)]
+    hits = [np.arange(size) < right for right, size in zip(rights, sizes, strict=True)]
+    chance = metrics[0]["chance"]
+    return measured(np.concatenate(hits), chance=chance, resamples=RESAMPLES, seed=0)
+
+
+# --- baseline -------------------------------------------------------------------------------------
+
+
+def features(list_file: Path) -> tuple[np.ndarray, list[Clip]]:
+    """A flattened log-mel of the centre of each clip of the list."""
+    clips = list(read_urls(list_file, load_params().data))
+    found = []
+    for clip in clips:
+        resampler = av.AudioResampler(format="s16", layout="mono", rate=HZ)
+        with av.open(str(path_in_folder(clip.url, list_file))) as container:
+            parts = [
+                part for frame in container.decode(audio=0) for part in resampler.resample(frame)
+            ]
+        parts += resampler.resample(None)
+        wave = np.concatenate([part.to_ndarray()[0] for part in parts])
+        first = max(len(wave) - WINDOW, 0) // 2
+        wave = wave[first : first + WINDOW] / np.float32(32768)
+        frames = round(WINDOW / HZ / STEP_SECONDS)
+        found.append(log_mel(wave, hz=HZ, frames=frames, bins=BINS).ravel())
+    return np.stack(found), clips
+
+
+def answers(x: np.ndarray, y: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Of a logistic regression whose strength is chosen on the clips that it learns from."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+    strengths = {"logisticregression__C": STRENGTHS}
+    search = GridSearchCV(model, strengths, cv=StratifiedKFold(FOLDS))
+    return np.asarray(search.fit(x, y).predict(asked))
+
+
+def baseline(list_file: Path, labels: int | None) -> Metric:
+    """On the list's split, with all labels or the few that fine-tuning sees."""
+    x, clips = features(list_file)
+    y = np.asarray([clip.labels["label"] for clip in clips])
+    train = [place for place, clip in enumerate(clips) if clip.split == "train"]
+    test = [place for place, clip in enumerate(clips) if clip.split == "test"]
+    names = [clips[place].clip_id for place in train]
+    train = [train[place] for place in balanced(names, y[train].tolist(), labels)]
+    hits = answers(x[train], y[train], x[test]) == y[test]
+    return measured(hits, chance=1 / len(set(y)), resamples=RESAMPLES, seed=0)
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def table(title: str, found: list[dict[str, Metric]], base: Metric) -> list[Row]:
+    """The rows of a data set: every way of ours over the seeds, then the baseline."""
+    rows: list[Row] = [(title, way, [one[way] for one in found]) for way in found[0]]
+    return [*rows, (title, "log-mel + logistic regression", [base])]
+
+
+def show(rows: list[Row], seeds: list[int]) -> None:
+    """Markdown; per cent with the 95 % interval of each seed's bootstrap over the test clips."""
+    print(f"| data | way | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |")
+    print("|---|---|" + "---|" * (len(seeds) + 1))
+    for data, way, values in rows:
+        cells = [cell(value) for value in values]
+        cells += [""] * (len(seeds) - len(cells))
+        mean = np.mean([float(value["value"] or 0) for value in values])
+        print(f"| {data} | {way} | {' | '.join(cells)} | {100 * mean:.1f} |")
+
+
+def cell(metric: Metric) -> str:
+    """A value in per cent and its interval."""
+    value, low, high = (100 * float(metric[name] or 0) for name in ("value", "low", "high"))
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
+
+
+if __name__ == "__main__":
+    main()
