@@ -165,17 +165,29 @@ def run_dvc(arguments: list[str], *, quiet: bool) -> None:
 
 
 def forward_signals(parent: int) -> None:
-    """Hand SIGTERM and SIGUSR1 to the stages: dvc itself would die and leave them as orphans."""
+    """Hand SIGTERM and SIGUSR1 to the stage: dvc itself would die and leave it as an orphan.
+
+    To the stage alone: its launcher and its processes get them from it, in the right order.
+    """
 
     def forward(signum: int, frame: FrameType | None) -> None:
         import psutil
 
-        for child in psutil.Process(parent).children(recursive=True):
-            if "stages." in " ".join(child.cmdline()):
-                child.send_signal(signum)
+        for child in psutil.Process(parent).children(recursive=True):  # parents come first
+            try:
+                if _is_stage(child.cmdline()):
+                    child.send_signal(signum)
+                    return
+            except psutil.Error:  # it ended while we looked
+                continue
 
     signal.signal(signal.SIGTERM, forward)
     signal.signal(signal.SIGUSR1, forward)
+
+
+def _is_stage(command: list[str]) -> bool:
+    """Whether this is `python -m stages.<name>`: not a shell or a launcher that names it."""
+    return command[1:2] == ["-m"] and command[2:3] != [] and command[2].startswith("stages.")
 
 
 def closing_lines(targets: tuple[str, ...]) -> str:
