@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 _NEVER = -1e30  # the score of a pair that takes no part; finite, so that no gradient is NaN
-_MAX_SCORES = 2**20  # scores held at a time, in each direction: a few tens of MB
+MAX_SCORES = 2**20  # scores held at a time, in each direction: a few tens of MB
 
 # Scores (b, B, K) of the anchors' videos with all texts and of their texts with all videos, the
 # anchors' places in the batch (b,), the candidates there are (B, K) -> a loss of each anchor (b,).
@@ -127,7 +127,7 @@ def mil_nce(
     *,
     valid: Tensor | None = None,
     form: Form = paper_form,
-    max_scores: int = _MAX_SCORES,
+    max_scores: int = MAX_SCORES,
 ) -> Tensor:
     """MIL-NCE of (B, E) and (B, K, E): the mean of `form` over the clips with a candidate, or 0.
 

@@ -1,7 +1,9 @@
 """What a pre-training takes, before it starts: plan, and the check that `pretrain` begins with."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +15,7 @@ from vattctl.terminal import show
 if TYPE_CHECKING:
     from vatt.config import Params
     from vatt.plan.forecast import Forecast, Place
+    from vatt.plan.memory import Setting
 
 PLAN_VERSION = 1
 PARTS = {
@@ -90,7 +93,9 @@ def make_plan(params: "Params", device: str | None) -> dict[str, Any]:
         click.echo("trying the model on this machine...", err=True)
         if (params.paths.shards / "index.jsonl").exists():
             loader = run_loader(params)
-        speed: Speed = TrialSpeed(run_trial(params), params.pretrain, loader)
+        speed: Speed = TrialSpeed(
+            run_trial(params), params.pretrain, loader, _network(params, place)
+        )
     else:
         assert place.device is not None
         speed = GpuSpeed(place.device, params.model, params.pretrain, counts)
@@ -104,6 +109,18 @@ def make_plan(params: "Params", device: str | None) -> dict[str, Any]:
         "largest": plans.largest_micro_batch(params, setting, place, counts),
         "cheapest": plans.cheapest(params, setting.processes, place, speed, counts),
     }
+
+
+def _network(params: "Params", place: "Place") -> "Callable[[Setting], float]":
+    """Seconds between GPUs by their data sheet; between a CPU's processes there are none."""
+    from vatt.plan.memory import count
+    from vatt.plan.speed import network_seconds
+
+    if place.device is None:
+        return lambda _: 0.0
+    return partial(
+        network_seconds, place.device, params.model, params.pretrain, count(params.model)
+    )
 
 
 def check_memory(params: "Params", *, force: bool) -> None:

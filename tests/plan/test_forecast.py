@@ -26,6 +26,8 @@ from vatt.plan.speed import (
     TrialSpeed,
     gather_bytes,
     gradient_bytes,
+    loss_flops,
+    network_seconds,
 )
 from vatt.training.devices import GPUS
 from vatt.training.telemetry import pretraining_work
@@ -48,6 +50,27 @@ def test_features_and_gradients_that_travel_by_hand():
     assert gradient_bytes(COUNTS, Setting(processes=2, zero_stage=3), passes=4) == 5 * 4000 / 2
 
 
+def test_every_process_computes_heads_and_scores_of_the_whole_batch():
+    params = tiny.pretrain_params(batch_size=8, text_candidates=2)
+    heads = 16 * 12 + 12 * 12 + 12 * 8 + 16 * 12 + 2 * 16 * 8  # multiply-adds of a clip
+    scores = 8 * 8 * (12 + 2 * 8)  # of all pairs, one direction
+    assert loss_flops(tiny.model_params(), params) == 3 * 2 * 8 * heads + 4 * 2 * 2 * scores
+
+
+def test_the_network_carries_features_gradients_and_offloaded_weights():
+    gpu, batch = GPUS["h100-80gb"], PAPER.pretrain.batch_size
+
+    def seconds(**setting):
+        return network_seconds(gpu, PAPER.model, PAPER.pretrain, COUNTS, Setting(**setting))
+
+    assert seconds() == 0
+    features = gather_bytes(PAPER.model, PAPER.pretrain, 16)
+    sent = features + gradient_bytes(COUNTS, Setting(processes=16))
+    assert seconds(processes=16) == pytest.approx(sent / gpu.network)
+    alone = seconds(zero_stage=3, offload="all", micro_batch_size=batch // 4)
+    assert alone == pytest.approx(3 * 4 * 4000 / gpu.host)  # three passes over four micro-batches
+
+
 def test_a_gpu_s_step_is_operations_over_a_share_of_its_peak():
     gpu = GPUS["h100-80gb"]
     speed = GpuSpeed(gpu, PAPER.model, PAPER.pretrain, COUNTS)
@@ -66,6 +89,8 @@ def test_a_trial_s_step_is_its_clips_and_what_every_step_costs():
     speed = TrialSpeed(trial, tiny.pretrain_params(batch_size=64), loader=32.0)
     found = speed(Setting())
     assert found.busy == pytest.approx(1.24) and found.total == 2.0 and found.bound == "loader"
+    speed = TrialSpeed(trial, tiny.pretrain_params(batch_size=64), network=lambda setting: 0.3)
+    assert speed(Setting()).busy == pytest.approx(1.54)
 
 
 def test_days_hours_energy_by_hand():

@@ -1,13 +1,17 @@
 """The memory formula against what autograd keeps, and against sums done by hand."""
 
+import itertools
+
 import pytest
 import torch
 
 from tests.training import tiny
 from vatt.config import SizeParams
+from vatt.data.batches import scaled
 from vatt.model.drop_token import draw_kept
 from vatt.model.vatt import VATT
 from vatt.plan.memory import (
+    COLOUR_FLOATS,
     Counts,
     Kind,
     Setting,
@@ -103,6 +107,30 @@ def test_caching_makes_activations_independent_of_the_batch():
 
     assert activations(512, 64) == activations(256, 64)
     assert activations(512, None) > 4 * activations(512, 64)
+
+
+def test_changing_colours_takes_so_many_copies_of_the_pictures():
+    video = torch.randint(256, (2, 4, 32, 32, 3), dtype=torch.uint8)
+    colour = torch.tensor([0.1, 1.2, 0.8, 0.1]).repeat(2, 1)
+    with torch.profiler.profile(profile_memory=True) as found:
+        scaled(video, torch.zeros(2, 1, dtype=torch.int16), colour)
+    assert found.profiler is not None
+    events = found.profiler.kineto_results.events()
+    grown = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    peak = max(itertools.accumulate(nbytes for _, nbytes in grown))
+    assert peak / (video.numel() * 4) == pytest.approx(COLOUR_FLOATS, rel=0.02)
+
+
+def test_colours_count_where_the_settings_change_them():
+    change = PARAMS.augmentation.model_copy(update={"hue": 0.1})
+    setting, clips = Setting(micro_batch_size=64), 64
+    still = memory(tiny.DEMO.model, PARAMS, setting)
+    moving = memory(tiny.DEMO.model, PARAMS.model_copy(update={"augmentation": change}), setting)
+    video = tiny.DEMO.model.video
+    assert isinstance(video.frame_size, int)
+    pictures = clips * video.frames * video.frame_size**2 * 3 * 4
+    assert moving.inputs - still.inputs >= (COLOUR_FLOATS - 1.1) * pictures
+    assert moving.total > still.total
 
 
 def test_activation_checkpointing_keeps_less():

@@ -24,8 +24,8 @@ from vatt.model.inputs import audio_patch
 from vatt.model.sizes import resolve
 
 FP32, INT64 = 4, 8
+COLOUR_FLOATS = 20 / 3  # copies of the pictures while vatt.data.augment changes their colours
 ADAM_STATES, SGD_STATES = 2, 1  # numbers kept for a weight
-MAX_SCORES = 2**24  # vatt.losses: scores held at a time, in each direction
 BUCKET = 50_000_000  # vatt.training.engine: numbers that ZeRO reduces at once
 FALLBACK_BUCKET = 500_000_000  # numbers that DeepSpeed joins to reduce at stage 0, also alone
 SCORE_BYTES = 6 * FP32 + 2  # of a pair: both directions, masked, their gradients; two masks
@@ -203,10 +203,13 @@ def feature_values(model: ModelParams, candidates: int) -> int:
 
 def loss_bytes(model: ModelParams, params: PretrainParams) -> int:
     """Features of all processes, what the heads keep, and the scores of one block at work."""
+    from vatt.losses import MAX_SCORES
+
     batch, candidates = params.batch_size, params.text_candidates
     features = 2 * feature_values(model, candidates)  # and their gradient
     # A projection keeps centred rows, scaled rows and a unit vector, each with a gradient.
     projected = 6 * (3 * model.va_dim + (1 + candidates) * model.vt_dim)
+    # Blocks of anchors are computed again in the backward pass; one at a time has its scores.
     scores = min(batch * batch * candidates, max(MAX_SCORES, batch * candidates))
     return batch * FP32 * (features + projected) + scores * SCORE_BYTES
 
@@ -240,12 +243,13 @@ def memory(
     *,
     batches: int = 1,
 ) -> Memory:
-    """The parts at the step's peak, which is one of three moments.
+    """The parts at the step's peak, which is one of four moments.
 
     `batches` are held at a time, the loader's included. When the forward pass ends: all that it
     keeps, and its inputs as floats or the loss at work.
     Where gradients are cached, also in the last second pass: the encoders' gradients, summed so
     far, beside a micro-batch. When the optimiser begins: gradients and what ZeRO copies of them.
+    And while the colours of a micro-batch change.
     """
     counts = counts or count(model)
     clip, clips = clip_bytes(model, params, setting), setting.at_once(params.batch_size)
@@ -262,6 +266,9 @@ def memory(
         moments[0] = (0.0, clip + copies, loss, 0.0)  # without graph but for one clip
         moments.append((encoders, kept + clip, 0.0, 1.0 * floats))
         moments.append((2.0 * encoders, clip, 0.0, 0.0))
+    if changes_colour(params):  # before the encoders, in the second pass too
+        summed = counts.encoders * FP32 * setting.is_cached(params.batch_size)
+        moments.append((summed, copies, 0.0, COLOUR_FLOATS * clips * FP32 * picture))
     gradients, activations, loss_work, signals = max(moments, key=sum)
     return Memory(
         weights=weights_bytes(counts, setting),
@@ -272,6 +279,12 @@ def memory(
         inputs=batches * batch_bytes(model, params, setting) + signals,
         runtime=RUNTIME[setting.on_gpu],
     )
+
+
+def changes_colour(params: PretrainParams) -> bool:
+    """Whether the training device changes colours."""
+    change = params.augmentation
+    return any((change.brightness, change.contrast, change.saturation, change.hue))
 
 
 def update_bytes(counts: Counts, setting: Setting) -> float:

@@ -1,5 +1,6 @@
 """Seconds of a step by part: on a named GPU by formula, on the machine at hand from a trial."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -73,6 +74,20 @@ def gradient_bytes(counts: Counts, setting: Setting, *, passes: int = 2) -> floa
     return once * (1 + passes) if setting.zero_stage == 3 else 2 * once
 
 
+def network_seconds(
+    device: Device, model: ModelParams, params: PretrainParams, counts: Counts, setting: Setting
+) -> float:
+    """Features and gradients to the other GPUs, offloaded weights from the main memory."""
+    n, batch = setting.processes, params.batch_size
+    rounds = -(-setting.rows(batch) // setting.at_once(batch))
+    passes = (2 + int(setting.is_cached(batch))) * rounds
+    sent = gather_bytes(model, params, n) + gradient_bytes(counts, setting, passes=passes)
+    seconds = sent / (device.link if n <= MACHINE else device.network)
+    if setting.offload == "all":
+        seconds += passes * counts.trained * FP32 / device.host
+    return seconds
+
+
 @dataclass(frozen=True, slots=True)
 class GpuSpeed:
     """A named GPU, by formula."""
@@ -82,6 +97,7 @@ class GpuSpeed:
     params: PretrainParams
     counts: Counts
     loader: float | None = None  # samples a second of one machine, where it was measured
+    share: float = GPU_SHARE  # of the peak, reached by the encoders
 
     def __call__(self, setting: Setting) -> Seconds:
         """Operations over a share of the peak, bytes over bandwidths."""
@@ -95,20 +111,13 @@ class GpuSpeed:
         update = own * UPDATE_BYTES / device.bandwidth
         if setting.offload != "none":
             update = own * (UPDATE_BYTES / HOST_UPDATE + 2 * FP32 / device.host)
-        passes = (2 + int(cached)) * (-(-rows // setting.at_once(batch)))
-        link = device.link if n <= MACHINE else device.network
-        sent = gather_bytes(self.model, params, n)
-        sent += gradient_bytes(self.counts, setting, passes=passes)
-        network = sent / link
-        if setting.offload == "all":
-            network += passes * self.counts.trained * FP32 / device.host
         machines = -(-n // MACHINE)
         return Seconds(
-            compute=rows * forward * (3 + again) / (peak * GPU_SHARE),
+            compute=rows * forward * (3 + again) / (peak * self.share),
             loss=loss_flops(self.model, params) / (device.fp32_flops * FP32_SHARE)
             + batch**2 * (1 + params.text_candidates) * SCORE_TRAFFIC / device.bandwidth,
             update=update,
-            network=network if n > 1 or setting.offload == "all" else 0.0,
+            network=network_seconds(device, self.model, params, self.counts, setting),
             loader=batch / (self.loader * machines) if self.loader else 0.0,
         )
 
@@ -140,6 +149,7 @@ class TrialSpeed:
     trial: Trial
     params: PretrainParams
     loader: float | None = None
+    network: Callable[[Setting], float] = lambda _: 0.0  # seconds, where they can be told
 
     def __call__(self, setting: Setting) -> Seconds:
         """Clips times a clip's seconds, and what every step costs."""
@@ -152,13 +162,21 @@ class TrialSpeed:
             compute=rows * clip,
             loss=trial.loss(batch),
             update=trial.fixed,
-            network=0.0,
+            network=self.network(setting),
             loader=batch / self.loader if self.loader else 0.0,
         )
 
 
 def loss_flops(model: ModelParams, params: PretrainParams) -> float:
-    """Scores of all pairs in both directions: forward, again where blocks are, and backward."""
-    pairs = params.batch_size**2
-    widths = model.va_dim + params.text_candidates * model.vt_dim
-    return 4 * 2 * 2.0 * pairs * widths
+    """Heads and scores of the whole batch, which every process computes.
+
+    Scores of all pairs in both directions: forward, again where blocks are, and backward.
+    """
+    from vatt.model.assembly import feature_dims
+
+    batch, candidates, va, vt = (
+        params.batch_size, params.text_candidates, model.va_dim, model.vt_dim,
+    )  # fmt: skip
+    dims = feature_dims(model)
+    heads = (dims["video"] + va + vt + dims["audio"]) * va + candidates * dims["text"] * vt
+    return 3 * 2.0 * batch * heads + 4 * 2 * 2.0 * batch**2 * (va + candidates * vt)

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 
 from vatt.config import MachineParams, ModelParams, Params, PretrainParams
+from vatt.data.augment import IDENTITY
 from vatt.data.batches import Batch, Sampling, train_batches
 from vatt.data.loading import Loading
 from vatt.errors import MachineError
 from vatt.losses import FORMS, pretraining_loss
 from vatt.model.assembly import feature_dims
 from vatt.model.vatt import VATT, Features
+from vatt.plan.memory import changes_colour
 from vatt.plan.speed import Trial
 from vatt.training import distributed
 from vatt.training.engine import Engine, make_engine
@@ -36,6 +38,7 @@ SECONDS = 1.0  # aimed at for the larger of the two batches
 GUESS = 2e11  # operations a second, to choose the batches by
 LARGEST = 32  # clips
 FEW = 4  # clips
+COLOUR = (0.1, 1.2, 0.8, 0.1)  # of a clip whose colours change
 LOADED = 32  # clips of a batch, to try the loader with
 LOADER_SECONDS = 3.0
 # Freed tensors go back to the system at once, so that the peak is what is in use.
@@ -73,7 +76,12 @@ def _in_process(what: str, params: Params, environment: Mapping[str, str] | None
         input=params.model_dump_json(),
         capture_output=True,
         text=True,
-        env={**os.environ, **(environment or {})},
+        # As many threads as each of the processes will have.
+        env={
+            **os.environ,
+            "LOCAL_WORLD_SIZE": str(params.machine.processes),
+            **(environment or {}),
+        },
         check=False,
     )
     if done.returncode != 0:
@@ -146,14 +154,14 @@ def trial(params: Params) -> Trial:
 def steps(params: Params) -> Measured:
     """Whole steps on one batch that stays in memory."""
     _warm_up(params)
-    before = _resident("VmRSS")
+    before = _held()
     batch = make_clips(params, params.pretrain.batch_size)
     engine, module = _engine(params.model, params.pretrain, params.machine)
     step = _step(engine, module, batch)
     step()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
+    _forget_peak()
     seconds = [_timed(step) for _ in range(ROUNDS)]
-    return Measured(seconds, _resident("VmHWM") - before)
+    return Measured(seconds, _peak() - before)
 
 
 def make_clips(params: Params, size: int) -> Batch:
@@ -174,7 +182,7 @@ def make_clips(params: Params, size: int) -> Batch:
         text=draw(2, model.text.vocabulary, (size, candidates, model.text.words), torch.int64),
         has_video=torch.ones(size, dtype=torch.bool),
         has_audio=torch.ones(size, dtype=torch.bool),
-        colour=torch.tensor([[0.0, 1.0, 1.0, 0.0]]).repeat(size, 1),
+        colour=torch.tensor([COLOUR if changes_colour(params.pretrain) else IDENTITY] * size),
         labels={},
     )
 
@@ -237,6 +245,23 @@ def _warm_up(params: Params) -> None:
     del engine, module, step
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def _held() -> int:
+    """Bytes held now: of the GPU's memory where there is one."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _resident("VmRSS")
+
+
+def _peak() -> int:
+    """The most that was held since `_forget_peak`."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
+
+
+def _forget_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _resident(key: str) -> int:

@@ -1,6 +1,7 @@
 """What a device can do at most: makers' figures by name, or a short product measured here."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -11,7 +12,7 @@ from vatt.model.operators import Linear
 
 Precision = Literal["fp32", "bf16"]
 
-PROBE = 1024  # rows and columns of the matrices multiplied to find a peak
+PROBE, GPU_PROBE = 1024, 8192  # rows and columns of the matrices multiplied to find a peak
 PROBES = 8  # the best of so many counts
 
 
@@ -71,16 +72,24 @@ def peak_flops(precision: Precision) -> float:
 
 def measured_flops(precision: Precision) -> float:
     """The same, measured with the product that the model uses; draws no random number."""
-    here = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    layer = torch.nn.utils.skip_init(Linear, PROBE, PROBE, bias=False, device=here)
-    inputs = torch.full((PROBE, PROBE), 0.5, device=here)
-    best = float("inf")
-    with torch.no_grad(), torch.autocast(here.type, torch.bfloat16, enabled=precision == "bf16"):
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    if torch.cuda.is_available():
+        matrix = torch.full((GPU_PROBE, GPU_PROBE), 0.5, device="cuda", dtype=kind)
+        return 2 * GPU_PROBE**3 / _least_seconds(lambda: matrix @ matrix)
+    layer = torch.nn.utils.skip_init(Linear, PROBE, PROBE, bias=False)
+    inputs = torch.full((PROBE, PROBE), 0.5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         layer.weight.fill_(0.5)
-        for _ in range(PROBES):
-            began = time.perf_counter()
-            layer(inputs)
-            if here.type == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - began)
-    return 2 * PROBE**3 / best
+        return 2 * PROBE**3 / _least_seconds(lambda: layer(inputs))
+
+
+def _least_seconds(work: Callable[[], object]) -> float:
+    """Of several turns."""
+    seconds = []
+    for _ in range(PROBES):
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
