@@ -5,7 +5,8 @@ The model: 8.2 million weights; video 8 x 64 x 64 (patch 4 x 16 x 16), audio of 
 
     python bench/pretrain_step.py modules     # against the same model of plain torch modules
     python bench/pretrain_step.py caching     # gradient caching: its price, its flat memory
-    python bench/pretrain_step.py engine      # DeepSpeed and logging against a bare loop; loader
+    python bench/pretrain_step.py engine      # DeepSpeed and logging against a bare loop
+    python bench/pretrain_step.py loader      # CPU seconds of a batch of the demo's clips
     python bench/pretrain_step.py processes   # two processes of one thread against one
     python bench/pretrain_step.py --gpu       # the paper's model and batch on one GPU
 
@@ -43,12 +44,16 @@ from vatt.config import (
     load_params,
 )
 from vatt.data.batches import Batch, scaled
-from vatt.model.flops import multimodal_flops, text_flops
 from vatt.model.sizes import SIZES
 from vatt.model.vatt import VATT
-from vatt.training import distributed
-from vatt.training.engine import DeepSpeedEngine, LocalEngine
+from vatt.training import distributed, tracking
+from vatt.training.devices import measured_flops
+from vatt.training.engine import DeepSpeedEngine, LocalEngine, make_engine
+from vatt.training.optimizer import make_optimizer
 from vatt.training.pretrain import Pretraining, pretrain, pretraining_inputs
+from vatt.training.session import Session
+from vatt.training.telemetry import Meter, pretraining_work
+from vatt.training.tracking import Run
 
 ROOT = Path(__file__).parents[1]
 DEMO, PAPER = (load_params(ROOT / "presets" / f"{name}.yaml") for name in ("demo", "paper"))
@@ -120,16 +125,15 @@ def our_step(
     return step
 
 
-def compare(title: str, steps: dict[str, Step], rounds: int, *, repeats: int = 1) -> list[float]:
+def compare(title: str, steps: dict[str, Step], rounds: int) -> list[float]:
     """Seconds of the steps taken in turn, printed; returns each round's first / second."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
             began = time.perf_counter()
-            for _ in range(repeats):
-                step()
+            step()
             if number:  # the first round warms up
-                times[name].append((time.perf_counter() - began) / repeats)
+                times[name].append(time.perf_counter() - began)
     first, second = times.values()
     ratios = [one / other for one, other in zip(first, second, strict=True)]
     print(f"\n{title}")
@@ -301,7 +305,7 @@ def modules(rounds: int) -> None:
           f"{losses[1]:.6f} plain modules")  # fmt: skip
     assert abs(losses[0] - losses[1]) < 1e-3, "these are two models"
     steps = {"plain torch modules": plain_step(32), "ours": our_step(32)}
-    ratios = compare("a step of 32 clips, bf16", steps, rounds, repeats=3)
+    ratios = compare("a step of 32 clips, bf16", steps, 3 * rounds)
     print(f"  samples/s of ours over theirs: {statistics.median(ratios):.2f} (wanted: 1.3)")
 
 
@@ -357,8 +361,9 @@ def engine(rounds: int) -> None:
     """The pipeline's loop, DeepSpeed and MLflow included, against a bare one."""
     model, steps = reference_model(), 25
     batch = random_batch(model, 32, 1)
+    reports: list[float] = []
     steps_of = {
-        "DeepSpeed and MLflow": lambda: pipeline_seconds(model, batch, steps),
+        "DeepSpeed and MLflow": lambda: pipeline_seconds(model, batch, steps, reports),
         "bare loop": lambda: bare_seconds(model, batch, steps),
     }
     times: dict[str, list[float]] = {name: [] for name in steps_of}
@@ -374,7 +379,10 @@ def engine(rounds: int) -> None:
     first, second = times.values()
     ratios = [one / other for one, other in zip(first, second, strict=True)]
     print(f"  {'ratio (wanted: at most 1.10)':44} {show(ratios, 'x', 1)}")
-    loader()
+    cost, every = statistics.median(reports), DEMO.pretrain.report_every
+    share = cost / every / statistics.median(second)
+    print(f"  {'a report, CPU time, MLflow included':44} {show(reports, 'ms', 1e3)}")
+    print(f"  {f'of a step, with one every {every} steps':44} {share:8.2%} (wanted: under 1 %)")
 
 
 def timed(batches: Iterator[Batch], times: list[float]) -> Iterator[Batch]:
@@ -389,11 +397,8 @@ def mean_step(times: list[float]) -> float:
     return (times[-1] - times[3]) / (len(times) - 4)
 
 
-def pipeline_seconds(model: ModelParams, batch: Batch, steps: int) -> float:
-    """Seconds of a step of the stage's loop."""
-    from vatt.training import tracking
-    from vatt.training.session import Session
-
+def pipeline_seconds(model: ModelParams, batch: Batch, steps: int, reports: list[float]) -> float:
+    """Seconds of a step of the stage's loop; notes the CPU seconds of a report."""
     times: list[float] = []
     params = settings(steps=steps, save_every=10**6, report_every=10, evaluate_every=None)
     with tempfile.TemporaryDirectory() as name:
@@ -408,7 +413,18 @@ def pipeline_seconds(model: ModelParams, batch: Batch, steps: int) -> float:
                 VATT(model), lambda first: timed(repeat(batch), times), params,
                 machine=here, seed=0, state=folder / "state", data_hash="", **session.hooks(),
             )  # fmt: skip
+            reports.append(report_seconds(run, session, Meter(pretraining_work(model, params))))
     return mean_step(times[:steps])
+
+
+def report_seconds(run: Run, session: Session, meter: Meter, count: int = 200) -> float:
+    """CPU seconds of one report of what the loop tells, until it is in the store."""
+    losses = dict.fromkeys(("loss", "nce", "mil_nce", "gradient_norm", "learning_rate"), 1.0)
+    began = time.process_time()
+    for number in range(count):
+        session.report(10**6 + number, losses | meter.read())
+    run.flush()
+    return (time.process_time() - began) / count
 
 
 def bare_seconds(model_params: ModelParams, batch: Batch, steps: int) -> float:
@@ -418,8 +434,6 @@ def bare_seconds(model_params: ModelParams, batch: Batch, steps: int) -> float:
     torch.manual_seed(0)
     model = VATT(model_params)
     module = Pretraining(model, params).train()
-    from vatt.training.optimizer import make_optimizer
-
     optimizer = make_optimizer(module.parameters(), params.optimizer)
     for group in optimizer.param_groups:
         group["lr"] = RATE
@@ -435,7 +449,7 @@ def bare_seconds(model_params: ModelParams, batch: Batch, steps: int) -> float:
     return mean_step(times)
 
 
-def loader() -> None:
+def loader(rounds: int) -> None:
     """CPU seconds that a batch of real clips costs, made and packed by the demo's stages."""
     import yaml
 
@@ -453,8 +467,8 @@ def loader() -> None:
             command = [sys.executable, "-m", f"stages.{stage}"]
             subprocess.run(command, cwd=folder, env=told, check=True, capture_output=True)
         batches = train_batches(
-            folder / "data" / "shards", split="train", batch_size=32, steps=24, first_step=0,
-            seed=0, sampling=Sampling.for_pretraining(DEMO.model, DEMO.pretrain),
+            folder / "data" / "shards", split="train", batch_size=32, steps=1 + 3 * rounds,
+            first_step=0, seed=0, sampling=Sampling.for_pretraining(DEMO.model, DEMO.pretrain),
         )  # fmt: skip
         next(batches)
         began, count = time.process_time(), 0
@@ -468,27 +482,26 @@ def loader() -> None:
 # --- processes ------------------------------------------------------------------------------------
 
 
-def processes(rounds: int) -> None:
+def processes(rounds: int, clips: int = 64) -> None:
     """Two processes of one thread each against one of one thread, DeepSpeed ZeRO-1."""
-    for clips in (64, 128):
-        speeds: dict[int, list[float]] = {1: [], 2: []}
-        for _ in range(rounds):
-            for number in speeds:
-                command = [
-                    sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc_per_node", str(number), __file__, "worker", "--clips", str(clips),
-                ]  # fmt: skip
-                told = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-                done = subprocess.run(command, env=told, capture_output=True, text=True, check=True)
-                speeds[number].append(float(done.stdout.split("samples/s:")[1].split()[0]))
-        print(f"\na global batch of {clips}, bf16, one thread a process")
+    speeds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(rounds):
         for number, values in speeds.items():
-            print(f"  {f'processes: {number}':44} {show(values, 'samples/s', 1)}")
-        ratios = [two / one for one, two in zip(*speeds.values(), strict=True)]
-        print(f"  {'two over one (wanted: at least 1.6)':44} {show(ratios, 'x', 1)}")
+            command = [
+                sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc_per_node", str(number), __file__, "worker", "--clips", str(clips),
+            ]  # fmt: skip
+            told = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, env=told, capture_output=True, text=True, check=True)
+            values.append(float(done.stdout.split("samples/s:")[1].split()[0]))
+    print(f"\na global batch of {clips}, bf16, one thread a process")
+    for number, values in speeds.items():
+        print(f"  {f'processes: {number}':44} {show(values, 'samples/s', 1)}")
+    ratios = [two / one for one, two in zip(*speeds.values(), strict=True)]
+    print(f"  {'two over one (wanted: at least 1.6)':44} {show(ratios, 'x', 1)}")
 
 
-def worker(clips: int, steps: int = 12) -> None:
+def worker(clips: int, steps: int = 10) -> None:
     """One of several processes; rank 0 tells the speed."""
     here = machine(threads=1, zero_stage=1)
     with distributed.process_group(here):
@@ -509,39 +522,40 @@ def worker(clips: int, steps: int = 12) -> None:
 # --- one GPU --------------------------------------------------------------------------------------
 
 
-def gpu(clips: int, micro: int, rounds: int) -> None:
+def gpu(clips: int, micro: int, rounds: int, *, compiled: bool) -> None:
     """The paper's model (Medium-Base-Small), batch and DropToken: memory, samples/s, MFU."""
-    from bench.encoder import matrix_peak
-
-    peak = matrix_peak()
+    peak = measured_flops("bf16")
     print(f"{torch.cuda.get_device_name()}: bf16 matrix peak, measured: {peak / 1e12:.0f} TFLOP/s")
-    params = PAPER.pretrain
-    work = multimodal_flops(PAPER.model, drop_rate=params.drop_rate, convention="true")
-    work += (params.text_candidates - 1) * text_flops(PAPER.model.text, convention="true")
+    params, plain = PAPER.pretrain, 0.0
+    work = pretraining_work(PAPER.model, params).flops / params.batch_size
     with distributed.process_group(machine()):
         for stage, cached in ((1, False), (1, True), (2, True), (3, True)):
             size = clips if cached else micro
-            times, peak_bytes = gpu_step(stage, size, micro, rounds)
+            can_compile = compiled and stage < 3  # ZeRO-3's weights come and go
+            here = machine(zero_stage=stage, micro_batch_size=micro, compile=can_compile)
+            times, peak_bytes = gpu_step(here, size, rounds)
             seconds = statistics.median(times)
-            share = 3 * work * size / seconds / peak
-            print(f"  ZeRO-{stage}, batch {size}, {'cached' if cached else 'plain'}: "
-                  f"{show(times, 's', 1)}, {size / seconds:.0f} samples/s, MFU {share:.1%} "
-                  f"(once what runs twice), peak {peak_bytes / 2**30:.1f} GiB")  # fmt: skip
+            plain = plain or seconds / size
+            print(f"  ZeRO-{stage}, batch {size}, {'cached' if cached else 'plain'}"
+                  f"{', compiled' if can_compile else ''}: {show(times, 's', 1)}, "
+                  f"{size / seconds:.0f} samples/s, MFU {work * size / seconds / peak:.1%} (what "
+                  f"runs twice counts once), peak {peak_bytes / 2**30:.1f} GiB, "
+                  f"{seconds / size / plain:.2f} times the plain seconds a clip")  # fmt: skip
             gc.collect()
             torch.cuda.empty_cache()
 
 
-def gpu_step(stage: int, clips: int, micro: int, rounds: int) -> tuple[list[float], int]:
-    """Seconds of the paper's step at a ZeRO stage, and its peak memory."""
+def gpu_step(here: MachineParams, clips: int, rounds: int) -> tuple[list[float], int]:
+    """Seconds of the paper's step with settings of `machine`, and its peak memory."""
     torch.manual_seed(0)
-    params, here = PAPER.pretrain, machine(zero_stage=stage, micro_batch_size=micro)
-    model = VATT(PAPER.model)
-    module = Pretraining(model, params, micro_batch_size=micro)
-    trained = DeepSpeedEngine(module, params.optimizer, "bf16", here)
+    params, model = PAPER.pretrain, VATT(PAPER.model)
+    module = Pretraining(model, params, micro_batch_size=here.micro_batch_size)
+    trained = make_engine(module, params.optimizer, "bf16", here)
     batch = random_batch(PAPER.model, clips, params.text_candidates)
+    batch.colour = torch.tensor([0.1, 1.2, 0.8, 0.1]).repeat(clips, 1)  # as the recipe changes them
     times = []
     torch.cuda.reset_peak_memory_stats()
-    for number in range(rounds + 1):
+    for number in range(rounds + 2):
         inputs = pretraining_inputs(model, batch, number, drop_rate=params.drop_rate, seed=0)
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -550,22 +564,26 @@ def gpu_step(stage: int, clips: int, micro: int, rounds: int) -> tuple[list[floa
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
         del inputs, losses
-    return times[1:], torch.cuda.max_memory_allocated()
+    return times[2:], torch.cuda.max_memory_allocated()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = {"modules": modules, "caching": caching, "engine": engine, "processes": processes}
+    parts = {
+        "modules": modules, "caching": caching, "engine": engine, "loader": loader,
+        "processes": processes,
+    }  # fmt: skip
     parser.add_argument("part", nargs="*", choices=[*parts, "memory", "worker"], default=[*parts])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clips", type=int, default=2048)
     parser.add_argument("--micro", type=int, default=64, help="micro-batch size on a GPU")
     parser.add_argument("--gpu", action="store_true", help="measure the paper's step on a GPU")
+    parser.add_argument("--compile", action="store_true", help="on a GPU: machine.compile")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.gpu:
-        gpu(options.clips, options.micro, options.rounds)
+        gpu(options.clips, options.micro, options.rounds, compiled=options.compile)
     elif options.part == ["memory"]:
         memory(options.clips)
     elif options.part == ["worker"]:
