@@ -28,6 +28,7 @@ CASES: list[dict[str, Any]] = [
     {"size": "tiny", "batch": 256},
     {"size": "tiny", "batch": 256, "micro": 32},
     {"size": "tiny", "batch": 128, "checkpointing": True},
+    {"size": "tiny", "batch": 128, "micro": 64, "colour": True},
     {"size": "small", "batch": 32},
     {"size": "small", "batch": 64, "micro": 16},
     {"size": "small", "batch": 32, "zero": 0},
@@ -41,7 +42,11 @@ def settings(case: dict[str, Any]) -> Params:
         name: getattr(params.model, name).model_copy(update={"size": case["size"]})
         for name in ("video", "audio", "text")
     }
-    pretrain = {"batch_size": case["batch"], "precision": case.get("precision", "bf16")}
+    pretrain: dict[str, Any] = {"batch_size": case["batch"]}
+    pretrain["precision"] = case.get("precision", "bf16")
+    if case.get("colour"):
+        change = {"brightness": 0.1, "contrast": 0.4, "saturation": 0.4, "hue": 0.2}
+        pretrain["augmentation"] = params.pretrain.augmentation.model_copy(update=change)
     machine = {
         "micro_batch_size": case.get("micro"),
         "zero_stage": case.get("zero", 1),
@@ -61,7 +66,8 @@ def name(case: dict[str, Any]) -> str:
     words = [case["size"], f"batch {case['batch']}", case.get("precision", "bf16")]
     words.append(f"micro-batch {case['micro']}" if "micro" in case else "no cache")
     words.append(f"ZeRO-{case.get('zero', 1)}")
-    return ", ".join([*words, *(["checkpointing"] if case.get("checkpointing") else [])])
+    more = [option for option in ("checkpointing", "colour") if case.get(option)]
+    return ", ".join([*words, *more])
 
 
 def measure_memory(case: dict[str, Any]) -> dict[str, float]:
@@ -83,7 +89,8 @@ def measure_memory(case: dict[str, Any]) -> dict[str, float]:
 def measure_time(case: dict[str, Any], trials: dict[Any, Any]) -> dict[str, float]:
     """Seconds of a step: forecast, median and range of the measured ones."""
     params = settings(case)
-    key = (case["size"], case.get("precision"), case.get("zero"), case.get("checkpointing"))
+    options = ("size", "precision", "zero", "checkpointing", "colour")
+    key = tuple(case.get(option) for option in options)
     if key not in trials:
         trials[key] = run_trial(params)
     seconds = run_step(params, exact_memory=False).seconds

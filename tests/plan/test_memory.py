@@ -123,7 +123,7 @@ def test_changing_colours_takes_so_many_copies_of_the_pictures():
 
 def test_colours_count_where_the_settings_change_them():
     change = PARAMS.augmentation.model_copy(update={"hue": 0.1})
-    setting, clips = Setting(micro_batch_size=64), 64
+    setting, clips = Setting(micro_batch_size=64, activation_checkpointing=True), 64
     still = memory(tiny.DEMO.model, PARAMS, setting)
     moving = memory(tiny.DEMO.model, PARAMS.model_copy(update={"augmentation": change}), setting)
     video = tiny.DEMO.model.video
