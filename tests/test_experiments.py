@@ -1,0 +1,184 @@
+"""Experiments in folders of their own, with real DVC: what they share, and what stays apart."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_stages import SMALL, environment, make_kill, metrics, new_project, sets, vattctl
+from vatt.errors import SettingsError
+from vatt.provenance import stage_hash
+from vattctl.experiments import Experiment, inside, run_experiment, write_experiment
+
+QUICK = {("finetune", "run"): [], ("evaluate", "probes"): {}, ("pretrain", "steps"): 6}
+FOLDER = Path("experiments/quick")
+TRAINS = Experiment(FOLDER, stages=("pretrain", "evaluate"), settings=QUICK)
+PROBES = Experiment(
+    Path("experiments/probes"),
+    stages=("evaluate",),
+    settings={("finetune", "run"): []},
+    start=FOLDER / "runs/checkpoints/pretrained",
+)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with settings alone; nothing has been run."""
+    folder = new_project(tmp_path_factory.mktemp("project"))
+    subprocess.run(
+        [sys.executable, "-m", "vattctl.cli", "download", *sets(SMALL)],
+        cwd=folder,
+        env=environment(),
+        check=True,
+        capture_output=True,
+    )
+    return folder
+
+
+@pytest.fixture
+def here(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with inside(project):
+        yield project
+
+
+def dvc(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout + done.stderr
+
+
+def listed(folder: Path) -> dict[Path, int]:
+    """Every file of the project outside experiments, with its time of change."""
+    return {
+        file: file.stat().st_mtime_ns
+        for top in ("runs", "reports")
+        for file in sorted((folder / top).rglob("*"))
+        if file.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(project: Path) -> dict[Path, int]:
+    """What the project's own folders held before the first experiment, which has run then."""
+    before = listed(project)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with inside(project):
+        run_experiment(TRAINS, quiet=True)
+    return before
+
+
+def test_it_waits_for_the_project_s_shards_and_leaves_the_rest_of_it_alone(
+    here: Path, trained: dict[Path, int]
+) -> None:
+    assert (here / "data/shards/index.jsonl").exists()  # made by the project's own stage
+    assert metrics(here / FOLDER, "pretrain")["step"] == 6
+    assert metrics(here / FOLDER, "evaluate")["retrieval"]["pretrained"]
+    new = {file.relative_to(here) for file in listed(here).keys() - trained.keys()}
+    assert new == {Path("reports/metrics/preprocess.json"), Path("reports/runs/preprocess.json")}
+    assert all(file.stat().st_mtime_ns == time for file, time in trained.items())
+    assert not (here / FOLDER / "data").exists()
+    assert not (here / FOLDER / "mlflow.db").exists()
+
+
+def test_it_is_a_project_like_any_other(here: Path, trained: dict[Path, int]) -> None:
+    rows = json.loads(vattctl(here, "--project", str(FOLDER), "status", "--json").stdout)["stages"]
+    assert [(row["stage"], row["state"]) for row in rows] == [
+        ("pretrain", "up to date"),
+        ("evaluate", "up to date"),
+    ]
+    above = json.loads(vattctl(here, "status", "--json").stdout)["stages"]
+    assert {row["stage"]: row["state"] for row in above}["pretrain"] == "never run"
+    assert "up to date" in dvc(here / FOLDER, "repro")
+
+
+def test_writing_it_again_changes_nothing_and_git_sees_what_it_should(
+    here: Path, trained: dict[Path, int]
+) -> None:
+    files = [here / FOLDER / name for name in ("params.yaml", "dvc.yaml")]
+    before = [file.stat().st_mtime_ns for file in files]
+    write_experiment(TRAINS)
+    assert [file.stat().st_mtime_ns for file in files] == before
+    command = ["git", "status", "--porcelain", "-uall", "experiments"]
+    seen = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout
+    found = {Path(line[3:]) for line in seen.splitlines()}
+    assert found >= {FOLDER / name for name in ("dvc.lock", "dvc.yaml", "params.yaml")}
+    assert {file.name for file in found} == {"dvc.lock", "dvc.yaml", "params.yaml"}
+
+
+def test_another_s_checkpoint_is_a_dependency_or_taken_as_it_is(
+    here: Path, trained: dict[Path, int]
+) -> None:
+    from vatt.config import load_params
+
+    run_experiment(PROBES, quiet=True)
+    assert metrics(here / PROBES.folder, "evaluate")["probes"]["digit"]
+    with inside(PROBES.folder):
+        before = stage_hash("evaluate", load_params())
+    changed = Experiment(FOLDER, TRAINS.stages, {**QUICK, ("pretrain", "steps"): 7})
+    write_experiment(changed)
+    run_experiment(PROBES, upstream=False, quiet=True)
+    assert metrics(here / FOLDER, "pretrain")["step"] == 6
+    run_experiment(PROBES, quiet=True)
+    assert metrics(here / FOLDER, "pretrain")["step"] == 7
+    with inside(PROBES.folder):
+        assert stage_hash("evaluate", load_params()) != before  # the other folder's lock counts
+
+
+def test_a_killed_stage_goes_on_where_it_stopped(here: Path, trained: dict[Path, int]) -> None:
+    longer = {**QUICK, ("pretrain", "steps"): 40, ("pretrain", "save_every"): 4}
+    calm, killed = (
+        Experiment(Path("experiments") / name, ("pretrain",), longer) for name in ("calm", "killed")
+    )
+    run_experiment(calm, quiet=True)
+    write_experiment(killed)
+    command = [sys.executable, "-m", "vattctl.cli", "repro", "pretrain"]
+    with subprocess.Popen(
+        command, cwd=killed.folder, env=environment(), stderr=subprocess.DEVNULL
+    ) as process:
+        make_kill("pretrain")(here / killed.folder)
+        process.wait(timeout=120)
+    assert process.returncode != 0
+    assert not (killed.folder / "reports/metrics/pretrain.json").exists()
+    run_experiment(killed, quiet=True)
+    weights = "runs/checkpoints/pretrained/model.safetensors"
+    assert (killed.folder / weights).read_bytes() == (calm.folder / weights).read_bytes()
+
+
+def test_a_set_with_clips_of_its_own_fine_tunes_from_the_project_s_weights(
+    here: Path, trained: dict[Path, int]
+) -> None:
+    outside = here.parent / f"{here.name}-outside"
+    shutil.copytree(here / FOLDER / "runs/checkpoints/pretrained", outside)
+    own = Experiment(
+        Path("sets/demo"),
+        stages=("download", "preprocess", "finetune", "evaluate", "report"),
+        settings={("data", "demo", "train_clips"): 64, ("finetune", "init"): ["pretrained"]},
+        start=outside,
+    )
+    run_experiment(own, quiet=True)
+    results: dict[str, Any] = metrics(here / own.folder, "evaluate")
+    assert results["clips"]["train"] == 64
+    assert results["classification"]["audio"]["pretrained"]["top_1"]["n"] > 0
+    assert (own.folder / "reports/report/report.html").exists()
+
+
+def test_a_wrong_setting_or_stage_is_named_before_anything_is_written(here: Path) -> None:
+    wrong = Experiment(Path("experiments/wrong"), ("pretrain",), {("pretrain", "stepz"): 1})
+    with pytest.raises(SettingsError, match="stepz"):
+        write_experiment(wrong)
+    with pytest.raises(SettingsError, match="no stage 'train'"):
+        write_experiment(Experiment(wrong.folder, ("train",)))
+    assert not wrong.folder.exists()
