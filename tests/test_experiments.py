@@ -2,12 +2,10 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -155,24 +153,6 @@ def test_a_killed_stage_goes_on_where_it_stopped(here: Path, trained: dict[Path,
     run_experiment(killed, quiet=True)
     weights = "runs/checkpoints/pretrained/model.safetensors"
     assert (killed.folder / weights).read_bytes() == (calm.folder / weights).read_bytes()
-
-
-def test_a_set_with_clips_of_its_own_fine_tunes_from_the_project_s_weights(
-    here: Path, trained: dict[Path, int]
-) -> None:
-    outside = here.parent / f"{here.name}-outside"
-    shutil.copytree(here / FOLDER / "runs/checkpoints/pretrained", outside)
-    own = Experiment(
-        Path("sets/demo"),
-        stages=("download", "preprocess", "finetune", "evaluate", "report"),
-        settings={("data", "demo", "train_clips"): 64, ("finetune", "init"): ["pretrained"]},
-        start=outside,
-    )
-    run_experiment(own, quiet=True)
-    results: dict[str, Any] = metrics(here / own.folder, "evaluate")
-    assert results["clips"]["train"] == 64
-    assert results["classification"]["audio"]["pretrained"]["top_1"]["n"] > 0
-    assert (own.folder / "reports/report/report.html").exists()
 
 
 def test_a_wrong_setting_or_stage_is_named_before_anything_is_written(here: Path) -> None:

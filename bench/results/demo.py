@@ -152,7 +152,7 @@ def main() -> None:
     numbers = [one.seed for one in params]
     short = readme(seeds, labels)
     whole = [
-        f"Seeds {' / '.join(map(str, numbers))}, per cent:",
+        f"Per cent; seed {' / '.join(map(str, numbers))}:",
         "",
         *short,
         "",
@@ -160,8 +160,7 @@ def main() -> None:
         "difference over the test clips:",
         "",
         *differences(seeds, numbers),
-        "",
-        *(tables(chosen.tables) if chosen.tables else []),
+        *(["", *tables(chosen.tables)] if chosen.tables else []),
     ]
     files = {ROOT / "README.md": short, ROOT / "docs/results.md": whole}
     for file, lines in files.items():
