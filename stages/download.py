@@ -7,6 +7,7 @@ from vatt.config import load_params
 from vatt.data.download import download
 from vatt.data.manifest import Manifest, describe_manifest, write_manifest
 from vatt.data.sources.chosen import open_source
+from vatt.data.sources.official import official_counts
 from vatt.files import atomic_write
 from vatt.outcome import run_stage
 from vatt.progress import progress
@@ -39,7 +40,8 @@ def main() -> None:
         run.log(0, {f"clips.{state}": float(count) for state, count in counts.items()})
         run.tag("vatt.data_hash", corpus.hash)
         with atomic_write(paths.metrics / "download.json") as path:
-            content = {"clips": counts, "corpus": asdict(corpus)}
+            official = official_counts(corpus.sources)
+            content = {"clips": counts, "corpus": asdict(corpus), "official": official}
             path.write_text(json.dumps(content, indent=2) + "\n")
 
 

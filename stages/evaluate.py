@@ -1,41 +1,47 @@
 """Stage evaluate: checkpoints + test clips -> metrics with intervals, arrays for the report."""
 
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from vatt.config import load_params
-from vatt.evaluation.evaluate import evaluate, flatten, save_results
+from vatt.evaluation.chosen import choose
+from vatt.evaluation.evaluate import Asked, encode, flatten, measure, save_results
+from vatt.evaluation.share import Share
 from vatt.outcome import run_stage
 from vatt.progress import progress
 from vatt.provenance import data_hash, stage_hash
-from vatt.training import tracking
+from vatt.training import distributed, tracking
+from vatt.training.launch import launch
 
 FEATURE_CACHE = Path("runs/feature-cache")  # by checkpoint and data; safe to delete
 
 
 def main() -> None:
-    """Measure retrieval, probes and fine-tuned accuracy on the test split."""
+    """Measure retrieval, probes and fine-tuned accuracy; many processes encode, one measures."""
     params = load_params()
-    paths = params.paths
+    paths, machine = params.paths, params.machine
+    chosen = choose(paths, params.finetune)
+    if (code := launch("stages.evaluate", machine)) is not None:
+        sys.exit(code)
     made_from, data = stage_hash("evaluate", params), data_hash(paths.shards)
-    with (
-        tracking.run("evaluate", params, stage_hash=made_from, data_hash=data) as run,
-        progress("evaluate", "clips") as tick,
-    ):
-        metrics, arrays = evaluate(
-            params.evaluate,
-            pretrained=paths.pretrained,
-            finetuned=paths.finetuned,
-            finetune=params.finetune,
-            pretrain=params.pretrain,
-            shards=paths.shards,
-            cache=FEATURE_CACHE,
-            machine=params.machine,
-            seed=params.seed,
-            progress=tick,
-        )
-        run.log(0, flatten(metrics))
-        save_results(metrics, arrays, file=paths.metrics / "evaluate.json", folder=paths.evaluation)
-        run.artifact(paths.evaluation)
+    asked = Asked(params.evaluate, chosen, params.finetune, paths.shards, machine, params.seed)
+    with ExitStack() as processes:
+        processes.enter_context(distributed.process_group(machine))
+        share = Share(distributed.rank(), distributed.world_size(),
+                      distributed.to_rank_0, distributed.from_rank_0)  # fmt: skip
+        with (
+            tracking.run("evaluate", params, stage_hash=made_from, data_hash=data) as run,
+            progress("evaluate", "clips", shown=share.rank == 0) as tick,
+        ):
+            encoded = encode(asked, cache=FEATURE_CACHE, progress=tick, share=share)
+            processes.close()  # nobody waits for what the first one measures
+            if encoded is not None:
+                metrics, arrays = measure(encoded, asked)
+                run.log(0, flatten(metrics))
+                file = paths.metrics / "evaluate.json"
+                save_results(metrics, arrays, file=file, folder=paths.evaluation)
+                run.artifact(paths.evaluation)
 
 
 if __name__ == "__main__":

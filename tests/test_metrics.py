@@ -146,3 +146,49 @@ def test_a_metric_says_its_interval_chance_and_number_of_clips():
 
 def test_chance_is_the_share_of_the_most_frequent_label():
     assert metrics.majority_share(["a", "b", "a", "c"]) == 0.5
+
+
+def test_the_mean_of_folds_and_its_draws_equal_a_naive_loop():
+    """Clips are drawn once for all folds; one that a fold did not ask counts nowhere in it."""
+    generator = np.random.default_rng(0)
+    values = np.where(generator.random((30, 3)) < 0.6, generator.random((30, 3)) < 0.7, np.nan)
+
+    def naive(rows):
+        folds = []
+        for fold in range(3):
+            asked = [values[row, fold] for row in rows if not np.isnan(values[row, fold])]
+            folds.append(sum(asked) / len(asked))
+        return sum(folds) / 3
+
+    draws = np.random.default_rng(5).integers(30, size=(100, 30))
+    expected = np.quantile([naive(rows) for rows in draws], [0.025, 0.975])
+    ours = metrics.bootstrap_interval(values, 100, 5, metrics.over_folds(3))
+    assert ours == pytest.approx(tuple(expected))
+    metric = metrics.measured(
+        values, chance=0.1, resamples=100, seed=5, statistic=metrics.over_folds(3)
+    )
+    assert metric["value"] == pytest.approx(naive(range(30)), abs=1e-6)
+    assert metric["n"] == 30
+
+
+def test_a_clip_is_drawn_with_all_its_queries():
+    owners = np.array([0, 2, 2, 1, 2, 0])
+    values = np.array([1.0, 5.0, 7.0, 2.0, 9.0, 3.0])
+    table = metrics.by_clip(values, owners, 3)
+    np.testing.assert_array_equal(
+        table, [[1.0, 3.0, np.nan], [2.0, np.nan, np.nan], [5.0, 7.0, 9.0]]
+    )
+    draws = np.random.default_rng(2).integers(3, size=(60, 3))
+    naive = [
+        np.median([v for row in rows for v, o in zip(values, owners, strict=True) if o == row])
+        for rows in draws
+    ]
+    ours = metrics.bootstrap_interval(table, 60, 2, np.nanmedian)
+    assert ours == pytest.approx(tuple(np.quantile(naive, [0.025, 0.975])))
+
+
+def test_draws_are_the_same_however_many_are_made_at_once(monkeypatch):
+    values = np.random.default_rng(0).random(17)
+    whole = metrics.bootstrap_interval(values, 250, 3)
+    monkeypatch.setattr(metrics, "DRAWS_AT_ONCE", 7)
+    assert metrics.bootstrap_interval(values, 250, 3) == whole

@@ -349,12 +349,16 @@ class ProbeParams(Section):
     modality: Literal["video", "audio"]
     label: str
     train_labels: PositiveInt | None  # null: all
+    folds: tuple[str, ...]  # labels that tell the official splits; empty: the one train/test split
 
 
 class EvaluateParams(Section):
     """What is measured on the test split."""
 
-    clips: PositiveInt  # windows spread over a test clip; their embeddings averaged
+    fps: PositiveFloat  # of the frames shown to the encoder
+    clips: PositiveInt  # windows spread over a test clip
+    captions: PositiveInt  # of a clip at most: those nearest in time to its first window
+    caption_queries: Literal["averaged", "each"]  # a clip's captions are one query, or as many
     retrieval_pool: PositiveInt  # test clips searched
     class_labels: tuple[str, ...]  # class@1: the best hit agrees in all of these; may be empty
     probes: dict[str, ProbeParams]
@@ -368,6 +372,7 @@ class ReportParams(Section):
 
     title: str
     tsne_clips: PositiveInt
+    device_hour_price: NonNegativeFloat | None  # of one GPU, or CPU core; null: no cost is told
 
 
 class DownloadParams(Section):

@@ -19,6 +19,7 @@ Statistic = Callable[..., Floats]  # as numpy.mean: (values, axis=) -> values
 Metric = dict[str, float | int | None]
 
 CONFIDENCE = 0.95
+DRAWS_AT_ONCE = 100  # bounds memory
 
 
 def ranks(scores: ArrayLike, targets: ArrayLike) -> Floats:
@@ -83,28 +84,36 @@ def _per_class(
 def bootstrap_interval(
     values: ArrayLike, resamples: int, seed: int, statistic: Statistic = np.mean
 ) -> tuple[float, float]:
-    """The 95 % interval of a statistic of per-clip values; clips are drawn with replacement."""
-    sample = np.asarray(values, dtype=np.float64)
-    return interval(statistic(sample[_drawn(len(sample), resamples, seed)], axis=1))
+    """The 95 % interval of a statistic of per-clip values; clips are drawn with replacement.
+
+    A clip may have several values (n, k), or NaN for none: all of them come when it is drawn.
+    """
+    return interval(_resampled(np.asarray(values, dtype=np.float64), resamples, seed, statistic))
 
 
 def paired_difference_interval(
     ours: ArrayLike, theirs: ArrayLike, resamples: int, seed: int, statistic: Statistic = np.mean
 ) -> tuple[float, float]:
     """The 95 % interval of a statistic's difference, measured on the same clips in one order."""
-    first, second = _same_clips(ours, theirs)
-    drawn = _drawn(len(first), resamples, seed)
-    return interval(statistic(first[drawn], axis=1) - statistic(second[drawn], axis=1))
+    drawn = [_resampled(one, resamples, seed, statistic) for one in _same_clips(ours, theirs)]
+    return interval(drawn[0] - drawn[1])
 
 
-def _drawn(clips: int, resamples: int, seed: int) -> Integers:
-    return np.random.default_rng(seed).integers(clips, size=(resamples, clips))
+def _resampled(sample: Floats, resamples: int, seed: int, statistic: Statistic) -> Floats:
+    """The statistic of each draw (resamples,); the same seed draws the same clips."""
+    generator, clips = np.random.default_rng(seed), len(sample)
+    parts = []
+    for first in range(0, resamples, DRAWS_AT_ONCE):
+        draws = min(DRAWS_AT_ONCE, resamples - first)
+        rows = generator.integers(clips, size=(draws, clips))
+        parts.append(statistic(sample[rows].reshape(draws, -1), axis=1))
+    return np.concatenate(parts)
 
 
 def interval(statistics: Floats) -> tuple[float, float]:
     """What holds 95 % of the draws."""
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(statistics, [tail, 1 - tail])
+    low, high = np.quantile(statistics[~np.isnan(statistics)], [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -120,7 +129,7 @@ def measured(
     sample = np.asarray(values, dtype=np.float64)
     low, high = bootstrap_interval(sample, resamples, seed, statistic)
     return {
-        "value": round(float(statistic(sample, axis=0)), 6),
+        "value": round(float(statistic(sample.ravel(), axis=0)), 6),
         "low": round(low, 6),
         "high": round(high, 6),
         "chance": None if chance is None else round(float(chance), 6),
@@ -140,12 +149,39 @@ def measured_difference(
     first, second = _same_clips(ours, theirs)
     low, high = paired_difference_interval(first, second, resamples, seed, statistic)
     return {
-        "value": round(float(statistic(first, axis=0) - statistic(second, axis=0)), 6),
+        "value": round(
+            float(statistic(first.ravel(), axis=0) - statistic(second.ravel(), axis=0)), 6
+        ),
         "low": round(low, 6),
         "high": round(high, 6),
         "chance": 0.0,
         "n": len(first),
     }
+
+
+def over_folds(folds: int) -> Statistic:
+    """The mean over folds of a fold's mean, for values (n, folds), NaN where a clip is not tested.
+
+    A draw that misses a fold is NaN.
+    """
+
+    def statistic(values: Floats, axis: int) -> Floats:
+        by_fold = values.reshape(*values.shape[:-1], -1, folds)
+        counts = (~np.isnan(by_fold)).sum(axis=-2)
+        means = np.where(counts, np.nansum(by_fold, axis=-2) / np.maximum(counts, 1), np.nan)
+        return means.mean(axis=-1)
+
+    return statistic
+
+
+def by_clip(values: ArrayLike, owners: Integers, clips: int) -> Floats:
+    """Values of queries -> a row for each clip that asked, NaN where it asked fewer: (n, k)."""
+    counts = np.bincount(owners, minlength=clips)
+    table = np.full((clips, max(int(counts.max(initial=0)), 1)), np.nan)
+    order = np.argsort(owners, kind="stable")
+    first = np.cumsum(counts) - counts
+    table[owners[order], np.arange(len(order)) - first[owners[order]]] = np.asarray(values)[order]
+    return table
 
 
 def majority_share(labels: Sequence[str]) -> float:

@@ -184,8 +184,6 @@ def build_index(
     }
     if is_index(out) and _facts(out).items() >= facts.items():
         return _facts(out)
-    import faiss
-
     work = out.with_name(f".{out.name}.work")
     clips = [replace(clip, split=SPLIT, captions=(), labels={}) for clip in found.clips]
     moments, vectors = [], []
@@ -194,35 +192,54 @@ def build_index(
         vectors.append(vector)
     videos = len({moment.file for moment in moments})
     facts |= {"moments": len(moments), "videos": videos, "left_out": len(clips) - videos}
-    index = faiss.IndexFlatIP(len(vectors[0]))
-    index.add(np.stack(vectors))
-    with atomic_folder(out) as temporary:
-        faiss.write_index(index, str(temporary / VECTORS))
-        lines = [json.dumps(asdict(moment), ensure_ascii=False) + "\n" for moment in moments]
-        (temporary / MOMENTS).write_text("".join(lines), encoding="utf-8")
-        (temporary / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_index(out, moments, vectors, facts)
     return facts
 
 
-def search(embedder: Embedder, index: Path, query: str, *, count: int) -> list[Hit]:
-    """The moments nearest to the words, nearest first; exact, by their cosine."""
-    import faiss
+class Index:
+    """An index, opened once for many searches; exact, by the cosine."""
 
-    if _facts(index)["checkpoint"] != embedder.mark:
+    def __init__(self, folder: Path) -> None:
+        import faiss
+
+        self.facts = _facts(folder)
+        self._vectors = faiss.read_index(str(folder / VECTORS))
+        # A moment is read when it is found: a hundred thousand would take longer than the search.
+        self._moments = (folder / MOMENTS).read_text(encoding="utf-8").splitlines()
+
+    def nearest(self, vector: Vectors, *, count: int) -> list[Hit]:
+        """The moments nearest to a vector (E,), nearest first."""
+        cosines, places = self._vectors.search(vector[None], min(count, len(self._moments)))
+        return [
+            Hit(Moment(**json.loads(self._moments[place])), float(cosine))
+            for cosine, place in zip(cosines[0], places[0], strict=True)
+        ]
+
+
+def search(embedder: Embedder, index: Path, query: str, *, count: int) -> list[Hit]:
+    """The moments nearest to the words, nearest first."""
+    opened = Index(index)
+    if opened.facts["checkpoint"] != embedder.mark:
         raise DataError(
             f"{index} was made with another checkpoint than {embedder.folder}",
             hint="name the folder of the videos instead, and it is made anew",
         )
-    moments = [
-        Moment(**json.loads(line))
-        for line in (index / MOMENTS).read_text(encoding="utf-8").splitlines()
-    ]
-    vectors = faiss.read_index(str(index / VECTORS))
-    cosines, places = vectors.search(embedder.text(query)[None], min(count, len(moments)))
-    return [
-        Hit(moments[place], float(cosine))
-        for cosine, place in zip(cosines[0], places[0], strict=True)
-    ]
+    return opened.nearest(embedder.text(query), count=count)
+
+
+def write_index(
+    out: Path, moments: Sequence[Moment], vectors: Sequence[Vectors], facts: dict[str, Any]
+) -> None:
+    """Write an index whole: vectors, the moment of each, and what they were made from."""
+    import faiss
+
+    index = faiss.IndexFlatIP(len(vectors[0]))
+    index.add(np.stack(vectors))
+    with atomic_folder(out) as temporary:
+        faiss.write_index(index, str(temporary / VECTORS))
+        lines = [json.dumps(asdict(moment)) + "\n" for moment in moments]
+        (temporary / MOMENTS).write_text("".join(lines), encoding="utf-8")
+        (temporary / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def is_index(folder: Path) -> bool:

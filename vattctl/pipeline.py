@@ -329,11 +329,6 @@ def demo(context: click.Context, assignments: tuple[str, ...], force: bool, dry_
 
 
 COMMANDS = (
-    _stage_command(
-        "evaluate",
-        "Measure probes, fine-tuned accuracy and zero-shot retrieval.",
-        "vattctl evaluate --set evaluate.bootstrap=2000",
-    ),
     _stage_command("report", "Write the report: HTML and Markdown.", "vattctl report"),
     repro,
 )

@@ -174,6 +174,7 @@ def headline(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         for probe, classifiers in results.get("probes", {}).items()
         for kind, values in classifiers.items()
         for start, metric in values.items()
+        if "low" in metric  # no table of folds
     ]
     found += [
         (f"fine-tuned {task}, {start}", _judged_by(values[start]))

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from tests.evaluation.clips import CLASSES, MODEL, batches
+from tests.model import golden
+from tests.model.test_golden import FINETUNED, available, finetuned, signal
 from vatt.evaluation.classification import (
     Predictions,
     classification_metrics,
@@ -21,13 +23,13 @@ def classifier():
     return Classifier(MODEL, modality="video", num_classes=3, head_dropout=0.5)
 
 
-def answers(classifier, found, *, modality="video", label="shade"):
+def answers(classifier, found, *, modality="video", label="shade", classes=CLASSES):
     return predict(
         classifier,
         found,
         modality=modality,
         label=label,
-        classes=CLASSES,
+        classes=classes,
         progress=lambda clips: None,
     )
 
@@ -130,3 +132,31 @@ def test_clips_with_several_labels_are_judged_by_mean_average_precision():
     assert found["difference"]["low"] > 0
     gap = found["pretrained"]["mean_ap"]["value"] - found["scratch"]["mean_ap"]["value"]
     assert found["difference"]["value"] == pytest.approx(gap, abs=2e-6)
+
+
+EACH = dict.fromkeys(FINETUNED, 2) | {"ft_video_interp": 1}  # clips a video
+
+
+@pytest.mark.parametrize("name", available(FINETUNED))
+def test_averaging_the_clips_of_a_video_equals_the_reference(name):
+    """Several clips a video, their logits averaged: the reference's inputs to its logits."""
+    wanted, views = golden.arrays(f"{name}_eval")["out/logits"], signal(f"{name}_eval")
+    modality = "video" if "video" in name else "audio"
+    each = len(views) // len(wanted)
+    assert each == EACH[name]
+    batch = next(batches(clips=len(wanted), views=each, batch_size=len(wanted)))
+    shown = Shown(finetuned(name), views)
+    found = answers(shown, [batch], modality=modality, classes=tuple("abcdefg"))
+    np.testing.assert_allclose(found.logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+class Shown(torch.nn.Module):
+    """A classifier that is shown given clips: the reference's are no stored bytes."""
+
+    def __init__(self, model, views):
+        super().__init__()
+        self.model, self.views = model, views
+
+    def forward(self, given):
+        assert len(given) == len(self.views)
+        return self.model(self.views)

@@ -7,100 +7,23 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.corpus import demo_params
-from tests.training.tiny import model_params
+from tests.evaluation.project import make_project, measure, settings, tiny_model
 from vatt import checkpoint
-from vatt.config import ModelParams, ProbeParams
-from vatt.data.demo import make_demo
-from vatt.data.ledger import Entry
-from vatt.data.shards import write_shards
-from vatt.errors import SettingsError
-from vatt.evaluation import validation
-from vatt.evaluation.evaluate import evaluate, flatten, save_results
+from vatt.data.labels import labels_of
+from vatt.errors import DataError, SettingsError
+from vatt.evaluation import passes, validation
+from vatt.evaluation.chosen import Chosen, choose
+from vatt.evaluation.classification import Predictions
+from vatt.evaluation.evaluate import flatten, save_results
 from vatt.model.classifier import Classifier
 from vatt.model.vatt import VATT
-
-MOTIONS = ("left", "right", "up", "down", "grow", "shrink", "circle", "shake")
-
-
-def settings():
-    params = demo_params()
-    small = params.data.demo.model_copy(
-        update={"train_clips": 24, "test_clips": 12, "dead_links": 0, "no_text_share": 0.0}
-    )
-    probes = {
-        "digit": ProbeParams(modality="video", label="digit", train_labels=None),
-        "absent": ProbeParams(modality="audio", label="species", train_labels=None),
-    }
-    return params.model_copy(
-        update={
-            "data": params.data.model_copy(update={"demo": small}),
-            "evaluate": params.evaluate.model_copy(
-                update={"probes": probes, "low_rank_steps": 5, "bootstrap": 20, "batch_size": 5}
-            ),
-        }
-    )
-
-
-def tiny_model(params) -> ModelParams:
-    content = model_params().model_dump()
-    content["text"]["vocabulary"] = params.model.text.vocabulary
-    return ModelParams.model_validate(content)
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """Shards of a tiny demo corpus, a checkpoint and one classifier, untrained all."""
-    torch.set_num_threads(1)
-    folder, params = tmp_path_factory.mktemp("project"), settings()
-    made = make_demo(
-        folder / "made", params.data.demo, seed=0, workers=0, progress=lambda done, total: None
-    )
-    media = folder / "media"
-    media.mkdir()
-    for clip in made:
-        (folder / "made" / clip.url.removeprefix("demo:")).rename(media / clip.media_name)
-    entries = {
-        clip.clip_id: Entry(clip.clip_id, "ok", "download", has=("video", "audio"), seconds=1.0)
-        for clip in made
-    }
-    write_shards(
-        made,
-        entries,
-        params.preprocess,
-        params.data,
-        machine=params.machine,
-        media=media,
-        folder=folder / "shards",
-        ledger=folder / "ledger.jsonl",
-        seed=0,
-    )
-    model = tiny_model(params)
-    torch.manual_seed(0)
-    checkpoint.save(VATT(model), model, folder / "pretrained")
-    checkpoint.save(
-        Classifier(model, modality="audio", num_classes=len(MOTIONS), head_dropout=0.0),
-        model,
-        folder / "finetuned" / "audio-scratch",
-        extra={"classifier": {"modality": "audio", "classes": MOTIONS}},
-    )
+    folder = tmp_path_factory.mktemp("project")
+    make_project(folder)
     return folder
-
-
-def measure(project: Path, *, cache: Path | None = None, workers: int = 0, progress=None):
-    params = settings()
-    return evaluate(
-        params.evaluate,
-        pretrained=project / "pretrained",
-        finetuned=project / "finetuned",
-        finetune=params.finetune,
-        pretrain=params.pretrain,
-        shards=project / "shards",
-        cache=cache,
-        machine=params.machine.model_copy(update={"workers": workers}),
-        seed=0,
-        progress=progress or (lambda done, total: None),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +39,8 @@ def test_everything_that_was_trained_is_measured_and_nothing_else(measured):
     assert metrics["probes"].keys() == {"digit"}
     assert metrics["probes"]["digit"].keys() == {"svm", "low_rank"}
     assert metrics["classification"].keys() == {"audio"}
-    assert metrics["classification"]["audio"].keys() == {"modality", "scratch"}
+    assert metrics["classification"]["audio"].keys() == {"modality", "views", "scratch"}
+    assert metrics["searches"]["text_to_video"]["pool"] == 12
     assert evidence.arrays.keys() == {
         "features",
         "similarities",
@@ -139,14 +63,107 @@ def test_an_untrained_checkpoint_is_no_better_than_the_untrained_encoder(measure
     assert difference["low"] <= 0 <= difference["high"]
 
 
-def test_the_same_twice_with_any_number_of_workers_and_from_the_cache(project, measured, tmp_path):
-    for _ in range(2):
-        again, evidence = measure(project, cache=tmp_path, workers=2)
-        assert json.dumps(again) == json.dumps(measured[0])
-        for name, arrays in evidence.arrays.items():
-            for key, array in arrays.items():
-                np.testing.assert_array_equal(array, measured[1].arrays[name][key])
-    assert len(list(tmp_path.glob("*.npz"))) == 4
+def test_the_same_twice_with_any_number_of_workers(project, measured):
+    for workers in (1, 3):
+        assert_equal(measure(project, workers=workers), measured)
+
+
+def assert_equal(found, expected):
+    assert json.dumps(found[0]) == json.dumps(expected[0])
+    assert found[1].examples == expected[1].examples
+    assert found[1].arrays.keys() == expected[1].arrays.keys()
+    for name, arrays in found[1].arrays.items():
+        for key, array in arrays.items():
+            np.testing.assert_array_equal(array, expected[1].arrays[name][key])
+
+
+def test_a_second_evaluation_computes_nothing_and_finds_the_same(
+    project, measured, tmp_path, monkeypatch
+):
+    assert_equal(measure(project, cache=tmp_path), measured)
+    assert len(list(tmp_path.glob("*.npz"))) == 6  # two encoders twice, insides, one classifier
+
+    def never(*_args, **_named):
+        raise AssertionError("a batch was made")
+
+    monkeypatch.setattr(passes, "eval_batches", never)
+    assert_equal(measure(project, cache=tmp_path), measured)
+
+
+def test_other_weights_or_clips_are_not_taken_from_the_cache(project, tmp_path):
+    measure(project, cache=tmp_path)
+    model = tiny_model(settings())
+    torch.manual_seed(1)
+    words = project / "shards" / "vocabulary.txt"
+    checkpoint.save(VATT(model), model, tmp_path / "other", vocabulary=words)
+    before = len(list(tmp_path.glob("*.npz")))
+    measure(project, cache=tmp_path, chosen=Chosen(tmp_path / "other"))
+    assert len(list(tmp_path.glob("*.npz"))) == before + 3  # not the untrained encoder's
+
+
+def test_a_checkpoint_without_words_is_measured_by_sound_alone_and_says_so(project, tmp_path):
+    model = tiny_model(settings())
+    checkpoint.save(VATT(model), model, tmp_path / "wordless")
+    paths = settings().paths.model_copy(update={"pretrained": tmp_path / "wordless"})
+    metrics, evidence = measure(project, chosen=choose(paths, settings().finetune))
+    assert metrics["retrieval"]["pretrained"].keys() == {"audio_to_video", "video_to_audio"}
+    assert "import it with --vocab" in metrics["skipped"]["text"]
+    assert metrics["probes"].keys() == {"digit"}
+    assert metrics["classification"] == {}
+    assert evidence.examples == []
+
+
+def test_a_classifier_that_numbers_its_classes_is_measured_alone(project, tmp_path):
+    """As an imported one does: the numbers stand for the labels in the alphabet's order."""
+    names = sorted(labels_of(project / "shards", "motion"))
+    model = tiny_model(settings())
+    torch.manual_seed(0)
+    whole = Classifier(model, modality="audio", num_classes=len(names), head_dropout=0.0)
+    found = []
+    for classes in (names, [str(place) for place in range(len(names))]):
+        folder = tmp_path / f"given-{len(found)}"
+        told = {"classifier": {"modality": "audio", "classes": classes}}
+        checkpoint.save(whole, model, folder, extra=told)
+        paths = settings().paths.model_copy(update={"pretrained": folder})
+        metrics, _ = measure(project, chosen=choose(paths, settings().finetune))
+        assert metrics["retrieval"] == metrics["probes"] == {}
+        found.append(metrics["classification"]["audio"]["pretrained"])
+    assert found[0] == found[1]
+    assert found[0]["top_1"]["n"] == 12
+
+
+def test_numbered_classes_of_another_number_than_the_labels_are_refused(project):
+    paths = settings().paths.model_copy(
+        update={"pretrained": project / "finetuned" / "audio-scratch"}
+    )
+    chosen = choose(paths, settings().finetune)
+    answers = Predictions(np.array(["a"]), np.array(["up"]), np.zeros((1, 3)), ("0", "1", "2"))
+    with pytest.raises(DataError, match="numbers 3 classes, the clips have 2 labels"):
+        chosen.named(answers, {"up", "down"})
+    assert chosen.named(answers, {"up", "down|left"}).classes == ("down", "left", "up")
+
+
+def test_a_given_classifier_needs_one_task_of_its_kind(project):
+    finetune = settings().finetune.model_copy(update={"run": ("action", "image")})
+    paths = settings().paths.model_copy(
+        update={"pretrained": project / "finetuned" / "audio-scratch"}
+    )
+    with pytest.raises(SettingsError, match=r"answers for audio, and finetune\.run has 0 tasks"):
+        choose(paths, finetune)
+
+
+def test_without_any_checkpoint_it_says_how_to_give_one(tmp_path):
+    update = dict.fromkeys(("pretrained", "finetuned"), tmp_path)
+    with pytest.raises(DataError, match="no checkpoint") as error:
+        choose(settings().paths.model_copy(update=update), settings().finetune)
+    assert "--from FOLDER" in error.value.hint
+
+
+def test_probes_learn_from_one_window_and_ask_several(project):
+    four = settings().evaluate.model_copy(update={"clips": 4})
+    metrics, _ = measure(project, chosen=Chosen(project / "pretrained"), evaluate_params=four)
+    assert metrics["probes"]["digit"]["svm"]["pretrained"]["n"] == 12
+    assert "audio_to_video_similarities_averaged" in metrics["retrieval"]["pretrained"]
 
 
 def test_progress_ends_at_its_total(project):

@@ -18,6 +18,7 @@ from vatt.evaluation.features import (
     save_features,
 )
 from vatt.evaluation.passes import untrained
+from vatt.evaluation.share import Share
 
 
 def quiet(done, total):
@@ -49,15 +50,32 @@ def test_a_last_batch_that_is_not_full_is_neither_dropped_nor_doubled(encoder):
     assert found.labels["shade"].shape == (11,)
 
 
-def test_the_views_of_a_clip_are_averaged(encoder):
+def test_the_windows_of_a_clip_are_kept_side_by_side(encoder):
     both = features(encoder, clips=3, views=2)
     (batch,) = batches(clips=3, batch_size=3, views=2)
     video = batch.video.float() / 255 * 2 - 1
     with torch.inference_mode():
         each = encoder.encode(video=video).video
-    naive = torch.stack([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2, (each[4] + each[5]) / 2])
-    np.testing.assert_allclose(both.video, naive.numpy(), atol=1e-6)
+    np.testing.assert_allclose(both.video, each.unflatten(0, (3, 2)).numpy(), atol=1e-6)
     assert both.clip_ids.tolist() == ["clip-000", "clip-001", "clip-002"]
+
+
+def test_shares_of_several_processes_join_to_the_same_bits(encoder):
+    every = list(batches(clips=11, batch_size=2))
+    alone = extract({"one": encoder}, every, progress=quiet, total=11)["one"]
+    sent = []
+    for rank in (1, 2, 0):  # the first process comes last, when the others have sent theirs
+
+        def gather(parts, rank=rank):
+            sent.append((rank, parts))
+            return [part for _, part in sorted(sent)] if rank == 0 else None
+
+        share = Share(rank, 3, gather, lambda value: value)
+        found = extract({"one": encoder}, every[rank::3], progress=quiet, total=11, share=share)
+        assert bool(found) == (rank == 0)
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(found["one"], name), getattr(alone, name))
+    assert found["one"].clip_ids.tolist() == alone.clip_ids.tolist()
 
 
 def test_a_clip_whose_views_are_apart_is_refused(encoder):
@@ -137,7 +155,7 @@ def test_a_modality_that_is_not_sampled_is_not_encoded(encoder):
     bare = replace(batch, audio=batch.audio[:, :0], text=batch.text[:, :0])
     seen = extract({"one": encoder}, [bare], progress=quiet, total=3)["one"]
     np.testing.assert_array_equal(seen.video, whole.video)
-    assert seen.audio.shape == seen.audio_va.shape == (3, 0)
+    assert seen.audio.shape == seen.audio_va.shape == (3, 1, 0)
     assert seen.text_vt.shape[:2] == seen.has_text.shape == (3, 0)
 
 

@@ -4,7 +4,13 @@ import re
 
 import numpy as np
 
-from vatt.report.figures import _input_cosines, node_activations, similarity_densities
+from vatt.report.figures import (
+    _input_cosines,
+    confusions,
+    node_activations,
+    similarity_densities,
+    space_maps,
+)
 from vatt.report.inputs import Inputs
 
 
@@ -50,3 +56,35 @@ def test_a_shared_encoders_nodes_stand_in_one_order_and_own_encoders_in_their_ow
     assert cells[0] == cells[2]  # by either order the video's own picture is the same
     assert cells[1] != cells[3]
     assert node_activations(Inputs()) == []
+
+
+def test_two_modalities_are_shown_before_and_after_the_encoder():
+    generator = np.random.default_rng(0)
+    clips = np.asarray([f"clip-{i}" for i in range(9)])
+    inner = {f"input/{name}": generator.normal(size=(9, 6)) for name in ("video", "text")}
+    inner |= {f"input/{name}/clip_ids": clips for name in ("video", "text")}
+    features = {f"va/{name}": generator.normal(size=(9, 4)) for name in ("video", "audio")}
+    found = space_maps(Inputs(arrays={"insides": inner, "features": features}), clips=8)
+    titles = [picture.title for picture in found]
+    assert titles == ["Picture and words, input space", "Picture and sound, output space"]
+    assert [picture.svg.count("<circle") for picture in found] == [16, 16]
+    assert [name for _, name in found[1].legend] == ["picture", "sound"]
+
+
+def test_pairs_of_queries_that_share_a_clip_are_partners():
+    own = np.array([0, 0, 1, 2])
+    table = np.where(own[:, None] == np.arange(3), 0.9, 0.1)
+    arrays = {"similarities": {"text_to_video": table, "text_to_video/own": own}}
+    (picture,) = similarity_densities(Inputs(arrays=arrays))
+    assert "own partner mean 0.90, another clip's mean 0.10" in picture.alt
+
+
+def test_of_many_classes_the_worst_are_shown_and_the_rest_together():
+    counts = np.diag(np.full(40, 9))
+    counts[3, 5], counts[7, 3], counts[20, 39] = 6, 5, 4
+    arrays = {"confusion": counts, "classes": np.array([f"class {i}" for i in range(40)])}
+    (picture,) = confusions(Inputs(arrays={"predictions-many-pretrained": arrays}))
+    assert picture.svg.count("<rect") == 17 * 17
+    assert "class 7 answered as class 3: 5 (36 %)" in picture.svg
+    assert f"of {counts.sum()} clips" in picture.alt
+    assert "Of 40 classes the 16" in picture.caption

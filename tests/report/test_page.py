@@ -1,5 +1,6 @@
 """The report: self-contained, escaped, complete, and honest about what was not run."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -7,8 +8,9 @@ import pytest
 
 from tests.report.made_up import HOSTILE, REPORT, leave_run, paths
 from vatt.data.manifest import manifest_hash
-from vatt.report.inputs import read_inputs
-from vatt.report.page import duration, markdown, stage_lines, write_report
+from vatt.report.inputs import THUMBNAIL_BYTES, Inputs, read_inputs
+from vatt.report.page import compute_facts, duration, markdown, stage_lines, write_report
+from vatt.report.results import classification_protocol, probe_protocol, retrieval_protocol
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -149,3 +151,117 @@ def test_markdown_takes_text_literally():
 )
 def test_durations_read_as_people_say_them(seconds, words):
     assert duration(seconds) == words
+
+
+ODD = {
+    "markup": "<img src=x onerror=alert(1)><b>\"'&amp;</script>",
+    "markdown": "[x](javascript:alert(1)) | `code` **bold** # ~~no~~ $a$ \\ <!--\n| new | row |",
+    "long": "w" * 5000,
+    "right to left": "שלום \u202egnp.exe\u202c עולם",
+    "emoji": "👩‍👩‍👧‍👦🏳️‍🌈 café ﷽",
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+def test_odd_labels_captions_and_reasons_break_neither_page(odd, tmp_path):
+    place = paths(tmp_path)
+    leave_run(place, label=odd, sentence=odd)
+    write_report(place, REPORT.model_copy(update={"title": odd}))
+    html = (place.report / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert not {"script", "iframe", "img"} & {tag for tag, _ in page.tags}
+    handlers = [name for _, attributes in page.tags for name in attributes if name[:2] == "on"]
+    assert handlers == []
+    assert all(link.startswith(("#", "data:image/webp;base64,")) for link in page.links)
+    assert max(map(len, re.findall(r"“(.*?)”", html))) <= 4 * 300  # escaped
+    assert "unicode-bidi: isolate" in html
+    text = (place.report / "report.md").read_text(encoding="utf-8")
+    assert "\u202e" not in text
+    assert "<img" not in text
+    assert re.search(r"(?<!\\)\]\(javascript", text) is None
+    for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def test_retrieved_clips_play_inside_the_page(tmp_path):
+    place = paths(tmp_path)
+    leave_run(place)
+    (place.evaluation / "c2.webp").write_bytes(b"RIFF made-up WEBP")
+    write_report(place, REPORT)
+    html = (place.report / "report.html").read_text(encoding="utf-8")
+    pictures = [attributes for tag, attributes in Page(html).tags if tag == "img"]
+    assert len(pictures) == 2  # the clip itself and the one hit, which is it
+    assert {one["src"] for one in pictures} == {"data:image/webp;base64,UklGRiBtYWRlLXVwIFdFQlA="}
+    assert all(one["alt"] for one in pictures)
+
+
+def test_thumbnails_stop_where_the_page_would_grow_too_large(tmp_path):
+    place = paths(tmp_path)
+    place.evaluation.mkdir(parents=True)
+    for name in "abc":
+        (place.evaluation / f"{name}.webp").write_bytes(b"x" * (THUMBNAIL_BYTES // 2))
+    assert read_inputs(place).thumbnails.keys() == {"a", "b"}
+
+
+def test_compute_energy_and_cost_are_told_where_they_are_known():
+    runs = {
+        "pretrain": {"seconds": 7200, "device": "H100", "devices": 4, "kwh": 5.5},
+        "evaluate": {"seconds": 1800, "device": "H100", "devices": 4},
+    }
+    known = dict(compute_facts(Inputs(runs=runs), 2.5))
+    assert known["hours of a H100"] == "10"
+    assert known["energy"] == "5.5 kWh (pretrain)"
+    assert known["cost"] == "25.00 at 2.5 an hour"
+    bare = {"pretrain": {"seconds": 3600, "device": "CPU core", "devices": 2}}
+    unknown = dict(compute_facts(Inputs(runs=bare), None))
+    assert unknown["hours of a CPU core"] == "2"
+    assert unknown["energy"] == "no device counts it here"
+    assert unknown["cost"].startswith("not stated")
+    assert compute_facts(Inputs(), 2.5) == ()
+
+
+def test_found_clips_stand_beside_the_official_number(tmp_path):
+    place = paths(tmp_path)
+    leave_run(place)
+    file = place.metrics / "download.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "official": {"test": 1000}}))
+    write_report(place, REPORT)
+    html = (place.report / "report.html").read_text(encoding="utf-8")
+    assert "100 of 1,000" in html
+
+
+def test_the_protocol_of_each_table_is_told_in_words():
+    told = {
+        "windows": 4, "fps": 12.5, "caption_queries": "each", "low_rank_steps": 50_000,
+        "resamples": 1000,
+    }  # fmt: skip
+    search = {"pool": 1000, "queries": 20_000, "captions_per_clip": 20.0}
+    folds = {"value": 0.8, "low": 0.7, "high": 0.9, "n": 2000, "folds": 5, "deviation": 0.01}
+    content = {
+        "protocol": told,
+        "searches": {"text_to_video": search},
+        "probes": {"esc50": {"svm": {"pretrained": folds}}},
+        "classification": {"kinetics400": {"views": [4, 3]}},
+    }
+    inputs = Inputs(metrics={"evaluate": content})
+    retrieval = retrieval_protocol(inputs)
+    for words in ("1,000 test clips", "20 captions a clip", "each a query", "4 windows", "12.5"):
+        assert words in retrieval
+    probe = probe_protocol(inputs)
+    for words in ("C = UV", "50,000 steps", "asked on 4 windows", "deviation between them"):
+        assert words in probe
+    assert "4 windows × 3 crops" in classification_protocol(inputs)
+
+
+def test_a_checkpoint_without_words_says_why_there_is_no_text(tmp_path):
+    place = paths(tmp_path)
+    leave_run(place)
+    file = place.metrics / "evaluate.json"
+    content = json.loads(file.read_text())
+    for direction in ("text_to_video", "video_to_text"):
+        del content["retrieval"]["pretrained"][direction]
+    content["skipped"] = {"text": "the checkpoint has no vocabulary.txt"}
+    file.write_text(json.dumps(content))
+    write_report(place, REPORT)
+    html = (place.report / "report.html").read_text(encoding="utf-8")
+    assert html.count("the checkpoint has no vocabulary.txt") == 2

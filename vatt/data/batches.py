@@ -117,10 +117,15 @@ def eval_batches(
     batch_size: int,
     sampling: Sampling,
     views: tuple[int, int] = (1, 1),
+    rank: int = 0,
+    world_size: int = 1,
     loading: Loading = HERE,
     clip_ids: Collection[str] | None = None,
 ) -> Iterator[Batch]:
-    """Every clip once, in the order of ids; the windows x crops of `views` stand side by side."""
+    """Every clip once, in the order of ids; the windows x crops of `views` stand side by side.
+
+    The batches are the same for any number of processes; each gets every so-manyth, whole.
+    """
     index = open_index(shards, loading, split=split, keys=clip_ids)
     check_rates(sampling, fps=index.fps, audio_hz=index.audio_hz)
     order = sorted(range(len(index.rows)), key=lambda number: index.rows[number].key)
@@ -129,16 +134,15 @@ def eval_batches(
         View(window, windows, crop, crops) for window in range(windows) for crop in range(crops)
     ]
     clips = max(batch_size // len(shown), 1)
-    requests = (
-        [Request(row, None, view) for row in order[first : first + clips] for view in shown]
-        for first in range(0, len(order), clips)
-    )
+    whole = [order[first : first + clips] for first in range(0, len(order), clips)]
+    own = whole[rank::world_size]
+    requests = ([Request(row, None, view) for row in rows for view in shown] for rows in own)
     yield from _batches(
         index,
         requests,
         replace(sampling, augmentation=None),
         loading,
-        first_needed=order,
+        first_needed=[row for rows in own for row in rows],
         stand_in=refuse,
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vatt.data.manifest import LABEL_SEPARATOR
 from vatt.data.reader import ShardIndex
+from vatt.data.samples import INDEX, read_index
 from vatt.errors import DataError
 
 
@@ -30,6 +31,11 @@ def labelled_samples(shards: Path, *, split: str, label: str, count: int | None)
     chosen = balanced([row.key for row in rows], labels, count)
     classes = sorted({name for several in labels for name in several.split(LABEL_SEPARATOR)})
     return Labelled([rows[place].key for place in chosen], classes)
+
+
+def labels_of(shards: Path, label: str) -> set[str]:
+    """All values of a label, whichever split has them; several of one clip stand joined."""
+    return {row.labels[label] for row in read_index(shards / INDEX)[1] if row.labels.get(label)}
 
 
 def balanced(keys: Sequence[str], labels: Sequence[str], count: int | None) -> list[int]:

@@ -231,7 +231,7 @@ def show_in_worker(
 
 
 def _source(stored: Stored, index: ShardIndex, sampling: Sampling) -> Source:
-    path = index.folder / VOCABULARY
+    path = sampling.vocabulary or index.folder / VOCABULARY
     vocabulary = None
     if sampling.candidates:
         changed = path.stat().st_mtime_ns if path.exists() else 0

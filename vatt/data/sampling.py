@@ -6,12 +6,19 @@ T H W C: frames, height, width, channels; S samples; K candidate texts; L words.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
+from pathlib import Path
 from typing import Protocol, Self
 
 import numpy as np
 import torch
 
-from vatt.config import AugmentationParams, FinetuneTaskParams, ModelParams, PretrainParams
+from vatt.config import (
+    AugmentationParams,
+    EvaluateParams,
+    FinetuneTaskParams,
+    ModelParams,
+    PretrainParams,
+)
 from vatt.data import augment
 from vatt.data.arrays import Arrays, Shapes
 from vatt.data.mel import STEP_SECONDS, log_mel
@@ -36,6 +43,7 @@ class Sampling:
     augmentation: AugmentationParams | None  # training only; None: centre crop, as stored
     still: bool = False  # one frame of the clip, T times
     mel_bins: int | None = None  # a spectrogram instead of the waveform
+    vocabulary: Path | None = None  # None: the shards' own
 
     @classmethod
     def for_pretraining(cls, model: ModelParams, pretrain: PretrainParams) -> Self:
@@ -50,6 +58,24 @@ class Sampling:
             words=model.text.words,
             augmentation=pretrain.augmentation,
             mel_bins=model.audio.mel_bins,
+        )
+
+    @classmethod
+    def for_evaluation(
+        cls, model: ModelParams, evaluate: EvaluateParams, *, vocabulary: Path | None
+    ) -> Self:
+        """All three modalities; no words without the vocabulary that the model learned."""
+        return cls(
+            frames=model.video.frames,
+            fps=evaluate.fps,
+            frame_size=_pair(model.video.frame_size),
+            samples=model.audio.samples,
+            audio_hz=None,
+            candidates=0 if vocabulary is None else evaluate.captions,
+            words=model.text.words,
+            augmentation=None,
+            mel_bins=model.audio.mel_bins,
+            vocabulary=vocabulary,
         )
 
     @classmethod

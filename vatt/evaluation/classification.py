@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from vatt.data.batches import Batch, model_inputs
 from vatt.data.manifest import LABEL_SEPARATOR
+from vatt.evaluation.share import ALONE, Share
 from vatt.metrics import (
     Floats,
     Metric,
@@ -72,30 +73,43 @@ def predict(
     label: str,
     classes: Sequence[str],
     progress: Callable[[int], None],
-) -> Predictions:
-    """Answers for every clip that has the label; the logits of a clip's views are averaged."""
+    share: Share = ALONE,
+) -> Predictions | None:
+    """Answers for every clip that has the label; the logits of a clip's views are averaged.
+
+    Of several processes, the first gets the answers to all batches, the others nothing.
+    """
     classifier.eval()
     device = next(classifier.parameters()).device
-    sums: dict[str, Floats] = {}
-    views: dict[str, int] = {}
-    labels: dict[str, str] = {}
+    parts = []
     for batch in batches:
         video, audio, _ = model_inputs(batch.to(device))
         logits = classifier(audio if modality == "audio" else video).double().cpu().numpy()
         present = (batch.has_audio if modality == "audio" else batch.has_video).tolist()
-        for clip, row, name, shown in zip(
-            batch.clip_ids, logits, batch.labels.get(label, ()), present, strict=False
-        ):
-            if name and shown:
-                sums[clip] = sums.get(clip, 0.0) + row
-                views[clip] = views.get(clip, 0) + 1
-                labels[clip] = name
-        progress(len(batch.clip_ids))
-    averaged = [total / views[clip] for clip, total in sums.items()]
+        names = batch.labels.get(label, [""] * len(batch.clip_ids))
+        parts.append(
+            [
+                (clip, name, row)
+                for clip, name, row, shown in zip(
+                    batch.clip_ids, names, logits, present, strict=True
+                )
+                if name and shown
+            ]
+        )
+        progress(len(set(batch.clip_ids)) * share.world_size)
+    joined = share.joined(parts)
+    if joined is None:
+        return None
+    views: dict[str, list[Floats]] = {}
+    labels: dict[str, str] = {}
+    for clip, name, row in (answer for part in joined for answer in part):
+        views.setdefault(clip, []).append(row)
+        labels[clip] = name
+    averaged = [np.mean(rows, axis=0) for rows in views.values()]
     return Predictions(
-        clip_ids=np.asarray(list(sums)),
-        labels=np.asarray([labels[clip] for clip in sums]),
-        logits=np.asarray(averaged).reshape(len(sums), len(classes)),
+        clip_ids=np.asarray(list(views), dtype=np.str_),
+        labels=np.asarray([labels[clip] for clip in views], dtype=np.str_),
+        logits=np.asarray(averaged).reshape(len(views), len(classes)),
         classes=tuple(classes),
     )
 

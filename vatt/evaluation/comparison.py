@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from vatt.errors import DataError
 from vatt.evaluation.classification import TOP, Predictions
 from vatt.evaluation.retrieval import RECALLS
-from vatt.metrics import measured, measured_difference, ranks
+from vatt.metrics import Statistic, by_clip, measured, measured_difference, over_folds, ranks
 from vatt.multi_label import measured_multi_label, measured_multi_label_difference
 
 Arrays = dict[str, NDArray[Any]]
 Values = dict[str, NDArray[Any]]  # measure -> a value a clip (n,)
 Pair = tuple[NDArray[Any], NDArray[Any]]  # the same clips' values in both runs
-SIMILARITIES, CLIPS, PREDICTIONS, PROBE = "similarities", "/clip_ids", "predictions-", "probe-"
+SIMILARITIES, PREDICTIONS, PROBE = "similarities", "predictions-", "probe-"
+CLIPS, OWN = "/clip_ids", "/own"  # of a direction of retrieval
 
 
 def compare_evaluations(
@@ -38,7 +39,9 @@ def compare_evaluations(
             rows += _multi_label(name, ours[name], theirs[name], resamples=resamples, seed=seed)
             continue
         for measure, values in _paired(name, ours[name], theirs[name]).items():
-            statistic = np.median if measure.endswith("median_rank") else np.mean
+            statistic: Statistic = np.nanmedian if measure.endswith("median_rank") else np.nanmean
+            if name.startswith(PROBE) and values[0].ndim == 2:
+                statistic = over_folds(values[0].shape[1])
             one, other = (
                 measured(v, chance=None, resamples=resamples, seed=seed, statistic=statistic)
                 for v in values
@@ -78,6 +81,8 @@ def _paired(name: str, ours: Arrays, theirs: Arrays) -> dict[str, Pair]:
             if not len(mine):
                 return {}
             left, right = values_of(ours, mine), values_of(theirs, their)
+            if any(left[m].shape != right[m].shape for m in left if m in right):
+                return {}  # other folds
             return {
                 f"{name}.{measure}": (left[measure], right[measure])
                 for measure in left
@@ -141,13 +146,30 @@ def _retrieved(direction: str, ours: Arrays, theirs: Arrays) -> dict[str, Pair]:
     _, mine, their = np.intersect1d(ours[key], theirs[key], return_indices=True)
     if not len(mine):
         return {}
-    own = np.arange(len(mine))
     left, right = (
-        ranks(run[direction][np.ix_(rows, rows)], own)
+        _own_ranks(run[direction], run.get(direction + OWN), rows)
         for run, rows in ((ours, mine), (theirs, their))
     )
+    if left.shape != right.shape or not np.array_equal(np.isnan(left), np.isnan(right)):
+        return {}  # not the same captions
     pairs: dict[str, Pair] = {
-        f"{direction}.recall_at_{k}": (left <= k, right <= k) for k in RECALLS
+        f"{direction}.recall_at_{k}": (_within(left, k), _within(right, k)) for k in RECALLS
     }
     pairs[f"{direction}.median_rank"] = (left, right)
     return pairs
+
+
+def _own_ranks(
+    table: NDArray[Any], own: NDArray[np.integer] | None, rows: NDArray[np.integer]
+) -> NDArray[np.floating]:
+    """Ranks among the clips `rows` alone, a row a clip: (n, k), NaN where it asked fewer."""
+    own = np.arange(len(table)) if own is None else own
+    place = np.full(table.shape[1], -1)
+    place[rows] = np.arange(len(rows))
+    asked = np.flatnonzero(place[own] >= 0)
+    owners = place[own[asked]]
+    return by_clip(ranks(table[np.ix_(asked, rows)], owners), owners, len(rows))
+
+
+def _within(rank: NDArray[np.floating], k: int) -> NDArray[np.floating]:
+    return np.where(np.isnan(rank), np.nan, rank <= k)

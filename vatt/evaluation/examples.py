@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vatt.data.text import Vocabulary
-from vatt.evaluation.features import Array, FeatureSet
+from vatt.evaluation.features import FeatureSet
+from vatt.evaluation.retrieval import Search
 from vatt.metrics import ranks
 
 EACH = 3  # best, middle and worst
@@ -16,37 +17,40 @@ HITS = 3
 
 
 def retrieval_examples(
-    tables: Mapping[str, tuple[Array, FeatureSet]], vocabulary: Path, *, shown: Sequence[str]
+    searches: Mapping[str, Search], vocabulary: Path | None, *, shown: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Text to video, from best to worst; clips are named by their labels in `shown`, or by id."""
-    if "text_to_video" not in tables:
+    if "text_to_video" not in searches or vocabulary is None:
         return []
-    table, clips = tables["text_to_video"]
+    search, clips = searches["text_to_video"], searches["text_to_video"].clips
     words = Vocabulary.load(vocabulary)
-    own = ranks(table, np.arange(len(table)))
-    picked = _spread(np.argsort(own, kind="stable"))
-    return [
-        {
-            "clip_id": str(clips.clip_ids[row]),
-            "sentences": [
-                sentence
-                for sentence in (words.decode(map(int, ids)) for ids in clips.text[row])
-                if sentence
-            ],
-            "shown": _name(clips, row, shown),
-            "rank": float(own[row]) if own[row] % 1 else int(own[row]),
-            "pool": len(table),
-            "hits": [
-                {
-                    "clip_id": str(clips.clip_ids[hit]),
-                    "shown": _name(clips, hit, shown),
-                    "own": bool(hit == row),
-                }
-                for hit in np.argsort(-table[row], kind="stable")[:HITS]
-            ],
-        }
-        for row in picked
-    ]
+    rank = ranks(search.table, search.own)
+    found = []
+    for query in _spread(np.argsort(rank, kind="stable")):
+        row = int(search.own[query])
+        said = (
+            clips.text[row] if search.caption is None else clips.text[row, [search.caption[query]]]
+        )
+        sentences = (words.decode(map(int, ids)) for ids in said)
+        nearest = np.argsort(-search.table[query], kind="stable")[:HITS]
+        found.append(
+            {
+                "clip_id": str(clips.clip_ids[row]),
+                "sentences": [sentence for sentence in sentences if sentence],
+                "shown": _name(clips, row, shown),
+                "rank": float(rank[query]) if rank[query] % 1 else int(rank[query]),
+                "pool": search.table.shape[1],
+                "hits": [
+                    {
+                        "clip_id": str(clips.clip_ids[hit]),
+                        "shown": _name(clips, hit, shown),
+                        "own": bool(hit == row),
+                    }
+                    for hit in nearest
+                ],
+            }
+        )
+    return found
 
 
 def _spread(order: NDArray[np.integer]) -> list[int]:

@@ -1,10 +1,10 @@
 """Model and evaluation batches -> arrays of features and embeddings, computed once and kept.
 
-n clips, K candidate texts, L words, D encoder width, E common-space width.
+n clips, V windows, K candidate texts, L words, D encoder width, E common-space width.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 import vatt
 from vatt.data.batches import Batch, model_inputs
 from vatt.errors import DataError
+from vatt.evaluation.share import ALONE, Share
 from vatt.files import atomic_write
 from vatt.model.vatt import VATT
 
 Array = NDArray[Any]
 Progress = Callable[[int, int], None]
+Part = tuple[list[str], dict[str, list[str]], dict[str, dict[str, Array]]]  # ids, labels, encoded
 
-KEPT_FILES = 16  # in the cache; the oldest go first
+KEPT_FILES = 48  # in the cache; those used longest ago go first
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +33,11 @@ class FeatureSet:
 
     clip_ids: NDArray[np.str_]  # (n,)
     labels: dict[str, NDArray[np.str_]]  # name -> (n,); "" where a clip has none
-    video: Array  # (n, D)
-    audio: Array  # (n, D)
-    video_va: Array  # (n, E)
-    audio_va: Array  # (n, E)
-    video_vt: Array  # (n, E)
+    video: Array  # (n, V, D)
+    audio: Array  # (n, V, D)
+    video_va: Array  # (n, V, E)
+    audio_va: Array  # (n, V, E)
+    video_vt: Array  # (n, V, E)
     text_vt: Array  # (n, K, E)
     text: Array  # (n, K, L) word ids
     has_video: Array  # (n,)
@@ -50,32 +52,50 @@ class FeatureSet:
 
 
 ARRAYS = tuple(f.name for f in fields(FeatureSet) if f.name not in ("clip_ids", "labels"))
+WINDOWED = ("video", "audio", "video_va", "audio_va", "video_vt")
 
 
 def extract(
-    encoders: Mapping[str, VATT], batches: Iterable[Batch], *, progress: Progress, total: int
+    encoders: Mapping[str, VATT],
+    batches: Iterable[Batch],
+    *,
+    progress: Progress,
+    total: int,
+    share: Share = ALONE,
 ) -> dict[str, FeatureSet]:
-    """Show every batch to every encoder, so that clips are decoded once; views are averaged."""
-    rows: dict[str, list[dict[str, Array]]] = {name: [] for name in encoders}
-    clip_ids: list[str] = []
-    labels: dict[str, list[str]] = {}
+    """Show every batch to every encoder, so that clips are decoded once.
+
+    The windows of a clip stand side by side in a batch. Of several processes, the first gets the
+    features of all batches, the others nothing.
+    """
+    parts, clips = [], 0
     for batch in batches:
-        clip_ids += batch.clip_ids
-        for name, values in batch.labels.items():
-            labels.setdefault(name, []).extend(values)
-        for name, encoder in encoders.items():
-            rows[name].append(_encode(encoder, batch))
-        progress(len(set(clip_ids)), total)
-    views = _views(clip_ids)
-    kept = {name: np.asarray(values)[::views] for name, values in labels.items()}
-    for name, parts in rows.items():
-        _check_finite(name, parts)
-    return {
-        name: FeatureSet(
-            clip_ids=np.asarray(clip_ids)[::views], labels=kept, **_stack(parts, views)
-        )
-        for name, parts in rows.items()
-    }
+        encoded = {name: _encode(encoder, batch) for name, encoder in encoders.items()}
+        parts.append((batch.clip_ids, batch.labels, encoded))
+        clips += len(set(batch.clip_ids)) * share.world_size
+        progress(min(clips, total), total)
+    joined = share.joined(parts)
+    if joined is None:
+        return {}
+    return {name: _together(name, joined) for name in encoders}
+
+
+def _together(name: str, parts: Sequence[Part]) -> FeatureSet:
+    clip_ids = [clip for ids, _, _ in parts for clip in ids]
+    windows = _windows(clip_ids)
+    names = dict.fromkeys(label for _, labels, _ in parts for label in labels)
+    arrays = [encoded[name] for _, _, encoded in parts]
+    _check_finite(name, arrays)
+    return FeatureSet(
+        clip_ids=np.asarray(clip_ids)[::windows],
+        labels={
+            label: np.asarray([value for _, labels, _ in parts for value in labels[label]])[
+                ::windows
+            ]
+            for label in names
+        },
+        **_stack(arrays, windows),
+    )
 
 
 def _check_finite(name: str, parts: list[dict[str, Array]]) -> None:
@@ -118,23 +138,22 @@ def _encode(encoder: VATT, batch: Batch) -> dict[str, Array]:
     }
 
 
-def _views(clip_ids: list[str]) -> int:
+def _windows(clip_ids: list[str]) -> int:
     """The number of adjacent rows that each clip has; a clip may not come back later."""
     clips = len(dict.fromkeys(clip_ids))
-    views = len(clip_ids) // max(clips, 1)
-    expected = [clip for clip in dict.fromkeys(clip_ids) for _ in range(views)]
-    assert clip_ids == expected, "the views of a clip must be adjacent and equally many"
-    return max(views, 1)
+    windows = len(clip_ids) // max(clips, 1)
+    expected = [clip for clip in dict.fromkeys(clip_ids) for _ in range(windows)]
+    assert clip_ids == expected, "the windows of a clip must be adjacent and equally many"
+    return max(windows, 1)
 
 
-def _stack(parts: list[dict[str, Array]], views: int) -> dict[str, Array]:
+def _stack(parts: list[dict[str, Array]], windows: int) -> dict[str, Array]:
     stacked = {}
     for name in ARRAYS:
         rows = np.concatenate([part[name] for part in parts])
-        by_clip = rows.reshape(len(rows) // views, views, *rows.shape[1:])
-        # Windows differ in picture and sound; a clip's candidate texts are those of its first.
-        averaged = np.issubdtype(rows.dtype, np.floating) and not name.startswith("text")
-        stacked[name] = by_clip.mean(axis=1) if averaged and views > 1 else by_clip[:, 0]
+        by_clip = rows.reshape(len(rows) // windows, windows, *rows.shape[1:])
+        # Windows differ in picture and sound; a clip's captions are those of its first.
+        stacked[name] = by_clip if name in WINDOWED else by_clip[:, 0]
     return stacked
 
 
@@ -142,25 +161,52 @@ def cached(
     folder: Path | None,
     keys: Mapping[str, str],
     compute: Callable[[list[str]], dict[str, FeatureSet]],
+    *,
+    share: Share = ALONE,
 ) -> dict[str, FeatureSet]:
     """The feature sets named in `keys`; only those without a file under their key are computed."""
     if folder is None:
         return compute(list(keys))
     files = {name: folder / f"{key}.npz" for name, key in keys.items()}
-    missing = [name for name, file in files.items() if not file.exists()]
-    found = {name: load_features(file) for name, file in files.items() if name not in missing}
+    missing = share.from_rank_0([name for name, file in files.items() if not file.exists()])
     computed = compute(missing) if missing else {}
+    if share.rank > 0:
+        return {}
+    found = {name: load_features(file) for name, file in files.items() if name not in missing}
     for name, features in computed.items():
         save_features(features, files[name])
     _forget_old(folder, kept=set(files.values()))
     return {name: computed.get(name) or found[name] for name in keys}
 
 
+def cached_arrays(
+    folder: Path | None,
+    key: str,
+    compute: Callable[[], dict[str, Array]],
+    *,
+    share: Share = ALONE,
+) -> dict[str, Array]:
+    """Plain arrays by name, computed when there is no file under their key."""
+    if folder is None:
+        return compute()
+    file = folder / f"{key}.npz"
+    if share.from_rank_0(file.exists()):
+        return _load(file) if share.rank == 0 else {}
+    found = compute()
+    if share.rank == 0:
+        _save(found, file)
+        _forget_old(folder, kept={file})
+    return found
+
+
 def cache_key(*parts: object) -> str:
     """A name for features made from these weights, clips and settings, by the present code."""
     digest = hashlib.sha256(repr((torch.__version__, *parts)).encode())
     package = Path(vatt.__file__).parent
-    for source in sorted([*package.glob("model/*.py"), *package.glob("data/*.py"), Path(__file__)]):
+    own = [
+        package / "evaluation" / f"{name}.py" for name in ("features", "inner", "classification")
+    ]
+    for source in sorted([*package.glob("model/*.py"), *package.glob("data/*.py"), *own]):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:32]
 
@@ -175,22 +221,32 @@ def file_hash(*files: Path) -> str:
 
 def save_features(features: FeatureSet, file: Path) -> None:
     """Write a feature set as one npz file of plain arrays."""
-    arrays: dict[str, Any] = {name: getattr(features, name) for name in ARRAYS}
+    arrays = {name: getattr(features, name) for name in ARRAYS}
     arrays |= {f"labels/{name}": values for name, values in features.labels.items()}
-    with atomic_write(file) as temporary, temporary.open("wb") as handle:
-        np.savez(handle, clip_ids=features.clip_ids, **arrays)
+    _save({"clip_ids": features.clip_ids, **arrays}, file)
 
 
 def load_features(file: Path) -> FeatureSet:
     """Read what `save_features` wrote."""
+    stored = _load(file)
+    labels = {
+        name.removeprefix("labels/"): values
+        for name, values in stored.items()
+        if name.startswith("labels/")
+    }
+    arrays = {name: stored[name] for name in ARRAYS}
+    return FeatureSet(clip_ids=stored["clip_ids"], labels=labels, **arrays)
+
+
+def _save(arrays: Mapping[str, Any], file: Path) -> None:
+    with atomic_write(file) as temporary, temporary.open("wb") as handle:
+        np.savez(handle, **arrays)
+
+
+def _load(file: Path) -> dict[str, Array]:
     with np.load(file, allow_pickle=False) as stored:
-        labels = {
-            name.removeprefix("labels/"): stored[name]
-            for name in stored
-            if name.startswith("labels/")
-        }
-        arrays = {name: stored[name] for name in ARRAYS}
-        return FeatureSet(clip_ids=stored["clip_ids"], labels=labels, **arrays)
+        file.touch()  # what is used is kept longest
+        return dict(stored)
 
 
 def _forget_old(folder: Path, *, kept: set[Path]) -> None:

@@ -1,8 +1,11 @@
 """A linear classifier on frozen features: how much of a label the encoder already shows.
 
-n clips, D encoder width, C classes. Two classifiers, as in the paper: a linear SVM, and the
-low-rank one, W = U V with 128 components of which a tenth is sampled at each step.
+n clips, V windows of a test clip, D encoder width, C classes. Two classifiers, as in the paper: a
+linear SVM, and the low-rank one, C = U V with 128 components of which a tenth is sampled at each
+step. Both learn from one window a clip; a test clip's answer is the mean over its windows.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +29,10 @@ BATCH_SIZE = 64
 def svm_correct(
     train: tuple[Array, NDArray[np.str_]], test: tuple[Array, NDArray[np.str_]]
 ) -> Booleans:
-    """Whether a linear SVM names each test clip's label: ((n, D), (n,)) twice -> (m,)."""
+    """Whether a linear SVM names each test clip's label: (n, D), (n,) and (m, V, D), (m,) -> (m,).
+
+    The margins of a clip's windows are averaged.
+    """
     scaler = StandardScaler().fit(train[0].astype(np.float64))
     features, labels = scaler.transform(train[0].astype(np.float64)), train[1]
     held_out = held_out_rows(len(labels))
@@ -36,9 +42,17 @@ def svm_correct(
         else 0.0
         for c in REGULARISATIONS
     ]
-    chosen = REGULARISATIONS[int(np.argmax(scores))]
-    answers = _svm(features, labels, chosen).predict(scaler.transform(test[0].astype(np.float64)))
-    return np.asarray(answers == test[1])
+    model = _svm(features, labels, REGULARISATIONS[int(np.argmax(scores))])
+    margins = np.mean(
+        [
+            model.decision_function(scaler.transform(window.astype(np.float64)))
+            for window in np.moveaxis(test[0], 1, 0)
+        ],
+        axis=0,
+    )
+    # Of two classes there is one margin, that of the second.
+    answers = (margins > 0).astype(int) if margins.ndim == 1 else margins.argmax(axis=1)
+    return np.asarray(model.classes_[answers] == test[1])
 
 
 def held_out_rows(rows: int) -> Booleans:
@@ -51,24 +65,29 @@ def _svm(features: Floats, labels: NDArray[np.str_], c: float) -> LinearSVC:
 
 
 class LowRankClassifier(nn.Module):
-    """Features -> 128 components -> classes; in training only a tenth of the components answer."""
+    """Features -> 128 components -> classes; a training step sees a tenth of the components."""
 
     def __init__(self, dim: int, classes: int, generator: torch.Generator) -> None:
         super().__init__()
         self.generator = generator
-        self.down = nn.Linear(dim, COMPONENTS)
-        self.up = nn.Linear(COMPONENTS, classes)
+        self.down = nn.Linear(dim, COMPONENTS, bias=False)  # U
+        self.up = nn.Linear(COMPONENTS, classes)  # V
         for weight in (self.down.weight, self.up.weight):
             nn.init.xavier_uniform_(weight, generator=generator)
-        nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.bias)
 
     def forward(self, features: Tensor) -> Tensor:  # (B, D) -> (B, C)
-        components = self.down(features)
-        if self.training:
-            kept = torch.rand(components.shape, generator=self.generator) < SAMPLED
-            components = components * kept / SAMPLED
-        return self.up(components)
+        if not self.training:
+            return self.up(self.down(features))
+        kept = torch.randperm(COMPONENTS, generator=self.generator)[: num_sampled()]
+        components = nn.functional.linear(features, self.down.weight[kept])
+        components = components * (COMPONENTS / len(kept))  # as large as all of them
+        return nn.functional.linear(components, self.up.weight[:, kept], self.up.bias)
+
+
+def num_sampled() -> int:
+    """Components that a step sees."""
+    return round(SAMPLED * COMPONENTS)
 
 
 def low_rank_correct(
@@ -78,7 +97,7 @@ def low_rank_correct(
     steps: int,
     seed: int,
 ) -> Booleans:
-    """The same with the low-rank classifier, trained for `steps` with Adam."""
+    """The same with the low-rank classifier; the probabilities of a clip's windows are averaged."""
     scaler = StandardScaler().fit(train[0])
     classes, targets = np.unique(train[1], return_inverse=True)
     generator = torch.Generator().manual_seed(seed)
@@ -94,7 +113,13 @@ def low_rank_correct(
         loss.backward()
         optimizer.step()
     model.eval()
-    with torch.inference_mode():
-        shown = torch.as_tensor(scaler.transform(test[0]), dtype=torch.float32)
-        answers = model(shown).argmax(dim=1).numpy()
+    answers = _probabilities(model, scaler, test[0]).mean(dim=1).argmax(dim=1).numpy()
     return np.asarray(classes[answers] == test[1])
+
+
+@torch.inference_mode()
+def _probabilities(model: LowRankClassifier, scaler: Any, windows: Array) -> Tensor:
+    """(m, V, D) -> (m, V, C)."""
+    flat = scaler.transform(windows.reshape(-1, windows.shape[-1]))
+    logits = model(torch.as_tensor(flat, dtype=torch.float32))
+    return logits.softmax(dim=-1).unflatten(0, windows.shape[:2])

@@ -1,18 +1,32 @@
-"""Zero-shot retrieval: a clip's text finds its video, its sound finds its video, and back.
+"""Zero-shot retrieval: words find their video, sound finds its video, and back.
 
-n clips of the pool, K candidate texts, E common-space width. Only a clip's own partner is a hit.
+n clips of the pool, q queries, K captions of a clip, V windows, E common-space width. Only a clip's
+own partner is a hit.
 """
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vatt.evaluation.features import Array, FeatureSet
-from vatt.metrics import Floats, Metric, measured, ranks
+from vatt.metrics import Floats, Metric, by_clip, measured, ranks
 
 RECALLS = (1, 5, 10)
+SIMILARITIES = "_similarities_averaged"  # ends the name of a direction measured so
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The queries of one direction, what they are compared with, and which is each one's own."""
+
+    table: Floats  # (q, n)
+    own: NDArray[np.integer]  # (q,) columns
+    caption: NDArray[np.integer] | None  # (q,) which of the clip's; None: a query is no caption
+    clips: FeatureSet  # of the pool (n)
+    captions_per_clip: float | None  # where words are on either side
 
 
 def draw_pool(clip_ids: NDArray[np.str_], usable: Array, size: int) -> NDArray[np.integer]:
@@ -27,68 +41,104 @@ def cosine(queries: Array, targets: Array) -> Floats:
     return _unit(queries) @ _unit(targets).T
 
 
-def average_embeddings(queries: Array, several: Array, valid: Array) -> Floats:
-    """Cosine with the mean of a target's valid vectors: (n, E), (m, K, E), (m, K) -> (n, m)."""
-    weights = valid[..., None].astype(np.float64)
-    means = (several * weights).sum(axis=1) / np.maximum(weights.sum(axis=1), 1)
-    return cosine(queries, means)
+def average_embeddings(left: Array, right: Array) -> Floats:
+    """Cosines of the means of several vectors: (n, K, E), (m, V, E) -> (n, m); NaN is absent."""
+    return cosine(_mean(left), _mean(right))
 
 
-def average_similarities(queries: Array, several: Array, valid: Array) -> Floats:
-    """Mean of the cosines with a target's valid vectors: (n, E), (m, K, E), (m, K) -> (n, m)."""
-    each = np.einsum("ne,mke->nmk", _unit(queries), _unit(several))
-    weights = valid[None].astype(np.float64)
-    return (each * weights).sum(axis=-1) / np.maximum(weights.sum(axis=-1), 1)
+def average_similarities(left: Array, right: Array) -> Floats:
+    """Means of the cosines of all pairs of vectors: (n, K, E), (m, V, E) -> (n, m)."""
+    # The mean of the products of all pairs is the product of the means.
+    return _mean(_unit(left)) @ _mean(_unit(right)).T
 
 
-def similarities(features: FeatureSet, *, pool: int) -> dict[str, tuple[Floats, FeatureSet]]:
-    """Rows = queries, columns = what is searched, by direction; with the clips of the pool."""
-    found: dict[str, tuple[Floats, FeatureSet]] = {}
+def similarities(features: FeatureSet, *, pool: int, caption_queries: str) -> dict[str, Search]:
+    """Every direction that there are clips for, with both ways of averaging where they differ."""
+    found: dict[str, Search] = {}
     usable = features.has_video & features.has_text.any(axis=1)
     if usable.any():
         clips = features.take(draw_pool(features.clip_ids, usable, pool))
-        for name, average in (
-            ("", average_embeddings),
-            ("_similarities_averaged", average_similarities),
-        ):
-            from_video = average(clips.video_vt, clips.text_vt, clips.has_text)
-            found[f"text_to_video{name}"] = (from_video.T, clips)
-            found[f"video_to_text{name}"] = (from_video, clips)
+        found |= _with_words(clips, each=caption_queries == "each")
     usable = features.has_video & features.has_audio
     if usable.any():
         clips = features.take(draw_pool(features.clip_ids, usable, pool))
-        from_audio = cosine(clips.audio_va, clips.video_va)
-        found["audio_to_video"] = (from_audio, clips)
-        found["video_to_audio"] = (from_audio.T, clips)
+        own = np.arange(len(clips.clip_ids))
+        for name, average in _ways(clips.audio_va, clips.video_va):
+            table = average(clips.audio_va, clips.video_va)
+            found[f"audio_to_video{name}"] = Search(table, own, None, clips, None)
+            found[f"video_to_audio{name}"] = Search(table.T, own, None, clips, None)
     return found
 
 
+def _with_words(clips: FeatureSet, *, each: bool) -> dict[str, Search]:
+    """Text and video: a clip's captions are one query, or as many as they are.
+
+    Where each is a query, a video finds the clip of its nearest caption, as is usual for sets with
+    several captions a clip.
+    """
+    spoken = clips.has_text
+    per_clip = float(spoken.sum(axis=1).mean())
+    own, caption = np.arange(len(spoken)), None
+    words = np.where(spoken[..., None], clips.text_vt, np.nan)
+    if each:
+        own, caption = np.nonzero(spoken)
+        words = clips.text_vt[spoken][:, None]
+    found = {}
+    for name, average in _ways(words, clips.video_vt):
+        table = average(words, clips.video_vt)
+        back = table.T
+        if each:
+            back = np.maximum.reduceat(table, np.flatnonzero(np.diff(own, prepend=-1)), axis=0).T
+        every = np.arange(len(spoken))
+        found[f"text_to_video{name}"] = Search(table, own, caption, clips, per_clip)
+        found[f"video_to_text{name}"] = Search(back, every, None, clips, per_clip)
+    return found
+
+
+def _ways(left: Array, right: Array):  # type: ignore[no-untyped-def]
+    """Both averages, or one where nothing is averaged."""
+    several = max(left.shape[1], right.shape[1]) > 1
+    return (("", average_embeddings), *((SIMILARITIES, average_similarities),) * several)
+
+
 def retrieval_metrics(
-    table: Floats,
-    clips: FeatureSet,
+    search: Search,
     *,
     class_labels: Sequence[str],
     resamples: int,
     seed: int,
 ) -> dict[str, Metric]:
     """Recall, median rank and class@1 of one direction, with the levels that chance reaches."""
-    size = len(table)
-    own = ranks(table, np.arange(size))
-    metrics = {
-        f"recall_at_{k}": measured(
-            own <= k, chance=min(k / size, 1.0), resamples=resamples, seed=seed
-        )
-        for k in RECALLS
-    }
-    metrics["median_rank"] = measured(
-        own, chance=(size + 1) / 2, resamples=resamples, seed=seed, statistic=np.median
-    )
-    agree = _agreement(clips, class_labels)
+    size = search.table.shape[1]
+    agree = _agreement(search.clips, class_labels)
+
+    def metric(values: Array, *, chance: float, median: bool = False) -> Metric:
+        one_each = len(values) == size
+        rows = values if one_each else by_clip(values, search.own, size)
+        plain, with_gaps = (np.median, np.nanmedian) if median else (np.mean, np.nanmean)
+        return measured(
+            rows, chance=chance, resamples=resamples, seed=seed,
+            statistic=plain if one_each else with_gaps,
+        )  # fmt: skip
+
+    own = ranks(search.table, search.own)
+    metrics = {f"recall_at_{k}": metric(own <= k, chance=min(k / size, 1.0)) for k in RECALLS}
+    metrics["median_rank"] = metric(own, chance=(size + 1) / 2, median=True)
     if agree is not None:
-        best = table == table.max(axis=1, keepdims=True)
-        hits = (agree & best).sum(axis=1) / best.sum(axis=1)  # equally near hits share the place
-        metrics["class_at_1"] = measured(hits, chance=agree.mean(), resamples=resamples, seed=seed)
+        best = search.table == search.table.max(axis=1, keepdims=True)
+        # Equally near hits share the place.
+        hits = (agree[search.own] & best).sum(axis=1) / best.sum(axis=1)
+        metrics["class_at_1"] = metric(hits, chance=agree.mean())
     return metrics
+
+
+def setup(search: Search) -> dict[str, int | float | None]:
+    """What was asked of what, for the report."""
+    return {
+        "pool": search.table.shape[1],
+        "queries": search.table.shape[0],
+        "captions_per_clip": search.captions_per_clip,
+    }
 
 
 def _agreement(clips: FeatureSet, class_labels: Sequence[str]) -> NDArray[np.bool_] | None:
@@ -99,6 +149,11 @@ def _agreement(clips: FeatureSet, class_labels: Sequence[str]) -> NDArray[np.boo
     if any((values == "").any() for values in columns):
         return None
     return np.logical_and.reduce([values[:, None] == values[None] for values in columns])
+
+
+def _mean(several: Array) -> Floats:
+    """(n, K, E) -> (n, E), without those that are NaN; each row has one that is not."""
+    return np.nanmean(several.astype(np.float64), axis=1)
 
 
 def _unit(vectors: Array) -> Floats:

@@ -52,9 +52,8 @@ def validation(
         )
         encoder = _encoder(model, weights)
         found = extract({SPLIT: encoder}, batches, progress=lambda *_: None, total=len(keys))
-        return retrieval_scores(
-            {name: table for name, (table, _) in similarities(found[SPLIT], pool=len(keys)).items()}
-        )
+        searches = similarities(found[SPLIT], pool=len(keys), caption_queries="averaged")
+        return retrieval_scores({name: search.table for name, search in searches.items()})
 
     return measure
 

@@ -1,6 +1,7 @@
 """Which pictures the report shows, made from curves and arrays; an absent one is left out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +93,34 @@ def _tsne(features: NDArray[np.floating]) -> NDArray[np.floating]:
     return plane.fit_transform(features.astype(np.float64))
 
 
+def space_maps(inputs: Inputs, *, clips: int) -> list[Picture]:
+    """t-SNE of both partners of the same clips, before the encoder and in the common space."""
+    features, insides = inputs.arrays.get("features", {}), inputs.arrays.get("insides", {})
+    pictures = []
+    for space, other, name in (("vt", "text", "words"), ("va", "audio", "sound")):
+        output = _pairs(features.get(f"{space}/video"), features.get(f"{space}/{other}"), unit=True)
+        for title, pair in (("input", _input_pairs(insides, other)), ("output", output)):
+            if pair is not None and len(pair[0]) >= FEWEST_CLIPS:
+                few = [part[:clips] for part in pair]
+                plane = _tsne(np.concatenate(few))
+                names = ["picture"] * len(few[0]) + [name] * len(few[1])
+                pictures.append(scatter(f"Picture and {name}, {title} space", plane, names))
+    return pictures
+
+
+def _pairs(
+    left: NDArray[Any] | None, right: NDArray[Any] | None, *, unit: bool
+) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    """Rows of the same clips, in one space; None when there are none."""
+    if left is None or right is None or left.shape != right.shape:
+        return None
+    if not unit:
+        return left, right
+    one, other = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12)
+                  for v in (left, right))  # fmt: skip
+    return one, other
+
+
 def similarity_densities(inputs: Inputs) -> list[Picture]:
     """Cosines of a clip with its own partner and with the others' (figure 3).
 
@@ -107,7 +136,10 @@ def similarity_densities(inputs: Inputs) -> list[Picture]:
         spaces = {"output": tables.get(direction), "input": _input_cosines(insides, other)}
         for space, table in spaces.items():
             if table is not None and len(table) > 2:
-                own = np.eye(len(table), dtype=bool)
+                columns = np.arange(len(table))
+                if space == "output":  # a clip's captions may each be a row
+                    columns = tables.get(f"{direction}/own", columns)
+                own = columns[:, None] == np.arange(table.shape[1])
                 groups = [("own partner", table[own]), ("another clip's", table[~own])]
                 pictures.append(densities(f"{title}, {space} space", groups, x_label="cosine"))
     return pictures
@@ -115,16 +147,24 @@ def similarity_densities(inputs: Inputs) -> list[Picture]:
 
 def _input_cosines(insides: Arrays, other: str) -> NDArray[np.floating] | None:
     """Cosines of mean input tokens, rows `other`, columns video; None when widths differ."""
+    pair = _input_pairs(insides, other)
+    if pair is None:
+        return None
+    right, left = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in pair)
+    return np.asarray(left @ right.T)
+
+
+def _input_pairs(insides: Arrays, other: str) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    """Mean input tokens of the clips that have video and `other`; None when widths differ."""
     if not {"input/video", f"input/{other}"} <= insides.keys():
         return None
     if insides["input/video"].shape[1] != insides[f"input/{other}"].shape[1]:
         return None
-    names = (other, "video")
+    names = ("video", other)
     ids = [insides[f"input/{name}/clip_ids"] for name in names]
     _, *rows = np.intersect1d(ids[0], ids[1], return_indices=True)
-    shared = [insides[f"input/{name}"][own] for name, own in zip(names, rows, strict=True)]
-    left, right = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in shared)
-    return left @ right.T
+    one, two = (insides[f"input/{name}"][own] for name, own in zip(names, rows, strict=True))
+    return one, two
 
 
 def node_activations(inputs: Inputs) -> list[Picture]:
@@ -161,12 +201,27 @@ def confusions(inputs: Inputs) -> list[Picture]:
 
 
 def _confusion(task: str, arrays: Arrays) -> Picture | None:
-    classes = [str(name) for name in arrays["classes"]]
-    if len(classes) > MATRIX_CLASSES:
+    counts, classes = arrays["confusion"], [str(name) for name in arrays["classes"]]
+    if not len(classes) or not counts.any():
         return None
-    return matrix(
-        f"Confusions: {task}",
-        arrays["confusion"],
-        classes,
-        caption="Rows: what it is. Columns: what was answered.",
-    )
+    caption = "Rows: what it is. Columns: what was answered."
+    if len(classes) > MATRIX_CLASSES:
+        counts, classes = _worst(counts, classes)
+        caption += (
+            f" Of {len(arrays['classes'])} classes the {MATRIX_CLASSES} with most errors; "
+            "“other” is all the rest."
+        )
+    return matrix(f"Confusions: {task}", counts, classes, caption=caption)
+
+
+def _worst(
+    counts: NDArray[np.integer], classes: Sequence[str]
+) -> tuple[NDArray[np.integer], list[str]]:
+    """The classes with most errors, and one that stands for all others."""
+    wrong = counts.sum(axis=1) - np.diagonal(counts)
+    chosen = np.sort(np.argsort(-wrong, kind="stable")[:MATRIX_CLASSES])
+    group = np.full(len(classes), MATRIX_CLASSES)
+    group[chosen] = np.arange(MATRIX_CLASSES)
+    small = np.zeros((MATRIX_CLASSES + 1, MATRIX_CLASSES + 1), dtype=np.int64)
+    np.add.at(small, (group[:, None], group[None]), counts)
+    return small, [*(classes[place] for place in chosen), "other"]

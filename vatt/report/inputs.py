@@ -4,6 +4,7 @@ Nothing here comes from a network, but all of it may hold text that strangers wr
 captions, reasons); the templates escape it.
 """
 
+import base64
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from vatt.config import PathsParams
 
+THUMBNAIL_BYTES = 2_000_000  # in all
 STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate")
 
 Json = dict[str, Any]
@@ -57,12 +59,20 @@ class Inputs:
     corpus: Corpus | None = None
     arrays: Mapping[str, Arrays] = field(default_factory=dict)  # npz stem -> arrays
     examples: tuple[Json, ...] = ()
+    thumbnails: Mapping[str, str] = field(default_factory=dict)  # clip -> data: address
     model: Json | None = None  # the checkpoint's config
 
     @property
     def evaluation(self) -> Json:
         """evaluate.json, or nothing."""
         return self.metrics.get("evaluate", {})
+
+    def listed(self, split: str = "test") -> int | None:
+        """Clips of a split in the official list, or, where there is none, in the manifest."""
+        download = self.metrics.get("download", {})
+        official: dict[str, int] = download.get("official", {})
+        known = official.get(split)
+        return known if known or self.corpus is None else self.corpus.splits.get(split)
 
     def lookup(self, *path: str) -> Any:
         """A value in evaluate.json by its path; None when it was not measured."""
@@ -92,6 +102,7 @@ def read_inputs(paths: PathsParams) -> Inputs:
         corpus=_read_corpus(metrics),
         arrays=_read_arrays(paths.evaluation),
         examples=tuple(examples) if isinstance(examples, list) else (),
+        thumbnails=_read_thumbnails(paths.evaluation),
         model=config if isinstance(config, dict) else None,
     )
 
@@ -143,6 +154,17 @@ def _read_corpus(metrics: Mapping[str, Json]) -> Corpus | None:
     """As the download stage counted it; the manifest itself may be large, or Parquet."""
     found = metrics.get("download", {}).get("corpus")
     return Corpus(**found) if found else None
+
+
+def _read_thumbnails(folder: Path) -> dict[str, str]:
+    """Moving pictures as addresses that hold them, up to a size that a page bears."""
+    found, left = {}, THUMBNAIL_BYTES
+    for file in sorted(folder.glob("*.webp")):
+        left -= file.stat().st_size
+        if left >= 0:
+            data = base64.b64encode(file.read_bytes()).decode()
+            found[file.stem] = f"data:image/webp;base64,{data}"
+    return found
 
 
 def _read_arrays(folder: Path) -> dict[str, Arrays]:

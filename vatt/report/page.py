@@ -18,6 +18,7 @@ from vatt.report.figures import (
     learning_curves,
     node_activations,
     similarity_densities,
+    space_maps,
 )
 from vatt.report.inputs import STAGES, Inputs, read_inputs
 from vatt.report.published import published_sections
@@ -26,6 +27,7 @@ from vatt.report.studies import backbone_table, drop_token_pictures
 from vatt.report.tables import percent
 
 CONVENTIONS: tuple[Convention, ...] = ("true", "paper")
+BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # would turn round what follows
 UNITS = ((3600.0, "h"), (60.0, "min"))
 
 
@@ -37,6 +39,7 @@ class StageLine:
     state: str  # done, failed, killed, running, or not run
     seconds: float | None
     run_id: str
+    devices: str  # what it ran on
     facts: tuple[tuple[str, str], ...]  # from the stage's metrics file
 
 
@@ -59,7 +62,12 @@ def render(template: str, context: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"md": markdown, "duration": duration, "percent": percent}
+    environment.filters |= {
+        "md": markdown,
+        "duration": duration,
+        "percent": percent,
+        "short": short,
+    }
     environment.globals["style"] = Markup(
         Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     )
@@ -72,6 +80,7 @@ def _context(inputs: Inputs, params: ReportParams) -> dict[str, Any]:
         "inputs": inputs,
         "stages": stage_lines(inputs),
         "model": model_facts(inputs),
+        "compute": compute_facts(inputs, params.device_hour_price),
         "figures": key_figures(inputs),
         "scales": scales(inputs),
         "tables": result_tables(inputs),
@@ -80,6 +89,7 @@ def _context(inputs: Inputs, params: ReportParams) -> dict[str, Any]:
         "drop_token": drop_token_pictures(inputs),
         "curves": learning_curves(inputs),
         "maps": feature_maps(inputs, clips=params.tsne_clips),
+        "spaces": space_maps(inputs, clips=params.tsne_clips),
         "densities": similarity_densities(inputs),
         "nodes": node_activations(inputs),
         "confusions": confusions(inputs),
@@ -111,7 +121,28 @@ def _stage_line(name: str, inputs: Inputs) -> StageLine:
         state=state,
         seconds=float(seconds) if isinstance(seconds, int | float) else None,
         run_id=str(run.get("run_id") or ""),
+        devices=f"{run['devices']} × {run['device']}" if "device" in run else "",
         facts=() if name == "evaluate" else tuple(_facts(inputs.metrics.get(name, {}))),
+    )
+
+
+def compute_facts(inputs: Inputs, price: float | None) -> tuple[tuple[str, str], ...]:
+    """What all stages together took: device hours by kind, energy and cost where they are known."""
+    hours: dict[str, float] = {}
+    for run in inputs.runs.values():
+        if "device" in run and isinstance(run.get("seconds"), int | float):
+            taken = run["seconds"] * run["devices"] / 3600
+            hours[run["device"]] = hours.get(run["device"], 0.0) + taken
+    if not hours:
+        return ()
+    metered = {name: run["kwh"] for name, run in inputs.runs.items() if "kwh" in run}
+    told = ", ".join(sorted(metered))
+    energy = f"{sum(metered.values()):.3g} kWh ({told})" if metered else "no device counts it here"
+    cost = f"{price * sum(hours.values()):,.2f} at {price:g} an hour" if price is not None else ""
+    return (
+        *((f"hours of a {device}", f"{taken:.3g}") for device, taken in sorted(hours.items())),
+        ("energy", energy),
+        ("cost", cost or "not stated: report.device_hour_price is not set"),
     )
 
 
@@ -168,6 +199,12 @@ def duration(seconds: float) -> str:
 
 def markdown(text: object) -> str:
     """Text that Markdown and the HTML inside it take literally, on one line."""
-    plain = " ".join(str(text).split())
+    plain = " ".join(BIDI.sub("", str(text)).split())
     escaped = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]|#!~])", r"\\\1", escaped)
+    return re.sub(r"([\\`*_{}\[\]|#!~$])", r"\\\1", escaped)
+
+
+def short(text: object, length: int) -> str:
+    """Text that strangers may have made as long as they liked."""
+    whole = str(text)
+    return whole if len(whole) <= length else f"{whole[: length - 1]}…"

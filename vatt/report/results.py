@@ -112,9 +112,14 @@ def _difference_figure(label: str, tasks: dict[str, Metric], against: str) -> Fi
     return Figure(label, signed(100 * first["value"]), context, sure=sure)
 
 
-def _why(inputs: Inputs) -> str:
+def _why(inputs: Inputs, direction: str) -> str:
     """Why a direction of retrieval has no numbers."""
-    return "no test clip has both modalities" if inputs.evaluation else WHY
+    if not inputs.evaluation:
+        return WHY
+    if not inputs.lookup("retrieval", "pretrained"):
+        return "no encoder has been evaluated"
+    words: str | None = inputs.lookup("skipped", "text") if "text" in direction else None
+    return words or "no test clip has both modalities"
 
 
 def scales(inputs: Inputs) -> tuple[Scale, ...]:
@@ -181,24 +186,57 @@ def _retrieval_table(inputs: Inputs) -> Table:
         for direction, name in DIRECTIONS.items()
         for row in _direction_rows(inputs, direction, name)
     ]
-    size = inputs.lookup("retrieval", "pretrained", "text_to_video", "recall_at_10", "n")
-    pool = f"Pool of {size} test clips. " if size else ""
     return Table(
         title="Zero-shot retrieval",
         headings=("Direction", *MEASURES.values(), "median rank"),
         rows=tuple(rows),
-        remark=f"{pool}Only a clip's own text or sound counts as a hit; class@1: the nearest clip "
-        "agrees with the query in every class label. Text embeddings of a clip are averaged; "
-        "the rows “similarities averaged” average their cosines instead, "
-        "which changes no order where the words are the query.",
+        remark=retrieval_protocol(inputs),
     )
+
+
+def retrieval_protocol(inputs: Inputs) -> str:
+    """How the retrieval was done, in words."""
+    search = inputs.lookup("searches", "text_to_video") or inputs.lookup(
+        "searches", "audio_to_video"
+    )
+    told, said = inputs.lookup("protocol") or {}, []
+    if search:
+        said.append(f"Searched among {of_listed(search['pool'], inputs)} test clips.")
+    if search and search["captions_per_clip"]:
+        number = f"{search['captions_per_clip']:.3g} captions a clip"
+        each = told.get("caption_queries") == "each"
+        said.append(
+            f"{number}, each a query of its own; a video finds the clip of its nearest caption."
+            if each
+            else f"{number}, all together one query."
+        )
+    if told:
+        said.append(f"{windows(told)} Frames: {told['fps']:g} a second, centre crop.")
+    said.append(
+        "Cosines of the means of the embeddings; the rows “similarities averaged” average the "
+        "cosines instead. Only a clip's own partner is a hit; class@1: the nearest clip agrees "
+        "with the query in every class label."
+    )
+    return " ".join(said)
+
+
+def windows(told: dict[str, Any]) -> str:
+    """How many parts of a clip were shown."""
+    number = told["windows"]
+    return "The centre of each clip." if number == 1 else f"{number} windows spread over each clip."
+
+
+def of_listed(number: int, inputs: Inputs) -> str:
+    """A number of test clips out of those that the data set lists."""
+    listed = inputs.listed("test")
+    return f"{number:,} of {listed:,}" if listed and listed >= number else f"{number:,}"
 
 
 def _direction_rows(inputs: Inputs, direction: str, name: str) -> list[Row]:
     ours = inputs.lookup("retrieval", "pretrained", direction)
     if ours is None:
         empty = tuple(metric_cell(None) for _ in (*MEASURES, "median_rank"))
-        return [Row(name, empty, "not_run", _why(inputs))]
+        return [Row(name, empty, "not_run", _why(inputs, direction))]
     rows = [Row(name, _retrieval_cells(ours), "ours", "pre-trained", starts=True)]
     averaged = inputs.lookup("retrieval", "pretrained", f"{direction}_similarities_averaged")
     if averaged is not None:
@@ -229,7 +267,7 @@ def _probe_table(inputs: Inputs) -> Table:
                 metric_cell(run.get("untrained"), "baseline"),
                 difference_cell(run.get("difference")),
                 chance_cell(run.get("pretrained")),
-                Cell(str(run["pretrained"]["n"]), "text"),
+                Cell(_asked(run["pretrained"], inputs), "text"),
             ),
             "ours",
             PROBES.get(kind, kind),
@@ -243,9 +281,43 @@ def _probe_table(inputs: Inputs) -> Table:
         title="Linear probe on frozen features",
         headings=headings,
         rows=tuple(rows) or _nothing(headings, _skipped(inputs) or WHY),
-        remark="The same classifier on the same clips, on features of the pre-trained encoder "
-        "and of one with its first random weights.",
+        remark=probe_protocol(inputs),
     )
+
+
+def _asked(metric: Metric, inputs: Inputs) -> str:
+    """The clips that were asked; with folds, nearly all that the data set lists."""
+    if "folds" not in metric:
+        return of_listed(metric["n"], inputs)
+    listed = sum(inputs.listed(split) or 0 for split in ("train", "val", "test"))
+    known = f" of {listed:,}" if listed >= metric["n"] else ""
+    return f"{metric['n']:,}{known}, {metric['folds']} splits"
+
+
+def probe_protocol(inputs: Inputs) -> str:
+    """How the probes were learned and asked, in words."""
+    told = inputs.lookup("protocol") or {}
+    said = [
+        "The same classifier on the same clips, on features of the pre-trained encoder and of one "
+        "with its first random weights; features are standardised."
+    ]
+    if told:
+        shown = "on the same" if told["windows"] == 1 else "on " + windows(told).lower()
+        said.append(f"Learned on the centre of each train clip, asked {shown.rstrip('.')}.")
+        said.append("SVM: linear, its C chosen on a fifth of the train clips, margins averaged.")
+    if told.get("low_rank_steps"):
+        said.append(
+            "Low-rank: C = UV, 128 components of which 13 are drawn at each step, Adam 0.0005, "
+            f"batch 64, {told['low_rank_steps']:,} steps, probabilities averaged."
+        )
+    if any("folds" in kind["pretrained"] for kind in _kinds(inputs)):
+        said.append("With several official splits: their mean, ± the deviation between them.")
+    return " ".join(said)
+
+
+def _kinds(inputs: Inputs) -> list[dict[str, Metric]]:
+    probes = inputs.lookup("probes") or {}
+    return [run for kinds in probes.values() for run in kinds.values() if "pretrained" in run]
 
 
 def _classification_table(inputs: Inputs) -> Table:
@@ -253,18 +325,33 @@ def _classification_table(inputs: Inputs) -> Table:
     for name, runs in (inputs.lookup("classification") or {}).items():
         measures = sorted({key for run in ("pretrained", "scratch") for key in runs.get(run, {})})
         for measure in measures:
-            rows.append(_classification_row(name, measure, runs))
+            rows.append(_classification_row(inputs, name, measure, runs))
     headings = ("Task", "pre-trained", "from scratch", "difference", "chance", "clips")
     return Table(
         title="Fine-tuned accuracy",
         headings=headings,
         rows=tuple(rows) or _nothing(headings, "no task has been fine-tuned and evaluated"),
-        remark="Logits averaged over a clip's views. The difference is paired: "
-        "both classifiers answered the same clips.",
+        remark=classification_protocol(inputs),
     )
 
 
-def _classification_row(name: str, measure: str, runs: dict[str, Any]) -> Row:
+def classification_protocol(inputs: Inputs) -> str:
+    """How classifiers were asked, in words."""
+    views = [
+        f"{name}: {run['views'][0]} windows × {run['views'][1]} crops a clip."
+        for name, run in (inputs.lookup("classification") or {}).items()
+        if run.get("views")
+    ]
+    return " ".join(
+        [
+            *views,
+            "Logits are averaged over a clip's views. The difference is paired: both classifiers "
+            "answered the same clips.",
+        ]
+    )
+
+
+def _classification_row(inputs: Inputs, name: str, measure: str, runs: dict[str, Any]) -> Row:
     ours = runs.get("pretrained", {}).get(measure)
     scratch = runs.get("scratch", {}).get(measure)
     first = measure in ("top_1", "mean_ap")
@@ -279,7 +366,7 @@ def _classification_row(name: str, measure: str, runs: dict[str, Any]) -> Row:
             show(scratch, "baseline"),
             difference_cell(difference) if first else Cell("–", "none"),
             chance_cell(known, as_share=measure != "d_prime"),
-            Cell(str(known["n"]), "text"),
+            Cell(of_listed(known["n"], inputs), "text"),
         ),
         "ours",
         "; ".join(filter(None, [measure.replace("_", "-"), verdict(difference) if first else ""])),

@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 WIDTH, HEIGHT = 420, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 44
 HEAT_COLUMNS, HEAT_LEVELS = 64, 10
+LEGEND_LETTERS = 60
+NAME_LETTERS = 12  # of a class beside a matrix
 COLOURS = 10  # --c0 to --c9 of the style sheet
 
 
@@ -82,6 +84,11 @@ def _text(x: float, y: float, words: str, *, anchor: str = "middle", turned: flo
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turn}>{escape(words)}</text>'
 
 
+def _short(name: str) -> str:
+    """A class's name where there is room for a word."""
+    return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"
+
+
 def _svg(body: str, alt: str) -> Markup:
     return Markup(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(alt)}">{body}</svg>'
@@ -128,7 +135,8 @@ def scatter(
         for (x, y), label in zip(placed, labels, strict=True)
     )
     alt = f"{title}: {len(labels)} clips coloured by {len(names)} labels"
-    legend = tuple((colour[name], name) for name in names) if len(names) <= COLOURS else ()
+    legend = tuple((colour[name], name[:LEGEND_LETTERS]) for name in names)
+    legend = legend if len(names) <= COLOURS else ()
     return Picture(title=title, svg=_svg(body, alt), alt=alt, legend=legend, caption=caption)
 
 
@@ -170,7 +178,7 @@ def matrix(
     cells = []
     for i, name in enumerate(names):
         middle = top + (i + 0.5) * size
-        cells.append(_text(left - 6, middle + 4, name, anchor="end"))
+        cells.append(_text(left - 6, middle + 4, _short(name), anchor="end"))
         for j, answer in enumerate(names):
             share = shares[i, j]
             tip = f"{name} answered as {answer}: {counts[i, j]} ({100 * share:.0f} %)"
@@ -182,7 +190,7 @@ def matrix(
     bottom = top + size * len(names)
     for j, answer in enumerate(names):
         x = left + (j + 0.5) * size
-        cells.append(_text(x, bottom + 12, answer, anchor="end", turned=-35))
+        cells.append(_text(x, bottom + 12, _short(answer), anchor="end", turned=-35))
     right = float(np.trace(counts) / max(counts.sum(), 1))
     alt = f"{title}: {100 * right:.1f} % of {counts.sum()} clips on the diagonal"
     return Picture(title=title, svg=_svg("".join(cells), alt), alt=alt, caption=caption)

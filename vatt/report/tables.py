@@ -57,11 +57,10 @@ def metric_cell(metric: dict[str, Any] | None, kind: Kind = "ours", *, why: str 
     """A share with its interval; `not run` and the reason when there is none."""
     if metric is None:
         return Cell(NOT_RUN, "not_run", why)
-    return Cell(
-        percent(metric["value"]),
-        kind,
-        f"{100 * metric['low']:.1f} – {100 * metric['high']:.1f}",
-    )
+    detail = f"{100 * metric['low']:.1f} – {100 * metric['high']:.1f}"
+    if "deviation" in metric:  # between official splits
+        detail += f", ± {100 * metric['deviation']:.1f}"
+    return Cell(percent(metric["value"]), kind, detail)
 
 
 def main_measure(run: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -38,6 +38,13 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank())
 
 
+def hardware() -> tuple[str, int]:
+    """What is computed on, and how many of it: GPUs, one a process, or this machine's cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(), world_size()
+    return "CPU core", len(os.sched_getaffinity(0))
+
+
 def peak_memory_gb() -> float:
     """The most memory this process ever held: the GPU's where there is one, else resident."""
     if torch.cuda.is_available():
@@ -83,6 +90,15 @@ def from_rank_0(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def to_rank_0(value: Any) -> list[Any] | None:
+    """The values of all processes, by rank, in rank 0; None in the others."""
+    if world_size() == 1:
+        return [value]
+    box = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, box, dst=0)
+    return box
 
 
 def barrier() -> None:

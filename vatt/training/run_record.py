@@ -15,7 +15,7 @@ class Record:
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         self.path, self.facts = path, facts
-        self._clock = time.monotonic()
+        self._clock = self._metered = time.monotonic()
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -31,8 +31,8 @@ class Record:
         same = self.facts.get("stage_hash") == stage_hash
         return self.facts.get("run_id") if same and self.facts["status"] != "FINISHED" else None
 
-    def begin(self, stage: str, run_id: str, stage_hash: str) -> None:
-        """Note that this process works on the run."""
+    def begin(self, stage: str, run_id: str, stage_hash: str, *, device: str, devices: int) -> None:
+        """Note that this process works on the run, and on how many devices of which kind."""
         if run_id != self.facts.get("run_id"):
             self.facts = {"stage": stage, "run_id": run_id, "stage_hash": stage_hash}
             self.facts |= {"began": _now(), "starts": 0, "seconds": 0.0}
@@ -41,7 +41,16 @@ class Record:
             process=processes.myself(),
             starts=self.facts["starts"] + 1,
             ended=None,
+            device=device,
+            devices=devices,
         )
+
+    def drew(self, watts: float) -> None:
+        """Note the mean power of all devices since the last time, or since the start."""
+        now = time.monotonic()
+        joules = watts * (now - self._metered)
+        self.facts["kwh"] = self.facts.get("kwh", 0.0) + joules / 3.6e6
+        self._metered = now
 
     def end(self, status: str) -> None:
         """Note how it went; `seconds` sums the starts that could tell."""

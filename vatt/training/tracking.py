@@ -34,9 +34,15 @@ class Run:
     """What a stage may tell; in every process but rank 0 it says nothing."""
 
     def __init__(
-        self, client: Any, run_id: str, metrics: MetricLog | None, machine: MachineParams
+        self,
+        client: Any,
+        run_id: str,
+        metrics: MetricLog | None,
+        machine: MachineParams,
+        record: Record | None = None,
     ) -> None:
         self.run_id = run_id
+        self._record = record
         self._client = client
         self._metrics = metrics
         self._machine = machine
@@ -45,6 +51,8 @@ class Run:
         """Note metrics of a step; a step that the run has already is left alone."""
         if self._metrics is not None:
             self._metrics.add(step, metrics)
+        if self._record is not None and "power_watts" in metrics:
+            self._record.drew(metrics["power_watts"])
 
     def flush(self) -> None:
         """Return when all metrics are stored."""
@@ -109,11 +117,12 @@ def run(
         run_id = _create(client, stage, params, stage_hash, data_hash)
     client.update_run(run_id, status="RUNNING")
     client.set_tag(run_id, PROCESS_TAG, processes.myself())
-    record.begin(stage, run_id, stage_hash)
+    device, devices = distributed.hardware()
+    record.begin(stage, run_id, stage_hash, device=device, devices=devices)
     metrics = MetricLog(partial(_send, client, run_id), _last_steps(client, run_id))
     status = "FAILED"
     try:
-        yield Run(client, run_id, metrics, params.machine)
+        yield Run(client, run_id, metrics, params.machine, record)
         status = "FINISHED"
     except (Stopped, KeyboardInterrupt):
         status = "KILLED"

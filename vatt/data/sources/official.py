@@ -3,7 +3,8 @@
 import csv
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from vatt.data.manifest import Clip
@@ -42,6 +43,17 @@ CLASSES: dict[str, tuple[str, int]] = {
     "ucf101": ("action", 101),
     "vggsound": ("sound", 309),
 }
+
+
+def official_counts(sources: Iterable[str]) -> dict[str, int]:
+    """Clips of each split in the published lists of all these sources; none when one has none."""
+    known = [COUNTS.get(source) for source in sources]
+    totals: Counter[str] = Counter()
+    for counts in known:
+        if counts is None:
+            return {}
+        totals.update(counts)
+    return dict(totals)
 
 
 class Faults:

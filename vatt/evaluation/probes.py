@@ -1,0 +1,231 @@
+"""Linear probes over the official splits: mean and deviation, against an untrained encoder.
+
+n clips, F folds. Where a data set has several official splits, each clip may be learned from in one
+and asked in another.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vatt.config import EvaluateParams, ProbeParams
+from vatt.data.labels import balanced
+from vatt.evaluation.features import Array, FeatureSet
+from vatt.evaluation.linear_probe import low_rank_correct, svm_correct
+from vatt.metrics import Booleans, Floats, majority_share, measured, measured_difference, over_folds
+
+ENCODERS = ("pretrained", "untrained")
+Passes = Mapping[tuple[str, int], Mapping[str, FeatureSet]]  # split, windows -> encoder
+
+
+@dataclass(slots=True)
+class Probed:
+    """What the probes found."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, dict[str, Any]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Clips:
+    """The clips a probe may use: those that have its modality and label."""
+
+    clip_ids: NDArray[np.str_]  # (n,)
+    labels: NDArray[np.str_]  # (n,)
+    folds: dict[str, tuple[Booleans, Booleans]]  # name -> learned from, asked: (n,) each
+    centre: dict[str, Array]  # encoder -> (n, D), one window
+    windows: dict[str, Array]  # encoder -> (n, V, D)
+
+
+def passes_for(params: EvaluateParams, splits: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Which splits must be shown with how many windows; the test split's own come first."""
+    needed = [("test", params.clips)]
+    if params.probes:
+        needed.append(("train", 1))
+    if any(probe.folds for probe in params.probes.values()):
+        needed += [(split, number) for split in splits for number in (1, params.clips)]
+    return [one for one in dict.fromkeys(needed) if splits.get(one[0])]
+
+
+def run_probes(params: EvaluateParams, passes: Passes, *, seed: int) -> Probed:
+    """Every probe that has something to learn and to ask; the others say why not."""
+    found = Probed()
+    for name, probe in params.probes.items():
+        clips = _clips(probe, params, passes)
+        why = _cannot(probe, clips)
+        if why:
+            found.skipped[f"probe {name}"] = why
+            continue
+        found.metrics[name], arrays = _probe(probe, params, clips, seed=seed)
+        found.arrays.update({f"probe-{name}-{kind}": values for kind, values in arrays.items()})
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A split's clips that have the label, in both kinds of pass."""
+
+    split: str
+    first: FeatureSet
+    rows: NDArray[np.integer]
+    centre: Mapping[str, FeatureSet]
+    windows: Mapping[str, FeatureSet]
+
+    def label(self, name: str) -> NDArray[np.str_]:
+        return self.first.labels.get(name, np.full(len(self.first.clip_ids), ""))[self.rows]
+
+
+def _clips(probe: ProbeParams, params: EvaluateParams, passes: Passes) -> Clips:
+    """Train and test clips; those of all splits where folds say which is which."""
+    splits = dict.fromkeys(split for split, _ in passes)
+    parts = []
+    for split in splits if probe.folds else [one for one in ("train", "test") if one in splits]:
+        # Without folds a clip is learned from or asked, and is shown for that alone.
+        centre = passes.get((split, 1)) or passes[split, params.clips]
+        windows = passes.get((split, params.clips)) or passes[split, 1]
+        first = centre["pretrained"]
+        present = getattr(first, f"has_{probe.modality}")
+        named = first.labels.get(probe.label, np.full(len(present), "")) != ""
+        parts.append(_Part(split, first, np.flatnonzero(present & named), centre, windows))
+    where = np.concatenate([np.full(len(part.rows), part.split) for part in parts])
+    told = {name: np.concatenate([part.label(name) for part in parts]) for name in probe.folds}
+
+    def of(found: Mapping[str, FeatureSet], encoder: str, part: _Part) -> Array:
+        return np.asarray(getattr(found[encoder], probe.modality)[part.rows])
+
+    return Clips(
+        clip_ids=np.concatenate([part.first.clip_ids[part.rows] for part in parts]),
+        labels=np.concatenate([part.label(probe.label) for part in parts]),
+        folds=official_folds(told) if told else {"": (where == "train", where == "test")},
+        centre={
+            encoder: np.concatenate([of(part.centre, encoder, part)[:, 0] for part in parts])
+            for encoder in ENCODERS
+        },
+        windows={
+            encoder: np.concatenate(
+                _equally_many([of(part.windows, encoder, part) for part in parts])
+            )
+            for encoder in ENCODERS
+        },
+    )
+
+
+def _equally_many(parts: Sequence[Array]) -> list[Array]:
+    """Clips that are only learned from stand in with their one window: nobody asks."""
+    most = max(part.shape[1] for part in parts)
+    return [part if part.shape[1] == most else np.repeat(part, most, axis=1) for part in parts]
+
+
+def official_folds(
+    told: Mapping[str, NDArray[np.str_]],
+) -> dict[str, tuple[Booleans, Booleans]]:
+    """Labels -> the clips learned from and asked in each official split.
+
+    Several labels, or one of train and test: each is a split. One label of other values: each
+    value is asked once, the rest learned from.
+    """
+    values, *more = told.values()
+    if not more and not set(values.tolist()) & {"train", "test"}:
+        return {
+            value: ((values != value) & (values != ""), values == value)
+            for value in sorted(set(values.tolist()) - {""})
+        }
+    return {name: (values == "train", values == "test") for name, values in told.items()}
+
+
+def _cannot(probe: ProbeParams, clips: Clips) -> str:
+    """Why there is nothing to learn or to ask; empty when there is."""
+    if not clips.folds:
+        return f"no clip has a label of {', '.join(probe.folds)}"
+    for name, sides in clips.folds.items():
+        for rows, needed, side in zip(sides, (2, 1), ("train", "test"), strict=True):
+            values = len(set(clips.labels[rows].tolist()))
+            if values < needed:
+                place = f"the {side} split" + (f" of {name}" if name else "")
+                return f"{values} values of label '{probe.label}' in {place}"
+    return ""
+
+
+def _probe(
+    probe: ProbeParams, params: EvaluateParams, clips: Clips, *, seed: int
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Both classifiers on both encoders, with the paired difference; and what each clip got."""
+    asked = np.logical_or.reduce([test for _, test in clips.folds.values()])
+    kinds = ("svm", "low_rank") if params.low_rank_steps else ("svm",)
+    found: dict[str, Any] = {}
+    arrays: dict[str, dict[str, Any]] = {}
+    for kind in kinds:
+        correct = {
+            encoder: np.stack(
+                [
+                    _answers(kind, probe, params, clips, encoder, fold, seed=seed)
+                    for fold in clips.folds.values()
+                ],
+                axis=1,
+            )[asked]
+            for encoder in ENCODERS
+        }
+        found[kind] = _measured(correct, params, clips, seed=seed)
+        ours = correct["pretrained"]
+        arrays[kind] = {
+            "clip_ids": clips.clip_ids[asked],
+            "labels": clips.labels[asked],
+            "correct": ours if len(clips.folds) > 1 else ours[:, 0].astype(bool),
+        }
+    return found, arrays
+
+
+def _answers(
+    kind: str,
+    probe: ProbeParams,
+    params: EvaluateParams,
+    clips: Clips,
+    encoder: str,
+    fold: tuple[Booleans, Booleans],
+    *,
+    seed: int,
+) -> Floats:
+    """1 where a clip of the fold is named right, 0 where not, NaN where it was not asked: (n,)."""
+    train, test = fold
+    labels = np.where(train, clips.labels, "")
+    rows = balanced(clips.clip_ids.tolist(), labels.tolist(), probe.train_labels)
+    learned = (clips.centre[encoder][rows], labels[rows])
+    asked = (clips.windows[encoder][test], clips.labels[test])
+    correct = (
+        svm_correct(learned, asked)
+        if kind == "svm"
+        else low_rank_correct(learned, asked, steps=params.low_rank_steps, seed=seed)
+    )
+    answers = np.full(len(clips.labels), np.nan)
+    answers[test] = correct
+    return answers
+
+
+def _measured(
+    correct: Mapping[str, Floats], params: EvaluateParams, clips: Clips, *, seed: int
+) -> dict[str, Any]:
+    """Mean over the folds with its interval, and the deviation between them."""
+    names = list(clips.folds)
+    how: dict[str, Any] = {"resamples": params.bootstrap, "seed": seed}
+    how["statistic"] = over_folds(len(names))
+    chance = float(
+        np.mean([majority_share(clips.labels[test].tolist()) for _, test in clips.folds.values()])
+    )
+    found: dict[str, Any] = {
+        encoder: measured(hits, chance=chance, **how) for encoder, hits in correct.items()
+    }
+    if len(names) > 1:
+        for encoder, hits in correct.items():
+            each = np.nanmean(hits, axis=0)
+            found[encoder]["deviation"] = round(float(each.std(ddof=1)), 6)
+            found[encoder]["folds"] = len(names)
+            found[f"{encoder}_by_fold"] = {
+                name: {"value": round(float(value), 6)}
+                for name, value in zip(names, each, strict=True)
+            }
+    found["difference"] = measured_difference(correct["pretrained"], correct["untrained"], **how)
+    return found
