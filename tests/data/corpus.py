@@ -27,8 +27,8 @@ def show(frames: np.ndarray, box: Box, size: tuple[int, int], *, flip=False) -> 
     """What a batch gets of frames: their part in the box, resized and mirrored."""
     top, left, height, width = box
     shown = np.empty((len(frames), *size, 3), np.uint8)
-    part = np.ascontiguousarray(frames[:, top : top + height, left : left + width])
-    augment.show(part, shown, flip=flip)
+    part = frames[:, top : top + height, left : left + width]
+    augment.show(enumerate(part), shown, flip=flip)
     return shown
 
 

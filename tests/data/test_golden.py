@@ -24,8 +24,8 @@ class Numbered:
     def facts(self, row):
         return Facts({}, ())
 
-    def frames(self, row, indices, box):
-        return np.array(indices, np.uint8)[:, None, None, None].repeat(3, axis=3)
+    def each_frame(self, row, indices, box):
+        yield from enumerate(np.array(indices, np.uint8)[:, None, None, None].repeat(3, axis=3))
 
     def audio(self, row, first, last):
         return np.zeros(0, np.int16)

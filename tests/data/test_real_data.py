@@ -23,7 +23,7 @@ from vatt.data.media import BrokenMediaError, probe
 from vatt.data.reader import ShardIndex, ShardReader
 from vatt.data.sources.folder import Found, scan
 from vatt.data.sources.urls import read_urls
-from vatt.data.storage import decode_frames
+from vatt.data.storage import decode_frames, whole
 from vatt.errors import DataError
 
 pytestmark = needs_data
@@ -242,7 +242,9 @@ def test_picture_and_sound_keep_the_time_of_the_source(name, fps, tmp_path):
     item = Cut(path, probe(path), windows)
     [result] = cut([item], params, program=find_ffmpeg(None), work=tmp_path)
     for (start, _), piece in zip(windows, result.pieces, strict=True):
-        video = decode_frames(piece.video[0], range(piece.num_frames), fps=fps)
+        video = whole(
+            decode_frames(piece.video[0], range(piece.num_frames), fps=fps), piece.num_frames
+        )
         for number, is_white in enumerate(video.mean(axis=(1, 2, 3)) > 120):
             time = start + number / fps
             near = [begin < time + 0.02 and end > time - 0.02 for begin, end in white]

@@ -12,7 +12,14 @@ from tests.data.test_cut import cut_file
 from tests.data.test_shards import digests, write
 from vatt.data.media import BrokenMediaError
 from vatt.data.reader import ShardIndex, ShardReader
-from vatt.data.storage import Storage, decode_frames, decode_jpegs, decode_sound, encode_sound
+from vatt.data.storage import (
+    Storage,
+    decode_frames,
+    decode_jpegs,
+    decode_sound,
+    encode_sound,
+    whole,
+)
 from vatt.errors import DataError
 
 FORMS = [("h264", "flac"), ("jpeg", "pcm"), ("jpeg", "aac")]
@@ -119,16 +126,16 @@ def test_both_picture_forms_show_the_same_colours(tmp_path):
         params = PARAMS.model_copy(update={"video_storage": form, "crf": 8, "jpeg_scale": 2})
         [piece] = cut_file(path, [(0.0, 1.0)], tmp_path, params).pieces
         if form == "h264":
-            frames = decode_frames(piece.video[0], [5], fps=10)
+            shown = decode_frames(piece.video[0], [5], fps=10)
         else:
-            frames = decode_jpegs(piece.video[5:6], height=piece.height, width=piece.width)
-        seen = frames[0][16, [8, 24, 40]].astype(int)
+            shown = decode_jpegs(piece.video[5:6], height=piece.height, width=piece.width)
+        seen = whole(shown, 1)[0, 16, [8, 24, 40]].astype(int)
         assert np.abs(seen - [(200, 30, 30), (30, 200, 30), (128, 128, 128)]).max() < 8, form
 
 
 def test_broken_pictures_and_sound_are_named(folders, tmp_path):
     with pytest.raises(BrokenMediaError, match="JPEG"):
-        decode_jpegs([b"\xff\xd8\xff nothing"], height=8, width=8)
+        next(decode_jpegs([b"\xff\xd8\xff nothing"], height=8, width=8))
     for form in ("flac", "aac"):
         with pytest.raises(BrokenMediaError, match="sound"):
             decode_sound(b"nothing" * 100, 0, 10, Storage(10, 8000, "h264", form))
@@ -151,5 +158,5 @@ def test_a_grown_file_is_read_whole(tmp_path):
     write_media(path, seconds=3.0, step=8)
     params = PARAMS.model_copy(update={"clip_seconds": 3.0, "gop": 10})
     [piece] = cut_file(path, [(0.0, 3.0)], tmp_path, params).pieces
-    frames = decode_frames(piece.video[0], [25, 12, 29], fps=10)
+    frames = whole(decode_frames(piece.video[0], [25, 12, 29], fps=10), 3)
     assert (frames.mean(axis=(1, 2, 3)) / 8).round().tolist() == [25, 12, 29]

@@ -5,7 +5,9 @@ added, saturation and hue work in HSV, contrast about the mean of a frame's chan
 """
 
 import math
+from collections.abc import Iterable
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,7 +19,6 @@ Colour = tuple[float, float, float, float]  # brightness, contrast, saturation, 
 
 IDENTITY: Colour = (0.0, 1.0, 1.0, 0.0)  # changes nothing
 _TRIES = 10
-_FRAMES_AT_ONCE = 4  # they fit the processor's cache
 
 
 def generator_for(*keys: int) -> torch.Generator:
@@ -71,17 +72,18 @@ def view_box(size: tuple[int, int], crop: tuple[int, int], *, view: int, views: 
     return int((height - tall) * down), int((width - wide) * across), tall, wide
 
 
-def show(part: np.ndarray, out: np.ndarray, *, flip: bool) -> None:
-    """Resize and mirror frames alike, (T, h, w, C) uint8, into `out`: (T, H, W, C) uint8."""
-    image, shown = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in (part, out))
-    # Both operators have a fast form for channels that lie together, and write in place.
-    for first in range(0, len(part), _FRAMES_AT_ONCE):
-        frames, target = (x[first : first + _FRAMES_AT_ONCE] for x in (image, shown))
+def show(frames: Iterable[tuple[int, np.ndarray]], out: np.ndarray, *, flip: bool) -> None:
+    """Resize and mirror frames alike: places and (h, w, C) uint8 -> `out` (T, H, W, C) uint8.
+
+    Bilinear, with half-pixel centres. One frame at a time, while it is in the processor's cache.
+    """
+    cv2.setNumThreads(1)  # workers have a core each; more threads would be in their way
+    size = out.shape[2], out.shape[1]
+    for place, frame in frames:
+        shown = out[place]
+        cv2.resize(frame, size, dst=shown, interpolation=cv2.INTER_LINEAR)
         if flip:
-            frames = torch.flip(frames, (-1,))
-        torch.ops.aten.upsample_bilinear2d.out(
-            frames, list(out.shape[1:3]), False, None, None, out=target
-        )
+            cv2.flip(shown, 1, dst=shown)
 
 
 def draw_colour(params: AugmentationParams, generator: torch.Generator) -> Colour:

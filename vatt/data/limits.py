@@ -1,6 +1,7 @@
 """Run ffmpeg on files that nobody trusts: within limits of time, memory and output."""
 
 import contextlib
+import os
 import re
 import resource
 import signal
@@ -34,16 +35,16 @@ def run_limited(command: Sequence[str], limits: Limits, *, log: Path) -> str:
     """Run a command; returns what it complains of, empty for a clean run. No shell reads it."""
     with log.open("wb") as errors:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors
-        )
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+            process_group=0,
+        )  # fmt: skip
         _limit(process.pid, limits)
         try:
             code = process.wait(timeout=limits.seconds)
         except subprocess.TimeoutExpired:
             return _SIGNALS[signal.SIGXCPU]
         finally:
-            process.kill()
-            process.wait()
+            _end(process)
     with log.open("rb") as errors:
         lines = errors.read(LOG_BYTES).decode(errors="replace").strip().splitlines()
     if code < 0:
@@ -51,6 +52,13 @@ def run_limited(command: Sequence[str], limits: Limits, *, log: Path) -> str:
     if code and not lines:
         return f"ffmpeg ended with code {code}"
     return _sum_up([line for line in lines if "No space left on device" in line] or lines)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of it, with what it may have started: a wrapper's ffmpeg too."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _limit(pid: int, limits: Limits) -> None:

@@ -16,7 +16,7 @@ from vatt.data.reader import (
 )
 from vatt.data.samples import Row
 from vatt.data.sampling import Sampling
-from vatt.data.storage import Box
+from vatt.data.storage import Box, Shown
 
 CHUNK = 16  # clips that a worker decodes at a time
 
@@ -43,13 +43,13 @@ class Memory:
         """Labels and captions."""
         return self._clip(row).facts
 
-    def frames(self, row: Row, indices: Sequence[int], box: Box) -> np.ndarray:
-        """(T, H, W, C), the part of the frames in the box."""
+    def each_frame(self, row: Row, indices: Sequence[int], box: Box) -> Shown:
+        """The part of the frames in the box, each (H, W, C) with its place in `indices`."""
         video = self._clip(row).video
         assert video is not None
         top, left, height, width = box
-        part = video[:, top : top + height, left : left + width]
-        return np.ascontiguousarray(part[list(indices)])
+        for place, index in enumerate(indices):
+            yield place, video[index, top : top + height, left : left + width]
 
     def audio(self, row: Row, first: int, last: int) -> np.ndarray:
         """(S,), fewer where the clip ends."""

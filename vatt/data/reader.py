@@ -20,10 +20,12 @@ from vatt.data.samples import INDEX, Extent, Row, read_index, tar_bytes
 from vatt.data.storage import (
     WAV_HEADER_BYTES,
     Box,
+    Shown,
     Storage,
     decode_frames,
     decode_jpegs,
     decode_sound,
+    whole,
 )
 from vatt.errors import DataError
 
@@ -113,13 +115,18 @@ class ShardReader:
 
     def frames(self, row: Row, indices: Sequence[int], box: Box | None = None) -> np.ndarray:
         """The frames at `indices`, in any order, or `box` of them: (T, H, W, C)."""
+        return whole(self.each_frame(row, indices, box), len(indices))
+
+    def each_frame(self, row: Row, indices: Sequence[int], box: Box | None = None) -> Shown:
+        """The same one by one, as they are decoded, each with its place in `indices`."""
         assert row.video is not None
         try:
             if self.index.storage.video == "jpeg":
                 pictures = self._pictures(row, indices)
-                return decode_jpegs(pictures, height=row.height, width=row.width, box=box)
-            data = self._read(row, row.video)
-            return decode_frames(data, indices, fps=self.index.fps, box=box)
+                yield from decode_jpegs(pictures, height=row.height, width=row.width, box=box)
+            else:
+                data = self._read(row, row.video)
+                yield from decode_frames(data, indices, fps=self.index.fps, box=box)
         except BrokenMediaError as error:
             raise self._broken(row, str(error)) from None
 

@@ -24,7 +24,7 @@ from vatt.data.arrays import Arrays, Shapes
 from vatt.data.mel import STEP_SECONDS, log_mel
 from vatt.data.reader import BrokenSampleError, Facts
 from vatt.data.samples import Row, nearest
-from vatt.data.storage import Box
+from vatt.data.storage import Box, Shown
 from vatt.data.text import Vocabulary
 from vatt.errors import SettingsError
 
@@ -152,8 +152,8 @@ class Stored(Protocol):
     def facts(self, row: Row) -> Facts:
         """Labels and captions."""
 
-    def frames(self, row: Row, indices: Sequence[int], box: Box) -> np.ndarray:
-        """(T, H, W, C), the part of the frames in the box."""
+    def each_frame(self, row: Row, indices: Sequence[int], box: Box) -> Shown:
+        """The part of the frames in the box, each (H, W, C) with its place in `indices`."""
 
     def audio(self, row: Row, first: int, last: int) -> np.ndarray:
         """(S,), fewer where the clip ends."""
@@ -260,7 +260,7 @@ def _show_picture(
     indices = frame_indices(
         round(start * fps), row.num_frames, frames=shown, stride=fps / sampling.fps
     )
-    augment.show(stored.frames(row, indices, box), video[:shown], flip=flip)
+    augment.show(stored.each_frame(row, indices, box), video[:shown], flip=flip)
     video[shown:] = video[:1]
     return colour
 

@@ -11,7 +11,6 @@ from typing import Literal, Self
 import av
 import numpy as np
 import simplejpeg
-from av.filter import Graph
 from av.video.reformatter import VideoReformatter
 
 from vatt.config import PreprocessParams
@@ -51,29 +50,52 @@ class Storage:
         return f"{key}.{_EXTENSIONS[self.audio]}"
 
 
+Shown = Iterator[tuple[int, np.ndarray]]  # a place among what was asked for, and its frame
+
+
+def whole(shown: Shown, count: int) -> np.ndarray:
+    """All frames of an iterator in their places: (T, H, W, C)."""
+    frames = None
+    for place, pixels in shown:
+        if frames is None:
+            frames = np.empty((count, *pixels.shape), dtype=np.uint8)
+        frames[place] = pixels
+    assert frames is not None
+    return frames
+
+
 def decode_frames(
     data: bytes, indices: Sequence[int], *, fps: int, box: Box | None = None
-) -> np.ndarray:
-    """The frames at `indices`, in any order, of an mp4 of constant fps, or `box` of them:
-    (T, H, W, C)."""
+) -> Shown:
+    """The frames at `indices` of an mp4 of constant fps, or `box` of them, as they are decoded.
+
+    Each is (H, W, C) and stays as it is until the next one is asked for.
+    """
     places: dict[int, list[int]] = {}
     for place, index in enumerate(indices):
         places.setdefault(index, []).append(place)
     first, last = min(places), max(places)
-    frames = None
-    part = _Part(box)
+    scaler = VideoReformatter()  # setting it up takes longer than its work
     try:
         for index, frame in _decoded(data, first, last, fps):
             if index in places:
-                pixels = part.of(frame)
-                if frames is None:
-                    frames = np.empty((len(indices), *pixels.shape), dtype=np.uint8)
-                frames[places.pop(index)] = pixels
+                pixels = _cut(_pixels(frame, scaler), box)
+                for place in places.pop(index):
+                    yield place, pixels
     except (av.FFmpegError, ValueError, IndexError, TypeError) as error:
         raise BrokenMediaError(f"frames {first} to {last} cannot be decoded: {error}") from None
-    if places or frames is None:
+    if places:
         raise BrokenMediaError(f"frame {min(places)} is missing")
-    return frames
+
+
+def _cut(frame: np.ndarray, box: Box | None) -> np.ndarray:
+    if box is None:
+        return frame
+    top, left, height, width = box
+    part = frame[top : top + height, left : left + width]
+    if part.shape[:2] != (height, width):
+        raise ValueError(f"a frame of {frame.shape[1]} x {frame.shape[0]} is too small")
+    return part
 
 
 def _decoded(data: bytes, first: int, last: int, fps: int) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -91,69 +113,27 @@ def _decoded(data: bytes, first: int, last: int, fps: int) -> Iterator[tuple[int
                 return
 
 
-class _Part:
-    """RGB pixels of a part of frames; no more than that part is converted."""
-
-    def __init__(self, box: Box | None) -> None:
-        self._box = box
-        self._scaler = VideoReformatter()  # setting it up takes longer than its work
-        self._graph: Graph | None = None
-
-    def of(self, frame: av.VideoFrame) -> np.ndarray:
-        """(h, w, C)."""
-        if self._box is None:
-            return self._rgb(frame)
-        top, left, height, width = self._box
-        if self._graph is None:
-            self._graph = self._cutting(frame)
-        self._graph.push(frame)
-        pixels = self._rgb(self._graph.pull())[top % 2 :, left % 2 :][:height, :width]
-        if pixels.shape[:2] != (height, width):
-            raise ValueError(f"a frame of {frame.width} x {frame.height} is too small")
-        return pixels
-
-    def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        return self._scaler.reformat(frame, format="rgb24", threads=1).to_ndarray()
-
-    def _cutting(self, frame: av.VideoFrame) -> Graph:
-        """A filter that cuts without copying; it cuts between pixels that share no colour."""
-        assert self._box is not None
-        top, left, height, width = self._box
-        tall, wide = height + top % 2, width + left % 2
-        where = f"{wide + wide % 2}:{tall + tall % 2}:{left - left % 2}:{top - top % 2}"
-        graph = Graph()
-        graph.threads = 1
-        nodes = (
-            graph.add_buffer(
-                width=frame.width,
-                height=frame.height,
-                format=frame.format,
-                time_base=frame.time_base,
-            ),
-            graph.add("crop", where),
-            graph.add("buffersink"),
-        )
-        graph.link_nodes(*nodes).configure()
-        return graph
+def _pixels(frame: av.VideoFrame, scaler: VideoReformatter) -> np.ndarray:
+    """A frame as RGB where the converter wrote it: (H, W, C)."""
+    rgb = scaler.reformat(frame, format="rgb24", threads=1)
+    shape, plane = (rgb.height, rgb.width, 3), rgb.planes[0]
+    return np.ndarray(shape, np.uint8, buffer=memoryview(plane), strides=(plane.line_size, 3, 1))
 
 
 def decode_jpegs(
     pictures: Sequence[bytes | memoryview], *, height: int, width: int, box: Box | None = None
-) -> np.ndarray:
-    """Pictures of one size, or `box` of them: (T, H, W, C)."""
-    top, left, tall, wide = box or (0, 0, height, width)
-    frames = np.empty((len(pictures), tall, wide, 3), dtype=np.uint8)
-    whole = np.empty((height, width, 3), dtype=np.uint8)
+) -> Shown:
+    """Pictures of one size, or `box` of them, given as `decode_frames` gives frames."""
+    buffer = np.empty((height, width, 3), dtype=np.uint8)
     try:
-        for picture, frame in zip(pictures, frames, strict=True):
+        for place, picture in enumerate(pictures):
             # The fast forms differ by a few grey levels, far less than compression does.
-            image = simplejpeg.decode_jpeg(picture, buffer=whole, fastdct=True, fastupsample=True)
-            if image.shape != whole.shape:
+            image = simplejpeg.decode_jpeg(picture, buffer=buffer, fastdct=True, fastupsample=True)
+            if image.shape != buffer.shape:
                 raise ValueError("a picture has another size")
-            frame[:] = whole[top : top + tall, left : left + wide]
+            yield place, _cut(buffer, box)
     except ValueError as error:
         raise BrokenMediaError(f"a JPEG cannot be decoded: {error}") from None
-    return frames
 
 
 def encode_sound(wave: np.ndarray, storage: Storage, *, kbps: int) -> bytes:
