@@ -482,23 +482,29 @@ def loader(rounds: int) -> None:
 # --- processes ------------------------------------------------------------------------------------
 
 
-def processes(rounds: int, clips: int = 64) -> None:
+def processes(rounds: int) -> None:
     """Two processes of one thread each against one of one thread, DeepSpeed ZeRO-1."""
-    speeds: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(rounds):
+    for clips in (64, 128):
+        speeds: dict[int, list[float]] = {1: [], 2: []}
+        for _ in range(rounds):
+            for number, values in speeds.items():
+                values.append(launched_speed(number, clips))
+        print(f"\na global batch of {clips}, bf16, one thread a process")
         for number, values in speeds.items():
-            command = [
-                sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc_per_node", str(number), __file__, "worker", "--clips", str(clips),
-            ]  # fmt: skip
-            told = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, env=told, capture_output=True, text=True, check=True)
-            values.append(float(done.stdout.split("samples/s:")[1].split()[0]))
-    print(f"\na global batch of {clips}, bf16, one thread a process")
-    for number, values in speeds.items():
-        print(f"  {f'processes: {number}':44} {show(values, 'samples/s', 1)}")
-    ratios = [two / one for one, two in zip(*speeds.values(), strict=True)]
-    print(f"  {'two over one (wanted: at least 1.6)':44} {show(ratios, 'x', 1)}")
+            print(f"  {f'processes: {number}':44} {show(values, 'samples/s', 1)}")
+        ratios = [two / one for one, two in zip(*speeds.values(), strict=True)]
+        print(f"  {'two over one (wanted: at least 1.6)':44} {show(ratios, 'x', 1)}", flush=True)
+
+
+def launched_speed(number: int, clips: int) -> float:
+    """Samples a second of `worker` in so many processes."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc_per_node", str(number), __file__, "worker", "--clips", str(clips),
+    ]  # fmt: skip
+    told = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=told, capture_output=True, text=True, check=True)
+    return float(done.stdout.split("samples/s:")[1].split()[0])
 
 
 def worker(clips: int, steps: int = 10) -> None:
