@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from vatt.model import operators
 from vatt.model.operators import Linear, attention, plain_operators
@@ -101,3 +102,16 @@ def test_the_switch_is_off_again_afterwards(monkeypatch):
     with pytest.raises(RuntimeError), plain_operators():
         raise RuntimeError
     assert "Convolution" in str(Linear(4, 4)(torch.randn(2, 4)).grad_fn)
+
+
+def test_attention_computed_again_gives_the_same_gradients():
+    """Activation checkpointing lets a backward pass ask for what was saved just once."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, 17, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+    def attend(query, key, value):
+        return attention(query, key, value, bias=None, scale=0.3, dropout=0.0)
+
+    direct = gradients(attend(*inputs), *inputs)
+    again = gradients(checkpoint(attend, *inputs, use_reentrant=False), *inputs)
+    close(again, direct, 0.0)

@@ -136,10 +136,11 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        heads, gradients = ctx.saved_tensors[:3], gradient.flatten(0, 1).contiguous()
+        saved = ctx.saved_tensors  # asked for once: activation checkpointing gives it once
+        heads, gradients = saved[:3], gradient.flatten(0, 1).contiguous()
         to_inputs = [torch.empty_like(inputs) for inputs in heads]
         parts = zip(*map(_chunks, (*heads, gradients, *to_inputs)), strict=True)
-        for weights, part in zip(ctx.saved_tensors[3:], parts, strict=True):
+        for weights, part in zip(saved[3:], parts, strict=True):
             queries, keys, values, mixed, to_queries, to_keys, to_values = part
             torch.bmm(weights.transpose(1, 2), mixed, out=to_values)
             to_weights = torch.bmm(mixed, values.transpose(1, 2))
