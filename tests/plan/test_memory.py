@@ -18,6 +18,7 @@ from vatt.plan.memory import (
     block_bytes,
     clip_bytes,
     count,
+    kernels_bytes,
     memory,
     optimizer_bytes,
     update_bytes,
@@ -137,3 +138,14 @@ def test_activation_checkpointing_keeps_less():
     model, params = tiny.DEMO.model, PARAMS
     less = clip_bytes(model, params, Setting(activation_checkpointing=True))
     assert less < 0.5 * clip_bytes(model, params, Setting())
+
+
+def test_a_cpu_s_bf16_library_keeps_something_for_each_number_of_clips():
+    """Cached, the encoders see one clip, a remainder, and whole micro-batches."""
+    assert Setting().clip_counts(64) == 1
+    assert Setting(micro_batch_size=16).clip_counts(65) == 2  # 1, 16
+    assert Setting(micro_batch_size=16).clip_counts(64) == 3  # 1, 15, 16
+    params = PARAMS.model_copy(update={"precision": "bf16"})
+    fp32 = params.model_copy(update={"precision": "fp32"})
+    assert kernels_bytes(params, Setting()) > 0
+    assert kernels_bytes(fp32, Setting()) == kernels_bytes(params, Setting(on_gpu=True)) == 0

@@ -30,6 +30,7 @@ BUCKET = 50_000_000  # vatt.training.engine: numbers that ZeRO reduces at once
 FALLBACK_BUCKET = 500_000_000  # numbers that DeepSpeed joins to reduce at stage 0, also alone
 SCORE_BYTES = 6 * FP32 + 2  # of a pair: both directions, masked, their gradients; two masks
 RUNTIME = {False: 0.6e9, True: 1.0e9}  # Python, torch, DeepSpeed; on a GPU context and NCCL
+KERNELS = 44e6  # what oneDNN keeps for bf16 products with one number of clips; bench/plan.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,13 @@ class Setting:
         """Clips that are encoded at a time."""
         rows = self.rows(batch_size)
         return min(self.micro_batch_size or rows, rows)
+
+    def clip_counts(self, batch_size: int) -> int:
+        """How many different numbers of clips the encoders see: cached, one clip comes first."""
+        if not self.is_cached(batch_size):
+            return 1
+        rest, size = self.rows(batch_size) - 1, self.at_once(batch_size)
+        return len({1, min(size, rest), rest % size} - {0})
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,8 +285,15 @@ def memory(
         activations=activations,
         loss=loss_work,
         inputs=batches * batch_bytes(model, params, setting) + signals,
-        runtime=RUNTIME[setting.on_gpu],
+        runtime=RUNTIME[setting.on_gpu] + kernels_bytes(params, setting),
     )
+
+
+def kernels_bytes(params: PretrainParams, setting: Setting) -> float:
+    """What the library of a CPU's bf16 products keeps beside its results."""
+    if setting.on_gpu or params.precision != "bf16":
+        return 0.0
+    return KERNELS * setting.clip_counts(params.batch_size)
 
 
 def changes_colour(params: PretrainParams) -> bool:
