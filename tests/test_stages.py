@@ -184,6 +184,33 @@ def test_torchrun_s_processes_train_together_and_one_drives_dvc(
     assert next(row for row in status if row["stage"] == "pretrain")["state"] == "up to date"
 
 
+@pytest.mark.parametrize(
+    ("number", "processes"),
+    [(signal.SIGUSR1, 1), pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow)],
+)
+def test_a_stop_signal_to_vattctl_saves_and_ends_with_75(
+    number: signal.Signals, processes: int, finished: Path, tmp_path: Path
+) -> None:
+    project = tmp_path / "copy"
+    shutil.copytree(finished, project, symlinks=True)
+    longer = {"pretrain.steps": 2000, "machine.processes": processes}
+    command = [sys.executable, "-m", "vattctl.cli", "pretrain", *sets(longer)]
+    states = project / "runs/pretrain-state"
+    curve = (states / "history.jsonl").read_text()
+    with subprocess.Popen(
+        command, cwd=project, env=environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        while (states / "history.jsonl").read_text() == curve and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    # The stage ended by itself: nobody stopped its launcher before all processes had saved.
+    assert "exited with 75" in errors
+    last = max(states.glob("step-*")).name.removeprefix("step-")
+    assert f"stopped after step {int(last)} of 2000; the state is saved" in errors
+
+
 def make_kill(stage: str) -> Callable[[Path], None]:
     """Wait until the stage's own process runs, let it work a little, kill it outright."""
 

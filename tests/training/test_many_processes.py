@@ -1,5 +1,6 @@
 """Any number of processes, at any ZeRO stage, train as plain torch does alone."""
 
+import math
 import os
 import subprocess
 import sys
@@ -139,6 +140,13 @@ def test_a_state_goes_on_in_another_number_of_processes(found, alone):
         engine.load(found[3] / str(number) / worker.state_name(done))
         rows = [worker.update(engine, model, step) for step in range(done, worker.STEPS)]
         close(torch.tensor(rows), expected[done:])
+
+
+def test_a_gradient_that_is_no_number_is_told_at_every_zero_stage(found):
+    if "spoiled" not in found[1]:
+        pytest.skip("tried with the quick cases")
+    assert [loss for loss, _ in found[1]["spoiled"]] == [0.0] * 4
+    assert not any(math.isfinite(norm) for _, norm in found[1]["spoiled"])
 
 
 def test_an_evaluation_on_the_way_happens_once_and_changes_no_weight(found):

@@ -53,6 +53,7 @@ def main() -> None:
                 evaluating.trained(folder / f"every-{every}", evaluate_every=every)
                 for every in (2, None)
             ]
+            results["spoiled"] = [spoiled(zero) for zero in range(4)]
         for backbone in BACKBONES:
             results["exact", backbone] = exact_gradients(backbone)
         for number, case in enumerate(CASES[os.environ["VATT_TEST_CASES"]]):
@@ -74,6 +75,25 @@ def gathered() -> tuple[Tensor, Tensor]:
     (whole.T * weights).sum().backward()
     assert part.grad is not None
     return whole.detach(), distributed.gather(part.grad)
+
+
+class Root(torch.nn.Module):
+    """A finite loss whose gradient is infinite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self) -> dict[str, Tensor]:
+        """The slope of a square root at zero."""
+        return {"loss": self.weight.sum().sqrt()}
+
+
+def spoiled(zero: int) -> tuple[float, float]:
+    """The loss, and the norm of a gradient that is none."""
+    engine = DeepSpeedEngine(Root(), OPTIMIZER, "fp32", tiny.machine_params(zero_stage=zero))
+    loss = engine()["loss"]
+    return loss.item(), engine.update(loss, learning_rate=LEARNING_RATE)
 
 
 def batch_of(step: int) -> Batch:

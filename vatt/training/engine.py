@@ -231,7 +231,7 @@ def _deepspeed_config(
     module: nn.Module, optimizer: OptimizerParams, machine: MachineParams
 ) -> dict[str, Any]:
     elements = sum(weight.numel() for weight in module.parameters())
-    bucket = min(elements, LARGEST_BUCKET)
+    bucket = min(elements + elements % 2, LARGEST_BUCKET)  # ZeRO takes even ones only
     on_gpu = distributed.device().type == "cuda"
     zero: dict[str, Any] = {
         "stage": machine.zero_stage,
