@@ -102,9 +102,14 @@ def test_a_set_becomes_two_projects_with_valid_settings(inside, name):
         assert work.finetune.run == (name,) and set(tasks) == {name}
         assert (tasks[name].fps or 0) <= clips.preprocess.fps
         assert (tasks[name].audio_hz or 0) <= clips.preprocess.audio_hz
+        assert work.evaluate.fps <= clips.preprocess.fps
     else:
         assert name in ("msrvtt", "youcook2") and not tasks
     assert work.report.title == f"VATT on {name}"
+    folds = {"ucf101": ("fold1", "fold2", "fold3"), "esc50": ("fold",)}
+    folds["hmdb51"] = folds["ucf101"]
+    assert {probe.folds for probe in work.evaluate.probes.values()} <= {folds.get(name, ())}
+    assert (name in work.evaluate.probes) == (name in folds)
 
 
 @pytest.mark.parametrize(

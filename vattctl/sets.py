@@ -97,7 +97,6 @@ def plan(wanted: Wanted, project: "Params", assignments: Settings) -> Plan:
     else:
         tree["finetune"] = {"run": [], "init": ["pretrained"], "tasks": {}}
     tree["report"] = {"title": f"VATT on {wanted.name}"}
-    tree["evaluate"] = known_to_schema(tree["evaluate"])
     settings = assigned(flat(tree), assignments)
     # The recipe too: `vattctl table` takes it from there. Another seed needs no other shards.
     own = {key: value for key, value in settings.items() if key[0] != "seed"}
@@ -116,19 +115,6 @@ def plan(wanted: Wanted, project: "Params", assignments: Settings) -> Plan:
         about=about,
         trains=trains,
     )
-
-
-def known_to_schema(evaluate: Tree) -> Tree:
-    """Without what an evaluation of this version does not know."""
-    from vatt.config import EvaluateParams, ProbeParams
-
-    kept = {key: value for key, value in evaluate.items() if key in EvaluateParams.model_fields}
-    probes = kept.get("probes", {})
-    kept["probes"] = {
-        name: {key: value for key, value in probe.items() if key in ProbeParams.model_fields}
-        for name, probe in probes.items()
-    }
-    return kept
 
 
 def overlay(name: str) -> Tree:
@@ -305,7 +291,7 @@ def fit_rates(tree: Tree, model: "ModelParams", project: "Params") -> None:
     preprocess.setdefault(
         "short_side", project.preprocess.short_side if ours else round(size / SHOWN_WHOLE)
     )
-    shown = project.pretrain.fps if ours else PAPER_FPS / 2
+    shown = project.evaluate.fps if ours else PAPER_FPS / 2
     evaluate.setdefault("fps", min(shown, preprocess["fps"]))
     if task.get("modality") == "video" and task["fps"] is None:
         task["fps"] = min(shown, preprocess["fps"]) if open_fps else preprocess["fps"] / 2

@@ -47,7 +47,7 @@ def experiment_of(run: "Run", scale: "Scale") -> Experiment:
     for key, value in run.settings.items():
         keys = tuple(key.split("."))
         if keys[:2] == ("evaluate", "probes"):  # one more
-            probes = {**raw["evaluate"]["probes"], keys[2]: _probe(value)}
+            probes = {**raw["evaluate"]["probes"], keys[2]: value}
             settings["evaluate", "probes"] = probes
         else:
             settings[keys] = value
@@ -98,14 +98,6 @@ def _of(tasks: dict[str, Any], like: str, run: "Run") -> dict[str, Any]:
             hint=f"it has: {', '.join(tasks)}",
         )
     return deepcopy(tasks[name])
-
-
-def _probe(given: dict[str, Any]) -> dict[str, Any]:
-    """A probe with every setting that the schema asks for."""
-    from vatt.config import ProbeParams
-
-    silent: dict[str, Any] = {"train_labels": None, "folds": []}
-    return {key: value for key, value in silent.items() if key in ProbeParams.model_fields} | given
 
 
 def plan(runs: "Sequence[Run]", scale: "Scale", *, device: str | None, gpus: int) -> list[Planned]:

@@ -95,7 +95,12 @@ DEMO = Scale(
         "pretrain.steps": 250,
         "pretrain.optimizer.warmup_steps": 60,
         "pretrain.save_every": 50,
-        "evaluate.probes.action": {"modality": "video", "label": "action"},
+        "evaluate.probes.action": {
+            "modality": "video",
+            "label": "action",
+            "train_labels": None,
+            "folds": [],
+        },
     },
 )
 # Explorations were trained with batches of 512 (tables 5, 9 and 10).
