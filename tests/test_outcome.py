@@ -65,3 +65,16 @@ def test_a_bug_keeps_its_traceback_in_a_file_or_shows_it(tmp_path: Path) -> None
     assert "RuntimeError: oh" in (tmp_path / ".vattctl" / "traceback.txt").read_text()
     done, _ = end(tmp_path, "raise RuntimeError('oh')", VATTCTL_DEBUG="1")
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("chain", ["", " from None", " from error"])
+def test_a_stop_that_a_library_reports_as_its_failure_is_a_stop(tmp_path: Path, chain: str) -> None:
+    body = f"""
+    try:
+        os.kill(os.getpid(), 15)
+    except Exception as error:
+        raise RuntimeError("no such database"){chain}
+    """
+    done, outcome = end(tmp_path, body)
+    assert done.returncode == outcome["code"] == 75
+    assert "continues where it stopped" in str(outcome["message"])

@@ -47,7 +47,7 @@ def _run(stage: str, main: Callable[[], None]) -> int:
         else:  # whoever launched this process holds the lock
             main()
     except VattError as error:
-        return _leave(stage, error.exit_code, str(error))
+        return _leave_known(stage, error)
     except KeyboardInterrupt:
         return _leave(stage, INTERRUPTED, "interrupted; run it again to continue")
     except OSError as error:
@@ -56,10 +56,11 @@ def _run(stage: str, main: Callable[[], None]) -> int:
                 f"the disk is full: {error.filename or Path.cwd()}",
                 hint="free some space, then run it again: it continues where it stopped",
             )
-            return _leave(stage, full.exit_code, str(full))
+            return _leave_known(stage, full)
         return _leave_bug(stage, error)
     except Exception as error:  # noqa: BLE001 - the last line of defence, with its traceback kept
-        return _leave_bug(stage, error)
+        stopped = _stop_under(error)
+        return _leave_bug(stage, error) if stopped is None else _leave_known(stage, stopped)
     return 0
 
 
@@ -80,6 +81,18 @@ def read_outcome(project: Path = Path()) -> tuple[int, str] | None:
 def _stop(signum: int, frame: FrameType | None) -> None:
     """What is on disk is complete at any moment, so a stage without steps just stops."""
     raise Stopped("stopped by a signal", hint="run it again: it continues where it stopped")
+
+
+def _leave_known(stage: str, error: VattError) -> int:
+    return _leave(stage, error.exit_code, str(error))
+
+
+def _stop_under(error: BaseException) -> Stopped | None:
+    """The stop that a library took for a failure of its own, as MLflow's database does."""
+    under: BaseException | None = error
+    while under is not None and not isinstance(under, Stopped):
+        under = under.__cause__ or under.__context__
+    return under
 
 
 def _leave_bug(stage: str, error: BaseException) -> int:
