@@ -92,9 +92,9 @@ DEMO = Scale(
     "demo",
     {
         "pretrain.drop_rate": 0.5,
-        "pretrain.steps": 250,
-        "pretrain.optimizer.warmup_steps": 60,
-        "pretrain.save_every": 50,
+        "pretrain.steps": 160,
+        "pretrain.optimizer.warmup_steps": 40,
+        "pretrain.save_every": 40,
         "evaluate.probes.action": {
             "modality": "video",
             "label": "action",
