@@ -31,7 +31,7 @@ tables-seeds: setup  # DropToken and specific against agnostic with three seeds:
 
 test: setup
 	@echo "test: fast tests, under ten minutes on two cores ..."
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto --maxprocesses 4 --dist loadfile
 
 slow: setup
 	$(BIN)/python -m pytest -m "slow"
