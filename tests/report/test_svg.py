@@ -44,6 +44,15 @@ def test_a_curve_has_a_point_for_every_value_and_says_where_it_begins_and_ends()
     assert "loss from 3 to 1" in picture.alt
 
 
+def test_a_name_stands_over_the_highest_of_the_curves_points():
+    series = [("low", [1, 2], [0.0, 1.0]), ("high", [1, 2], [2.0, 0.5])]
+    svg = lines("rates", series, x_label="x", y_label="y", points=["first", "second"]).svg
+    dots = [float(y) for y in re.findall(r'<circle[^>]*cy="([^"]*)"', svg)]
+    named = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>(?:first|second)', svg)]
+    assert len(dots) == 4
+    assert named == pytest.approx([min(dots[0], dots[2]) - 7, min(dots[1], dots[3]) - 7])
+
+
 def test_a_constant_curve_can_be_drawn():
     assert "polyline" in lines("flat", [("y", [1], [2.0])], x_label="x", y_label="y").svg
 

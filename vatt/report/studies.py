@@ -201,14 +201,14 @@ def drop_token_pictures(inputs: Inputs) -> list[Picture]:
         "GFLOPs of a clip": [runs[name]["gflops"]["pretrain"] for name in names.values()],
         "seconds of its steps": [runs[name]["training_seconds"] for name in names.values()],
     }
-    rates = ", ".join(f"{100 * rate:.0f}" for rate in names)
     return [
         lines(
             f"DropToken while pre-training: accuracy against {axis.partition(' of')[0]}",
             [(words, xs, ys) for words, ys in shown.items()],
             x_label=axis,
             y_label="%",
-            caption=f"From left to right {rates} % of the tokens dropped, at its median speed.",
+            caption="The share of tokens dropped stands over the points; time at the median speed.",
+            points=[f"{100 * rate:.0f} %" for rate in names],
         )
         for axis, xs in places.items()
         if shown and None not in xs

@@ -103,15 +103,22 @@ def lines(
     y_label: str,
     caption: str = "",
     from_zero: bool = False,
+    points: Sequence[str] = (),
 ) -> Picture:
-    """Curves over a common axis."""
+    """Curves over a common axis; with `points`, dots, and a name over each place of the curves."""
     all_x = np.concatenate([np.asarray(xs, dtype=float) for _, xs, _ in series])
     all_y = np.concatenate([np.asarray(ys, dtype=float) for _, _, ys in series])
     axes = Axes(x=_span(all_x), y=_span(all_y, from_zero=from_zero))
     body = axes.frame(x_label, y_label)
-    for colour, (_, xs, ys) in enumerate(series):
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in axes.place(xs, ys))
-        body += f'<polyline class="curve s{colour % COLOURS}" points="{points}"/>'
+    placed = [axes.place(xs, ys) for _, xs, ys in series]
+    for colour, curve in enumerate(placed):
+        corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in curve)
+        body += f'<polyline class="curve s{colour % COLOURS}" points="{corners}"/>'
+        for (x, y), _ in zip(curve, points, strict=False):
+            body += f'<circle class="f{colour % COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
+    for place, name in enumerate(points):
+        x, y = min((curve[place] for curve in placed), key=lambda at: at[1])
+        body += _text(x, y - 7, name)
     ends = ", ".join(
         f"{name} from {np.asarray(ys)[0]:.3g} to {np.asarray(ys)[-1]:.3g}" for name, _, ys in series
     )
