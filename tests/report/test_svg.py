@@ -49,7 +49,7 @@ def test_a_name_stands_over_the_highest_of_the_curves_points():
     svg = lines("rates", series, x_label="x", y_label="y", points=["first", "second"]).svg
     dots = [float(y) for y in re.findall(r'<circle[^>]*cy="([^"]*)"', svg)]
     named = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>(?:first|second)', svg)]
-    assert len(dots) == 4
+    assert len(dots) == 4 and min(named) > TOP
     assert named == pytest.approx([min(dots[0], dots[2]) - 7, min(dots[1], dots[3]) - 7])
 
 

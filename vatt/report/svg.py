@@ -17,6 +17,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 44
 HEAT_COLUMNS, HEAT_LEVELS = 64, 10
 LEGEND_LETTERS = 60
 NAME_LETTERS = 12  # of a class beside a matrix
+NAME_ROOM = 0.08  # of an axis, beyond points that bear names
 COLOURS = 10  # --c0 to --c9 of the style sheet
 
 
@@ -108,7 +109,8 @@ def lines(
     """Curves over a common axis; with `points`, dots, and a name over each place of the curves."""
     all_x = np.concatenate([np.asarray(xs, dtype=float) for _, xs, _ in series])
     all_y = np.concatenate([np.asarray(ys, dtype=float) for _, _, ys in series])
-    axes = Axes(x=_span(all_x), y=_span(all_y, from_zero=from_zero))
+    room = NAME_ROOM if points else 0.0
+    axes = Axes(x=_span(all_x, room=room), y=_span(all_y, from_zero=from_zero, room=room))
     body = axes.frame(x_label, y_label)
     placed = [axes.place(xs, ys) for _, xs, ys in series]
     for colour, curve in enumerate(placed):
@@ -236,8 +238,11 @@ def heat(
     return Picture(title=title, svg=_svg(body, alt), alt=alt, caption=caption)
 
 
-def _span(values: NDArray[np.float64], *, from_zero: bool = False) -> tuple[float, float]:
+def _span(
+    values: NDArray[np.float64], *, from_zero: bool = False, room: float = 0.0
+) -> tuple[float, float]:
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
     low = min(low, 0.0) if from_zero else low
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    spare = room * (high - low)
+    return (low - spare, high + spare) if high > low else (low - 0.5, high + 0.5)
