@@ -117,7 +117,7 @@ def _heading(table: PaperTable, column: str) -> str:
 
 
 def _ours(place: int, table: PaperTable, wanted: Study, inputs: Inputs) -> Row:
-    cells, seeds = [], 1
+    cells, seeds = [], set()
     for column in table.columns:
         answer = wanted.answers.get((place, column))
         if answer is None:
@@ -125,13 +125,16 @@ def _ours(place: int, table: PaperTable, wanted: Study, inputs: Inputs) -> Row:
             continue
         value, counted = measured(inputs, answer)
         cells.append(_cell(value, answer))
-        seeds = max(seeds, counted)
+        if value is not None:
+            seeds.add(counted)
     row = table.rows[place].name
     stand_in = f"{STAND_INS[row][0]}, " if row in STAND_INS else ""
-    note = f"{stand_in}mean of {seeds} seeds" if seeds > 1 else f"{stand_in}one seed"
+    note = f"mean of {len(SEEDS)} seeds" if len(SEEDS) in seeds else "one seed"
+    if len(seeds) > 1:
+        note += ", of one where the others are not run"
     if all(cell.kind in ("none", "not_run") for cell in cells):
         return Row("in small", tuple(cells), "not_run", "vattctl table runs it")
-    return Row("in small", tuple(cells), "ours", note)
+    return Row("in small", tuple(cells), "ours", stand_in + note)
 
 
 def _cell(value: Any, answer: Answer) -> Cell:
