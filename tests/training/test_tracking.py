@@ -140,7 +140,9 @@ def test_stages_of_equal_settings_hang_under_one_parent_whatever_the_machine(pro
             tags = client_of(params).get_run(run.run_id).data.tags
             parents.append(tags["mlflow.parentRunId"])
     assert parents[0] == parents[1] != parents[2]
-    assert client_of(project).get_run(parents[0]).info.status == "FINISHED"
+    parent = client_of(project).get_run(parents[0]).info
+    assert parent.status == "FINISHED"
+    assert parent.run_name.startswith(f"{Path.cwd().name} ")  # tells one experiment from another
 
 
 def test_a_killed_process_s_run_is_marked_killed(project):
