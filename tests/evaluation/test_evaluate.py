@@ -104,7 +104,8 @@ def test_other_weights_or_clips_are_not_taken_from_the_cache(project, tmp_path):
 def test_a_checkpoint_without_words_is_measured_by_sound_alone_and_says_so(project, tmp_path):
     model = tiny_model(settings())
     checkpoint.save(VATT(model), model, tmp_path / "wordless")
-    paths = settings().paths.model_copy(update={"pretrained": tmp_path / "wordless"})
+    folders = {"pretrained": tmp_path / "wordless", "finetuned": tmp_path / "none"}
+    paths = settings().paths.model_copy(update=folders)
     metrics, evidence = measure(project, chosen=choose(paths, settings().finetune))
     assert metrics["retrieval"]["pretrained"].keys() == {"audio_to_video", "video_to_audio"}
     assert "import it with --vocab" in metrics["skipped"]["text"]
