@@ -30,7 +30,7 @@ tables-seeds: setup  # DropToken and specific against agnostic with three seeds:
 	@$(BIN)/vattctl report
 
 test: setup
-	@echo "test: fast tests, about eleven minutes on two cores ..."
+	@echo "test: fast tests, about ten minutes on two cores ..."
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto --maxprocesses 4 --dist loadfile
 
 slow: setup
