@@ -10,7 +10,7 @@ B clips, N tokens.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 _plain: ContextVar[bool] = ContextVar("plain_operators", default=False)
 _CHUNK = 5 * 2**19  # attention weights at a time: 5 MB in bf16
-_WORTH_IT = 2**26  # multiply-adds below which a convolution's preparation costs more than it saves
+_KEPT = 2**24  # attention weights of a layer, up to which they are kept: 32 MB in bf16
+_WORTH_IT = 2**26  # multiply-adds below which a linear layer's preparation costs more than it saves
 
 
 @contextmanager
@@ -38,8 +39,10 @@ class Linear(nn.Linear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         large = inputs.numel() * self.out_features >= _WORTH_IT
-        suits = large and _fast_on_cpu(inputs) and _type_of(inputs) == torch.float32
-        if suits and _library_is_narrow():
+        kind = _type_of(inputs) if large and _fast_on_cpu(inputs) else None
+        if kind == torch.bfloat16:
+            return _HalfLinear.apply(inputs, self.weight, self.bias)
+        if kind == torch.float32 and _library_is_narrow():
             return _ConvolutionLinear.apply(inputs, self.weight, self.bias)
         return F.linear(inputs, self.weight, self.bias)
 
@@ -59,7 +62,8 @@ def attention(
     """
     plain = bias is None and not dropout and query.shape == key.shape
     if plain and query.dtype == torch.bfloat16 and _fast_on_cpu(query):
-        return _ChunkedAttention.apply(query, key, value, scale, torch.is_grad_enabled())
+        keep = torch.is_grad_enabled() and key.shape[-2] * query.shape[:-1].numel() <= _KEPT
+        return _ChunkedAttention.apply(query, key, value, scale, keep)
     bias = None if bias is None else bias.to(query.dtype)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale
@@ -83,6 +87,57 @@ def _library_is_narrow() -> bool:
         return False
     families = [line.split(":")[1] for line in facts.splitlines() if line.startswith("cpu family")]
     return "AuthenticAMD" in facts and int(families[0]) >= 26
+
+
+class _HalfLinear(torch.autograd.Function):
+    """A linear layer in bf16 that keeps neither a bf16 copy of its weights nor of their gradient.
+
+    To cast the weights again takes less time than to have the system find new memory for them.
+    """
+
+    @staticmethod
+    def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+        half = inputs.bfloat16()
+        ctx.save_for_backward(half, weight)
+        ctx.types = inputs.dtype, None if bias is None else bias.dtype
+        return _multiply(half, weight.bfloat16().t(), None if bias is None else bias.bfloat16())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        inputs, weight = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        to_inputs = to_weight = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_inputs = _multiply(gradient, weight.bfloat16(), None).to(ctx.types[0])
+        if ctx.needs_input_grad[1]:
+            product = torch.mm(rows.t(), inputs.reshape(-1, inputs.shape[-1]))
+            to_weight = product.to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            to_bias = rows.sum(0).to(ctx.types[1])
+        return to_inputs, to_weight, to_bias
+
+
+def _multiply(inputs: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """inputs @ matrix + bias: (..., n), (n, m), (m,) -> (..., m)."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    multiply = torch.mm if bias is None else partial(torch.addmm, bias)
+    if _one_thread_works(len(rows), matrix.shape[1]):
+        product = rows.new_empty(len(rows), matrix.shape[1])
+        for some, place in zip(rows.chunk(2), product.chunk(2), strict=True):
+            multiply(some, matrix, out=place)
+    else:
+        product = multiply(rows, matrix)
+    return product.view(*inputs.shape[:-1], matrix.shape[1])
+
+
+def _one_thread_works(rows: int, columns: int) -> bool:
+    """Whether oneDNN gives a product to one of two threads, which it shares out in halves.
+
+    So it is for a clip of the base tower on processors with matrix tiles (Intel's AMX).
+    """
+    unshared = columns == 768 and 768 <= rows <= 1280
+    return unshared and torch.get_num_threads() == 2 and torch.cpu._is_amx_tile_supported()
 
 
 class _ConvolutionLinear(torch.autograd.Function):
@@ -123,41 +178,60 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, scale: float, keep: bool) -> Tensor:  # type: ignore[no-untyped-def]
         heads = [(inputs.flatten(0, 1)).contiguous() for inputs in (query * scale, key, value)]
-        output, kept = torch.empty_like(heads[2]), []
-        for queries, keys, values, mixed in zip(*map(_chunks, (*heads, output)), strict=True):
-            weights = _softmax(torch.bmm(queries, keys.transpose(1, 2)))
-            torch.bmm(weights, values, out=mixed)
-            if keep:
-                kept.append(weights)
-        ctx.save_for_backward(*heads, *kept)
+        output = torch.empty_like(heads[2])
+        weights = _room(heads[0], whole=keep)
+        for part, (queries, keys, values, mixed) in _parts(*heads, output):
+            place = weights[part] if keep else weights[: len(queries)]
+            torch.bmm(_weights(queries, keys, place), values, out=mixed)
+        ctx.save_for_backward(*heads, weights if keep else None)
         ctx.scale = scale
         return output.view(value.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        saved = ctx.saved_tensors  # asked for once: activation checkpointing gives it once
-        heads, gradients = saved[:3], gradient.flatten(0, 1).contiguous()
+        *heads, kept = ctx.saved_tensors  # asked for once: activation checkpointing gives it once
+        gradients = gradient.flatten(0, 1).contiguous()
         to_inputs = [torch.empty_like(inputs) for inputs in heads]
-        parts = zip(*map(_chunks, (*heads, gradients, *to_inputs)), strict=True)
-        for weights, part in zip(saved[3:], parts, strict=True):
-            queries, keys, values, mixed, to_queries, to_keys, to_values = part
+        room = _room(heads[0])
+        spare = torch.empty_like(room) if kept is None else kept
+        for part, tensors in _parts(*heads, gradients, *to_inputs):
+            queries, keys, values, mixed, to_queries, to_keys, to_values = tensors
+            again = kept is None
+            weights = _weights(queries, keys, spare[: len(queries)]) if again else kept[part]
             torch.bmm(weights.transpose(1, 2), mixed, out=to_values)
-            to_weights = torch.bmm(mixed, values.transpose(1, 2))
-            to_scores = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype)
+            to_weights = torch.bmm(mixed, values.transpose(1, 2), out=room[: len(queries)])
+            to_scores = torch._softmax_backward_data(
+                to_weights, weights, -1, weights.dtype, grad_input=to_weights
+            )
             torch.bmm(to_scores, keys, out=to_queries)
             torch.bmm(to_scores.transpose(1, 2), queries, out=to_keys)
         to_query, to_key, to_value = (inputs.view(gradient.shape) for inputs in to_inputs)
         return to_query * ctx.scale, to_key, to_value, None, None
 
 
-def _chunks(heads: Tensor) -> tuple[Tensor, ...]:
+def _parts(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
     """Heads (B x heads, N, head_dim) in parts whose attention weights fit a processor's cache."""
-    return heads.split(max(1, _CHUNK // heads.shape[1] ** 2))
+    heads, tokens, _ = tensors[0].shape
+    size = _at_a_time(tokens)
+    for first in range(0, heads, size):
+        part = slice(first, first + size)
+        yield part, [tensor[part] for tensor in tensors]
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    return torch.softmax(scores, dim=-1, dtype=scores.dtype)
+def _at_a_time(tokens: int) -> int:
+    return max(1, _CHUNK // tokens**2)
+
+
+def _room(heads: Tensor, *, whole: bool = False) -> Tensor:
+    """Memory for the attention weights of all heads, or of those of a part."""
+    count, tokens, _ = heads.shape
+    return heads.new_empty(count if whole else min(_at_a_time(tokens), count), tokens, tokens)
+
+
+def _weights(queries: Tensor, keys: Tensor, out: Tensor) -> Tensor:
+    torch.bmm(queries, keys.transpose(1, 2), out=out)
+    return torch.softmax(out, dim=-1, out=out)
 
 
 def _fast_on_cpu(inputs: Tensor) -> bool:
@@ -168,4 +242,5 @@ def _fast_on_cpu(inputs: Tensor) -> bool:
 def _type_of(inputs: Tensor) -> torch.dtype:
     """The type in which a product of `inputs` is computed."""
     kind = inputs.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
+    cast = torch.is_autocast_enabled(kind) and inputs.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if cast else inputs.dtype

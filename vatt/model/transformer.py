@@ -36,9 +36,8 @@ class Attention(nn.Module):
     def forward(
         self, tokens: Tensor, bias: Tensor | None = None, *, wanted: int | None = None
     ) -> Tensor:  # (B, N, D) -> (B, wanted or N, D)
-        query, key, value = rearrange(
-            self.qkv(tokens), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads
-        )
+        parts = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        query, key, value = (part.transpose(1, 2) for part in parts)
         query, bias = query[:, :, :wanted], None if bias is None else bias[:, :, :wanted]
         dropout = self.dropout if self.training else 0.0
         mixed = attention(query, key, value, bias=bias, scale=self.scale, dropout=dropout)
