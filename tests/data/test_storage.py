@@ -1,5 +1,6 @@
 """Every stored form gives back what was put in, in step and in the right colours."""
 
+import io
 import json
 import tarfile
 
@@ -160,3 +161,38 @@ def test_a_grown_file_is_read_whole(tmp_path):
     [piece] = cut_file(path, [(0.0, 3.0)], tmp_path, params).pieces
     frames = whole(decode_frames(piece.video[0], [25, 12, 29], fps=10), 3)
     assert (frames.mean(axis=(1, 2, 3)) / 8).round().tolist() == [25, 12, 29]
+
+
+@pytest.fixture(scope="module")
+def encoded():
+    """Forty frames of noise in motion, with frames that no other one needs."""
+    rng = np.random.default_rng(0)
+    canvas = np.kron(
+        rng.integers(0, 255, (30, 30, 3), dtype=np.uint8), np.ones((4, 4, 1), np.uint8)
+    )
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.options = {"g": "10", "bf": "3", "x264-params": "b-adapt=0:scenecut=0"}
+        for number in range(40):
+            part = canvas[number : number + 48, number // 2 : number // 2 + 64]
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(part), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [
+        [0], [39], [17], [9, 10], [12, 13, 14], [11, 13, 15, 17, 19], [3, 33], [38, 2, 2, 25],
+        list(range(40)), list(range(1, 40, 4)), list(range(24, 40)),
+    ],
+)  # fmt: skip
+def test_frames_are_those_of_a_decoder_that_leaves_none_out(encoded, indices):
+    with av.open(io.BytesIO(encoded)) as container:
+        all_ = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(all_) == 40
+    shown = whole(decode_frames(encoded, indices, fps=10), len(indices))
+    np.testing.assert_array_equal(shown, np.stack([all_[index] for index in indices]))

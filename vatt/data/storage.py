@@ -77,7 +77,7 @@ def decode_frames(
     first, last = min(places), max(places)
     scaler = VideoReformatter()  # setting it up takes longer than its work
     try:
-        for index, frame in _decoded(data, first, last, fps):
+        for index, frame in _decoded(data, set(places), fps):
             if index in places:
                 pixels = _cut(_pixels(frame, scaler), box)
                 for place in places.pop(index):
@@ -98,18 +98,27 @@ def _cut(frame: np.ndarray, box: Box | None) -> np.ndarray:
     return part
 
 
-def _decoded(data: bytes, first: int, last: int, fps: int) -> Iterator[tuple[int, av.VideoFrame]]:
-    """The frames from some before `first` to `last`, with their numbers."""
+def _decoded(data: bytes, wanted: set[int], fps: int) -> Iterator[tuple[int, av.VideoFrame]]:
+    """The frames that are wanted, and others that they or the seek need, with their numbers."""
+    first, unsent = min(wanted), set(wanted)
     with av.open(io.BytesIO(data), format="mp4") as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
-        stream.codec_context.thread_count = 1
+        codec = stream.codec_context
+        codec.thread_count = 1
         if first >= fps:  # before that a seek costs more than it saves
             container.seek(int(first / fps / stream.time_base), stream=stream)
-        for frame in container.decode(stream):
-            index = round(frame.time * fps)
-            yield index, frame
-            if index >= last:
+        rate = float(stream.time_base * fps)
+        for packet in container.demux(stream):
+            index = -1 if packet.pts is None else round(packet.pts * rate)
+            codec.skip_frame = "DEFAULT" if index in wanted else "NONREF"  # no other needs it
+            frames = packet.decode()
+            unsent.discard(index)
+            if not unsent:
+                frames += codec.decode(None)  # those that wait for their turn
+            for frame in frames:
+                yield round(frame.pts * rate), frame
+            if not unsent:
                 return
 
 
