@@ -42,6 +42,7 @@ from vatt.data.augment import generator_for
 from vatt.data.batches import Batch, Loading, Sampling, model_inputs, train_batches
 from vatt.data.cut import find_ffmpeg
 from vatt.data.ledger import Entry
+from vatt.data.loader import AHEAD
 from vatt.data.manifest import Caption, Clip
 from vatt.data.order import WINDOW, Order
 from vatt.data.reader import ShardIndex, ShardReader
@@ -161,9 +162,9 @@ def rate(count: int, work: Callable[[], object]) -> float:
 
 
 def loader_rate(shards: Path, sampling: Sampling, workers: int, count: int) -> float:
-    """Samples a second once it runs: the consumer waits for every batch."""
+    """Samples a second once it runs, with all of its memory made: the consumer waits."""
     source = batches(shards, sampling, workers)
-    for _ in islice(source, 6):
+    for _ in islice(source, AHEAD + 4):
         pass
     found = rate(count, lambda: [None for _ in islice(source, count // BATCH)])
     source.close()
