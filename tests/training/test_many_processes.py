@@ -149,6 +149,14 @@ def test_a_gradient_that_is_no_number_is_told_at_every_zero_stage(found):
     assert not any(math.isfinite(norm) for _, norm in found[1]["spoiled"])
 
 
+def test_linear_layers_in_bf16_find_their_weights_at_every_zero_stage(found):
+    if "bf16" not in found[1]:
+        pytest.skip("tried with the quick cases")
+    first, *others = torch.tensor(found[1]["bf16"])
+    assert first.isfinite().all() and (first > 0).all()
+    torch.testing.assert_close(torch.stack(others), first.expand(3, 2), rtol=1e-5, atol=0)
+
+
 def test_an_evaluation_on_the_way_happens_once_and_changes_no_weight(found):
     processes, results, *_ = found
     if "evaluated" not in results:

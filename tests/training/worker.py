@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tests.training import evaluating, tiny
 from vatt.data.batches import Batch
+from vatt.model import operators
 from vatt.training import distributed
 from vatt.training.engine import DeepSpeedEngine, Engine, make_engine
 from vatt.training.loop import seed_dropout
@@ -54,6 +56,7 @@ def main() -> None:
                 for every in (2, None)
             ]
             results["spoiled"] = [spoiled(zero) for zero in range(4)]
+            results["bf16"] = [in_bf16(zero) for zero in range(4)]
         for backbone in BACKBONES:
             results["exact", backbone] = exact_gradients(backbone)
         for number, case in enumerate(CASES[os.environ["VATT_TEST_CASES"]]):
@@ -94,6 +97,15 @@ def spoiled(zero: int) -> tuple[float, float]:
     engine = DeepSpeedEngine(Root(), OPTIMIZER, "fp32", tiny.machine_params(zero_stage=zero))
     loss = engine()["loss"]
     return loss.item(), engine.update(loss, learning_rate=LEARNING_RATE)
+
+
+def in_bf16(zero: int) -> tuple[float, float]:
+    """Loss and norm of an update whose linear layers all cast their weights twice."""
+    model = tiny.make_model(tiny.model_params(backbone="agnostic"))
+    module = Pretraining(model, tiny.pretrain_params(), micro_batch_size=1)
+    engine = DeepSpeedEngine(module, OPTIMIZER, "bf16", tiny.machine_params(zero_stage=zero))
+    with patch.object(operators, "_WORTH_IT", 0):
+        return update(engine, model, 0)
 
 
 def batch_of(step: int) -> Batch:
