@@ -106,7 +106,7 @@ def test_weights_changed_between_forward_and_backward_are_an_error():
 @pytest.fixture(params=[2**24, 0])
 def kept(request, monkeypatch):
     """Attention weights that are kept, and that are computed again."""
-    monkeypatch.setattr(operators, "_KEPT", request.param)
+    monkeypatch.setattr(operators, "KEPT", request.param)
 
 
 @pytest.mark.parametrize("biased", [True, False])

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 _plain: ContextVar[bool] = ContextVar("plain_operators", default=False)
 _CHUNK = 5 * 2**19  # attention weights at a time: 5 MB in bf16
-_KEPT = 2**24  # attention weights of a layer, up to which they are kept: 32 MB in bf16
+KEPT = 2**24  # attention weights of a layer, up to which they are kept: 32 MB in bf16
 _WORTH_IT = 2**26  # multiply-adds below which a linear layer's preparation costs more than it saves
 
 
@@ -62,7 +62,7 @@ def attention(
     """
     plain = bias is None and not dropout and query.shape == key.shape
     if plain and query.dtype == torch.bfloat16 and _fast_on_cpu(query):
-        keep = torch.is_grad_enabled() and key.shape[-2] * query.shape[:-1].numel() <= _KEPT
+        keep = torch.is_grad_enabled() and key.shape[-2] * query.shape[:-1].numel() <= KEPT
         return _ChunkedAttention.apply(query, key, value, scale, keep)
     bias = None if bias is None else bias.to(query.dtype)
     return F.scaled_dot_product_attention(

@@ -8,7 +8,8 @@ An encoder block keeps for its backward pass, per clip:
   norms      2 n D 4 + 4 n 4    their inputs, the residual stream, in fp32; mean and deviation
   linears    n (2 D + I + M) c  their inputs: of q k v, the attention's out, the MLP's two
   activation n M c              GELU's input
-  attention  3 n I c            q, k, v; with its scores, h n n c, where no fused operator is used
+  attention  3 n I c            q, k, v; its scores too, h n n c, where no fused operator is used
+                                and they are few enough to keep
 With dropout: a mask for each place where it acts. With activation checkpointing only its input
 (n D 4) stays, and one block at a time has all of it. The last block answers for AGG alone: its
 first norm, q k v and their keys and values are for all tokens, the rest is for one.
@@ -72,7 +73,7 @@ class Counts:
     trained: int
     frozen: int
     encoders: int  # trained ones that are not in the heads
-    linear: int  # in matrices, which autocast copies
+    linear: int  # in matrices, which are cast
 
     @property
     def all(self) -> int:
@@ -126,6 +127,7 @@ class Kind:
     dropout: float
     on_gpu: bool
     checkpointing: bool
+    clips: int  # at a time
 
 
 def block_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool = False) -> int:
@@ -141,12 +143,14 @@ def block_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool = Fal
 
 
 def attention_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool) -> int:
-    """Queries, keys, values, and scores where the operator keeps them (vatt.model.operators)."""
+    """Queries, keys, values, and scores where the operator keeps them."""
+    from vatt.model.operators import KEPT
+
     three, scores = 3 * tokens * size.heads * size.head_dim, size.heads * tokens**2
     if kind.dropout > 0 and not kind.on_gpu:  # torch's plain attention, which is fp32
         return (three + 3 * scores) * FP32
     if kind.number == 2 and not masked and not kind.on_gpu:  # a few heads at a time
-        return (three + scores) * kind.number
+        return (three + scores * (kind.clips * scores <= KEPT)) * kind.number
     return three * kind.number + size.heads * tokens * FP32  # a fused one
 
 
@@ -170,7 +174,13 @@ def encoder_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool = F
 def clip_bytes(model: ModelParams, params: PretrainParams, setting: Setting) -> int:
     """What the three towers keep of one clip between their forward and backward passes."""
     number = 2 if params.precision == "bf16" else FP32
-    kind = Kind(number, model.dropout, setting.on_gpu, setting.activation_checkpointing)
+    kind = Kind(
+        number,
+        model.dropout,
+        setting.on_gpu,
+        setting.activation_checkpointing,
+        setting.at_once(params.batch_size),
+    )
     total = 0
     for tower, num_tokens, values in (
         (model.video, num_video_tokens(model.video), math.prod(model.video.patch) * 3),
