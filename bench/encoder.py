@@ -30,11 +30,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vatt.config import AudioParams, ModelParams, TextParams, VideoParams
-from vatt.model.assembly import build_towers
-from vatt.model.drop_token import draw_kept
-from vatt.model.initialise import initialise
 from vatt.model.operators import plain_operators
-from vatt.model.sizes import SIZES
+from vatt.model.patches import draw_kept
+from vatt.model.transformer import SIZES
+from vatt.model.vatt import build_towers, initialise
 
 WIDTH, DEPTH, HEADS, MLP, TOKENS = 768, 12, 12, 3072, 784
 FRAMES = 16  # in voxels of 4 x 16 x 16: 4 x 14 x 14 = 784 tokens

@@ -27,9 +27,6 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import av
 import numpy as np
 import psutil
@@ -38,16 +35,26 @@ import torch
 from av.video.reformatter import VideoReformatter
 
 from vatt.config import Params, load_params
-from vatt.data.augment import generator_for
-from vatt.data.batches import Batch, Loading, Sampling, model_inputs, train_batches
-from vatt.data.cut import find_ffmpeg
-from vatt.data.ledger import Entry
-from vatt.data.loader import AHEAD
-from vatt.data.manifest import Caption, Clip
-from vatt.data.order import WINDOW, Order
-from vatt.data.reader import ShardIndex, ShardReader
-from vatt.data.sampling import frame_indices
-from vatt.data.shards import write_shards
+from vatt.data.clips.ledger import Entry
+from vatt.data.clips.manifest import Caption, Clip
+from vatt.data.clips.media import find_ffmpeg
+from vatt.data.loading.augment import generator_for
+from vatt.data.loading.batches import (
+    Batch,
+    Loading,
+    Sampling,
+    TrainingOrder,
+    model_inputs,
+    train_batches,
+)
+from vatt.data.loading.loader import AHEAD
+from vatt.data.loading.reader import WINDOW, ShardIndex, ShardReader
+from vatt.data.loading.sampling import frame_indices
+from vatt.data.sharding.shards import write_shards
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 
 PAPER = Path(__file__).parents[1] / "presets" / "paper.yaml"
 SECONDS, BATCH = 10, 16
@@ -250,7 +257,7 @@ def memory(shards: Path, sampling: Sampling, total: int) -> None:
 def seeks() -> None:
     """Jumps on the disk in the order of training, beside a shuffle of everything."""
     shards, rows = 400, 1000
-    order = Order([str(row // rows) for row in range(shards * rows)], seed=0)
+    order = TrainingOrder([str(row // rows) for row in range(shards * rows)], seed=0)
     taken = np.array([order.row_at(position) for position in range(shards * rows)])
 
     def jumps(window: np.ndarray) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from vatt.data.manifest import (
+from vatt.data.clips.manifest import (
     Caption,
     Clip,
     describe_manifest,
@@ -23,7 +23,7 @@ from vatt.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from vatt.data.sources.mix import sampled
+from vatt.data.sources.choice import sampled
 
 A_VIDEO = 10  # clips
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vatt.config import Params, load_params
-from vatt.plan.memory import RUNTIME, Setting, count, memory
+from vatt.plan.memory import RUNTIME, BatchSettings, count, memory
 from vatt.plan.trial import run_step, run_trial
 
 DEMO = Path(__file__).parents[1] / "presets" / "demo.yaml"
@@ -73,7 +73,7 @@ def name(case: dict[str, Any]) -> str:
 def measure_memory(case: dict[str, Any]) -> dict[str, float]:
     """Megabytes: formula, peak, peak with glibc's defaults."""
     params = settings(case)
-    setting = Setting(
+    setting = BatchSettings(
         micro_batch_size=params.machine.micro_batch_size,
         zero_stage=params.machine.zero_stage,
         activation_checkpointing=params.machine.activation_checkpointing,

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from vatt.config import Params, load_params
-from vatt.data.cut import find_ffmpeg
-from vatt.data.ledger import Entry
-from vatt.data.manifest import Clip
-from vatt.data.shards import write_shards
+from vatt.data.clips.ledger import Entry
+from vatt.data.clips.manifest import Clip
+from vatt.data.clips.media import find_ffmpeg
+from vatt.data.sharding.shards import write_shards
 
 ROOT = Path(__file__).parents[1]
 QUIET = ("-nostdin", "-hide_banner", "-loglevel", "error", "-y")

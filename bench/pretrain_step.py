@@ -43,17 +43,17 @@ from vatt.config import (
     VideoParams,
     load_params,
 )
-from vatt.data.batches import Batch, scaled
-from vatt.model.sizes import SIZES
+from vatt.data.loading.batches import Batch, scaled
+from vatt.model.transformer import SIZES
 from vatt.model.vatt import VATT
-from vatt.training import distributed, tracking
-from vatt.training.devices import measured_flops
+from vatt.tracking import mlflow
+from vatt.tracking.mlflow import Run
+from vatt.tracking.session import Session
+from vatt.training import distributed
 from vatt.training.engine import DeepSpeedEngine, LocalEngine, make_engine
 from vatt.training.optimizer import make_optimizer
 from vatt.training.pretrain import Pretraining, pretrain, pretraining_inputs
-from vatt.training.session import Session
-from vatt.training.telemetry import Meter, pretraining_work
-from vatt.training.tracking import Run
+from vatt.training.telemetry import Meter, measured_flops, pretraining_work
 
 ROOT = Path(__file__).parents[1]
 DEMO, PAPER = (load_params(ROOT / "presets" / f"{name}.yaml") for name in ("demo", "paper"))
@@ -406,7 +406,7 @@ def pipeline_seconds(model: ModelParams, batch: Batch, steps: int, reports: list
         here = machine(mlflow_uri=f"sqlite:///{folder}/mlflow.db")
         paths = DEMO.paths.model_copy(update={"runs": folder / "runs"})
         whole = DEMO.model_copy(update={"machine": here, "paths": paths})
-        with tracking.run("pretrain", whole, stage_hash="bench") as run:
+        with mlflow.run("pretrain", whole, stage_hash="bench") as run:
             session = Session(run, folder / "state", lambda done, total, note="": None)
             torch.manual_seed(0)
             pretrain(
@@ -453,7 +453,7 @@ def loader(rounds: int) -> None:
     """CPU seconds that a batch of real clips costs, made and packed by the demo's stages."""
     import yaml
 
-    from vatt.data.batches import Sampling, train_batches
+    from vatt.data.loading.batches import Sampling, train_batches
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -29,9 +29,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from vatt.config import load_params
-from vatt.data.labels import balanced
-from vatt.data.manifest import Clip, path_in_folder
-from vatt.data.mel import STEP_SECONDS, log_mel
+from vatt.data.clips.manifest import Clip, path_in_folder
+from vatt.data.loading.batches import balanced
+from vatt.data.loading.sampling import STEP_SECONDS, log_mel
 from vatt.data.sources.urls import read_urls
 from vatt.metrics import Metric, measured
 

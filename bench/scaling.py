@@ -17,15 +17,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vatt.config import Params, load_params
+from vatt.data.loading.batches import Sampling, train_batches
+from vatt.data.loading.reader import ShardIndex
+from vatt.plan.forecast import (
+    MACHINE,
+    Forecast,
+    GpuSpeed,
+    Seconds,
+    cheapest,
+    gather_bytes,
+    gradient_bytes,
+    named_place,
+)
+from vatt.plan.memory import BUCKET, BatchSettings, count, signal_values
+from vatt.training.telemetry import GPUS
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from vatt.config import Params, load_params
-from vatt.data.batches import Sampling, train_batches
-from vatt.data.reader import ShardIndex
-from vatt.plan.forecast import Forecast, cheapest, named_place
-from vatt.plan.memory import BUCKET, Setting, count, signal_values
-from vatt.plan.speed import MACHINE, GpuSpeed, Seconds, gather_bytes, gradient_bytes
-from vatt.training.devices import GPUS
 
 PAPER = Path(__file__).parents[1] / "presets" / "paper.yaml"
 FEATURE_COLLECTIVES = 9  # three features there and back, three flags
@@ -40,7 +49,7 @@ class Network:
     latency: float  # seconds of a collective, for each doubling of the processes
     overlap: float  # share of the gradients' traffic
 
-    def __call__(self, setting: Setting) -> Seconds:
+    def __call__(self, setting: BatchSettings) -> Seconds:
         """The seconds of a step."""
         found = self.speed(setting)
         n = setting.processes

@@ -24,13 +24,12 @@ from typing import Any
 import numpy as np
 
 from vatt.config import Params, load_params
-from vatt.data.cut import find_ffmpeg
-from vatt.data.ledger import Entry
-from vatt.data.manifest import Clip
-from vatt.data.media import probe
-from vatt.data.reader import ShardIndex, ShardReader
-from vatt.data.samples import Row
-from vatt.data.shards import write_shards
+from vatt.data.clips.ledger import Entry
+from vatt.data.clips.manifest import Clip
+from vatt.data.clips.media import find_ffmpeg, probe
+from vatt.data.clips.samples import IndexRow
+from vatt.data.loading.reader import ShardIndex, ShardReader
+from vatt.data.sharding.shards import write_shards
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = {"video_storage": "h264", "crf": 1, "gop": 1}
@@ -97,14 +96,14 @@ def store(films: Sequence[Path], folder: Path, params: Params, **how: Any) -> Sh
     return ShardReader(ShardIndex.load(folder / "shards", split="train"))
 
 
-def whole(reader: ShardReader, params: Params) -> list[Row]:
+def whole(reader: ShardReader, params: Params) -> list[IndexRow]:
     """The clips of full length with sound and picture, by key."""
     frames = round(params.preprocess.clip_seconds * params.preprocess.fps)
     rows = [row for row in reader.index.rows if row.num_frames == frames and row.audio]
     return sorted(rows, key=lambda row: row.key)
 
 
-def kilobytes(rows: Sequence[Row], member: str) -> float:
+def kilobytes(rows: Sequence[IndexRow], member: str) -> float:
     """The mean size of a member."""
     return statistics.mean(getattr(row, member)[1] for row in rows) / 1000
 

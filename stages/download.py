@@ -4,15 +4,15 @@ import json
 from dataclasses import asdict
 
 from vatt.config import load_params
-from vatt.data.download import download
-from vatt.data.manifest import Manifest, describe_manifest, write_manifest
-from vatt.data.sources.chosen import open_source
+from vatt.data.clips.manifest import Manifest, describe_manifest, write_manifest
+from vatt.data.fetching.download import download
+from vatt.data.sources.choice import open_source
 from vatt.data.sources.official import official_counts
 from vatt.files import atomic_write
-from vatt.outcome import run_stage
+from vatt.process import run_stage
 from vatt.progress import progress
 from vatt.provenance import stage_hash
-from vatt.training import tracking
+from vatt.tracking import mlflow
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     params = load_params()
     paths, workers = params.paths, params.machine.workers
     with (
-        tracking.run("download", params, stage_hash=stage_hash("download", params)) as run,
+        mlflow.run("download", params, stage_hash=stage_hash("download", params)) as run,
         progress("make the corpus", "clips") as made,
         open_source(
             params.data,

@@ -5,14 +5,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from vatt.config import load_params
-from vatt.evaluation.chosen import choose
-from vatt.evaluation.evaluate import Asked, encode, flatten, measure, save_results
-from vatt.evaluation.share import Share
-from vatt.outcome import run_stage
+from vatt.evaluation.classification import choose
+from vatt.evaluation.evaluate import Measures, encode, flatten, measure, save_results
+from vatt.evaluation.features import ProcessShare
+from vatt.process import run_stage
 from vatt.progress import progress
 from vatt.provenance import data_hash, stage_hash
-from vatt.training import distributed, tracking
-from vatt.training.launch import launch
+from vatt.tracking import mlflow
+from vatt.training import distributed
+from vatt.training.distributed import launch
 
 FEATURE_CACHE = Path("runs/feature-cache")  # by checkpoint and data; safe to delete
 
@@ -25,13 +26,13 @@ def main() -> None:
     if (code := launch("stages.evaluate", machine)) is not None:
         sys.exit(code)
     made_from, data = stage_hash("evaluate", params), data_hash(paths.shards)
-    asked = Asked(params.evaluate, chosen, params.finetune, paths.shards, machine, params.seed)
+    asked = Measures(params.evaluate, chosen, params.finetune, paths.shards, machine, params.seed)
     with ExitStack() as processes:
         processes.enter_context(distributed.process_group(machine))
-        share = Share(distributed.rank(), distributed.world_size(),
+        share = ProcessShare(distributed.rank(), distributed.world_size(),
                       distributed.to_rank_0, distributed.from_rank_0)  # fmt: skip
         with (
-            tracking.run("evaluate", params, stage_hash=made_from, data_hash=data) as run,
+            mlflow.run("evaluate", params, stage_hash=made_from, data_hash=data) as run,
             progress("evaluate", "clips", shown=share.rank == 0) as tick,
         ):
             encoded = encode(asked, cache=FEATURE_CACHE, progress=tick, share=share)

@@ -3,16 +3,15 @@
 import sys
 
 from vatt.config import load_params
-from vatt.data.batches import Sampling
-from vatt.data.labels import labelled_samples
-from vatt.outcome import run_stage
+from vatt.data.loading.batches import Sampling, labelled_samples
+from vatt.process import run_stage
 from vatt.progress import progress
 from vatt.provenance import data_hash, stage_hash
-from vatt.training import distributed, tracking
-from vatt.training.finetune import finetune
-from vatt.training.launch import launch
-from vatt.training.session import Session, feed
-from vatt.training.tasks import start
+from vatt.tracking import mlflow
+from vatt.tracking.session import Session, feed
+from vatt.training import distributed
+from vatt.training.distributed import launch
+from vatt.training.finetune import finetune, start
 
 
 def main() -> None:
@@ -28,7 +27,7 @@ def main() -> None:
     known = labelled_samples(paths.shards, split="train", label=task.label, count=task.train_labels)
     with (
         distributed.process_group(machine),
-        tracking.run(f"finetune-{variant}", params, stage_hash=made_from, data_hash=data) as run,
+        mlflow.run(f"finetune-{variant}", params, stage_hash=made_from, data_hash=data) as run,
         progress(f"finetune {variant}", "steps", shown=distributed.rank() == 0) as tick,
     ):
         session = Session(run, state, tick)

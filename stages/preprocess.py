@@ -3,15 +3,15 @@
 import json
 
 from vatt.config import load_params
-from vatt.data.attrition import account, shares
-from vatt.data.ledger import read_ledger
-from vatt.data.manifest import manifest_hash, read_manifest
-from vatt.data.shards import TEXT_FACTS, write_shards
+from vatt.data.clips.ledger import read_ledger
+from vatt.data.clips.manifest import manifest_hash, read_manifest
+from vatt.data.sharding.shards import TEXT_FACTS, write_shards
+from vatt.data.sources.attrition import account, shares
 from vatt.files import atomic_write
-from vatt.outcome import run_stage
+from vatt.process import run_stage
 from vatt.progress import progress
 from vatt.provenance import stage_hash
-from vatt.training import tracking
+from vatt.tracking import mlflow
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     paths, made_from = params.paths, stage_hash("preprocess", params)
     data_hash = manifest_hash(paths.manifest)
     with (
-        tracking.run("preprocess", params, stage_hash=made_from, data_hash=data_hash) as run,
+        mlflow.run("preprocess", params, stage_hash=made_from, data_hash=data_hash) as run,
         progress("preprocess", "clips") as tick,
     ):
         counts = write_shards(

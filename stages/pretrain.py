@@ -5,24 +5,24 @@ import sys
 import torch
 
 from vatt.config import load_params
-from vatt.data.batches import Sampling
+from vatt.data.loading.batches import Sampling
 from vatt.model.vatt import VATT
-from vatt.outcome import run_stage
+from vatt.process import run_stage
 from vatt.progress import progress
 from vatt.provenance import data_hash, stage_hash
-from vatt.training import distributed, tracking
-from vatt.training.launch import launch
+from vatt.tracking import mlflow
+from vatt.tracking.session import Session, feed
+from vatt.training import distributed
 from vatt.training.pretrain import pretrain
-from vatt.training.session import Session, feed
 
 
 def main() -> None:
     """Pre-train in as many processes as `machine` says."""
-    from vatt.evaluation.validation import SCORE, validation  # changes no weight: no dependency
+    from vatt.evaluation.retrieval import SCORE, validation  # changes no weight: no dependency
 
     params = load_params()
     paths, machine, settings = params.paths, params.machine, params.pretrain
-    if (code := launch("stages.pretrain", machine)) is not None:
+    if (code := distributed.launch("stages.pretrain", machine)) is not None:
         sys.exit(code)
     made_from, data = stage_hash("pretrain", params), data_hash(paths.shards)
     sampling = Sampling.for_pretraining(params.model, settings)
@@ -30,7 +30,7 @@ def main() -> None:
     batches = feed(paths.shards, sampling, settings, seed=params.seed, machine=machine)
     with (
         distributed.process_group(machine),
-        tracking.run("pretrain", params, stage_hash=made_from, data_hash=data) as run,
+        mlflow.run("pretrain", params, stage_hash=made_from, data_hash=data) as run,
         progress("pretrain", "steps", shown=distributed.rank() == 0) as tick,
     ):
         session, words = Session(run, paths.pretrain_state, tick), paths.shards / "vocabulary.txt"

@@ -11,8 +11,7 @@ import vatt
 from tests.model.small import small_inputs, small_params, spectrogram_params
 from vatt import checkpoint
 from vatt.errors import DataError
-from vatt.model.classifier import Classifier
-from vatt.model.vatt import VATT
+from vatt.model.vatt import VATT, Classifier
 
 
 @pytest.mark.parametrize("backbone", ["specific", "agnostic"])

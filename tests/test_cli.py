@@ -184,8 +184,8 @@ def test_ledger_counts_the_clips_and_tells_a_clips_history(project: Path) -> Non
     from dataclasses import replace
 
     from tests.data.corpus import make_clip
-    from vatt.data.ledger import JOURNAL, Entry, Ledger
-    from vatt.data.manifest import manifest_hash, write_manifest
+    from vatt.data.clips.ledger import JOURNAL, Entry, Ledger
+    from vatt.data.clips.manifest import manifest_hash, write_manifest
 
     done = vattctl(project, "ledger")
     assert done.returncode == 3 and "run `vattctl download`" in done.stderr

@@ -13,14 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.model.golden import tensor
-from vatt.losses import (
-    mil_nce,
-    nce,
-    paper_form,
-    pretraining_loss,
-    release_form,
-    symmetric_form,
-)
+from vatt.losses import mil_nce, nce, paper_form, pretraining_loss, release_form, symmetric_form
 from vatt.model.vatt import Embeddings
 
 TAU = 0.07

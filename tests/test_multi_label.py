@@ -10,12 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from vatt import metrics
-from vatt.multi_label import (
-    MEASURES,
-    measured_multi_label,
-    measured_multi_label_difference,
-    resampled,
-)
+from vatt.metrics import MEASURES, measured_multi_label, measured_multi_label_difference, resampled
 
 
 def clips(seed, *, n=40, classes=5, levels=None):

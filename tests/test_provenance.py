@@ -64,3 +64,16 @@ def test_a_folder_of_several_outputs_counts_by_what_is_in_it(project: Path) -> N
     before = stage_hash("judge", settings())
     write_lock(project, "bbb.dir")
     assert stage_hash("judge", settings()) != before
+
+
+def test_a_folder_of_code_counts_by_its_files_less_the_compiled_ones(project: Path) -> None:
+    (project / "dvc.yaml").write_text(
+        yaml.safe_dump({"stages": {"judge": {"params": [], "deps": ["code"]}}})
+    )
+    (project / "code" / "__pycache__").mkdir(parents=True)
+    (project / "code" / "one.py").write_text("1")
+    before = stage_hash("judge", settings())
+    (project / "code" / "__pycache__" / "one.cpython-311.pyc").write_bytes(b"compiled")
+    assert stage_hash("judge", settings()) == before
+    (project / "code" / "one.py").write_text("2")
+    assert stage_hash("judge", settings()) != before

@@ -12,8 +12,7 @@ from tests.training.tiny import model_params
 from vatt import checkpoint
 from vatt.config import ModelParams
 from vatt.errors import DataError, SettingsError
-from vatt.model.classifier import Classifier
-from vatt.model.vatt import VATT
+from vatt.model.vatt import VATT, Classifier
 from vatt.search import FACTS, Embedder, build_index, embed_file, search
 
 SECONDS, FPS = 2, 10

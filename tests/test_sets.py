@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from tests.data.corpus import HZ, demo_params
-from tests.data.test_images import write_image
+from tests.data.sharding.test_images import write_image
 from tests.test_architecture import ROOT
 from tests.test_stages import new_project, sets, vattctl
 from vatt.checkpoint import save
@@ -18,7 +18,7 @@ from vatt.model.vatt import VATT
 from vattctl import sets as data_sets
 from vattctl.cli import cli
 from vattctl.experiments import write_experiment
-from vattctl.sets import Wanted, plan
+from vattctl.sets import SetRequest, plan
 
 PAPER = load_params(ROOT / "presets" / "paper.yaml")
 KINETICS = "label,youtube_id,time_start,time_end,split\nrun,abcdefghijk,1,11,train\n"
@@ -58,8 +58,8 @@ def checkpoint(folder: Path) -> Path:
     return folder
 
 
-def wanted(name: str, home: Path, **more) -> Wanted:
-    return Wanted(
+def wanted(name: str, home: Path, **more) -> SetRequest:
+    return SetRequest(
         name=name,
         start=home / "runs/checkpoints/pretrained",
         location=more.pop("location", home / "media"),
@@ -187,7 +187,7 @@ def test_a_checkpoint_of_another_shape_takes_the_paper_s_rates(inside, tmp_path)
     params = params.model_copy(update={"video": video})
     save(VATT(params), params, tmp_path / "other")
     folder = classes(tmp_path / "my-classes", ".mp4")
-    other = Wanted("folder", tmp_path / "other", folder, inside / "annotations", "other")
+    other = SetRequest("folder", tmp_path / "other", folder, inside / "annotations", "other")
     made = plan(other, load_params(), {})
     assert made.clips.settings["preprocess", "fps"] == 25
     assert made.clips.settings["preprocess", "audio_hz"] == 48_000
@@ -240,10 +240,10 @@ def test_a_classifier_is_no_start(inside, tmp_path):
     config = {"version": 1, "model": {}, "classifier": {}}
     (tmp_path / "c" / "config.json").write_text(json.dumps(config))
     files_of("kinetics400", inside)
-    given = Wanted("kinetics400", tmp_path / "c", None, inside / "annotations", "x")
+    given = SetRequest("kinetics400", tmp_path / "c", None, inside / "annotations", "x")
     with pytest.raises(DataError, match="holds a classifier"):
         plan(given, load_params(), {})
-    given = Wanted("kinetics400", tmp_path / "d", None, inside / "annotations", "x")
+    given = SetRequest("kinetics400", tmp_path / "d", None, inside / "annotations", "x")
     with pytest.raises(DataError, match="vattctl import"):
         plan(given, load_params(), {})
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from vatt.slurm import first_count, first_host, join_step
+from vatt.process import first_count, first_host, join_step
 from vatt.training.distributed import free_port
 
 SCRIPT = """
 import json, torch
 from tests.training import tiny
-from vatt.outcome import run_stage
+from vatt.process import run_stage
 from vatt.training import distributed
-from vatt.training.launch import launch
+from vatt.training.distributed import launch
 def main():
     machine = tiny.machine_params(processes=8)
     assert launch("stages.pretrain", machine) is None

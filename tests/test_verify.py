@@ -11,10 +11,9 @@ import pytest
 import yaml
 
 from vatt import paper
-from vatt.verify.losses import loss_rows
-from vatt.verify.row import Row, compare, not_run, published
-from vatt.verify.schedules import schedule_rows
-from vatt.verify.tokens import token_rows
+from vatt.verify.losses import loss_rows, schedule_rows
+from vatt.verify.parameters import token_rows
+from vatt.verify.row import Check, compare, not_run, published
 from vattctl.cli import main
 
 KEYS = ["name", "source", "unit", "paper", "expected", "ours", "tolerance", "state", "reason"]
@@ -29,8 +28,8 @@ def answer() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def rows(answer: dict[str, Any]) -> list[Row]:
-    return [Row(**row) for row in answer["rows"]]
+def rows(answer: dict[str, Any]) -> list[Check]:
+    return [Check(**row) for row in answer["rows"]]
 
 
 def test_the_json_has_the_promised_form(answer: dict[str, Any]) -> None:
@@ -39,13 +38,13 @@ def test_the_json_has_the_promised_form(answer: dict[str, Any]) -> None:
     assert {row["state"] for row in answer["rows"]} <= {"pass", "fail", "not run"}
 
 
-def test_no_row_fails_and_there_are_enough(rows: list[Row]) -> None:
+def test_no_row_fails_and_there_are_enough(rows: list[Check]) -> None:
     assert [row for row in rows if row.state == "fail"] == []
     assert len(rows) >= 60
     assert Counter(row.name for row in rows).most_common(1)[0][1] == 1
 
 
-def test_every_kind_of_quantity_has_rows(rows: list[Row]) -> None:
+def test_every_kind_of_quantity_has_rows(rows: list[Check]) -> None:
     names = "\n".join(row.name for row in rows)
     for kind in ("parameters", "views", "DropToken", "tokens", "learning rate", "MIL-NCE"):
         assert kind in names
@@ -53,7 +52,7 @@ def test_every_kind_of_quantity_has_rows(rows: list[Row]) -> None:
         assert any(row.source == table for row in rows)
 
 
-def test_rows_not_run_say_why_and_rows_run_have_numbers(rows: list[Row]) -> None:
+def test_rows_not_run_say_why_and_rows_run_have_numbers(rows: list[Check]) -> None:
     for row in rows:
         if row.state == "not run":
             assert row.reason and row.paper is not None
@@ -62,7 +61,7 @@ def test_rows_not_run_say_why_and_rows_run_have_numbers(rows: list[Row]) -> None
             assert abs(row.ours - row.expected) <= row.tolerance
 
 
-def test_every_published_operation_count_stands_as_the_paper_gives_it(rows: list[Row]) -> None:
+def test_every_published_operation_count_stands_as_the_paper_gives_it(rows: list[Check]) -> None:
     tables = yaml.safe_load(paper.TABLES_FILE.read_text(encoding="utf-8"))
     table_1 = tables["table1_action_recognition"]["rows"]
     numbers = [values[-1] for name, values in table_1.items() if name.startswith("VATT")]
@@ -76,7 +75,7 @@ def test_every_published_operation_count_stands_as_the_paper_gives_it(rows: list
             assert row.ours == pytest.approx(row.paper, rel=1e-3)
 
 
-def test_parameters_equal_the_reference_counts_to_the_integer(rows: list[Row]) -> None:
+def test_parameters_equal_the_reference_counts_to_the_integer(rows: list[Check]) -> None:
     ours = {row.name: row.ours for row in rows}
     # golden/param_counts.json
     assert ours["parameters, BBS, trainable"] == 193_877_292
@@ -101,9 +100,11 @@ def test_published_numbers_come_from_the_tables() -> None:
 
 
 def test_a_fault_in_the_code_makes_rows_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vatt.verify.schedules.learning_rate", lambda step, **_: 1e-4)
+    monkeypatch.setattr("vatt.verify.losses.learning_rate", lambda step, **_: 1e-4)
     monkeypatch.setattr("vatt.verify.losses.mil_nce", lambda video, *_, **__: video.sum() * 0)
-    monkeypatch.setattr("vatt.verify.tokens.cut", lambda inputs, patch: inputs[..., 0].flatten(1))
+    monkeypatch.setattr(
+        "vatt.verify.parameters.cut", lambda inputs, patch: inputs[..., 0].flatten(1)
+    )
     for part in (schedule_rows, loss_rows, token_rows):
         assert any(row.state == "fail" for row in part())
 
@@ -115,7 +116,7 @@ def run(*argv: str) -> int:
 
 
 def test_the_command_prints_a_line_a_row_and_ends_with_0(
-    capsys: pytest.CaptureFixture[str], rows: list[Row]
+    capsys: pytest.CaptureFixture[str], rows: list[Check]
 ) -> None:
     assert run("verify") == 0
     out, err = capsys.readouterr()
@@ -126,7 +127,7 @@ def test_the_command_prints_a_line_a_row_and_ends_with_0(
 def test_the_command_ends_with_1_when_a_row_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vatt.verify.schedules.learning_rate", lambda step, **_: 1e-4)
+    monkeypatch.setattr("vatt.verify.losses.learning_rate", lambda step, **_: 1e-4)
     monkeypatch.setattr("vatt.verify.PARTS", (schedule_rows,))
     assert run("verify", "--json", "--failed") == 1
     found = json.loads(capsys.readouterr().out)["rows"]

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
 if TYPE_CHECKING:
-    from vatt.data.text import Vocabulary
-    from vatt.model.classifier import Classifier
-    from vatt.model.vatt import VATT
+    from vatt.data.clips.text import Vocabulary
+    from vatt.model.vatt import VATT, Classifier
 
 __version__ = "0.1.0"
 
@@ -24,7 +23,7 @@ def vocabulary(folder: Path | str) -> "Vocabulary":
     Raises DataError for a folder without a word list, whose model takes ids alone.
     """
     from vatt import checkpoint
-    from vatt.data.text import Vocabulary
+    from vatt.data.clips.text import Vocabulary
     from vatt.errors import DataError
 
     words = Path(folder) / checkpoint.VOCABULARY

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from vatt.config import ModelParams
 from vatt.errors import DataError
 from vatt.files import atomic_folder
-from vatt.model.classifier import Classifier
 from vatt.model.positions import fit_tables
-from vatt.model.vatt import VATT
+from vatt.model.vatt import VATT, Classifier
 
 WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocabulary.txt"
 VERSION = 1

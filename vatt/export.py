@@ -18,8 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vatt import checkpoint
 from vatt.errors import MachineError, VattError
 from vatt.files import atomic_folder
-from vatt.model.classifier import Classifier
-from vatt.model.vatt import VATT
+from vatt.model.vatt import VATT, Classifier
 
 TOLERANCE = 1e-4  # of the largest value of an output
 _TRACED_CLIPS, _COMPARED_CLIPS = 2, (1, 3)
@@ -103,7 +102,7 @@ FORMS: dict[str, Callable[[Path, Path], list[Comparison]]] = {
 }
 
 
-class Part(nn.Module):
+class ExportGraph(nn.Module):
     """What a graph computes: one modality in, a tuple of tensors out."""
 
     def __init__(self, model: VATT | Classifier, modality: str) -> None:
@@ -123,9 +122,9 @@ class Part(nn.Module):
         return tuple(getattr(answer, name) for name in self.outputs)
 
 
-def _parts(model: VATT | Classifier) -> dict[str, Part]:
+def _parts(model: VATT | Classifier) -> dict[str, ExportGraph]:
     names = (model.modality,) if isinstance(model, Classifier) else tuple(_OUTPUTS)
-    return {name: Part(model, name).eval() for name in names}
+    return {name: ExportGraph(model, name).eval() for name in names}
 
 
 def _example(model: VATT | Classifier, modality: str, clips: int, *, seed: int) -> Tensor:
@@ -147,7 +146,7 @@ def _example(model: VATT | Classifier, modality: str, clips: int, *, seed: int) 
     return 2 * torch.rand(shape, generator=random) - 1
 
 
-def _trace(part: Part, inputs: Tensor, path: Path) -> None:
+def _trace(part: ExportGraph, inputs: Tensor, path: Path) -> None:
     # AUTO: a choice of operator by size is no limit here, since all choices trace to the same.
     dynamic = {0: torch.export.Dim.AUTO}
     # A fused attention kernel would leave its memory layout in the trace, which the exporter's own
@@ -167,7 +166,7 @@ def _trace(part: Part, inputs: Tensor, path: Path) -> None:
 
 
 def _compare(
-    onnxruntime: Any, model: VATT | Classifier, part: Part, path: Path
+    onnxruntime: Any, model: VATT | Classifier, part: ExportGraph, path: Path
 ) -> list[Comparison]:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     found = []

@@ -55,6 +55,11 @@ def _hashes_of_outputs(deps: list[str]) -> dict[str, str]:
 
 
 def _hash_of_file(path: Path) -> str:
+    """Of a folder of code: of its files, less what Python leaves beside them."""
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".pyc")
+        lines = [f"{file.relative_to(path).as_posix()}:{_hash_of_file(file)}\n" for file in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "absent"
 
 

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 import vatt
 from vatt import checkpoint
 from vatt.config import Params
-from vatt.data.batches import Loading, Sampling, eval_batches, model_inputs
-from vatt.data.download import download
-from vatt.data.ledger import read_ledger
-from vatt.data.manifest import Clip
-from vatt.data.reader import ShardIndex, ShardReader
-from vatt.data.shards import write_shards
+from vatt.data.clips.ledger import read_ledger
+from vatt.data.clips.manifest import Clip
+from vatt.data.fetching.download import download
+from vatt.data.loading.batches import Loading, Sampling, eval_batches, model_inputs
+from vatt.data.loading.reader import ShardIndex, ShardReader
+from vatt.data.sharding.shards import write_shards
 from vatt.data.sources.folder import scan
 from vatt.errors import DataError, SettingsError
 from vatt.files import atomic_folder

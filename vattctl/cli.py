@@ -10,20 +10,7 @@ import click
 
 from vatt import __version__
 from vatt.errors import SettingsError, VattError
-from vattctl import (
-    checks,
-    comparing,
-    data,
-    evaluating,
-    finetuning,
-    models,
-    params,
-    pipeline,
-    planning,
-    runs,
-    searching,
-    tables,
-)
+from vattctl import data, downstream, dvc, models, params, planning, runs, tables
 
 BUG, INTERRUPTED = 101, 130
 
@@ -72,22 +59,22 @@ def cli(
 
 
 for command in (
-    pipeline.demo,
+    dvc.demo,
     *data.COMMANDS,
     planning.plan_command,
-    pipeline.pretrain,
-    finetuning.finetune,
-    evaluating.evaluate,
-    *pipeline.COMMANDS,
+    dvc.pretrain,
+    downstream.finetune,
+    downstream.evaluate,
+    *dvc.COMMANDS,
     *tables.COMMANDS,
     *runs.COMMANDS,
-    comparing.compare,
+    runs.compare,
     params.config,
     models.import_command,
     models.export_command,
-    searching.embed,
-    searching.search,
-    checks.verify_command,
+    models.embed,
+    models.search,
+    models.verify_command,
 ):
     cli.add_command(command)
 

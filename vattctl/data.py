@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vatt.errors import SettingsError
+from vattctl.dvc import machines_options, machines_settings, run, stage_options
 from vattctl.params import change, enter_project
-from vattctl.pipeline import machines_options, machines_settings, run, stage_options
 
 if TYPE_CHECKING:
     from vatt.config import Params
-    from vatt.data.attrition import Attrition, Loss
+    from vatt.data.sources.attrition import Attrition, Loss
 
 LEDGER_VERSION = 1
 WORST = 15  # classes shown
@@ -42,7 +42,7 @@ def ingest(context: click.Context, folder: Path, as_json: bool, dry_run: bool) -
     found = scan(folder, params.data, params.preprocess)
     lines = change(ingest_settings(found, folder, params), write=not dry_run)
     if not dry_run:
-        from vatt.data.manifest import write_manifest
+        from vatt.data.clips.manifest import write_manifest
 
         write_manifest(params.paths.manifest, found.clips)
     if as_json:
@@ -117,7 +117,7 @@ def preprocess(
 
 def _forget(retry: str, *, write: bool) -> int:
     from vatt.config import load_params
-    from vatt.data.ledger import JOURNAL, RETRYABLE, STATES, forget, read_ledger
+    from vatt.data.clips.ledger import JOURNAL, RETRYABLE, STATES, forget, read_ledger
 
     states = RETRYABLE if retry == "retryable" else frozenset(retry.split(","))
     unknown = states - set(STATES)
@@ -150,8 +150,8 @@ def ledger(context: click.Context, clips: tuple[str, ...], as_json: bool) -> Non
     """
     enter_project(context)
     from vatt.config import load_params
-    from vatt.data.attrition import account
-    from vatt.data.ledger import JOURNAL
+    from vatt.data.clips.ledger import JOURNAL
+    from vatt.data.sources.attrition import account
 
     params = load_params()
     paths = params.paths
@@ -169,7 +169,7 @@ def ledger(context: click.Context, clips: tuple[str, ...], as_json: bool) -> Non
 def _history(clips: tuple[str, ...], files: list[Path], *, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from vatt.data.ledger import read_entries
+    from vatt.data.clips.ledger import read_entries
     from vatt.errors import DataError
 
     wanted = set(clips)
@@ -195,7 +195,7 @@ def _text(value: Any) -> str:
 
 
 def _as_json(found: "Attrition") -> dict[str, Any]:
-    from vatt.data.attrition import shares
+    from vatt.data.sources.attrition import shares
 
     def row(loss: "Loss") -> dict[str, Any]:
         return {"official": loss.official, "listed": loss.listed, "states": loss.counts()}
@@ -241,7 +241,7 @@ def _print(found: "Attrition", params: "Params") -> None:
 
 
 def _shortfalls(found: "Attrition") -> list[str]:
-    from vatt.data.attrition import shares
+    from vatt.data.sources.attrition import shares
 
     lines = [
         f"{row['source']} {row['of']}: {row['kept']:,} of the official {row['official']:,} are here"

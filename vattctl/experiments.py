@@ -35,8 +35,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vatt.errors import SettingsError
+from vattctl.dvc import STAGES, run_dvc
 from vattctl.params import PARAMS, edited, yaml_plain
-from vattctl.pipeline import STAGES, run_dvc
 
 if TYPE_CHECKING:
     from vatt.config import Params

@@ -1,4 +1,4 @@
-"""params.yaml from the command line: show, use a preset, validate, and change single settings."""
+"""params.yaml from the command line: show, use a preset, validate, and change settings."""
 
 import contextlib
 import difflib
@@ -12,6 +12,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vatt.errors import SettingsError
+
+PIPED_WIDTH = 300  # columns; a pipe has no width, and a name that is cut off there is lost
+
+
+def print_rich(*parts: Any) -> None:
+    """Print tables and lines of plain text, one below the other."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PIPED_WIDTH)
+    for part in parts:
+        # the terminal breaks long lines itself, so that they can be copied whole
+        console.print(part, highlight=False, soft_wrap=isinstance(part, str))
+
 
 if TYPE_CHECKING:
     from vatt.config import Params

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vatt.errors import SettingsError
-from vattctl.params import SIZES, enter_project, parse_setting, preview, size_settings
-from vattctl.terminal import show
+from vattctl.params import SIZES, enter_project, parse_setting, preview, print_rich, size_settings
 
 if TYPE_CHECKING:
     from vatt.config import Params
     from vatt.plan.forecast import Forecast, Place
-    from vatt.plan.memory import Setting
+    from vatt.plan.memory import BatchSettings
 
 PLAN_VERSION = 1
 PARTS = {
@@ -81,8 +80,8 @@ def plan_command(
 def make_plan(params: "Params", device: str | None) -> dict[str, Any]:
     """The settings as they are, the largest micro-batch, and the cheapest way."""
     from vatt.plan import forecast as plans
+    from vatt.plan.forecast import GpuSpeed, Speed, TrialSpeed
     from vatt.plan.memory import count
-    from vatt.plan.speed import GpuSpeed, Speed, TrialSpeed
 
     place = plans.named_place(device) if device else plans.this_place(params)
     counts = count(params.model)
@@ -111,10 +110,10 @@ def make_plan(params: "Params", device: str | None) -> dict[str, Any]:
     }
 
 
-def _network(params: "Params", place: "Place") -> "Callable[[Setting], float]":
+def _network(params: "Params", place: "Place") -> "Callable[[BatchSettings], float]":
     """Seconds between GPUs by their data sheet; between a CPU's processes there are none."""
+    from vatt.plan.forecast import network_seconds
     from vatt.plan.memory import count
-    from vatt.plan.speed import network_seconds
 
     if place.device is None:
         return lambda _: 0.0
@@ -190,7 +189,7 @@ def _print(found: dict[str, Any], price: float | None) -> None:
 
     params, place = found["params"], found["place"]
     way = "from a short trial here" if found["measured"] else "by formula, at 40 % of the peak"
-    show(
+    print_rich(
         f"{params.pretrain.steps:,} steps of {params.pretrain.batch_size:,} clips on "
         f"{found['as_set'].setting.processes} x {place.name} "
         f"({_bytes(place.memory)} each); time {way}"
@@ -203,17 +202,17 @@ def _print(found: dict[str, Any], price: float | None) -> None:
     others = _rows(chosen, price) if chosen else {}
     for name, value in rows.items():
         table.add_row(name, value, others.get(name, "-"))
-    show(table)
+    print_rich(table)
     largest = found["largest"]
-    show(
+    print_rich(
         "not even one clip fits at a time"
         if largest is None
         else f"largest micro-batch that fits as set: {largest}"
     )
     if chosen is None:
-        show("no setting fits: choose a smaller --size or a larger --device")
+        print_rich("no setting fits: choose a smaller --size or a larger --device")
     elif chosen.setting != found["as_set"].setting:
-        show(f"to use it: vattctl pretrain {_options(chosen)}")
+        print_rich(f"to use it: vattctl pretrain {_options(chosen)}")
 
 
 def _rows(one: "Forecast", price: float | None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What has run: status, the results in one table, and the MLflow page."""
+"""What has run: status, results in one table, two runs compared, and the MLflow page."""
 
 import json
 import os
@@ -7,14 +7,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vatt.errors import MachineError
-from vattctl.params import enter_project
-from vattctl.pipeline import STAGES, stages_here
-from vattctl.terminal import show
+from vattctl.dvc import STAGES, stages_here
+from vattctl.params import enter_project, print_rich
 
 
 @click.command()
@@ -27,7 +26,7 @@ def status(context: click.Context, as_json: bool) -> None:
     """
     enter_project(context)
     from vatt.config import load_params
-    from vatt.training.tracking import mark_dead_runs
+    from vatt.tracking.mlflow import mark_dead_runs
 
     params = load_params()
     dead = mark_dead_runs(params) if params.paths.runs.exists() else []
@@ -119,7 +118,7 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
         took = duration(row["seconds"]) if row["seconds"] is not None else ""
         changes = "; ".join(row["changes"][:3]) if row["state"] == "changed" else ""
         table.add_row(row["stage"], row["state"], took, (row["run_id"] or "")[:12], changes)
-    show(table)
+    print_rich(table)
 
 
 def summary() -> str:
@@ -198,7 +197,7 @@ def ui(context: click.Context, port: int) -> None:
     """Serve the MLflow page with all runs on 127.0.0.1 (Ctrl-C ends it)."""
     enter_project(context)
     from vatt.config import load_params
-    from vatt.training.tracking import store_uri
+    from vatt.tracking.mlflow import store_uri
 
     if not _port_is_free(port):
         raise MachineError(f"port {port} is in use", hint=f"vattctl ui --port {port + 1}")
@@ -223,3 +222,77 @@ def _port_is_free(port: int) -> bool:
 
 
 COMMANDS = (status, ui)
+
+
+if TYPE_CHECKING:
+    from vatt.config import Params
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  vattctl compare 3f2a91 runs/evaluation       an earlier run against the last evaluation
+  vattctl compare 3f2a91 b81c04 --json""",
+)
+@click.argument("first")
+@click.argument("second")
+@click.option("--resamples", default=1000, show_default=True, type=click.IntRange(10))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def compare(context: click.Context, first: str, second: str, resamples: int, as_json: bool) -> None:
+    """Compare two evaluations on the clips they share, with a paired bootstrap.
+
+    A run is the id of an evaluate run or of its pipeline in MLflow (its first letters do), or a
+    folder of an evaluation's arrays. A difference whose interval holds 0 may be chance.
+    """
+    given = [Path(run).resolve() for run in (first, second)]  # entering changes the folder
+    enter_project(context)
+    from vatt.config import load_params
+    from vatt.evaluation.comparison import compare_evaluations
+
+    params = load_params()
+    folders = [
+        path if path.is_dir() else _kept(params, run)
+        for path, run in zip(given, (first, second), strict=True)
+    ]
+    rows = compare_evaluations(*folders, resamples=resamples, seed=params.seed)
+    if as_json:
+        content = {"version": 1, "first": first, "second": second, "rows": rows}
+        click.echo(json.dumps(content, indent=2))
+    else:
+        _print(rows)
+
+
+def _kept(params: "Params", run: str) -> Path:
+    from vatt.tracking.mlflow import artifact_of
+
+    return artifact_of(params, run, "evaluate", params.paths.evaluation.name)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("measure", "first", "second", "difference", "95 % interval", "clips", ""):
+        table.add_column(column, justify="left" if column in ("measure", "") else "right")
+    for row in rows:
+        gap = row["difference"]
+        clear = not gap["low"] <= 0 <= gap["high"]
+        one, other, change, low, high = (
+            _number(row["name"], value)
+            for value in (row["first"]["value"], row["second"]["value"], *_span(gap))
+        )
+        table.add_row(
+            row["name"], one, other, change, f"{low} to {high}", str(gap["n"]), "*" if clear else ""
+        )
+    print_rich(table, "* the interval of the difference (first - second) leaves out 0")
+
+
+def _span(gap: dict[str, Any]) -> tuple[float, float, float]:
+    return gap["value"], gap["low"], gap["high"]
+
+
+def _number(name: str, value: float) -> str:
+    if name.endswith(("median_rank", "d_prime")):
+        return f"{value:.2f}"
+    return f"{100 * value:.1f} %"

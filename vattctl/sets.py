@@ -19,19 +19,19 @@ from vattctl.experiments import Experiment
 
 if TYPE_CHECKING:
     from vatt.config import ModelParams, Params
-    from vatt.data.manifest import Clip
+    from vatt.data.clips.manifest import Clip
 
 SETS, RECIPES = Path("presets/sets"), Path("presets/recipes")
 OWN = ("folder", "csv")
 PAPER_FPS, PAPER_HZ = 25, 48_000  # rates that a checkpoint of another shape was trained with
 SHOWN_WHOLE = 7 / 8  # of the short side, in a test crop
 
-Settings = dict[tuple[str, ...], Any]
+SettingChanges = dict[tuple[str, ...], Any]
 Tree = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class SetRequest:
     """What the command line asks for."""
 
     name: str  # of the set
@@ -45,7 +45,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SetPlan:
     """The two sub-projects, and what a person should know before they run."""
 
     clips: Experiment
@@ -54,7 +54,7 @@ class Plan:
     trains: bool
 
 
-def folder_of(wanted: Wanted) -> str:
+def folder_of(wanted: SetRequest) -> str:
     """Of a set's shards; data of one's own may be of several kinds."""
     if wanted.name not in OWN or wanted.location is None:
         return wanted.name
@@ -68,7 +68,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in SETS.glob("*.yaml"))
 
 
-def plan(wanted: Wanted, project: "Params", assignments: Settings) -> Plan:
+def plan(wanted: SetRequest, project: "Params", assignments: SettingChanges) -> SetPlan:
     """Settings for a set; whatever cannot work is said here, before anything runs."""
     tree = overlay(wanted.name)
     model = start_model(wanted.start)
@@ -103,7 +103,7 @@ def plan(wanted: Wanted, project: "Params", assignments: Settings) -> Plan:
     folder = Path("sets") / folder_of(wanted)
     trains = bool(settings["finetune", "run"])
     stages = ("finetune", "evaluate", "report") if trains else ("evaluate", "report")
-    return Plan(
+    return SetPlan(
         clips=Experiment(folder, ("download", "preprocess"), own),
         work=Experiment(
             Path("experiments") / wanted.experiment,
@@ -138,12 +138,12 @@ def merged(under: Tree, over: Mapping[str, Any]) -> Tree:
     return result
 
 
-def flat(tree: Tree) -> Settings:
+def flat(tree: Tree) -> SettingChanges:
     """Sections and their keys, as `--set` names them: {("data", "source"): ...}."""
     return {(section, key): value for section, keys in tree.items() for key, value in keys.items()}
 
 
-def assigned(settings: Settings, assignments: Settings) -> Settings:
+def assigned(settings: SettingChanges, assignments: SettingChanges) -> SettingChanges:
     """With the command line's --set, which may reach into a value such as the task."""
     result = dict(settings)
     for keys, value in assignments.items():
@@ -193,19 +193,19 @@ def start_model(folder: Path) -> "ModelParams":
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class SourceListing:
     """What the source lists, and a mark that changes with it."""
 
     clips: "list[Clip]"
     mark: str | None
 
 
-def look(wanted: Wanted, project: "Params", data: Tree, files: str) -> Seen:
+def look(wanted: SetRequest, project: "Params", data: Tree, files: str) -> SourceListing:
     """The clips of one's own data; of an official list the first, to see that it can be read."""
     from vatt.config import OF_FILES, DataParams
-    from vatt.data.sources.chosen import listed
+    from vatt.data.sources.choice import listed
     from vatt.data.sources.folder import scan
-    from vatt.data.sources.mark import mark_of_lists
+    from vatt.data.sources.official import mark_of_lists
 
     if wanted.location is None and wanted.name in (*OWN, *OF_FILES):
         what = "a csv file" if wanted.name == "csv" else "the folder with the unpacked files"
@@ -216,10 +216,10 @@ def look(wanted: Wanted, project: "Params", data: Tree, files: str) -> Seen:
     try:
         if params.source == "folder" and params.location is not None:
             found = scan(params.location, params)
-            return Seen(found.clips, found.mark)
+            return SourceListing(found.clips, found.mark)
         clips = iter(listed(params, project.seed))
         first = list(clips) if wanted.name in OWN else [next(clips)]
-        return Seen(first, mark_of_lists(params))
+        return SourceListing(first, mark_of_lists(params))
     except StopIteration:
         raise DataError(f"the lists of {wanted.name} hold no clip", hint=files or None) from None
     except VattError as error:
@@ -231,7 +231,7 @@ def look(wanted: Wanted, project: "Params", data: Tree, files: str) -> Seen:
         ) from None
 
 
-def fit_own(tree: Tree, clips: "list[Clip]", wanted: Wanted, epochs: int) -> None:
+def fit_own(tree: Tree, clips: "list[Clip]", wanted: SetRequest, epochs: int) -> None:
     """Modality, label, split and steps of a folder or csv of one's own."""
     task, label = tree["task"], tree["task"]["label"]
     splits = Counter(clip.split for clip in clips if clip.labels.get(label))

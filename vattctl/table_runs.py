@@ -13,7 +13,7 @@ from vattctl.runs import changed_stages
 
 if TYPE_CHECKING:
     from vatt.config import Params
-    from vatt.studies.scale import Run, Scale
+    from vatt.studies import Scale, StudyRun
 
 VERSION = 1
 EXPERIMENTS, SETS = Path("experiments"), Path("sets")
@@ -21,17 +21,17 @@ CHECKPOINT = Path("runs/checkpoints/pretrained")
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class RunState:
     """A run as it stands: how far it is, what it lacks, what it took or will take."""
 
-    run: "Run"
+    run: "StudyRun"
     state: str  # done, unfinished (or changed since), to run
     missing: tuple[str, ...]  # what must be there first
     measured: float | None  # seconds, of the stages that have run
     forecast: float | None  # seconds; None: nothing to tell it by
 
 
-def experiment_of(run: "Run", scale: "Scale") -> Experiment:
+def experiment_of(run: "StudyRun", scale: "Scale") -> Experiment:
     """A run as an experiment of this project; on a data set, by the recipe that the set brings."""
     import yaml
 
@@ -78,18 +78,18 @@ def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return {**under, **over, **deeper}
 
 
-def _bringer(run: "Run") -> str:
+def _bringer(run: "StudyRun") -> str:
     """Of a seed's runs the one that makes its corpus."""
-    from vatt.studies.scale import BASE
+    from vatt.studies import BASE
 
     return f"{BASE}-seed-{run.seed}"
 
 
-def _brings_data(run: "Run") -> bool:
+def _brings_data(run: "StudyRun") -> bool:
     return run.seed is not None and run.name == _bringer(run)
 
 
-def _of(tasks: dict[str, Any], like: str, run: "Run") -> dict[str, Any]:
+def _of(tasks: dict[str, Any], like: str, run: "StudyRun") -> dict[str, Any]:
     """The task that a run's is like; a data set knows it by the set's name."""
     name = run.data if like not in tasks and run.data in tasks else like
     if name not in tasks:
@@ -100,7 +100,9 @@ def _of(tasks: dict[str, Any], like: str, run: "Run") -> dict[str, Any]:
     return deepcopy(tasks[name])
 
 
-def plan(runs: "Sequence[Run]", scale: "Scale", *, device: str | None, gpus: int) -> list[Planned]:
+def plan(
+    runs: "Sequence[StudyRun]", scale: "Scale", *, device: str | None, gpus: int
+) -> list[RunState]:
     """State and cost of each run; nothing is written."""
     speed = _speed(device, gpus)
     changed = changed_stages([EXPERIMENTS / run.name / "dvc.yaml" for run in runs])
@@ -114,7 +116,7 @@ def plan(runs: "Sequence[Run]", scale: "Scale", *, device: str | None, gpus: int
         ran = (folder / "dvc.lock").exists()
         work = _work(run, by_name.get(run.start or ""), scale)
         planned.append(
-            Planned(
+            RunState(
                 run,
                 state="to run" if not ran else "done" if same else "unfinished",
                 missing=tuple(missing(run)),
@@ -136,7 +138,7 @@ def _same(settings: "Params", folder: Path) -> bool:
     return one == other
 
 
-def missing(run: "Run") -> list[str]:
+def missing(run: "StudyRun") -> list[str]:
     """The data set that a run needs and that is not there."""
     if run.data is None or (SETS / run.data / "dvc.yaml").exists():
         return []
@@ -157,7 +159,7 @@ def _training_seconds(params: "Params", folder: Path) -> float | None:
     """What a pre-training's steps take at their median speed, whatever else the machine did."""
     from statistics import median
 
-    from vatt.training.tracking import metric_values
+    from vatt.tracking.mlflow import metric_values
 
     file = folder / params.paths.runs / "pretrain.json"
     if not file.exists():
@@ -171,8 +173,7 @@ def _training_seconds(params: "Params", folder: Path) -> float | None:
 
 def _speed(device: str | None, gpus: int) -> float | None:
     """Operations a second: a GPU's by its data sheet, else as a pre-training here has shown."""
-    from vatt.plan.forecast import named_place
-    from vatt.plan.speed import GPU_SHARE
+    from vatt.plan.forecast import GPU_SHARE, named_place
     from vatt.training.telemetry import pretraining_work
 
     if device is not None:
@@ -190,9 +191,9 @@ def _speed(device: str | None, gpus: int) -> float | None:
     return None
 
 
-def _work(run: "Run", start: "Run | None", scale: "Scale") -> float:
+def _work(run: "StudyRun", start: "StudyRun | None", scale: "Scale") -> float:
     """Operations of a run's training; a fine-tuning's model is that of its start."""
-    from vatt.training.tasks import task_model
+    from vatt.training.finetune import task_model
     from vatt.training.telemetry import finetuning_work, pretraining_work
 
     known = settings_of(experiment_of(run, scale))
@@ -210,8 +211,7 @@ def _work(run: "Run", start: "Run | None", scale: "Scale") -> float:
 def gather(scale: "Scale", params: "Params") -> dict[str, Any]:
     """What the runs have measured, in one file among the metrics: the report is made from it."""
     from vatt.files import atomic_write
-    from vatt.studies.scale import SEEDS, STUDIES, with_seed
-    from vatt.studies.tables import studies
+    from vatt.studies import SEEDS, STUDIES, studies, with_seed
 
     runs = {run.name: run for one in studies(scale) for run in one.runs}
     found = {}
@@ -232,8 +232,8 @@ def _measured(folder: Path, file: Path) -> dict[str, Any]:
     """A run's metrics with its operations and seconds."""
     from vatt.checkpoint import load_config
     from vatt.config import ModelParams, load_params
-    from vatt.model.flops import audio_flops, multimodal_flops, video_flops
-    from vatt.training.tasks import task_model
+    from vatt.flops import audio_flops, multimodal_flops, video_flops
+    from vatt.training.finetune import task_model
 
     params = load_params(folder / "params.yaml")
     results = json.loads(file.read_text(encoding="utf-8"))

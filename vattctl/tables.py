@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vatt.errors import SettingsError, Stopped, VattError
+from vattctl.dvc import StageFailed
 from vattctl.experiments import run_experiment
-from vattctl.params import enter_project
-from vattctl.pipeline import StageFailed
-from vattctl.table_runs import VERSION, Planned, experiment_of, gather, missing, plan
-from vattctl.terminal import show
+from vattctl.params import enter_project, print_rich
+from vattctl.table_runs import VERSION, RunState, experiment_of, gather, missing, plan
 
 if TYPE_CHECKING:
     from vatt.config import Params
-    from vatt.studies.scale import Run, Scale
+    from vatt.studies import Scale, StudyRun
 
 NUMBERS = tuple(str(number) for number in range(1, 11))
 RESUMABLE = Stopped.exit_code
@@ -90,15 +89,14 @@ def table(
 
 
 def _scale(params: "Params") -> "Scale":
-    from vatt.studies.scale import SCALES
+    from vatt.studies import SCALES
 
     return SCALES["demo" if params.data.source == "demo" else "paper"]
 
 
-def _runs(numbers: Sequence[int], scale: "Scale", *, seeds: bool) -> "list[Run]":
+def _runs(numbers: Sequence[int], scale: "Scale", *, seeds: bool) -> "list[StudyRun]":
     """The runs of some tables, shared ones once, each after the one whose weights it takes."""
-    from vatt.studies.scale import BASE, SEEDED, SEEDS, with_seed
-    from vatt.studies.tables import study
+    from vatt.studies import BASE, SEEDED, SEEDS, study, with_seed
 
     found = {run.name: run for number in numbers for run in study(number, scale).runs}
     runs = list(found.values())
@@ -109,7 +107,9 @@ def _runs(numbers: Sequence[int], scale: "Scale", *, seeds: bool) -> "list[Run]"
     return runs
 
 
-def _run_all(runs: "Sequence[Run]", scale: "Scale", params: "Params", *, quiet: bool) -> list[str]:
+def _run_all(
+    runs: "Sequence[StudyRun]", scale: "Scale", params: "Params", *, quiet: bool
+) -> list[str]:
     """Run each; one that fails does not keep the others, one that is stopped does."""
     failed = []
     for place, run in enumerate(runs, start=1):
@@ -125,8 +125,8 @@ def _run_all(runs: "Sequence[Run]", scale: "Scale", params: "Params", *, quiet: 
     return failed
 
 
-def _plain(numbers: Sequence[int], planned: Sequence[Planned], scale: "Scale") -> dict[str, Any]:
-    from vatt.studies.tables import study
+def _plain(numbers: Sequence[int], planned: Sequence[RunState], scale: "Scale") -> dict[str, Any]:
+    from vatt.studies import study
 
     return {
         "version": VERSION,
@@ -148,7 +148,7 @@ def _plain(numbers: Sequence[int], planned: Sequence[Planned], scale: "Scale") -
     }
 
 
-def _print_runs(planned: Sequence[Planned]) -> None:
+def _print_runs(planned: Sequence[RunState]) -> None:
     from rich.table import Table
 
     lines = Table(box=None, pad_edge=False)
@@ -158,12 +158,12 @@ def _print_runs(planned: Sequence[Planned]) -> None:
         lines.add_row(
             one.run.name, one.state, _cost(one), _differs(one.run), "; ".join(one.missing)
         )
-    show(lines)
-    show(_total(planned))
+    print_rich(lines)
+    print_rich(_total(planned))
 
 
-def _differs(run: "Run") -> str:
-    from vatt.studies.scale import DEMO, PAPER
+def _differs(run: "StudyRun") -> str:
+    from vatt.studies import DEMO, PAPER
 
     usual = {**DEMO.settings, **PAPER.settings}
     words = [f"{k}={v}" for k, v in run.settings.items() if usual.get(k) != v]
@@ -173,7 +173,7 @@ def _differs(run: "Run") -> str:
     return "; ".join(words)
 
 
-def _cost(one: Planned) -> str:
+def _cost(one: RunState) -> str:
     from vatt.progress import duration
 
     if one.state == "done" and one.measured is not None:
@@ -183,7 +183,7 @@ def _cost(one: Planned) -> str:
     return f"{duration(one.forecast)}, forecast" if one.forecast else "evaluation alone"
 
 
-def _total(planned: Sequence[Planned]) -> str:
+def _total(planned: Sequence[RunState]) -> str:
     """How much is left."""
     from vatt.progress import duration
 
@@ -196,11 +196,11 @@ def _total(planned: Sequence[Planned]) -> str:
     return f"{len(left)} of {len(planned)} runs are left, {cost}{note}"
 
 
-def _print_tables(numbers: Sequence[int], planned: Sequence[Planned], scale: "Scale") -> None:
+def _print_tables(numbers: Sequence[int], planned: Sequence[RunState], scale: "Scale") -> None:
     from rich.table import Table
 
     from vatt.paper import paper_tables
-    from vatt.studies.tables import study
+    from vatt.studies import study
 
     by_name = {one.run.name: one for one in planned}
     captions = {one.number: one.caption for one in paper_tables()}
@@ -212,8 +212,8 @@ def _print_tables(numbers: Sequence[int], planned: Sequence[Planned], scale: "Sc
         done = sum(one.state == "done" for one in runs)
         words = "by formula, nothing to run" if not runs else _total(runs)
         lines.add_row(str(number), captions[number], f"{done} of {len(runs)}", words)
-    show(lines)
-    show(f"all together: {_total(planned)}")
+    print_rich(lines)
+    print_rich(f"all together: {_total(planned)}")
 
 
 def _print_results(numbers: Sequence[int]) -> None:
@@ -234,8 +234,8 @@ def _print_results(numbers: Sequence[int]) -> None:
         for row in found.rows:
             cells = (f"{cell.text} {cell.detail}".strip() for cell in row.cells)
             lines.add_row(f"{row.head} ({row.note})" if row.note else row.head, *cells)
-        show(lines)
-    show("next: vattctl report")
+        print_rich(lines)
+    print_rich("next: vattctl report")
 
 
 COMMANDS = (table,)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from vatt.config import Params, load_params
-from vatt.data import augment
-from vatt.data.ledger import Entry
-from vatt.data.manifest import Caption, Clip
-from vatt.data.storage import Box
+from vatt.data.clips.ledger import Entry
+from vatt.data.clips.manifest import Caption, Clip
+from vatt.data.clips.storage import Box
+from vatt.data.loading import augment
 
 HZ = 8000
 STEP = 10  # grey levels from frame to frame

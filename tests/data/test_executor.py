@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 
 from tests.data.corpus import demo_params, make_clip, make_corpus, write_media
-from tests.data.test_shards import digests, write
-from vatt.data.download import download
-from vatt.data.executor import start_workers
+from tests.data.sharding.test_shards import digests, write
+from vatt.data.fetching.download import download
+from vatt.data.workers import start_workers
 from vatt.errors import DataError, MachineError
 
 FILES = ("film.mp4", "page.mp4", "none.mp4")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from vatt.data.pool import worker_pool
+from vatt.data.workers import worker_pool
 
 PARENT = """
 import os, time
-from vatt.data.pool import worker_pool
+from vatt.data.workers import worker_pool
 with worker_pool(2) as pool:
     pids = set()
     while len(pids) < 2:

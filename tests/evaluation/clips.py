@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from vatt.config import AudioParams, ModelParams, SizeParams, TextParams, VideoParams
-from vatt.data.batches import Batch
+from vatt.data.loading.batches import Batch
 
 CLASSES = ("dark", "bright", "red")
 SMALL = SizeParams(depth=1, dim=8, mlp_dim=16, heads=2, head_dim=4)

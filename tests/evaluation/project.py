@@ -8,15 +8,14 @@ from tests.data.corpus import demo_params
 from tests.training.tiny import model_params
 from vatt import checkpoint
 from vatt.config import ModelParams, ProbeParams
-from vatt.data.demo import make_demo
-from vatt.data.ledger import Entry
-from vatt.data.shards import write_shards
+from vatt.data.clips.ledger import Entry
+from vatt.data.sharding.shards import write_shards
+from vatt.data.sources.demo import make_demo
 from vatt.evaluation import evaluate
-from vatt.evaluation.chosen import Chosen
-from vatt.evaluation.evaluate import Asked, encode
-from vatt.evaluation.share import ALONE
-from vatt.model.classifier import Classifier
-from vatt.model.vatt import VATT
+from vatt.evaluation.classification import Checkpoints
+from vatt.evaluation.evaluate import Measures, encode
+from vatt.evaluation.features import ALONE
+from vatt.model.vatt import VATT, Classifier
 
 MOTIONS = ("left", "right", "up", "down", "grow", "shrink", "circle", "shake")
 
@@ -84,9 +83,9 @@ def make_project(folder: Path) -> None:
     )
 
 
-def both(project: Path) -> Chosen:
+def both(project: Path) -> Checkpoints:
     audio = {("audio", "scratch"): project / "finetuned" / "audio-scratch"}
-    return Chosen(project / "pretrained", audio)
+    return Checkpoints(project / "pretrained", audio)
 
 
 def measure(
@@ -100,7 +99,7 @@ def measure(
     share=ALONE,
 ):
     params = settings()
-    asked = Asked(
+    asked = Measures(
         evaluate_params or params.evaluate,
         chosen or both(project),
         params.finetune,

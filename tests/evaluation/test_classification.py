@@ -7,13 +7,8 @@ import torch
 from tests.evaluation.clips import CLASSES, MODEL, batches
 from tests.model import golden
 from tests.model.test_golden import FINETUNED, available, finetuned, signal
-from vatt.evaluation.classification import (
-    Predictions,
-    classification_metrics,
-    compare,
-    predict,
-)
-from vatt.model.classifier import Classifier
+from vatt.evaluation.classification import Predictions, classification_metrics, compare, predict
+from vatt.model.vatt import Classifier
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,12 @@ import torch
 
 from tests.evaluation.project import make_project, measure, settings, tiny_model
 from vatt import checkpoint
-from vatt.data.labels import labels_of
+from vatt.data.loading.batches import labels_of
 from vatt.errors import DataError, SettingsError
-from vatt.evaluation import passes, validation
-from vatt.evaluation.chosen import Chosen, choose
-from vatt.evaluation.classification import Predictions
+from vatt.evaluation import passes, retrieval
+from vatt.evaluation.classification import Checkpoints, Predictions, choose
 from vatt.evaluation.evaluate import flatten, save_results
-from vatt.model.classifier import Classifier
-from vatt.model.vatt import VATT
+from vatt.model.vatt import VATT, Classifier
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +95,7 @@ def test_other_weights_or_clips_are_not_taken_from_the_cache(project, tmp_path):
     words = project / "shards" / "vocabulary.txt"
     checkpoint.save(VATT(model), model, tmp_path / "other", vocabulary=words)
     before = len(list(tmp_path.glob("*.npz")))
-    measure(project, cache=tmp_path, chosen=Chosen(tmp_path / "other"))
+    measure(project, cache=tmp_path, chosen=Checkpoints(tmp_path / "other"))
     assert len(list(tmp_path.glob("*.npz"))) == before + 3  # not the untrained encoder's
 
 
@@ -162,7 +160,7 @@ def test_without_any_checkpoint_it_says_how_to_give_one(tmp_path):
 
 def test_probes_learn_from_one_window_and_ask_several(project):
     four = settings().evaluate.model_copy(update={"clips": 4})
-    metrics, _ = measure(project, chosen=Chosen(project / "pretrained"), evaluate_params=four)
+    metrics, _ = measure(project, chosen=Checkpoints(project / "pretrained"), evaluate_params=four)
     assert metrics["probes"]["digit"]["svm"]["pretrained"]["n"] == 12
     assert "audio_to_video_similarities_averaged" in metrics["retrieval"]["pretrained"]
 
@@ -194,10 +192,8 @@ def test_validation_measures_the_same_clips_each_time_and_draws_nothing(project,
     params = settings()
     chosen = params.pretrain.model_copy(update={"evaluate_every": 2, "evaluate_clips": 8})
     model = tiny_model(params)
-    monkeypatch.setattr(validation, "SPLIT", "test")
-    measure = validation.validation(
-        model, chosen, shards=project / "shards", machine=params.machine
-    )
+    monkeypatch.setattr(retrieval, "SPLIT", "test")
+    measure = retrieval.validation(model, chosen, shards=project / "shards", machine=params.machine)
     weights = checkpoint.load(project / "pretrained").state_dict()
     before = torch.get_rng_state()
     found = measure(weights)
@@ -205,13 +201,13 @@ def test_validation_measures_the_same_clips_each_time_and_draws_nothing(project,
     assert torch.equal(before, torch.get_rng_state())
     assert found["val.audio_to_video.recall_at_10"] == 1.0  # eight clips are searched
     assert 1 <= found["val.text_to_video.median_rank"] <= 8
-    assert found[validation.SCORE] == 1.0
+    assert found[retrieval.SCORE] == 1.0
 
 
 def test_validation_without_clips_says_what_to_set(project):
     params = settings()
     chosen = params.pretrain.model_copy(update={"evaluate_every": 2})
     with pytest.raises(SettingsError, match=r"data\.val_share=0\.01"):
-        validation.validation(
+        retrieval.validation(
             tiny_model(params), chosen, shards=project / "shards", machine=params.machine
         )

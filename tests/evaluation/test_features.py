@@ -11,6 +11,7 @@ from vatt.errors import DataError
 from vatt.evaluation.features import (
     ARRAYS,
     KEPT_FILES,
+    ProcessShare,
     cache_key,
     cached,
     extract,
@@ -18,7 +19,6 @@ from vatt.evaluation.features import (
     save_features,
 )
 from vatt.evaluation.passes import untrained
-from vatt.evaluation.share import Share
 
 
 def quiet(done, total):
@@ -70,7 +70,7 @@ def test_shares_of_several_processes_join_to_the_same_bits(encoder):
             sent.append((rank, parts))
             return [part for _, part in sorted(sent)] if rank == 0 else None
 
-        share = Share(rank, 3, gather, lambda value: value)
+        share = ProcessShare(rank, 3, gather, lambda value: value)
         found = extract({"one": encoder}, every[rank::3], progress=quiet, total=11, share=share)
         assert bool(found) == (rank == 0)
     for name in ARRAYS:

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from tests.evaluation.clips import MODEL, batches
-from vatt.data.batches import model_inputs
-from vatt.evaluation.inner import inner_views
-from vatt.evaluation.passes import untrained
+from vatt.data.loading.batches import model_inputs
+from vatt.evaluation.passes import inner_views, untrained
 
 
 @pytest.fixture(scope="module")

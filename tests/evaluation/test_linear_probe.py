@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.svm import LinearSVC
 
-from vatt.evaluation.linear_probe import (
+from vatt.evaluation.probes import (
     BATCH_SIZE,
     COMPONENTS,
     LEARNING_RATE,

@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 
 from tests.data.corpus import demo_params, needs_data
-from tests.data.test_downstream_lists import FILES
-from tests.data.test_official_lists import place
+from tests.data.sources.test_downstream_lists import FILES
+from tests.data.sources.test_official_lists import place
 from vatt.config import ProbeParams
-from vatt.data.sources.chosen import READERS
+from vatt.data.sources.choice import READERS
 from vatt.evaluation.features import FeatureSet
-from vatt.evaluation.linear_probe import svm_correct
-from vatt.evaluation.probes import official_folds, passes_for, run_probes
+from vatt.evaluation.probes import official_folds, passes_for, run_probes, svm_correct
 
 CLASSES = np.array(["cat", "dog", "owl"])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.evaluation.project import measure, settings
 from vatt.evaluation.evaluate import save_results
-from vatt.evaluation.share import Share
+from vatt.evaluation.features import ProcessShare
 from vatt.training import distributed
 
 
@@ -14,7 +14,7 @@ def main() -> None:
     project, out = Path(os.environ["VATT_TEST_PROJECT"]), Path(os.environ["VATT_TEST_OUT"])
     machine = settings().machine.model_copy(update={"threads": 1})
     with distributed.process_group(machine):
-        share = Share(
+        share = ProcessShare(
             distributed.rank(),
             distributed.world_size(),
             distributed.to_rank_0,

@@ -7,9 +7,8 @@ import torch
 
 from tests.model.small import small_inputs, small_params
 from vatt.checkpoint import load_weights
-from vatt.model.classifier import Classifier
 from vatt.model.positions import fit_tables
-from vatt.model.vatt import VATT
+from vatt.model.vatt import VATT, Classifier
 
 
 @pytest.mark.parametrize("backbone", ["specific", "agnostic"])

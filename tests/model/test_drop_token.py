@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vatt.model.drop_token import draw_kept, drop_tokens, num_kept
+from vatt.model.patches import draw_kept, drop_tokens, num_kept
 
 
 @pytest.mark.parametrize(

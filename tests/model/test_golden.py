@@ -16,9 +16,8 @@ from tests.model.golden import (
 )
 from vatt.checkpoint import load_weights
 from vatt.losses import pretraining_loss, release_form
-from vatt.model.classifier import Classifier
-from vatt.model.vatt import VATT, Embeddings
-from vatt.training.classification import balanced_sigmoid_loss, softmax_loss
+from vatt.model.vatt import VATT, Classifier, Embeddings
+from vatt.training.finetune import balanced_sigmoid_loss, softmax_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = ["eval", "train", "train_droptoken"]

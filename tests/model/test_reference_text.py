@@ -7,8 +7,7 @@ from tests.model.golden import group, ours, tensor
 from vatt.config import SizeParams
 from vatt.model.patches import PositionedWords
 from vatt.model.positions import AxisPositions, spline
-from vatt.model.tower import TextTower
-from vatt.model.transformer import Encoder, layer_norm
+from vatt.model.transformer import Encoder, TextTower, layer_norm
 
 
 def test_the_bert_tower_equals_the_reference():

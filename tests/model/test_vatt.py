@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.model.small import small_inputs, small_params, spectrogram_params
 from vatt.errors import SettingsError
 from vatt.losses import pretraining_loss
-from vatt.model.drop_token import draw_kept
+from vatt.model.patches import draw_kept
 from vatt.model.vatt import VATT
 
 MODALITIES = ("video", "audio", "text")

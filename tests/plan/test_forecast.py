@@ -9,35 +9,32 @@ from vatt.config import load_params
 from vatt.errors import SettingsError
 from vatt.plan.forecast import (
     GIB,
-    Place,
-    cheapest,
-    forecast,
-    forecast_memory,
-    largest_micro_batch,
-    named_place,
-    settings,
-)
-from vatt.plan.memory import Counts, Setting, count
-from vatt.plan.speed import (
     GPU_SHARE,
     GpuSpeed,
+    Place,
     Seconds,
     Trial,
     TrialSpeed,
+    cheapest,
+    forecast,
+    forecast_memory,
     gather_bytes,
     gradient_bytes,
+    largest_micro_batch,
     loss_flops,
+    named_place,
     network_seconds,
+    settings,
 )
-from vatt.training.devices import GPUS
-from vatt.training.telemetry import pretraining_work
+from vatt.plan.memory import BatchSettings, Counts, count
+from vatt.training.telemetry import GPUS, pretraining_work
 
 PAPER = load_params(Path(__file__).parents[2] / "presets" / "paper.yaml")
 COUNTS = Counts(trained=1000, frozen=0, encoders=900, linear=800)
 
 
 def on(speed, place, **setting):
-    return forecast(PAPER, Setting(**setting), place, speed, COUNTS)
+    return forecast(PAPER, BatchSettings(**setting), place, speed, COUNTS)
 
 
 def test_features_and_gradients_that_travel_by_hand():
@@ -46,8 +43,10 @@ def test_features_and_gradients_that_travel_by_hand():
     whole = 8 * (16 + 16 + 2 * 16) * 4
     assert gather_bytes(tiny.model_params(), params, 1) == 0
     assert gather_bytes(tiny.model_params(), params, 4) == 3 * whole * 3 / 4
-    assert gradient_bytes(COUNTS, Setting(processes=2)) == 2 * 4000 / 2
-    assert gradient_bytes(COUNTS, Setting(processes=2, zero_stage=3), passes=4) == 5 * 4000 / 2
+    assert gradient_bytes(COUNTS, BatchSettings(processes=2)) == 2 * 4000 / 2
+    assert (
+        gradient_bytes(COUNTS, BatchSettings(processes=2, zero_stage=3), passes=4) == 5 * 4000 / 2
+    )
 
 
 def test_every_process_computes_heads_and_scores_of_the_whole_batch():
@@ -61,11 +60,11 @@ def test_the_network_carries_features_gradients_and_offloaded_weights():
     gpu, batch = GPUS["h100-80gb"], PAPER.pretrain.batch_size
 
     def seconds(**setting):
-        return network_seconds(gpu, PAPER.model, PAPER.pretrain, COUNTS, Setting(**setting))
+        return network_seconds(gpu, PAPER.model, PAPER.pretrain, COUNTS, BatchSettings(**setting))
 
     assert seconds() == 0
     features = gather_bytes(PAPER.model, PAPER.pretrain, 16)
-    sent = features + gradient_bytes(COUNTS, Setting(processes=16))
+    sent = features + gradient_bytes(COUNTS, BatchSettings(processes=16))
     assert seconds(processes=16) == pytest.approx(sent / gpu.network)
     alone = seconds(zero_stage=3, offload="all", micro_batch_size=batch // 4)
     assert alone == pytest.approx(3 * 4 * 4000 / gpu.host)  # three passes over four micro-batches
@@ -75,10 +74,12 @@ def test_a_gpu_s_step_is_operations_over_a_share_of_its_peak():
     gpu = GPUS["h100-80gb"]
     speed = GpuSpeed(gpu, PAPER.model, PAPER.pretrain, COUNTS)
     flops = pretraining_work(PAPER.model, PAPER.pretrain).flops
-    plain = speed(Setting(on_gpu=True)).compute
+    plain = speed(BatchSettings(on_gpu=True)).compute
     assert plain == pytest.approx(flops / (gpu.bf16_flops * GPU_SHARE))
-    assert speed(Setting(on_gpu=True, micro_batch_size=32)).compute == pytest.approx(4 / 3 * plain)
-    eight = speed(Setting(processes=8, on_gpu=True))
+    assert speed(BatchSettings(on_gpu=True, micro_batch_size=32)).compute == pytest.approx(
+        4 / 3 * plain
+    )
+    eight = speed(BatchSettings(processes=8, on_gpu=True))
     assert eight.compute == pytest.approx(plain / 8) and eight.network > 0
 
 
@@ -87,10 +88,10 @@ def test_a_trial_s_step_is_its_clips_and_what_every_step_costs():
     assert trial.step(64, rows=64, cached=False) == pytest.approx(0.5 + 0.64 + 0.1)
     assert trial.step(128, rows=128, cached=True) == pytest.approx(0.5 + 1.664 + 0.4)
     speed = TrialSpeed(trial, tiny.pretrain_params(batch_size=64), loader=32.0)
-    found = speed(Setting())
+    found = speed(BatchSettings())
     assert found.busy == pytest.approx(1.24) and found.total == 2.0 and found.bound == "loader"
     speed = TrialSpeed(trial, tiny.pretrain_params(batch_size=64), network=lambda setting: 0.3)
-    assert speed(Setting()).busy == pytest.approx(1.54)
+    assert speed(BatchSettings()).busy == pytest.approx(1.54)
 
 
 def test_days_hours_energy_by_hand():
@@ -104,16 +105,16 @@ def test_days_hours_energy_by_hand():
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not():
     place, counts = named_place("a100-40gb"), count(PAPER.model)
-    found = largest_micro_batch(PAPER, Setting(on_gpu=True), place, counts)
+    found = largest_micro_batch(PAPER, BatchSettings(on_gpu=True), place, counts)
     assert found is not None
 
     def needed(size):
-        setting = Setting(on_gpu=True, micro_batch_size=size)
+        setting = BatchSettings(on_gpu=True, micro_batch_size=size)
         return forecast_memory(PAPER, setting, place, counts).total
 
     assert needed(found) <= 0.92 * place.memory < needed(found + 1)
     tiny_place = Place("x", 1e9, 0.0, True)
-    assert largest_micro_batch(PAPER, Setting(on_gpu=True), tiny_place, counts) is None
+    assert largest_micro_batch(PAPER, BatchSettings(on_gpu=True), tiny_place, counts) is None
 
 
 def test_the_cheapest_setting_fits_and_none_that_fits_is_faster():

@@ -7,14 +7,14 @@ import torch
 
 from tests.training import tiny
 from vatt.config import SizeParams
-from vatt.data.batches import scaled
-from vatt.model.drop_token import draw_kept
+from vatt.data.loading.batches import scaled
+from vatt.model.patches import draw_kept
 from vatt.model.vatt import VATT
 from vatt.plan.memory import (
     COLOUR_FLOATS,
+    BatchSettings,
     Counts,
-    Kind,
-    Setting,
+    NumberKind,
     block_bytes,
     clip_bytes,
     count,
@@ -71,7 +71,7 @@ def kept_by_autograd(model, params, precision):
 def test_activations_are_what_autograd_keeps(precision, backbone, dropout):
     model = tiny.DEMO.model.model_copy(update={"dropout": dropout, "backbone": backbone})
     params = PARAMS.model_copy(update={"precision": precision})
-    formula = CLIPS * clip_bytes(model, params, Setting())
+    formula = CLIPS * clip_bytes(model, params, BatchSettings())
     assert formula == pytest.approx(kept_by_autograd(model, params, precision), rel=0.03)
 
 
@@ -79,21 +79,21 @@ def test_a_block_by_hand():
     size = SizeParams(depth=1, dim=4, mlp_dim=8, heads=2, head_dim=2)
     # 3 tokens: norms 2*3*4*4 + 4*3*4, linears 3*(8+4+8)*2, GELU 3*8*2, q k v 3*3*4*2, scores 2*9*2
     by_hand = 96 + 48 + 120 + 48 + 72 + 36
-    assert block_bytes(size, 3, Kind(2, 0.0, False, False, clips=1)) == by_hand
+    assert block_bytes(size, 3, NumberKind(2, 0.0, False, False, clips=1)) == by_hand
     # Of so many clips at a time, the scores would be too many to keep.
-    assert block_bytes(size, 3, Kind(2, 0.0, False, False, clips=10**6)) == by_hand - 36
+    assert block_bytes(size, 3, NumberKind(2, 0.0, False, False, clips=10**6)) == by_hand - 36
 
 
 def test_adam_in_mixed_precision_takes_twelve_bytes_a_weight():
     counts = Counts(trained=100, frozen=10, encoders=90, linear=80)
-    alone, eight = Setting(), Setting(processes=8)
+    alone, eight = BatchSettings(), BatchSettings(processes=8)
     assert optimizer_bytes(counts, PARAMS, alone) == 1200
     assert optimizer_bytes(counts, PARAMS, eight) == 150
-    assert optimizer_bytes(counts, PARAMS, Setting(zero_stage=0)) == 800
+    assert optimizer_bytes(counts, PARAMS, BatchSettings(zero_stage=0)) == 800
     assert weights_bytes(counts, eight) == 440
-    assert weights_bytes(counts, Setting(processes=8, zero_stage=3)) == 90
+    assert weights_bytes(counts, BatchSettings(processes=8, zero_stage=3)) == 90
     assert update_bytes(counts, alone) == 800 and update_bytes(counts, eight) == 450
-    assert update_bytes(counts, Setting(processes=8, zero_stage=2)) == 100
+    assert update_bytes(counts, BatchSettings(processes=8, zero_stage=2)) == 100
 
 
 def test_counts_are_the_model_s():
@@ -105,7 +105,7 @@ def test_counts_are_the_model_s():
 def test_caching_makes_activations_independent_of_the_batch():
     def activations(batch_size, micro):
         params = PARAMS.model_copy(update={"batch_size": batch_size})
-        found = memory(tiny.DEMO.model, params, Setting(micro_batch_size=micro))
+        found = memory(tiny.DEMO.model, params, BatchSettings(micro_batch_size=micro))
         return found.activations
 
     assert activations(512, 64) == activations(256, 64)
@@ -126,7 +126,7 @@ def test_changing_colours_takes_so_many_copies_of_the_pictures():
 
 def test_colours_count_where_the_settings_change_them():
     change = PARAMS.augmentation.model_copy(update={"hue": 0.1})
-    setting, clips = Setting(micro_batch_size=64, activation_checkpointing=True), 64
+    setting, clips = BatchSettings(micro_batch_size=64, activation_checkpointing=True), 64
     still = memory(tiny.DEMO.model, PARAMS, setting)
     moving = memory(tiny.DEMO.model, PARAMS.model_copy(update={"augmentation": change}), setting)
     video = tiny.DEMO.model.video
@@ -138,16 +138,20 @@ def test_colours_count_where_the_settings_change_them():
 
 def test_activation_checkpointing_keeps_less():
     model, params = tiny.DEMO.model, PARAMS
-    less = clip_bytes(model, params, Setting(activation_checkpointing=True))
-    assert less < 0.5 * clip_bytes(model, params, Setting())
+    less = clip_bytes(model, params, BatchSettings(activation_checkpointing=True))
+    assert less < 0.5 * clip_bytes(model, params, BatchSettings())
 
 
 def test_a_cpu_s_bf16_library_keeps_something_for_each_number_of_clips():
     """Cached, the encoders see one clip, a remainder, and whole micro-batches."""
-    assert Setting().clip_counts(64) == 1
-    assert Setting(micro_batch_size=16).clip_counts(65) == 2  # 1, 16
-    assert Setting(micro_batch_size=16).clip_counts(64) == 3  # 1, 15, 16
+    assert BatchSettings().clip_counts(64) == 1
+    assert BatchSettings(micro_batch_size=16).clip_counts(65) == 2  # 1, 16
+    assert BatchSettings(micro_batch_size=16).clip_counts(64) == 3  # 1, 15, 16
     params = PARAMS.model_copy(update={"precision": "bf16"})
     fp32 = params.model_copy(update={"precision": "fp32"})
-    assert kernels_bytes(params, Setting()) > 0
-    assert kernels_bytes(fp32, Setting()) == kernels_bytes(params, Setting(on_gpu=True)) == 0
+    assert kernels_bytes(params, BatchSettings()) > 0
+    assert (
+        kernels_bytes(fp32, BatchSettings())
+        == kernels_bytes(params, BatchSettings(on_gpu=True))
+        == 0
+    )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import vatt
 from tests import tf_bundle
 from vatt.errors import DataError, SettingsError
-from vatt.release.convert import Imported, import_checkpoint
+from vatt.release.convert import ImportReport, import_checkpoint
 from vatt.release.recognise import ONLY, recognise
 from vattctl.cli import main
 
@@ -66,7 +66,7 @@ def assert_golden(folder: Path, arrays: dict[str, np.ndarray]) -> None:
             )
 
 
-def convert(prefix: Path, out: Path, heads: dict[str, int], **kwargs: Any) -> Imported:
+def convert(prefix: Path, out: Path, heads: dict[str, int], **kwargs: Any) -> ImportReport:
     return import_checkpoint(prefix, out, heads=heads, source=str(prefix), **kwargs)
 
 

@@ -13,8 +13,13 @@ from hypothesis import strategies as st
 
 from tests import tf_bundle
 from vatt.errors import DataError
-from vatt.release.crc32c import crc32c, masked_crc32c
-from vatt.release.sstable import Malformed, read_table, uncompress_snappy
+from vatt.release.sstable import (
+    MalformedTableError,
+    crc32c,
+    masked_crc32c,
+    read_table,
+    uncompress_snappy,
+)
 from vatt.release.tf_checkpoint import TensorFlowCheckpoint, parse_index
 
 TENSORS = {
@@ -61,14 +66,14 @@ def test_snappy_copies_of_each_kind() -> None:
     long = bytes([60 << 2, 99]) + bytes(100)
     assert uncompress_snappy(bytes([100]) + long) == bytes(100)
     for broken in (near, literal, bytes([14]) + near, bytes([9]) + literal + one[:1], b""):
-        with pytest.raises(Malformed):
+        with pytest.raises(MalformedTableError):
             uncompress_snappy(broken)
 
 
 @given(st.binary(max_size=60))
 @settings(max_examples=300, deadline=None)
 def test_snappy_never_fails_in_another_way(data: bytes) -> None:
-    with contextlib.suppress(Malformed):
+    with contextlib.suppress(MalformedTableError):
         uncompress_snappy(data)
 
 
@@ -118,9 +123,9 @@ def test_any_flipped_or_missing_byte_of_an_index_is_noticed(prefix: Path) -> Non
     for place in range(len(index)):
         flipped = bytearray(index)
         flipped[place] ^= 0x55
-        with contextlib.suppress(Malformed):
+        with contextlib.suppress(MalformedTableError):
             assert parse_index(bytes(flipped)) == expected  # the footer's padding and meta-index
-        with pytest.raises(Malformed):
+        with pytest.raises(MalformedTableError):
             parse_index(index[:place])
 
 
@@ -132,7 +137,7 @@ def test_blocks_of_anything_with_a_right_checksum_never_fail_in_another_way(data
         data + struct.pack("<I", 0),
         tf_bundle.block([(b"", data), (b"k", data)]),
     ):
-        with contextlib.suppress(Malformed):
+        with contextlib.suppress(MalformedTableError):
             parse_index(_table_of(content))
 
 
@@ -192,7 +197,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("message", HOSTILE)
 def test_a_hostile_index_is_refused(message: str) -> None:
-    with pytest.raises(Malformed, match=message):
+    with pytest.raises(MalformedTableError, match=message):
         parse_index(HOSTILE[message]())
 
 

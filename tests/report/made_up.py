@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vatt.config import PathsParams, ReportParams, load_params
-from vatt.data.manifest import Clip, describe_manifest, write_manifest
+from vatt.data.clips.manifest import Clip, describe_manifest, write_manifest
 
 DEMO = load_params(Path(__file__).parents[2] / "presets" / "demo.yaml")
 REPORT = ReportParams(title="A made-up run", tsne_clips=12, device_hour_price=None)

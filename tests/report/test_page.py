@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from tests.report.made_up import HOSTILE, REPORT, leave_run, paths
-from vatt.data.manifest import manifest_hash
+from vatt.data.clips.manifest import manifest_hash
 from vatt.report.inputs import THUMBNAIL_BYTES, Inputs, read_inputs
 from vatt.report.page import compute_facts, duration, markdown, stage_lines, write_report
 from vatt.report.results import classification_protocol, probe_protocol, retrieval_protocol

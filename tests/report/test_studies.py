@@ -12,7 +12,7 @@ from vatt.report.studies import (
     over_seeds,
     study_table,
 )
-from vatt.studies.scale import SEEDED
+from vatt.studies import SEEDED
 
 
 def run(value: float) -> dict:

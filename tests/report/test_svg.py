@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vatt.report.svg import (
+from vatt.report.figures import (
     BOTTOM,
     HEIGHT,
     LEFT,

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from tests.training import tiny
-from vatt.data.batches import Batch
+from vatt.data.loading.batches import Batch
+from vatt.tracking.mlflow import Run
+from vatt.tracking.session import Session
 from vatt.training import distributed
 from vatt.training.engine import DeepSpeedEngine, LocalEngine
 from vatt.training.pretrain import pretrain
-from vatt.training.session import Session
-from vatt.training.tracking import Run
 
 WORDS = Path("vocabulary.txt")
 

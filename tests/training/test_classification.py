@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vatt.training.classification import (
+from vatt.training.finetune import (
     balanced_sigmoid_loss,
     draw_mix,
     mix,

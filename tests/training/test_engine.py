@@ -5,8 +5,7 @@ import torch
 
 from tests.training import tiny
 from vatt.errors import MachineError, SettingsError
-from vatt.training.blocks import apply_options
-from vatt.training.engine import DeepSpeedEngine, LocalEngine
+from vatt.training.engine import DeepSpeedEngine, LocalEngine, apply_options
 
 OPTIMIZER = tiny.pretrain_params().optimizer
 

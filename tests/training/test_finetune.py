@@ -9,7 +9,7 @@ from tests.training import tiny
 from vatt.checkpoint import save
 from vatt.config import FinetuneTaskParams
 from vatt.errors import DataError, SettingsError
-from vatt.model.classifier import Classifier
+from vatt.model.vatt import Classifier
 from vatt.training.engine import LocalEngine
 from vatt.training.finetune import (
     Finetuning,
@@ -17,8 +17,8 @@ from vatt.training.finetune import (
     finetuning_inputs,
     hash_of_weights,
     load_backbone,
+    start,
 )
-from vatt.training.tasks import start
 
 CLASSES = ["0", "1", "2"]
 

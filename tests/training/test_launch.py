@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.training import tiny
-from vatt.training.launch import launch, launch_line
+from vatt.training.distributed import launch, launch_line
 
 ROOT = Path(__file__).parents[2]
 

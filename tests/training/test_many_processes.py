@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.training import tiny, worker
+from vatt.training.distributed import launch
 from vatt.training.engine import LocalEngine
-from vatt.training.launch import launch
 from vatt.training.pretrain import Pretraining
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.training import tiny
-from vatt.data.batches import scaled
+from vatt.data.loading.batches import scaled
 from vatt.errors import VattError
 from vatt.losses import paper_form, pretraining_loss, release_form
 from vatt.training.engine import LocalEngine

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.training.tiny import DEMO
-from vatt.training.schedule import learning_rate
+from vatt.training.optimizer import learning_rate
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "optim.npz")
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from vatt.errors import VattError
-from vatt.training.stability import ENOUGH, SpikeWatch, check_finite
+from vatt.training.loop import ENOUGH, SpikeWatch, check_finite
 
 
 def test_a_number_that_is_none_is_named_with_its_step_and_clips(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.training import tiny
-from vatt.training import devices, telemetry
+from vatt.training import telemetry
 from vatt.training.telemetry import Meter, Work, pretraining_work
 
 
@@ -69,7 +69,7 @@ def test_nobody_counts_energy_where_there_is_no_counter(monkeypatch, tmp_path):
 
 def test_a_peak_is_measured_without_drawing_a_random_number():
     before = torch.get_rng_state()
-    assert devices.measured_flops("fp32") > 1e9
+    assert telemetry.measured_flops("fp32") > 1e9
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -85,5 +85,5 @@ def test_a_peak_is_measured_without_drawing_a_random_number():
     ],
 )
 def test_gpus_are_known_by_their_drivers_names(name, memory, known):
-    found = devices.named_like(name, memory)
+    found = telemetry.named_like(name, memory)
     assert (found.name if found else None) == known

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vatt.config import MachineParams, ModelParams, PretrainParams, load_params
-from vatt.data.batches import Batch
+from vatt.data.loading.batches import Batch
 from vatt.model.vatt import VATT
 
 SIZE = {"depth": 1, "dim": 16, "mlp_dim": 32, "heads": 2, "head_dim": 8}

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.training import tiny
-from vatt.data.batches import Batch
+from vatt.data.loading.batches import Batch
 from vatt.errors import VattError
 from vatt.training import distributed
+from vatt.training.distributed import launch
 from vatt.training.engine import LocalEngine, make_engine
-from vatt.training.launch import launch
 from vatt.training.pretrain import pretrain
 
 STEPS = 24

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.training import evaluating, tiny
-from vatt.data.batches import Batch
+from vatt.data.loading.batches import Batch
 from vatt.model import operators
 from vatt.training import distributed
+from vatt.training.distributed import read_shares
 from vatt.training.engine import DeepSpeedEngine, Engine, make_engine
 from vatt.training.loop import seed_dropout
 from vatt.training.pretrain import Pretraining, pretraining_inputs
-from vatt.training.shares import read_shares
 
 STEPS, RESUMED_STEPS = 20, 5
 LEARNING_RATE = 1e-3

@@ -13,10 +13,18 @@ from numpy.typing import NDArray
 from vatt.errors import DataError
 from vatt.evaluation.classification import TOP, Predictions
 from vatt.evaluation.retrieval import RECALLS
-from vatt.metrics import Statistic, by_clip, measured, measured_difference, over_folds, ranks
-from vatt.multi_label import measured_multi_label, measured_multi_label_difference
+from vatt.metrics import (
+    Statistic,
+    by_clip,
+    measured,
+    measured_difference,
+    measured_multi_label,
+    measured_multi_label_difference,
+    over_folds,
+    ranks,
+)
 
-Arrays = dict[str, NDArray[Any]]
+ClipArrays = dict[str, NDArray[Any]]
 Values = dict[str, NDArray[Any]]  # measure -> a value a clip (n,)
 Pair = tuple[NDArray[Any], NDArray[Any]]  # the same clips' values in both runs
 SIMILARITIES, PREDICTIONS, PROBE = "similarities", "predictions-", "probe-"
@@ -58,8 +66,8 @@ def compare_evaluations(
     return rows
 
 
-def _load(folder: Path) -> dict[str, Arrays]:
-    found: dict[str, Arrays] = {}
+def _load(folder: Path) -> dict[str, ClipArrays]:
+    found: dict[str, ClipArrays] = {}
     for path in sorted(folder.glob("*.npz")):
         with np.load(path, allow_pickle=False) as file:
             found[path.stem] = dict(file)
@@ -68,7 +76,7 @@ def _load(folder: Path) -> dict[str, Arrays]:
     return found
 
 
-def _paired(name: str, ours: Arrays, theirs: Arrays) -> dict[str, Pair]:
+def _paired(name: str, ours: ClipArrays, theirs: ClipArrays) -> dict[str, Pair]:
     """Values of both runs for the same clips in the same order, by measure."""
     if name == SIMILARITIES:
         found: dict[str, Pair] = {}
@@ -91,14 +99,16 @@ def _paired(name: str, ours: Arrays, theirs: Arrays) -> dict[str, Pair]:
     return {}
 
 
-def _shared(ours: Arrays, theirs: Arrays) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+def _shared(
+    ours: ClipArrays, theirs: ClipArrays
+) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
     """Rows of the clips that both have, with the same label."""
     _, mine, their = np.intersect1d(ours["clip_ids"], theirs["clip_ids"], return_indices=True)
     same = ours["labels"][mine] == theirs["labels"][their]
     return mine[same], their[same]
 
 
-def _answers(run: Arrays, rows: NDArray[np.integer] | slice = slice(None)) -> Predictions:
+def _answers(run: ClipArrays, rows: NDArray[np.integer] | slice = slice(None)) -> Predictions:
     return Predictions(
         run["clip_ids"][rows],
         run["labels"][rows],
@@ -107,13 +117,13 @@ def _answers(run: Arrays, rows: NDArray[np.integer] | slice = slice(None)) -> Pr
     )
 
 
-def _classified(run: Arrays, rows: NDArray[np.integer]) -> Values:
+def _classified(run: ClipArrays, rows: NDArray[np.integer]) -> Values:
     answers = _answers(run, rows)
     return {f"top_{k}": answers.correct(k) for k in TOP if k < len(answers.classes)}
 
 
 def _multi_label(
-    name: str, ours: Arrays, theirs: Arrays, *, resamples: int, seed: int
+    name: str, ours: ClipArrays, theirs: ClipArrays, *, resamples: int, seed: int
 ) -> list[dict[str, Any]]:
     """A row for each of mAP, AUC and d', for the classes that both runs know."""
     mine, their = _shared(ours, theirs)
@@ -137,11 +147,11 @@ def _multi_label(
     ]
 
 
-def _probed(run: Arrays, rows: NDArray[np.integer]) -> Values:
+def _probed(run: ClipArrays, rows: NDArray[np.integer]) -> Values:
     return {"accuracy": run["correct"][rows]}
 
 
-def _retrieved(direction: str, ours: Arrays, theirs: Arrays) -> dict[str, Pair]:
+def _retrieved(direction: str, ours: ClipArrays, theirs: ClipArrays) -> dict[str, Pair]:
     key = direction + CLIPS
     _, mine, their = np.intersect1d(ours[key], theirs[key], return_indices=True)
     if not len(mine):

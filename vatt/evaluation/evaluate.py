@@ -1,37 +1,132 @@
-"""All that is measured on the test split: retrieval, probes and fine-tuned accuracy, in one pass.
+"""Everything measured on the test split: retrieval, probes and accuracy, in one pass.
 
-The untrained encoder, of the same shape with its first random weights, is measured beside.
+The untrained encoder, of the same shape with its first random weights, is measured too. Examples of
+retrieval come with small moving pictures for the report.
 """
 
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from vatt.config import EvaluateParams, FinetuneParams, MachineParams
-from vatt.data.labels import labels_of
-from vatt.data.loading import Loading
-from vatt.data.samples import splits_of
-from vatt.evaluation.chosen import Chosen, Task
-from vatt.evaluation.classification import Predictions, compare
-from vatt.evaluation.examples import retrieval_examples
-from vatt.evaluation.features import Array, FeatureSet, Progress
+from vatt.data.clips.samples import splits_of
+from vatt.data.clips.text import Vocabulary
+from vatt.data.loading.batches import labels_of
+from vatt.data.loading.loader import Loading, open_index
+from vatt.data.loading.reader import BrokenSampleError, ShardReader
+from vatt.evaluation.classification import Checkpoints, Predictions, Task, compare
+from vatt.evaluation.features import ALONE, Array, FeatureSet, ProcessShare, Progress
 from vatt.evaluation.passes import (
     Counter,
-    Setting,
+    PassSettings,
     classifier_predictions,
     encoder_features,
     encoder_insides,
     vocabulary_of,
 )
-from vatt.evaluation.probes import ENCODERS, Probed, passes_for, run_probes
+from vatt.evaluation.probes import ENCODERS, ProbeResults, passes_for, run_probes
 from vatt.evaluation.retrieval import Search, draw_pool, retrieval_metrics, setup, similarities
-from vatt.evaluation.share import ALONE, Share
-from vatt.evaluation.thumbnails import thumbnails
 from vatt.files import atomic_folder, atomic_write
+from vatt.metrics import ranks
+
+EACH = 3  # best, middle and worst
+HITS = 3
+
+
+def retrieval_examples(
+    searches: Mapping[str, Search], vocabulary: Path | None, *, shown: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Text to video, from best to worst; clips are named by their labels in `shown`, or by id."""
+    if "text_to_video" not in searches or vocabulary is None:
+        return []
+    search, clips = searches["text_to_video"], searches["text_to_video"].clips
+    words = Vocabulary.load(vocabulary)
+    rank = ranks(search.table, search.own)
+    found = []
+    for query in _spread(np.argsort(rank, kind="stable")):
+        row = int(search.own[query])
+        said = (
+            clips.text[row] if search.caption is None else clips.text[row, [search.caption[query]]]
+        )
+        sentences = (words.decode(map(int, ids)) for ids in said)
+        nearest = np.argsort(-search.table[query], kind="stable")[:HITS]
+        found.append(
+            {
+                "clip_id": str(clips.clip_ids[row]),
+                "sentences": [sentence for sentence in sentences if sentence],
+                "shown": _name(clips, row, shown),
+                "rank": float(rank[query]) if rank[query] % 1 else int(rank[query]),
+                "pool": search.table.shape[1],
+                "hits": [
+                    {
+                        "clip_id": str(clips.clip_ids[hit]),
+                        "shown": _name(clips, hit, shown),
+                        "own": bool(hit == row),
+                    }
+                    for hit in nearest
+                ],
+            }
+        )
+    return found
+
+
+def _spread(order: NDArray[np.integer]) -> list[int]:
+    """The first, the middle and the last few, each once."""
+    middle = max(len(order) // 2 - EACH // 2, 0)
+    chosen = [*order[:EACH], *order[middle : middle + EACH], *order[-EACH:]]
+    return [int(row) for row in dict.fromkeys(chosen)]
+
+
+def _name(clips: FeatureSet, row: int, shown: Sequence[str]) -> str:
+    labels = [str(clips.labels[name][row]) for name in shown if name in clips.labels]
+    return " ".join(filter(None, labels)) or str(clips.clip_ids[row])
+
+
+FRAMES = 8
+HEIGHT, MOST_WIDTH = 72, 160  # pixels
+MILLISECONDS = 180  # a frame
+QUALITY = 45
+
+
+def thumbnails(shards: Path, clip_ids: Iterable[str], loading: Loading) -> dict[str, bytes]:
+    """A moving picture of each test clip that has one, whatever its length, in FRAMES frames."""
+    keys = sorted(set(clip_ids))
+    index = open_index(shards, loading, split="test", keys=keys)
+    reader, found = ShardReader(index), {}
+    try:
+        for row in index.rows:
+            if row.video is None:
+                continue
+            count = min(FRAMES, row.num_frames)
+            places = np.linspace(0, row.num_frames - 1, count).astype(int).tolist()
+            try:
+                found[row.key] = _moving(reader.frames(row, places))
+            except BrokenSampleError:  # the loader's ledger says so already
+                continue
+    finally:
+        reader.close()
+    return found
+
+
+def _moving(frames: np.ndarray) -> bytes:
+    """(T, H, W, C) -> a WebP that plays again and again."""
+    _, height, width, _ = frames.shape
+    size = (min(max(round(width * HEIGHT / height), 1), MOST_WIDTH), HEIGHT)
+    first, *others = (Image.fromarray(frame).resize(size) for frame in frames)
+    file = io.BytesIO()
+    first.save(
+        file, "WEBP", save_all=True, append_images=others,
+        duration=MILLISECONDS, loop=0, quality=QUALITY,
+    )  # fmt: skip
+    return file.getvalue()
+
 
 Metrics = dict[str, Any]
 Searches = Mapping[str, Mapping[str, Search]]  # encoder -> direction
@@ -47,11 +142,11 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Measures:
     """What is to be measured, on which clips."""
 
     params: EvaluateParams
-    chosen: Chosen
+    chosen: Checkpoints
     finetune: FinetuneParams
     shards: Path
     machine: MachineParams
@@ -59,7 +154,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class Encodings:
     """What the checkpoints say of the clips: all that is computed with a model."""
 
     passes: dict[tuple[str, int], dict[str, FeatureSet]]  # split, windows -> encoder
@@ -68,8 +163,8 @@ class Encoded:
 
 
 def encode(
-    asked: Asked, *, cache: Path | None, progress: Progress, share: Share = ALONE
-) -> Encoded | None:
+    asked: Measures, *, cache: Path | None, progress: Progress, share: ProcessShare = ALONE
+) -> Encodings | None:
     """Show the clips to the chosen checkpoints, once.
 
     Of several processes, the first gets what all of them computed; the others return None.
@@ -78,7 +173,7 @@ def encode(
     encoder = chosen.encoder
     wanted = passes_for(params, clips) if encoder else []
     total = sum(clips[split] for split, _ in wanted) + len(chosen.classifiers) * clips["test"]
-    setting = Setting(
+    setting = PassSettings(
         params, asked.shards, cache, asked.machine, asked.seed, Counter(progress, total), share
     )
     passes, insides = {}, {}
@@ -98,10 +193,12 @@ def encode(
     }
     if share.rank > 0:
         return None
-    return Encoded(passes, insides, {task: one for task, one in answers.items() if one is not None})
+    return Encodings(
+        passes, insides, {task: one for task, one in answers.items() if one is not None}
+    )
 
 
-def measure(encoded: Encoded, asked: Asked) -> tuple[Metrics, Evidence]:
+def measure(encoded: Encodings, asked: Measures) -> tuple[Metrics, Evidence]:
     """All numbers; what there is no checkpoint for is absent."""
     params, chosen, finetune = asked.params, asked.chosen, asked.finetune
     shards, seed = asked.shards, asked.seed
@@ -110,7 +207,7 @@ def measure(encoded: Encoded, asked: Asked) -> tuple[Metrics, Evidence]:
         known = labels_of(shards, finetune.tasks[task].label)
         predictions.setdefault(task, {})[init] = chosen.named(answers, known)
     searches: Searches = {}
-    probed = Probed()
+    probed = ProbeResults()
     if chosen.encoder:
         features = encoded.passes["test", params.clips]
         probed = run_probes(params, encoded.passes, seed=seed)

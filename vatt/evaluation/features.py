@@ -1,11 +1,13 @@
 """Model and evaluation batches -> arrays of features and embeddings, computed once and kept.
 
-n clips, V windows, K candidate texts, L words, D encoder width, E common-space width.
+Several processes encode whole batches each, and the first puts them together. n clips, V windows,
+K candidate texts, L words, D encoder width, E common-space width.
 """
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,42 @@ import torch
 from numpy.typing import NDArray
 
 import vatt
-from vatt.data.batches import Batch, model_inputs
+from vatt.data.loading.batches import Batch, model_inputs
 from vatt.errors import DataError
-from vatt.evaluation.share import ALONE, Share
 from vatt.files import atomic_write
 from vatt.model.vatt import VATT
 
+_NOTHING = object()
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessShare:
+    """Which process this is, and how processes talk."""
+
+    rank: int
+    world_size: int
+    gather: Callable[[Any], list[Any] | None]  # all processes' values, by rank; None but in rank 0
+    from_rank_0: Callable[[Any], Any]
+
+    def joined(self, parts: Sequence[Any]) -> list[Any] | None:
+        """The parts of all batches in the batches' order; None but in rank 0."""
+        every = self.gather(list(parts))
+        if every is None:
+            return None
+        turns = zip_longest(*every, fillvalue=_NOTHING)
+        return [part for turn in turns for part in turn if part is not _NOTHING]
+
+
+ALONE = ProcessShare(
+    rank=0, world_size=1, gather=lambda value: [value], from_rank_0=lambda value: value
+)
+
+
 Array = NDArray[Any]
 Progress = Callable[[int, int], None]
-Part = tuple[list[str], dict[str, list[str]], dict[str, dict[str, Array]]]  # ids, labels, encoded
+EncodedPart = tuple[
+    list[str], dict[str, list[str]], dict[str, dict[str, Array]]
+]  # ids, labels, encoded
 
 KEPT_FILES = 48  # in the cache; those used longest ago go first
 
@@ -61,7 +90,7 @@ def extract(
     *,
     progress: Progress,
     total: int,
-    share: Share = ALONE,
+    share: ProcessShare = ALONE,
 ) -> dict[str, FeatureSet]:
     """Show every batch to every encoder, so that clips are decoded once.
 
@@ -80,7 +109,7 @@ def extract(
     return {name: _together(name, joined) for name in encoders}
 
 
-def _together(name: str, parts: Sequence[Part]) -> FeatureSet:
+def _together(name: str, parts: Sequence[EncodedPart]) -> FeatureSet:
     clip_ids = [clip for ids, _, _ in parts for clip in ids]
     windows = _windows(clip_ids)
     names = dict.fromkeys(label for _, labels, _ in parts for label in labels)
@@ -162,7 +191,7 @@ def cached(
     keys: Mapping[str, str],
     compute: Callable[[list[str]], dict[str, FeatureSet]],
     *,
-    share: Share = ALONE,
+    share: ProcessShare = ALONE,
 ) -> dict[str, FeatureSet]:
     """The feature sets named in `keys`; only those without a file under their key are computed."""
     if folder is None:
@@ -184,7 +213,7 @@ def cached_arrays(
     key: str,
     compute: Callable[[], dict[str, Array]],
     *,
-    share: Share = ALONE,
+    share: ProcessShare = ALONE,
 ) -> dict[str, Array]:
     """Plain arrays by name, computed when there is no file under their key."""
     if folder is None:
@@ -203,10 +232,12 @@ def cache_key(*parts: object) -> str:
     """A name for features made from these weights, clips and settings, by the present code."""
     digest = hashlib.sha256(repr((torch.__version__, *parts)).encode())
     package = Path(vatt.__file__).parent
-    own = [
-        package / "evaluation" / f"{name}.py" for name in ("features", "inner", "classification")
-    ]
-    for source in sorted([*package.glob("model/*.py"), *package.glob("data/*.py"), *own]):
+    own = ("classification.py", "features.py", "passes.py")
+    rooms = ("model", "data/clips", "data/loading")
+    sources = [package / "evaluation" / name for name in own]
+    for source in sorted(
+        [*sources, *(file for room in rooms for file in package.glob(f"{room}/*.py"))]
+    ):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:32]
 

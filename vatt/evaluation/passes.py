@@ -1,22 +1,30 @@
-"""The passes over the shards: which encoder or classifier sees which clips, and how far it is."""
+"""The passes over the shards: which encoder or classifier sees which clips.
 
-from collections.abc import Collection, Iterator
+One of them looks inside the encoders for figures 3 and 4 of the paper: input tokens, and how active
+each node of the MLPs is. B clips of a batch, n in all, L words, N tokens, D encoder width, M hidden
+nodes of an MLP.
+"""
+
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vatt.checkpoint import CONFIG, VOCABULARY, WEIGHTS, load, load_config
 from vatt.config import EvaluateParams, FinetuneTaskParams, MachineParams, ModelParams
-from vatt.data.batches import Batch, Loading, Sampling, eval_batches
-from vatt.data.loading import open_index
-from vatt.data.samples import INDEX
-from vatt.evaluation import inner
+from vatt.data.clips.samples import INDEX
+from vatt.data.loading.batches import Batch, Loading, Sampling, eval_batches, model_inputs
+from vatt.data.loading.loader import open_index
 from vatt.evaluation.classification import Predictions, predict
 from vatt.evaluation.features import (
+    ALONE,
     Array,
     FeatureSet,
+    ProcessShare,
     Progress,
     cache_key,
     cached,
@@ -25,9 +33,91 @@ from vatt.evaluation.features import (
     file_hash,
 )
 from vatt.evaluation.retrieval import draw_pool
-from vatt.evaluation.share import Share
-from vatt.model.classifier import Classifier
-from vatt.model.vatt import VATT
+from vatt.model.vatt import MODALITIES, VATT, Classifier
+
+CLIPS = 64  # that are looked at
+
+
+@dataclass(frozen=True, slots=True)
+class TowerActivity:
+    """What one tower was seen doing with a batch."""
+
+    clip_ids: list[str]
+    inputs: Array  # (B, D) mean token of each clip as the encoder receives it
+    sums: Array  # (depth, M) activations summed over tokens
+    tokens: int
+
+
+def watch(tower: Any, clip_ids: list[str], inputs: Tensor, counts: Tensor | None) -> TowerActivity:
+    """Run the tower; `counts` (B, 1 + N) is 0 for pads."""
+    entered: list[tuple[Tensor, ...]] = []
+    active: list[Tensor] = []
+
+    def add(_module: Any, _inputs: Any, nodes: Tensor) -> None:
+        whole = nodes.new_ones(nodes.shape[:2]) if counts is None else counts
+        active.append(torch.einsum("bnm,bn->m", nodes.double(), whole.double()))
+
+    encoder = tower.encoder
+    hooks = [encoder.register_forward_pre_hook(lambda _, given: entered.append(given))]
+    try:
+        tower(inputs)
+        hooks += [block.mlp.activation.register_forward_hook(add) for block in encoder.blocks]
+        encoder(*entered[0])  # for every token; a tower asks for AGG's answer alone
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tokens = entered[0][0]
+    whole = tokens.new_ones(tokens.shape[:2]) if counts is None else counts.to(tokens.dtype)
+    own = whole[:, 1:, None]  # AGG is no input
+    means = (tokens[:, 1:] * own).sum(1) / own.sum(1)
+    return TowerActivity(
+        clip_ids,
+        means.float().cpu().numpy(),
+        torch.stack(active).cpu().numpy(),
+        int(whole.sum()),
+    )
+
+
+@torch.inference_mode()
+def inner_views(
+    model: VATT, batches: Iterable[Batch], *, share: ProcessShare = ALONE
+) -> dict[str, Array]:
+    """Mean input tokens and mean activations of the clips in `batches`, by modality.
+
+    `input/<modality>` (n, D) is the mean of a clip's tokens as the encoder receives them, with
+    `input/<modality>/clip_ids` (n,); `nodes/<modality>` (depth, M) the mean activation, after the
+    GELU, of every MLP node over all tokens. Pads count nowhere; of several texts, the first does.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    joined = share.joined([_watch_batch(model, batch.to(device)) for batch in batches])
+    found: dict[str, Array] = {}
+    for name in MODALITIES:
+        seen = [part[name] for part in joined or () if name in part]
+        if seen:
+            found[f"input/{name}"] = np.concatenate([one.inputs for one in seen])
+            ids = [clip for one in seen for clip in one.clip_ids]
+            found[f"input/{name}/clip_ids"] = np.asarray(ids)
+            sums = np.sum([one.sums for one in seen], axis=0)
+            found[f"nodes/{name}"] = (sums / sum(one.tokens for one in seen)).astype(np.float32)
+    return found
+
+
+def _watch_batch(model: VATT, batch: Batch) -> dict[str, TowerActivity]:
+    video, audio, texts = model_inputs(batch)
+    text = texts[:, 0] if texts.shape[1] else texts[:, :, 0]
+    words = text != 0
+    found = {}
+    for name, given, present, counts in (
+        ("video", video, batch.has_video, None),
+        ("audio", audio, batch.has_audio, None),
+        ("text", text, words.any(1), torch.nn.functional.pad(words, (1, 0), value=True)),
+    ):
+        if given.numel() and present.any():
+            ids = [clip for clip, there in zip(batch.clip_ids, present, strict=True) if there]
+            own = None if counts is None else counts[present]
+            found[name] = watch(getattr(model, name), ids, given[present], own)
+    return found
 
 
 @dataclass(slots=True)
@@ -47,7 +137,7 @@ class Counter:
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class PassSettings:
     """What all passes have in common."""
 
     params: EvaluateParams
@@ -56,7 +146,7 @@ class Setting:
     machine: MachineParams
     seed: int
     counter: Counter
-    share: Share
+    share: ProcessShare
 
     def batches(
         self,
@@ -88,7 +178,7 @@ class Setting:
 
 
 def encoder_features(
-    setting: Setting, pretrained: Path, split: str, *, windows: int, clips: int
+    setting: PassSettings, pretrained: Path, split: str, *, windows: int, clips: int
 ) -> dict[str, FeatureSet]:
     """Both encoders' features of a split, from the cache where they are known.
 
@@ -119,18 +209,18 @@ def encoder_features(
     return found
 
 
-def encoder_insides(setting: Setting, pretrained: Path) -> dict[str, Array]:
-    """A look inside the pre-trained encoder with some test clips (see inner.py)."""
+def encoder_insides(setting: PassSettings, pretrained: Path) -> dict[str, Array]:
+    """A look inside the pre-trained encoder with some test clips (see py)."""
     model = ModelParams.model_validate(load_config(pretrained)["model"])
     sampling = Sampling.for_evaluation(model, setting.params, vocabulary=vocabulary_of(pretrained))
     index = open_index(setting.shards, Loading.of(setting.machine), split="test")
     keys = np.asarray([row.key for row in index.rows])
-    chosen = keys[draw_pool(keys, np.ones(len(keys), dtype=bool), inner.CLIPS)].tolist()
+    chosen = keys[draw_pool(keys, np.ones(len(keys), dtype=bool), CLIPS)].tolist()
     key = cache_key("insides", _weights(pretrained), *setting.data(sampling, chosen))
     return cached_arrays(
         setting.cache,
         key,
-        lambda: inner.inner_views(
+        lambda: inner_views(
             _encoder(pretrained),
             setting.batches("test", sampling, (1, 1), chosen),
             share=setting.share,
@@ -179,7 +269,7 @@ def _device() -> torch.device:
 
 
 def classifier_predictions(
-    setting: Setting, folder: Path, task: FinetuneTaskParams, *, clips: int
+    setting: PassSettings, folder: Path, task: FinetuneTaskParams, *, clips: int
 ) -> Predictions | None:
     """A classifier's answers for the test clips; None but in the first process."""
     config = load_config(folder)

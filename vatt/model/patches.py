@@ -1,18 +1,20 @@
-"""Raw input -> tokens: video voxels, waveform segments, spectrogram patches, words.
+"""Raw signals -> tokens (sections 3.1 and 3.2): voxels, waveform segments, words, and DropToken.
 
 B clips, T H W C frames, height, width, channels, S samples, L words, N tokens, K tokens kept,
 P values in a patch, D width.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vatt.config import AudioParams, VideoParams
 from vatt.errors import SettingsError
-from vatt.model.drop_token import drop_tokens
 from vatt.model.operators import Linear
 
 _CUT = {
@@ -138,3 +140,56 @@ class PositionedWords(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:  # (B, L) -> (B, L, D)
         return self.dropout(self.lift(self.table(text)) + self.positions((text.shape[1],)))
+
+
+def video_grid(params: VideoParams) -> tuple[int, ...]:
+    """Voxels along time, height and width."""
+    size = params.frame_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return num_patches((params.frames, height, width), params.patch)
+
+
+def audio_grid(params: AudioParams) -> tuple[int, ...]:
+    """Segments along time, and along mel bins for a spectrogram."""
+    sizes = (params.samples,) if params.mel_bins is None else (params.samples, params.mel_bins)
+    return num_patches(sizes, audio_patch(params))
+
+
+def audio_patch(params: AudioParams) -> tuple[int, ...]:
+    """The patch as one number for each axis."""
+    return (params.patch,) if isinstance(params.patch, int) else params.patch
+
+
+def num_kept(num_tokens: int, drop_rate: float) -> int:
+    """How many of `num_tokens` go on: int(keep rate x tokens), at least one."""
+    return max(1, int(round((1 - drop_rate) * num_tokens, 6)))
+
+
+def draw_kept(
+    num_tokens: int,
+    drop_rate: float,
+    *,
+    seed: int,
+    step: int,
+    samples: list[int],
+    stream: str = "",
+) -> Tensor:
+    """Indices (B, K) of the tokens to keep, fresh for each step and sample.
+
+    `samples` are positions in the global batch, so the draw does not depend on how the batch is
+    spread over processes; the release's one draw for a whole batch is sample 0 for all. `stream`
+    keeps draws of the same shape apart ("video", "audio").
+    """
+    kept = num_kept(num_tokens, drop_rate)
+    rows = []
+    for sample in samples:
+        key = f"{seed}/{step}/{sample}/{stream}/{num_tokens}".encode()
+        number = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
+        generator = torch.Generator().manual_seed(number)
+        rows.append(torch.randperm(num_tokens, generator=generator)[:kept])
+    return torch.stack(rows)
+
+
+def drop_tokens(tokens: Tensor, kept: Tensor) -> Tensor:  # (B, N, D), (B, K) -> (B, K, D)
+    """The kept tokens of each clip, in the order of `kept`."""
+    return torch.take_along_dim(tokens, kept[..., None], dim=1)

@@ -21,8 +21,7 @@ from vatt.model.positions import (
     spline,
 )
 from vatt.model.projection import Heads, NormalisedLinear, PlainLinear
-from vatt.model.tower import TextTower
-from vatt.model.transformer import Encoder, RelativeBias, layer_norm
+from vatt.model.transformer import Encoder, RelativeBias, TextTower, layer_norm
 
 Widths = dict[str, int]  # modality -> width
 

@@ -1,7 +1,7 @@
-"""The pre-norm Transformer encoder, and T5's relative position bias.
+"""The pre-norm Transformer encoder (section 3.3), its sizes, and the towers around it.
 
-B clips, N tokens, D width; a bias is added to attention scores and broadcasts to
-(B, heads, N, N).
+B clips, N tokens, K tokens kept, L words, D width; a bias is added to attention scores and
+broadcasts to (B, heads, N, N).
 """
 
 import math
@@ -11,8 +11,23 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vatt.config import SizeParams
-from vatt.model.operators import Linear, attention
+from vatt.config import SizeName, SizeParams
+from vatt.model.operators import Linear, attention, full_precision
+
+# Paper, section 4.1; heads are 64 wide. `tiny` is ours, for CPUs.
+SIZES: dict[SizeName, SizeParams] = {
+    "tiny": SizeParams(depth=4, dim=192, mlp_dim=768, heads=3, head_dim=64),
+    "small": SizeParams(depth=6, dim=512, mlp_dim=2048, heads=8, head_dim=64),
+    "base": SizeParams(depth=12, dim=768, mlp_dim=3072, heads=12, head_dim=64),
+    "medium": SizeParams(depth=12, dim=1024, mlp_dim=4096, heads=16, head_dim=64),
+    "large": SizeParams(depth=24, dim=1024, mlp_dim=4096, heads=16, head_dim=64),
+}
+
+
+def resolve(size: SizeName | SizeParams) -> SizeParams:
+    """The dimensions behind a name; dimensions given as such stay as they are."""
+    return size if isinstance(size, SizeParams) else SIZES[size]
+
 
 Norm = Callable[[int], nn.Module]
 MASKED = -1e9  # added to the score of a pad
@@ -143,3 +158,61 @@ def relative_bucket(distance: Tensor, num_buckets: int, max_distance: int) -> Te
     growth = torch.log(size.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     shared = (exact + (growth * (half - exact)).long()).clamp(max=half - 1)
     return torch.where(size < exact, size, shared) + half * (distance > 0)
+
+
+class Tower(nn.Module):
+    """Video or audio; the encoder may be shared with other towers."""
+
+    def __init__(self, embed: nn.Module, encoder: Encoder, *, dim: int, post: nn.Module) -> None:
+        super().__init__()
+        self.embed = embed
+        self.agg_token = nn.Parameter(torch.empty(dim))
+        self.encoder = encoder
+        self.post = post
+
+    def forward(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Raw input -> features (B, D), fp32; `kept` (B, K) names the tokens that go on."""
+        tokens = prepend(self.agg_token, self.embed(inputs, kept))
+        return full_precision(self.post(self.encoder(tokens, wanted=1)[:, 0]))
+
+
+class TextTower(nn.Module):
+    """Words; pads are masked, and positions are relative, in the first `relative_layers`."""
+
+    def __init__(
+        self,
+        embed: nn.Module,
+        encoder: Encoder,
+        *,
+        dim: int,
+        lift: nn.Module,
+        relative: RelativeBias | None,
+        relative_layers: int,
+        post: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.embed = embed
+        self.agg_token = nn.Parameter(torch.empty(dim))
+        self.lift = lift
+        self.relative = relative
+        self.relative_layers = relative_layers
+        self.encoder = encoder
+        self.post = post
+
+    def forward(self, text: Tensor) -> Tensor:  # (B, L) word ids, 0 pads -> (B, D), fp32
+        tokens = self.lift(prepend(self.agg_token, self.embed(text)))
+        return full_precision(self.post(self.encoder(tokens, self._biases(text), wanted=1)[:, 0]))
+
+    def _biases(self, text: Tensor) -> Sequence[Tensor]:
+        is_pad = nn.functional.pad(text == 0, (1, 0))  # AGG is none
+        mask = torch.where(is_pad, MASKED, 0.0)[:, None, None]
+        depth = len(self.encoder.blocks)
+        if self.relative is None:
+            return [mask] * depth
+        first = mask + self.relative(text.shape[1] + 1)
+        return [first] * self.relative_layers + [mask] * (depth - self.relative_layers)
+
+
+def prepend(agg_token: Tensor, tokens: Tensor) -> Tensor:  # (D,), (B, N, D) -> (B, 1 + N, D)
+    """Put the AGG token in front of each clip's tokens; it has no position."""
+    return torch.cat([agg_token.to(tokens.dtype).expand(len(tokens), 1, -1), tokens], dim=1)

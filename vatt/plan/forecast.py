@@ -1,14 +1,202 @@
-"""What a pre-training will take: memory, time, energy; and the cheapest way to compute it."""
+"""What a pre-training will take: time, memory, energy; and the cheapest way to compute it.
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+The seconds of a step come from a formula for a named GPU, from a trial for this machine.
+"""
 
-from vatt.config import Params
-from vatt.data.loader import AHEAD
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+from vatt.config import ModelParams, Params, PretrainParams
+from vatt.data.loading.loader import AHEAD
 from vatt.errors import SettingsError
-from vatt.plan.memory import Counts, Memory, Setting, batch_bytes, memory
-from vatt.plan.speed import Seconds, Speed
-from vatt.training.devices import GPUS, Device, named_like
+from vatt.plan.memory import (
+    FP32,
+    BatchSettings,
+    Counts,
+    MemoryPeak,
+    batch_bytes,
+    feature_values,
+    memory,
+)
+from vatt.training.telemetry import GPUS, Device, named_like, pretraining_work
+
+# Of a GPU's peak: not measured by this project, which had none at hand. 0.4 is what large encoders
+# commonly reach in bf16; small ones reach less.
+GPU_SHARE = 0.4
+FP32_SHARE = 0.5  # for the scores, which are plain products
+MACHINE = 8  # GPUs in one
+UPDATE_BYTES = 28  # a weight: gradient, weight, two moments read; the last three written
+SCORE_TRAFFIC = 40  # bytes moved for each pair of clip and text, there and back
+HOST_UPDATE = 50e9  # bytes a second of the processors' Adam, with offload
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """A step's parts; the loader works beside the others."""
+
+    compute: float
+    loss: float
+    update: float
+    network: float
+    loader: float  # 0.0: not known
+
+    @property
+    def busy(self) -> float:
+        """All but the loader, one after another: what could overlap is not counted as doing so."""
+        return self.compute + self.loss + self.update + self.network
+
+    @property
+    def total(self) -> float:
+        """A step."""
+        return max(self.busy, self.loader)
+
+    @property
+    def bound(self) -> str:
+        """The part that must become faster first."""
+        if self.loader >= self.busy:
+            return "loader"
+        names = [field.name for field in fields(self) if field.name != "loader"]
+        return max(names, key=lambda name: float(getattr(self, name)))
+
+
+class Speed(Protocol):
+    """What tells the time of a step."""
+
+    def __call__(self, setting: BatchSettings) -> Seconds:
+        """The seconds of a step in this setting."""
+
+
+def gather_bytes(model: ModelParams, params: PretrainParams, processes: int) -> float:
+    """What a process receives and sends of features and their gradients, in one step.
+
+    All-gather of fp32 features: (n - 1) / n of all; their gradients by all-reduce: twice that.
+    """
+    whole = params.batch_size * feature_values(model, params.text_candidates) * FP32
+    return 3 * (processes - 1) / processes * whole
+
+
+def gradient_bytes(counts: Counts, setting: BatchSettings, *, passes: int = 2) -> float:
+    """What a process sends of gradients and weights: fp32, in a ring.
+
+    All-reduce, or reduce-scatter and all-gather: 2 (n - 1) / n. Stage 3 gathers the weights anew
+    in every pass of every micro-batch instead.
+    """
+    once = (setting.processes - 1) / setting.processes * counts.trained * FP32
+    return once * (1 + passes) if setting.zero_stage == 3 else 2 * once
+
+
+def network_seconds(
+    device: Device,
+    model: ModelParams,
+    params: PretrainParams,
+    counts: Counts,
+    setting: BatchSettings,
+) -> float:
+    """Features and gradients to the other GPUs, offloaded weights from the main memory."""
+    n, batch = setting.processes, params.batch_size
+    rounds = -(-setting.rows(batch) // setting.at_once(batch))
+    passes = (2 + int(setting.is_cached(batch))) * rounds
+    sent = gather_bytes(model, params, n) + gradient_bytes(counts, setting, passes=passes)
+    seconds = sent / (device.link if n <= MACHINE else device.network)
+    if setting.offload == "all":
+        seconds += passes * counts.trained * FP32 / device.host
+    return seconds
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSpeed:
+    """A named GPU, by formula."""
+
+    device: Device
+    model: ModelParams
+    params: PretrainParams
+    counts: Counts
+    loader: float | None = None  # samples a second of one machine, where it was measured
+    share: float = GPU_SHARE  # of the peak, reached by the encoders
+
+    def __call__(self, setting: BatchSettings) -> Seconds:
+        """Operations over a share of the peak, bytes over bandwidths."""
+        params, device, n = self.params, self.device, setting.processes
+        batch, rows = params.batch_size, setting.rows(params.batch_size)
+        cached = setting.is_cached(batch)
+        forward = pretraining_work(self.model, params).flops / batch / 3
+        again = int(cached) + int(setting.activation_checkpointing)
+        peak = device.bf16_flops if params.precision == "bf16" else device.fp32_flops
+        own = self.counts.trained / (n if setting.zero_stage > 0 else 1)
+        update = own * UPDATE_BYTES / device.bandwidth
+        if setting.offload != "none":
+            update = own * (UPDATE_BYTES / HOST_UPDATE + 2 * FP32 / device.host)
+        machines = -(-n // MACHINE)
+        return Seconds(
+            compute=rows * forward * (3 + again) / (peak * self.share),
+            loss=loss_flops(self.model, params) / (device.fp32_flops * FP32_SHARE)
+            + batch**2 * (1 + params.text_candidates) * SCORE_TRAFFIC / device.bandwidth,
+            update=update,
+            network=network_seconds(device, self.model, params, self.counts, setting),
+            loader=batch / (self.loader * machines) if self.loader else 0.0,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Seconds of a step's parts in one process."""
+
+    fixed: float  # of every step: the optimiser, starting and ending
+    clip: float  # forward and backward
+    cached_clip: float  # forward twice, backward once
+    losses: dict[int, float]  # heads and loss, by clips of the global batch
+
+    def step(self, batch_size: int, *, rows: int, cached: bool) -> float:
+        """A step of `rows` clips of the global batch, without network and loader."""
+        clip = self.cached_clip if cached else self.clip
+        return self.fixed + rows * clip + self.loss(batch_size)
+
+    def loss(self, batch_size: int) -> float:
+        """Heads and loss; the loss compares every clip with every other."""
+        nearest = min(self.losses, key=lambda size: abs(size - batch_size))
+        return self.losses[nearest] * (batch_size / nearest) ** 2
+
+
+@dataclass(frozen=True, slots=True)
+class TrialSpeed:
+    """This machine, from its trial."""
+
+    trial: Trial
+    params: PretrainParams
+    loader: float | None = None
+    network: Callable[[BatchSettings], float] = lambda _: 0.0  # seconds, where they can be told
+
+    def __call__(self, setting: BatchSettings) -> Seconds:
+        """Clips times a clip's seconds, and what every step costs."""
+        batch, trial = self.params.batch_size, self.trial
+        rows, cached = setting.rows(batch), setting.is_cached(batch)
+        clip = trial.cached_clip if cached else trial.clip
+        if setting.activation_checkpointing:
+            clip += trial.cached_clip - trial.clip  # a forward pass more
+        return Seconds(
+            compute=rows * clip,
+            loss=trial.loss(batch),
+            update=trial.fixed,
+            network=self.network(setting),
+            loader=batch / self.loader if self.loader else 0.0,
+        )
+
+
+def loss_flops(model: ModelParams, params: PretrainParams) -> float:
+    """Heads and scores of the whole batch, which every process computes.
+
+    Scores of all pairs in both directions: forward, again where blocks are, and backward.
+    """
+    from vatt.model.vatt import feature_dims
+
+    batch, candidates, va, vt = (
+        params.batch_size, params.text_candidates, model.va_dim, model.vt_dim,
+    )  # fmt: skip
+    dims = feature_dims(model)
+    heads = (dims["video"] + va + vt + dims["audio"]) * va + candidates * dims["text"] * vt
+    return 3 * 2.0 * batch * heads + 4 * 2 * 2.0 * batch**2 * (va + candidates * vt)
+
 
 USABLE = 0.92  # of a device's memory: allocators leave gaps
 HOST_WATTS = 100.0  # of processors, memory and fans, for each GPU
@@ -32,8 +220,8 @@ class Place:
 class Forecast:
     """One setting and what it takes."""
 
-    setting: Setting
-    memory: Memory
+    setting: BatchSettings
+    memory: MemoryPeak
     limit: float  # bytes
     seconds: Seconds
     steps: int
@@ -93,10 +281,10 @@ def _sheet(name: str, memory_bytes: int) -> Device | None:
     return named_like(name, memory_bytes / GIB)
 
 
-def as_set(params: Params, place: Place) -> Setting:
+def as_set(params: Params, place: Place) -> BatchSettings:
     """The setting that params.yaml asks for."""
     machine = params.machine
-    return Setting(
+    return BatchSettings(
         processes=machine.processes,
         micro_batch_size=machine.micro_batch_size,
         zero_stage=machine.zero_stage,
@@ -107,8 +295,8 @@ def as_set(params: Params, place: Place) -> Setting:
 
 
 def forecast_memory(
-    params: Params, setting: Setting, place: Place, counts: Counts | None = None
-) -> Memory:
+    params: Params, setting: BatchSettings, place: Place, counts: Counts | None = None
+) -> MemoryPeak:
     """Memory with as many batches made ahead as the settings allow."""
     one = batch_bytes(params.model, params.pretrain, setting)
     ahead = max(1, min(AHEAD, int(params.machine.prefetch_gb * 1e9 / one)))
@@ -117,7 +305,7 @@ def forecast_memory(
 
 
 def forecast(
-    params: Params, setting: Setting, place: Place, speed: Speed, counts: Counts | None = None
+    params: Params, setting: BatchSettings, place: Place, speed: Speed, counts: Counts | None = None
 ) -> Forecast:
     """All of it for one setting."""
     return Forecast(
@@ -132,7 +320,7 @@ def forecast(
 
 
 def largest_micro_batch(
-    params: Params, setting: Setting, place: Place, counts: Counts
+    params: Params, setting: BatchSettings, place: Place, counts: Counts
 ) -> int | None:
     """The most clips that a process can encode at a time; None when not even one fits."""
 
@@ -161,7 +349,7 @@ def cheapest(
     return min(fitting, key=lambda one: one.seconds.total, default=None)
 
 
-def settings(batch_size: int, processes: int, place: Place) -> Iterator[Setting]:
+def settings(batch_size: int, processes: int, place: Place) -> Iterator[BatchSettings]:
     """All ways to compute a batch, the plainest first."""
     ways = [(1, "none")]
     if place.on_gpu:
@@ -172,4 +360,6 @@ def settings(batch_size: int, processes: int, place: Place) -> Iterator[Setting]
     for zero_stage, offload in ways:
         for checkpointing in (False, True):
             for micro in sizes:
-                yield Setting(processes, micro, zero_stage, offload, checkpointing, place.on_gpu)
+                yield BatchSettings(
+                    processes, micro, zero_stage, offload, checkpointing, place.on_gpu
+                )

@@ -19,13 +19,14 @@ import math
 from dataclasses import dataclass, fields
 
 from vatt.config import ModelParams, PretrainParams, SizeParams
-from vatt.model.drop_token import num_kept
-from vatt.model.flops import num_audio_tokens, num_video_tokens
-from vatt.model.inputs import audio_patch
-from vatt.model.sizes import resolve
+from vatt.flops import num_audio_tokens, num_video_tokens
+from vatt.model.patches import audio_patch, num_kept
+from vatt.model.transformer import resolve
 
 FP32, INT64 = 4, 8
-COLOUR_FLOATS = 20 / 3  # copies of the pictures while vatt.data.augment changes their colours
+COLOUR_FLOATS = (
+    20 / 3
+)  # copies of the pictures while vatt.data.loading.augment changes their colours
 ADAM_STATES, SGD_STATES = 2, 1  # numbers kept for a weight
 BUCKET = 50_000_000  # vatt.training.engine: numbers that ZeRO reduces at once
 FALLBACK_BUCKET = 500_000_000  # numbers that DeepSpeed joins to reduce at stage 0, also alone
@@ -35,7 +36,7 @@ KERNELS = 44e6  # what oneDNN keeps for bf16 products with one number of clips; 
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class BatchSettings:
     """How a batch is computed; it changes no result."""
 
     processes: int = 1
@@ -82,7 +83,7 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class MemoryPeak:
     """What a process holds at its peak, in bytes."""
 
     weights: float
@@ -120,7 +121,7 @@ def count(model: ModelParams) -> Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class NumberKind:
     """How numbers are computed."""
 
     number: int  # bytes
@@ -130,7 +131,7 @@ class Kind:
     clips: int  # at a time
 
 
-def block_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool = False) -> int:
+def block_bytes(size: SizeParams, tokens: int, kind: NumberKind, *, masked: bool = False) -> int:
     """What a block of an encoder keeps of one clip; `masked` attention has a bias."""
     inner = size.heads * size.head_dim
     kept = 2 * tokens * size.dim * FP32 + 4 * tokens * FP32
@@ -142,7 +143,7 @@ def block_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool = Fal
     return kept
 
 
-def attention_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool) -> int:
+def attention_bytes(size: SizeParams, tokens: int, kind: NumberKind, *, masked: bool) -> int:
     """Queries, keys, values, and scores where the operator keeps them."""
     from vatt.model.operators import KEPT
 
@@ -154,7 +155,7 @@ def attention_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool) 
     return three * kind.number + size.heads * tokens * FP32  # a fused one
 
 
-def last_block_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool) -> int:
+def last_block_bytes(size: SizeParams, tokens: int, kind: NumberKind, *, masked: bool) -> int:
     """What the last block keeps of one clip, the norm after it included."""
     inner = size.heads * size.head_dim
     norm = size.dim * FP32 + 2 * FP32
@@ -163,7 +164,7 @@ def last_block_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool)
     return tokens * of_all + of_agg
 
 
-def encoder_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool = False) -> int:
+def encoder_bytes(size: SizeParams, tokens: int, kind: NumberKind, *, masked: bool = False) -> int:
     """What an encoder keeps of one clip, its last norm included."""
     block = block_bytes(size, tokens, kind, masked=masked)
     if kind.checkpointing:
@@ -171,10 +172,10 @@ def encoder_bytes(size: SizeParams, tokens: int, kind: Kind, *, masked: bool = F
     return (size.depth - 1) * block + last_block_bytes(size, tokens, kind, masked=masked)
 
 
-def clip_bytes(model: ModelParams, params: PretrainParams, setting: Setting) -> int:
+def clip_bytes(model: ModelParams, params: PretrainParams, setting: BatchSettings) -> int:
     """What the three towers keep of one clip between their forward and backward passes."""
     number = 2 if params.precision == "bf16" else FP32
-    kind = Kind(
+    kind = NumberKind(
         number,
         model.dropout,
         setting.on_gpu,
@@ -213,7 +214,7 @@ def signal_values(model: ModelParams) -> tuple[int, int]:
 
 def feature_values(model: ModelParams, candidates: int) -> int:
     """Numbers of one clip's features: video, audio, and each candidate text."""
-    from vatt.model.assembly import feature_dims
+    from vatt.model.vatt import feature_dims
 
     dims = feature_dims(model)
     return dims["video"] + dims["audio"] + candidates * dims["text"]
@@ -235,7 +236,7 @@ def loss_bytes(model: ModelParams, params: PretrainParams) -> int:
 # --- weights, gradients, optimiser ----------------------------------------------------------------
 
 
-def optimizer_bytes(counts: Counts, params: PretrainParams, setting: Setting) -> float:
+def optimizer_bytes(counts: Counts, params: PretrainParams, setting: BatchSettings) -> float:
     """Adam's moments and the copy of the weights that ZeRO updates; shared out from stage 1."""
     states = ADAM_STATES if params.optimizer.name == "adam" else SGD_STATES
     if setting.offload != "none" and setting.on_gpu:
@@ -245,7 +246,7 @@ def optimizer_bytes(counts: Counts, params: PretrainParams, setting: Setting) ->
     return counts.trained * FP32 * (states + 1) / setting.processes
 
 
-def weights_bytes(counts: Counts, setting: Setting) -> float:
+def weights_bytes(counts: Counts, setting: BatchSettings) -> float:
     """The weights themselves; stage 3 shares them out."""
     if setting.offload == "all" and setting.on_gpu:
         return 0.0
@@ -256,11 +257,11 @@ def weights_bytes(counts: Counts, setting: Setting) -> float:
 def memory(
     model: ModelParams,
     params: PretrainParams,
-    setting: Setting,
+    setting: BatchSettings,
     counts: Counts | None = None,
     *,
     batches: int = 1,
-) -> Memory:
+) -> MemoryPeak:
     """The parts at the step's peak, which is one of four moments.
 
     `batches` are held at a time, the loader's included. When the forward pass ends: all that it
@@ -288,7 +289,7 @@ def memory(
         summed = counts.encoders * FP32 * setting.is_cached(params.batch_size)
         moments.append((summed, copies, 0.0, COLOUR_FLOATS * clips * FP32 * picture))
     gradients, activations, loss_work, signals = max(moments, key=sum)
-    return Memory(
+    return MemoryPeak(
         weights=weights_bytes(counts, setting),
         gradients=gradients,
         optimizer=optimizer_bytes(counts, params, setting),
@@ -299,7 +300,7 @@ def memory(
     )
 
 
-def kernels_bytes(params: PretrainParams, setting: Setting) -> float:
+def kernels_bytes(params: PretrainParams, setting: BatchSettings) -> float:
     """What the library of a CPU's bf16 products keeps beside its results."""
     if setting.on_gpu or params.precision != "bf16":
         return 0.0
@@ -312,7 +313,7 @@ def changes_colour(params: PretrainParams) -> bool:
     return any((change.brightness, change.contrast, change.saturation, change.hue))
 
 
-def update_bytes(counts: Counts, setting: Setting) -> float:
+def update_bytes(counts: Counts, setting: BatchSettings) -> float:
     """Gradients as the optimiser finds them, and what DeepSpeed copies to reduce or update."""
     gradient = counts.trained * FP32
     own = gradient / setting.processes
@@ -324,7 +325,7 @@ def update_bytes(counts: Counts, setting: Setting) -> float:
     return 2 * own + bucket
 
 
-def batch_bytes(model: ModelParams, params: PretrainParams, setting: Setting) -> float:
+def batch_bytes(model: ModelParams, params: PretrainParams, setting: BatchSettings) -> float:
     """A process's clips as the loader makes them: pictures in bytes, sound in two, words in 8."""
     picture, sound = signal_values(model)
     words = params.text_candidates * model.text.words * INT64

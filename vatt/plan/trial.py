@@ -19,15 +19,14 @@ from typing import Any
 import torch
 
 from vatt.config import MachineParams, ModelParams, Params, PretrainParams
-from vatt.data.augment import IDENTITY
-from vatt.data.batches import Batch, Sampling, train_batches
-from vatt.data.loading import Loading
+from vatt.data.loading.augment import IDENTITY
+from vatt.data.loading.batches import Batch, Sampling, train_batches
+from vatt.data.loading.loader import Loading
 from vatt.errors import MachineError
 from vatt.losses import FORMS, pretraining_loss
-from vatt.model.assembly import feature_dims
-from vatt.model.vatt import VATT, Features
+from vatt.model.vatt import VATT, Features, feature_dims
+from vatt.plan.forecast import Trial
 from vatt.plan.memory import changes_colour
-from vatt.plan.speed import Trial
 from vatt.training import distributed
 from vatt.training.engine import Engine, make_engine
 from vatt.training.pretrain import Pretraining, pretraining_inputs
@@ -46,7 +45,7 @@ EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class TrialResult:
     """Whole steps of a setting."""
 
     seconds: list[float]
@@ -60,9 +59,9 @@ def run_trial(params: Params) -> Trial:
     return Trial(**found, losses=losses)
 
 
-def run_step(params: Params, *, exact_memory: bool) -> Measured:
+def run_step(params: Params, *, exact_memory: bool) -> TrialResult:
     """Make whole steps with the settings as they are."""
-    return Measured(**_in_process("step", params, EXACT_MALLOC if exact_memory else {}))
+    return TrialResult(**_in_process("step", params, EXACT_MALLOC if exact_memory else {}))
 
 
 def run_loader(params: Params) -> float:
@@ -151,7 +150,7 @@ def trial(params: Params) -> Trial:
     return Trial(fixed, clip, max(clip, (cached - fixed) / large), losses)
 
 
-def steps(params: Params) -> Measured:
+def steps(params: Params) -> TrialResult:
     """Whole steps on one batch that stays in memory."""
     _warm_up(params)
     before = _held()
@@ -161,7 +160,7 @@ def steps(params: Params) -> Measured:
     step()
     _forget_peak()
     seconds = [_timed(step) for _ in range(ROUNDS)]
-    return Measured(seconds, _peak() - before)
+    return TrialResult(seconds, _peak() - before)
 
 
 def make_clips(params: Params, size: int) -> Batch:

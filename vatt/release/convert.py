@@ -10,11 +10,10 @@ from torch import Tensor
 
 from vatt import checkpoint
 from vatt.errors import DataError
-from vatt.model.classifier import Classifier
-from vatt.model.sizes import resolve
-from vatt.model.vatt import VATT
+from vatt.model.transformer import resolve
+from vatt.model.vatt import VATT, Classifier
 from vatt.release import keys
-from vatt.release.recognise import Recognised, recognise
+from vatt.release.recognise import ReleasedModel, recognise
 from vatt.release.tf_checkpoint import TensorFlowCheckpoint
 
 HEAD_DROPOUT = {"video": 0.5, "audio": 0.0}  # while fine-tuning; in use there is none
@@ -40,7 +39,7 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True)
-class Imported:
+class ImportReport:
     """What a conversion found and wrote."""
 
     model: str
@@ -59,7 +58,7 @@ def import_checkpoint(
     vocabulary: Path | None = None,
     allow_partial: bool = False,
     progress: Progress | None = None,
-) -> Imported:
+) -> ImportReport:
     """Convert the checkpoint at `prefix` into the folder `out`; None only looks.
 
     Weights that are missing or do not fit stop it, unless `allow_partial`: they then keep the
@@ -84,7 +83,7 @@ def import_checkpoint(
     if out is not None:
         extra = {**config, "source": {"prefix": source, "sha256": sha256}}
         checkpoint.save(state, found.params, out, extra=extra, vocabulary=vocabulary)
-    return Imported(
+    return ImportReport(
         model=found.description,
         parameters=sum(tensor.numel() for tensor in model.parameters()),
         heads=_heads(found),
@@ -110,7 +109,7 @@ def split_keys(released: TensorFlowCheckpoint) -> tuple[dict[str, str], dict[str
     return weights, not_weights
 
 
-def config_of(found: Recognised) -> dict[str, Any]:
+def config_of(found: ReleasedModel) -> dict[str, Any]:
     """What config.json says of the model."""
     config: dict[str, Any] = {"model": found.params.model_dump(mode="json")}
     if found.modality is not None:
@@ -135,7 +134,7 @@ def check_vocabulary(path: Path, rows: int) -> None:
         )
 
 
-def _plan(name: str, found: Recognised, shapes: Mapping[str, Any]) -> tuple[str, ...]:
+def _plan(name: str, found: ReleasedModel, shapes: Mapping[str, Any]) -> tuple[str, ...]:
     """The released keys behind one of our weights."""
     sources = found.layout.get(name)
     assert sources is not None, f"no released key is known for {name}"
@@ -190,7 +189,7 @@ def _ours(released: TensorFlowCheckpoint, key: str) -> Tensor:
     return tensor
 
 
-def _new_weights(found: Recognised) -> dict[str, Tensor]:
+def _new_weights(found: ReleasedModel) -> dict[str, Tensor]:
     """A newly initialised model's, always the same ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -204,7 +203,7 @@ def _new_weights(found: Recognised) -> dict[str, Tensor]:
         ).state_dict()
 
 
-def _heads(found: Recognised) -> dict[str, int]:
+def _heads(found: ReleasedModel) -> dict[str, int]:
     towers = keys.TOWERS if found.modality is None else (found.modality,)
     return {name: resolve(getattr(found.params, name).size).heads for name in towers}
 

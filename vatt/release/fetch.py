@@ -13,7 +13,7 @@ import fsspec
 from aiohttp import ClientError
 
 from vatt.errors import DataError, MachineError, SettingsError
-from vatt.release.sstable import Malformed
+from vatt.release.sstable import MalformedTableError
 from vatt.release.tf_checkpoint import INDEX_SUFFIX, MAX_INDEX_BYTES, parse_index, shard_path
 
 PROTOCOLS = ("http", "https", "gs", "gcs", "s3")
@@ -46,7 +46,7 @@ def fetch_checkpoint(url: str, folder: Path, *, progress: Progress | None = None
     _fetch(filesystem, remote + INDEX_SUFFIX, index, limit=MAX_INDEX_BYTES, progress=None)
     try:
         num_shards, entries = parse_index(index.read_bytes())
-    except Malformed as error:
+    except MalformedTableError as error:
         index.unlink()
         raise DataError(
             f"{url}{INDEX_SUFFIX} is not the index of a TensorFlow checkpoint: {error.problem}",

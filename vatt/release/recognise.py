@@ -16,8 +16,8 @@ from vatt.config import (
     VideoParams,
 )
 from vatt.errors import DataError, SettingsError
-from vatt.model.classifier import Modality
-from vatt.model.sizes import SIZES
+from vatt.model.transformer import SIZES
+from vatt.model.vatt import Medium
 from vatt.release import keys
 from vatt.release.keys import Input, Layout
 
@@ -31,18 +31,18 @@ _PLACEHOLDER_SIZE: SizeName = "tiny"  # of the towers that a fine-tuned model do
 
 
 @dataclass(frozen=True, slots=True)
-class Recognised:
+class ReleasedModel:
     """A checkpoint's model; the last two are for fine-tuned ones."""
 
     description: str
     params: ModelParams
     layout: Layout
-    modality: Modality | None = None
+    modality: Medium | None = None
     num_classes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Shapes:
+class KeyShapes:
     """The shapes of the released weights, without root and ending, and the heads asked for."""
 
     shapes: Mapping[str, Shape]
@@ -120,9 +120,9 @@ class Shapes:
         )
 
 
-def recognise(shapes: Mapping[str, Shape], heads: Mapping[str, int]) -> Recognised:
+def recognise(shapes: Mapping[str, Shape], heads: Mapping[str, int]) -> ReleasedModel:
     """The model of these weights; `heads` overrides the number of heads of a tower."""
-    known = Shapes(shapes, heads)
+    known = KeyShapes(shapes, heads)
     try:
         if _has(shapes, keys.SHARED):
             return _agnostic(known)
@@ -140,7 +140,7 @@ def recognise(shapes: Mapping[str, Shape], heads: Mapping[str, int]) -> Recognis
     )
 
 
-def _specific(known: Shapes) -> Recognised:
+def _specific(known: KeyShapes) -> ReleasedModel:
     video, audio, text = keys.TOWERS.values()
     _towers_exist(known.heads, keys.TOWERS)
     layers = f"{text}base_lm/layers/"
@@ -170,10 +170,10 @@ def _specific(known: Shapes) -> Recognised:
         "audio": known.depth(f"{audio}tx/layers/"),
         "text": known.depth(layers),
     }
-    return Recognised("pre-trained, modality-specific", params, keys.specific_layout(depths))
+    return ReleasedModel("pre-trained, modality-specific", params, keys.specific_layout(depths))
 
 
-def _agnostic(known: Shapes) -> Recognised:
+def _agnostic(known: KeyShapes) -> ReleasedModel:
     root, positions = keys.SHARED, f"{keys.SHARED}pos_embedding_lookup/"
     _towers_exist(known.heads, keys.TOWERS, one_encoder=True)
     size = known.encoder_size("video", root)
@@ -193,12 +193,12 @@ def _agnostic(known: Shapes) -> Recognised:
         ),
     )
     layout = keys.agnostic_layout(known.depth(f"{root}tx/layers/"))
-    return Recognised("pre-trained, modality-agnostic", params, layout)
+    return ReleasedModel("pre-trained, modality-agnostic", params, layout)
 
 
-def _classifier(known: Shapes, kind: Input) -> Recognised:
+def _classifier(known: KeyShapes, kind: Input) -> ReleasedModel:
     root = keys.FINE_TUNED
-    tower: Modality = "video" if kind == "video" else "audio"
+    tower: Medium = "video" if kind == "video" else "audio"
     _towers_exist(known.heads, (tower,))
     size = known.encoder_size(tower, root)
     read = {"video": known.video, "audio": known.waveform, "spectrogram": known.spectrogram}[kind]
@@ -223,7 +223,7 @@ def _classifier(known: Shapes, kind: Input) -> Recognised:
             scrambled_spectrogram=kind == "spectrogram",
         ),
     )
-    return Recognised(
+    return ReleasedModel(
         f"fine-tuned on {kind}" + (", modality-agnostic" if is_agnostic else ""),
         params,
         keys.classifier_layout(kind, known.depth(f"{root}tx/layers/")),

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from vatt.errors import DataError
-from vatt.release.crc32c import crc32c, mask
-from vatt.release.sstable import Malformed, read_table, read_varint
+from vatt.release.sstable import MalformedTableError, crc32c, mask, read_table, read_varint
 
 INDEX_SUFFIX = ".index"
 MAX_INDEX_BYTES = 64 << 20  # the largest released one has 0.2 MB
@@ -42,7 +41,7 @@ _TYPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class BundleEntry:
     """Where one tensor lies and what it is; `dtype` is None for strings."""
 
     key: str
@@ -68,7 +67,7 @@ class TensorFlowCheckpoint:
         try:
             self.num_shards, self.entries = parse_index(index.read_bytes())
             self._check_shards()
-        except Malformed as error:
+        except MalformedTableError as error:
             raise _named(error, index) from None
 
     def shard_path(self, shard: int) -> Path:
@@ -110,7 +109,7 @@ class TensorFlowCheckpoint:
             sums[file.name] = digest.hexdigest()
         return sums
 
-    def _bytes(self, entry: Entry) -> bytes:
+    def _bytes(self, entry: BundleEntry) -> bytes:
         with self.shard_path(entry.shard).open("rb") as shard:
             shard.seek(entry.offset)
             data = shard.read(entry.size)
@@ -118,7 +117,7 @@ class TensorFlowCheckpoint:
             raise DataError(f"{self.shard_path(entry.shard)} became shorter while it was read")
         return data
 
-    def _changed(self, entry: Entry) -> DataError:
+    def _changed(self, entry: BundleEntry) -> DataError:
         return DataError(
             f"the checksum of {entry.key} in {self.shard_path(entry.shard)} is wrong",
             hint="the file is damaged: fetch it again",
@@ -150,35 +149,35 @@ def shard_path(prefix: Path, shard: int, num_shards: int) -> Path:
     return prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{num_shards:05d}")
 
 
-def parse_index(data: bytes) -> tuple[int, dict[str, Entry]]:
+def parse_index(data: bytes) -> tuple[int, dict[str, BundleEntry]]:
     """The number of shards and the entries by key."""
     records = iter(read_table(data))
     key, header = next(records, (None, b""))
     if key != _HEADER_KEY:
-        raise Malformed("the first record is not the header of a checkpoint")
+        raise MalformedTableError("the first record is not the header of a checkpoint")
     fields = _message(header)
     num_shards = _number(fields, 1)
     if not 1 <= num_shards <= _MAX_SHARDS:
-        raise Malformed(f"{num_shards} shards")
+        raise MalformedTableError(f"{num_shards} shards")
     if _number(fields, 2) != 0:
-        raise Malformed("written on a big-endian machine")
+        raise MalformedTableError("written on a big-endian machine")
     entries = [_entry(key, value, num_shards) for key, value in records]
     _check_apart(entries)
     return num_shards, {entry.key: entry for entry in entries}
 
 
-def _entry(raw_key: bytes, value: bytes, num_shards: int) -> Entry:
+def _entry(raw_key: bytes, value: bytes, num_shards: int) -> BundleEntry:
     try:
         key = raw_key.decode("utf-8")
     except UnicodeDecodeError:
-        raise Malformed(f"the key {raw_key[:80]!r} is not text") from None
+        raise MalformedTableError(f"the key {raw_key[:80]!r} is not text") from None
     fields = _message(value)
     if 7 in fields:
-        raise Malformed(f"{key} is stored in slices, which no released checkpoint has")
+        raise MalformedTableError(f"{key} is stored in slices, which no released checkpoint has")
     kind, shape = _number(fields, 1), _shape(key, fields)
     if kind not in _TYPES and kind != _STRING:
-        raise Malformed(f"{key} has the data type {kind}, which is not supported")
-    entry = Entry(
+        raise MalformedTableError(f"{key} has the data type {kind}, which is not supported")
+    entry = BundleEntry(
         key=key,
         dtype=_TYPES.get(kind),
         shape=shape,
@@ -188,18 +187,18 @@ def _entry(raw_key: bytes, value: bytes, num_shards: int) -> Entry:
         checksum=_number(fields, 6),
     )
     if entry.shard >= num_shards:
-        raise Malformed(f"{key} lies in shard {entry.shard} of {num_shards}")
+        raise MalformedTableError(f"{key} lies in shard {entry.shard} of {num_shards}")
     if entry.dtype is not None and entry.size != math.prod(shape) * entry.dtype.itemsize:
-        raise Malformed(f"{key} has the shape {list(shape)} but {entry.size} bytes")
+        raise MalformedTableError(f"{key} has the shape {list(shape)} but {entry.size} bytes")
     return entry
 
 
-def _check_apart(entries: list[Entry]) -> None:
+def _check_apart(entries: list[BundleEntry]) -> None:
     """No byte belongs to two tensors, so a small file cannot claim to hold large ones."""
     ordered = sorted(entries, key=lambda entry: (entry.shard, entry.offset, entry.size))
     for one, after in itertools.pairwise(ordered):
         if one.shard == after.shard and one.offset + one.size > after.offset:
-            raise Malformed(f"{one.key} and {after.key} overlap")
+            raise MalformedTableError(f"{one.key} and {after.key} overlap")
 
 
 def _shape(key: str, fields: dict[int, list[int | bytes]]) -> tuple[int, ...]:
@@ -208,7 +207,7 @@ def _shape(key: str, fields: dict[int, list[int | bytes]]) -> tuple[int, ...]:
         for dimension in _message(_as_bytes(message)).get(2, []):
             shape.append(_number(_message(_as_bytes(dimension)), 1))
     if len(shape) > _MAX_RANK or any(size >> 40 for size in shape):
-        raise Malformed(f"{key} has the shape {shape}")
+        raise MalformedTableError(f"{key} has the shape {shape}")
     return tuple(shape)
 
 
@@ -226,7 +225,9 @@ def _message(data: bytes) -> dict[int, list[int | bytes]]:
             if tag & 7 == 2:
                 size, position = read_varint(data, position)
             if size is None or position + size > len(data):
-                raise Malformed("a message of the index is cut short or of an unknown kind")
+                raise MalformedTableError(
+                    "a message of the index is cut short or of an unknown kind"
+                )
             value = data[position : position + size]
             value = value if tag & 7 == 2 else int.from_bytes(value, "little")
             position += size
@@ -237,24 +238,24 @@ def _message(data: bytes) -> dict[int, list[int | bytes]]:
 def _number(fields: dict[int, list[int | bytes]], field: int) -> int:
     value = fields.get(field, [0])[-1]
     if isinstance(value, bytes) or value >> 63:
-        raise Malformed(f"field {field} of a message is not a number in range")
+        raise MalformedTableError(f"field {field} of a message is not a number in range")
     return value
 
 
 def _as_bytes(value: int | bytes) -> bytes:
     if isinstance(value, int):
-        raise Malformed("a number stands where a message of the index should")
+        raise MalformedTableError("a number stands where a message of the index should")
     return value
 
 
-def _string_checksum(data: bytes, entry: Entry) -> int:
+def _string_checksum(data: bytes, entry: BundleEntry) -> int:
     """Of text, the sum runs over the lengths as 32-bit numbers, their own sum, then the bytes."""
     position, lengths = 0, []
     for _ in range(math.prod(entry.shape)):
         length, position = read_varint(data, position)
         lengths.append(length)
     if position + 4 + sum(lengths) != len(data) or any(length >> 32 for length in lengths):
-        raise Malformed(f"the text of {entry.key} does not fill its place")
+        raise MalformedTableError(f"the text of {entry.key} does not fill its place")
     checksum = crc32c(b"".join(struct.pack("<I", length) for length in lengths))
     return mask(crc32c(data[position:], checksum))
 
@@ -265,7 +266,7 @@ def _chunks(file: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _named(error: Malformed, index: Path) -> DataError:
+def _named(error: MalformedTableError, index: Path) -> DataError:
     return DataError(
         f"{index} is not a readable TensorFlow checkpoint: {error.problem}",
         hint="it may be damaged or incomplete: fetch it again",

@@ -21,11 +21,11 @@ THUMBNAIL_BYTES = 2_000_000  # in all
 STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate")
 
 Json = dict[str, Any]
-Arrays = dict[str, NDArray[Any]]
+NamedArrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Attrition:
+class StateCounts:
     """How many clips ended in which state after one stage, and why."""
 
     stage: str
@@ -39,7 +39,7 @@ class Attrition:
 
 
 @dataclass(frozen=True, slots=True)
-class Corpus:
+class CorpusFacts:
     """What the manifest lists."""
 
     clips: int
@@ -55,9 +55,9 @@ class Inputs:
     metrics: Mapping[str, Json] = field(default_factory=dict)  # file stem -> content
     runs: Mapping[str, Json] = field(default_factory=dict)  # file stem -> run id, timings
     curves: Mapping[str, list[dict[str, float]]] = field(default_factory=dict)
-    attrition: tuple[Attrition, ...] = ()
-    corpus: Corpus | None = None
-    arrays: Mapping[str, Arrays] = field(default_factory=dict)  # npz stem -> arrays
+    attrition: tuple[StateCounts, ...] = ()
+    corpus: CorpusFacts | None = None
+    arrays: Mapping[str, NamedArrays] = field(default_factory=dict)  # npz stem -> arrays
     examples: tuple[Json, ...] = ()
     thumbnails: Mapping[str, str] = field(default_factory=dict)  # clip -> data: address
     model: Json | None = None  # the checkpoint's config
@@ -134,7 +134,7 @@ def _read_lines(file: Path) -> list[Json]:
         return [json.loads(line) for line in lines if line.strip()]
 
 
-def _read_ledger(stage: str, file: Path) -> Attrition:
+def _read_ledger(stage: str, file: Path) -> StateCounts:
     last = {entry["clip_id"]: entry for entry in _read_lines(file)}
     states = Counter(str(entry["state"]) for entry in last.values())
     reasons: dict[str, Counter[str]] = {}
@@ -143,17 +143,17 @@ def _read_ledger(stage: str, file: Path) -> Attrition:
             reason = str(entry.get("reason") or "no reason given")
             reasons.setdefault(str(entry["state"]), Counter())[reason] += 1
     ordered = sorted(states, key=lambda state: (state != "ok", -states[state], state))
-    return Attrition(
+    return StateCounts(
         stage=stage,
         states={state: states[state] for state in ordered},
         reasons={state: counts.most_common(3) for state, counts in reasons.items()},
     )
 
 
-def _read_corpus(metrics: Mapping[str, Json]) -> Corpus | None:
+def _read_corpus(metrics: Mapping[str, Json]) -> CorpusFacts | None:
     """As the download stage counted it; the manifest itself may be large, or Parquet."""
     found = metrics.get("download", {}).get("corpus")
-    return Corpus(**found) if found else None
+    return CorpusFacts(**found) if found else None
 
 
 def _read_thumbnails(folder: Path) -> dict[str, str]:
@@ -167,7 +167,7 @@ def _read_thumbnails(folder: Path) -> dict[str, str]:
     return found
 
 
-def _read_arrays(folder: Path) -> dict[str, Arrays]:
+def _read_arrays(folder: Path) -> dict[str, NamedArrays]:
     found = {}
     for file in sorted(folder.glob("*.npz")):
         with np.load(file, allow_pickle=False) as stored:

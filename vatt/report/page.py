@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from vatt.config import ModelParams, PathsParams, ReportParams, SizeParams
 from vatt.files import atomic_write
-from vatt.model.flops import Convention, multimodal_flops
+from vatt.flops import Convention, multimodal_flops
 from vatt.report.figures import (
     confusions,
     feature_maps,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vatt.config import AudioParams, ModelParams, SizeParams, TextParams, VideoParams
-from vatt.model.flops import multimodal_flops, video_flops
+from vatt.flops import multimodal_flops, video_flops
 from vatt.paper import PaperTable, paper_tables
 from vatt.report.inputs import Inputs
 from vatt.report.results import DIRECTIONS, PROBES
@@ -17,8 +17,8 @@ from vatt.report.studies import row_name, study_table
 from vatt.report.tables import (
     NOT_RUN,
     Cell,
-    Row,
     Table,
+    TableRow,
     chance_cell,
     main_measure,
     metric_cell,
@@ -66,7 +66,7 @@ GRID = (8, 14, 14)  # of a 32x224x224 clip
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class PaperSection:
     """A published table with ours in it, and what stands for it on the corpus at hand."""
 
     number: int
@@ -75,13 +75,15 @@ class Section:
     has_ours: bool  # measured on the paper's own data
 
 
-def published_sections(inputs: Inputs) -> tuple[Section, ...]:
+def published_sections(inputs: Inputs) -> tuple[PaperSection, ...]:
     """One section for each table of the paper, in its order."""
     return tuple(_section(table, inputs) for table in paper_tables())
 
 
-def _section(table: PaperTable, inputs: Inputs) -> Section:
-    rows = [Row(row_name(row.name), published_cells(row.values), "published") for row in table.rows]
+def _section(table: PaperTable, inputs: Inputs) -> PaperSection:
+    rows = [
+        TableRow(row_name(row.name), published_cells(row.values), "published") for row in table.rows
+    ]
     ours = _measured_row(table, inputs)
     computed = FORMULAS[table.number](table) if table.number in FORMULAS else []
     # Table 7 holds sizes: there is nothing in it to measure.
@@ -95,10 +97,10 @@ def _section(table: PaperTable, inputs: Inputs) -> Section:
     small = study_table(table.number, inputs)
     if small is None and table.number in IN_SMALL:
         small = IN_SMALL[table.number](inputs)
-    return Section(table.number, published, small, has_ours=ours.kind == "ours")
+    return PaperSection(table.number, published, small, has_ours=ours.kind == "ours")
 
 
-def _measured_row(table: PaperTable, inputs: Inputs) -> Row:
+def _measured_row(table: PaperTable, inputs: Inputs) -> TableRow:
     metrics = [
         inputs.lookup(*MEASURED[column]) if column in MEASURED else None for column in table.columns
     ]
@@ -108,8 +110,8 @@ def _measured_row(table: PaperTable, inputs: Inputs) -> Row:
             (plain_cell if column == "d_prime" else metric_cell)(metric)
             for column, metric in zip(table.columns, metrics, strict=True)
         ]
-        return Row("this run", tuple(cells), "ours")
-    return Row("this run", tuple(Cell(NOT_RUN, "not_run") for _ in metrics), "not_run", why)
+        return TableRow("this run", tuple(cells), "ours")
+    return TableRow("this run", tuple(Cell(NOT_RUN, "not_run") for _ in metrics), "not_run", why)
 
 
 # --- by formula -----------------------------------------------------------------------------------
@@ -119,15 +121,15 @@ def _video(size: Any, frames: int = 32, frame_size: int = 224) -> VideoParams:
     return VideoParams(size=size, frames=frames, frame_size=frame_size, patch=PATCH)
 
 
-def _formula_row(name: str, values: list[float | None], *, digits: int = 2) -> Row:
+def _formula_row(name: str, values: list[float | None], *, digits: int = 2) -> TableRow:
     cells = tuple(
         Cell("–", "none") if value is None else Cell(f"{value:.{digits}f}", "computed")
         for value in values
     )
-    return Row(name, cells, "computed", "by our formula, not measured")
+    return TableRow(name, cells, "computed", "by our formula, not measured")
 
 
-def _table_1(_: PaperTable) -> list[Row]:
+def _table_1(_: PaperTable) -> list[TableRow]:
     return [
         _formula_row(
             f"VATT-{size.capitalize()}, TFLOPs",
@@ -138,7 +140,7 @@ def _table_1(_: PaperTable) -> list[Row]:
     ]
 
 
-def _table_5(_: PaperTable) -> list[Row]:
+def _table_5(_: PaperTable) -> list[TableRow]:
     model = ModelParams(
         recipe="paper",
         backbone="specific",
@@ -156,7 +158,7 @@ def _table_5(_: PaperTable) -> list[Row]:
     return [_formula_row("multimodal GFLOPs", flops)]
 
 
-def _table_6(_: PaperTable) -> list[Row]:
+def _table_6(_: PaperTable) -> list[TableRow]:
     rows = []
     for frames, size in ((32, 224), (64, 224), (32, 320)):
         flops: list[float | None] = [
@@ -173,7 +175,7 @@ def _table_6(_: PaperTable) -> list[Row]:
     return rows
 
 
-def _table_7(table: PaperTable) -> list[Row]:
+def _table_7(table: PaperTable) -> list[TableRow]:
     rows = []
     for published in table.rows:
         depth, dim, mlp_dim, heads = (int(str(value)) for value in published.values[:4])
@@ -181,7 +183,9 @@ def _table_7(table: PaperTable) -> list[Row]:
         parameters = Cell(f"{video_classifier_parameters(size) / 1e6:.1f}", "computed")
         cells = (*(Cell(str(value), "computed") for value in published.values[:4]), parameters)
         rows.append(
-            Row(published.name, cells, "computed", "video tower with a 600-class head, counted")
+            TableRow(
+                published.name, cells, "computed", "video tower with a 600-class head, counted"
+            )
         )
     return rows
 
@@ -199,7 +203,7 @@ def video_classifier_parameters(size: SizeParams, *, classes: int = 600) -> int:
     return patches + positions + layers + agg_token_and_last_norm + head
 
 
-FORMULAS: dict[int, Callable[[PaperTable], list[Row]]] = {
+FORMULAS: dict[int, Callable[[PaperTable], list[TableRow]]] = {
     1: _table_1,
     5: _table_5,
     6: _table_6,
@@ -213,7 +217,7 @@ FORMULAS: dict[int, Callable[[PaperTable], list[Row]]] = {
 def _fine_tuned(modality: str) -> Callable[[Inputs], Table | None]:
     def table(inputs: Inputs) -> Table | None:
         rows = [
-            Row(
+            TableRow(
                 name,
                 (
                     metric_cell(main_measure(runs.get("pretrained"))),
@@ -234,7 +238,7 @@ def _fine_tuned(modality: str) -> Callable[[Inputs], Table | None]:
 def _retrieval(inputs: Inputs) -> Table | None:
     found = inputs.lookup("retrieval", "pretrained") or {}
     rows = [
-        Row(
+        TableRow(
             name,
             (
                 metric_cell(found[direction]["recall_at_10"]),
@@ -252,7 +256,7 @@ def _retrieval(inputs: Inputs) -> Table | None:
 
 def _probes(inputs: Inputs) -> Table | None:
     rows = [
-        Row(
+        TableRow(
             f"{name}, {PROBES.get(kind, kind)}",
             (
                 metric_cell(run.get("pretrained")),
@@ -267,7 +271,7 @@ def _probes(inputs: Inputs) -> Table | None:
     return _small(("Probe", "pre-trained", "untrained", "chance"), rows)
 
 
-def _small(headings: tuple[str, ...], rows: list[Row]) -> Table | None:
+def _small(headings: tuple[str, ...], rows: list[TableRow]) -> Table | None:
     if not rows:
         return None
     return Table(

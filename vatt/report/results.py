@@ -7,8 +7,8 @@ from typing import Any
 from vatt.report.inputs import Inputs
 from vatt.report.tables import (
     Cell,
-    Row,
     Table,
+    TableRow,
     chance_cell,
     difference_cell,
     main_measure,
@@ -58,7 +58,7 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class ScaleChart:
     """Values side by side on one scale from 0 to 100 %."""
 
     title: str
@@ -122,22 +122,22 @@ def _why(inputs: Inputs, direction: str) -> str:
     return words or "no test clip has both modalities"
 
 
-def scales(inputs: Inputs) -> tuple[Scale, ...]:
+def scales(inputs: Inputs) -> tuple[ScaleChart, ...]:
     """What was measured, as pictures; nothing stands for what was not."""
     found = [
-        Scale(
+        ScaleChart(
             title="Zero-shot retrieval",
             ours="pre-trained",
             baseline="untrained",
             marks=tuple(_retrieval_marks(inputs)),
         ),
-        Scale(
+        ScaleChart(
             title="Linear probe on frozen features",
             ours="pre-trained encoder",
             baseline="untrained encoder",
             marks=tuple(_probe_marks(inputs)),
         ),
-        Scale(
+        ScaleChart(
             title="Fine-tuning, top-1 accuracy",
             ours="from the pre-trained weights",
             baseline="from scratch",
@@ -232,22 +232,22 @@ def of_listed(number: int, inputs: Inputs) -> str:
     return f"{number:,} of {listed:,}" if listed and listed >= number else f"{number:,}"
 
 
-def _direction_rows(inputs: Inputs, direction: str, name: str) -> list[Row]:
+def _direction_rows(inputs: Inputs, direction: str, name: str) -> list[TableRow]:
     ours = inputs.lookup("retrieval", "pretrained", direction)
     if ours is None:
         empty = tuple(metric_cell(None) for _ in (*MEASURES, "median_rank"))
-        return [Row(name, empty, "not_run", _why(inputs, direction))]
-    rows = [Row(name, _retrieval_cells(ours), "ours", "pre-trained", starts=True)]
+        return [TableRow(name, empty, "not_run", _why(inputs, direction))]
+    rows = [TableRow(name, _retrieval_cells(ours), "ours", "pre-trained", starts=True)]
     averaged = inputs.lookup("retrieval", "pretrained", f"{direction}_similarities_averaged")
     if averaged is not None:
-        rows.append(Row(name, _retrieval_cells(averaged), "ours", "similarities averaged"))
+        rows.append(TableRow(name, _retrieval_cells(averaged), "ours", "similarities averaged"))
     untrained = inputs.lookup("retrieval", "untrained", direction)
     if untrained is not None:
         cells = _retrieval_cells(untrained, kind="baseline")
-        rows.append(Row(name, cells, "baseline", "untrained encoder"))
+        rows.append(TableRow(name, cells, "baseline", "untrained encoder"))
     chance = [chance_cell(ours.get(measure)) for measure in MEASURES]
     chance.append(chance_cell(ours["median_rank"], as_share=False))
-    return [*rows, Row(name, tuple(chance), "chance", "chance")]
+    return [*rows, TableRow(name, tuple(chance), "chance", "chance")]
 
 
 def _retrieval_cells(metrics: dict[str, Metric], kind: Any = "ours") -> tuple[Cell, ...]:
@@ -260,7 +260,7 @@ def _retrieval_cells(metrics: dict[str, Metric], kind: Any = "ours") -> tuple[Ce
 
 def _probe_table(inputs: Inputs) -> Table:
     rows = [
-        Row(
+        TableRow(
             name,
             (
                 metric_cell(run.get("pretrained")),
@@ -351,7 +351,7 @@ def classification_protocol(inputs: Inputs) -> str:
     )
 
 
-def _classification_row(inputs: Inputs, name: str, measure: str, runs: dict[str, Any]) -> Row:
+def _classification_row(inputs: Inputs, name: str, measure: str, runs: dict[str, Any]) -> TableRow:
     ours = runs.get("pretrained", {}).get(measure)
     scratch = runs.get("scratch", {}).get(measure)
     first = measure in ("top_1", "mean_ap")
@@ -359,7 +359,7 @@ def _classification_row(inputs: Inputs, name: str, measure: str, runs: dict[str,
     difference = runs.get("difference")
     known = ours or scratch
     assert known is not None
-    return Row(
+    return TableRow(
         name,
         (
             show(ours),
@@ -379,6 +379,6 @@ def _skipped(inputs: Inputs) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
 
 
-def _nothing(headings: Sequence[str], why: str) -> tuple[Row, ...]:
+def _nothing(headings: Sequence[str], why: str) -> tuple[TableRow, ...]:
     cells = tuple(metric_cell(None) for _ in headings[1:])
-    return (Row("–", cells, "not_run", why),)
+    return (TableRow("–", cells, "not_run", why),)

@@ -9,20 +9,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vatt.paper import DATASETS, PaperTable, heading, paper_tables
+from vatt.report.figures import Picture, lines
 from vatt.report.inputs import Inputs
-from vatt.report.svg import Picture, lines
 from vatt.report.tables import (
     NOT_RUN,
     Cell,
-    Row,
     Table,
+    TableRow,
     difference_cell,
     metric_cell,
     number,
     published_cells,
     rank_cell,
 )
-from vatt.studies.scale import (
+from vatt.studies import (
     AGNOSTIC,
     BASE,
     DROP_RATES,
@@ -33,8 +33,8 @@ from vatt.studies.scale import (
     STUDIES,
     Answer,
     Study,
+    study,
 )
-from vatt.studies.tables import study
 
 Metric = dict[str, Any]
 STUDENT_T = {2: 12.706, 3: 4.303}  # 97.5 % of Student's t, by the number of seeds
@@ -93,7 +93,7 @@ def study_table(number: int, inputs: Inputs) -> Table | None:
     for place, row in enumerate(table.rows):
         if any(cell[0] == place for cell in wanted.answers):
             rows.append(
-                Row(row_name(row.name), published_cells(row.values), "published", starts=True)
+                TableRow(row_name(row.name), published_cells(row.values), "published", starts=True)
             )
             rows.append(_ours(place, table, wanted, inputs))
     return Table(
@@ -116,7 +116,7 @@ def _heading(table: PaperTable, column: str) -> str:
     return f"{name}: {STAND_INS[column][0]}" if column in STAND_INS else name
 
 
-def _ours(place: int, table: PaperTable, wanted: Study, inputs: Inputs) -> Row:
+def _ours(place: int, table: PaperTable, wanted: Study, inputs: Inputs) -> TableRow:
     cells, seeds = [], set()
     for column in table.columns:
         answer = wanted.answers.get((place, column))
@@ -133,8 +133,8 @@ def _ours(place: int, table: PaperTable, wanted: Study, inputs: Inputs) -> Row:
     if len(seeds) > 1:
         note += ", of one where the others are not run"
     if all(cell.kind in ("none", "not_run") for cell in cells):
-        return Row("in small", tuple(cells), "not_run", "vattctl table runs it")
-    return Row("in small", tuple(cells), "ours", stand_in + note)
+        return TableRow("in small", tuple(cells), "not_run", "vattctl table runs it")
+    return TableRow("in small", tuple(cells), "ours", stand_in + note)
 
 
 def _cell(value: Any, answer: Answer) -> Cell:
@@ -173,7 +173,7 @@ def backbone_table(inputs: Inputs) -> Table | None:
         else:
             cells.append(Cell("–", "none", "needs three seeds"))
         note = f"mean of {len(both)} seeds" if len(both) > 1 else "one seed"
-        rows.append(Row(words, tuple(cells), "ours", note))
+        rows.append(TableRow(words, tuple(cells), "ours", note))
     if not rows:
         return None
     return Table(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal[
+CellKind = Literal[
     "published", "ours", "unsure", "computed", "baseline", "chance", "not_run", "none", "text"
 ]
 
@@ -18,17 +18,17 @@ class Cell:
     """A value as text; `detail` is its interval or reason, in smaller letters."""
 
     text: str
-    kind: Kind
+    kind: CellKind
     detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """A line of a table; its kind colours the line."""
 
     head: str
     cells: tuple[Cell, ...]
-    kind: Kind
+    kind: CellKind
     note: str = ""
     starts: bool = False  # the first of a group of rows
 
@@ -39,7 +39,7 @@ class Table:
 
     title: str
     headings: tuple[str, ...]  # the first one is of the row heads
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     remark: str = ""
 
 
@@ -53,7 +53,7 @@ def number(value: Any) -> str:
     return re.sub(r"(?<=\d)x(?=\d)", "×", str(value))
 
 
-def metric_cell(metric: dict[str, Any] | None, kind: Kind = "ours", *, why: str = "") -> Cell:
+def metric_cell(metric: dict[str, Any] | None, kind: CellKind = "ours", *, why: str = "") -> Cell:
     """A share with its interval; `not run` and the reason when there is none."""
     if metric is None:
         return Cell(NOT_RUN, "not_run", why)
@@ -68,7 +68,7 @@ def main_measure(run: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if run is None else run.get("top_1", run.get("mean_ap"))
 
 
-def rank_cell(metric: dict[str, Any] | None, kind: Kind = "ours", *, why: str = "") -> Cell:
+def rank_cell(metric: dict[str, Any] | None, kind: CellKind = "ours", *, why: str = "") -> Cell:
     """A median rank with its interval."""
     if metric is None:
         return Cell(NOT_RUN, "not_run", why)
@@ -76,7 +76,7 @@ def rank_cell(metric: dict[str, Any] | None, kind: Kind = "ours", *, why: str = 
     return Cell(value, kind, f"{low} – {high}")
 
 
-def plain_cell(metric: dict[str, Any] | None, kind: Kind = "ours", *, why: str = "") -> Cell:
+def plain_cell(metric: dict[str, Any] | None, kind: CellKind = "ours", *, why: str = "") -> Cell:
     """A number that is no share (d') with its interval."""
     if metric is None:
         return Cell(NOT_RUN, "not_run", why)
@@ -89,7 +89,7 @@ def difference_cell(metric: dict[str, Any] | None, *, why: str = "") -> Cell:
     if metric is None:
         return Cell(NOT_RUN, "not_run", why)
     value, low, high = (100 * metric[key] for key in ("value", "low", "high"))
-    kind: Kind = "ours" if low > 0 or high < 0 else "unsure"
+    kind: CellKind = "ours" if low > 0 or high < 0 else "unsure"
     return Cell(f"{signed(value)}{NO_BREAK}points", kind, f"{signed(low)} to {signed(high)}")
 
 

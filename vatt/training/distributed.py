@@ -1,13 +1,26 @@
-"""Several processes that act as one: who am I, and a gather that gradients pass through."""
+"""Several processes that act as one: starting and stopping them, ranks, and gathers.
 
+A stage starts itself again under DeepSpeed's launcher. Queues send SIGTERM or SIGUSR1, which take
+effect at the end of a step. A state is written in equal shares, one for each process, and any
+number of processes at any ZeRO stage can read it.
+"""
+
+import logging
 import os
 import resource
+import shlex
+import signal
 import socket
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -143,3 +156,124 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Truthy once this process was asked to stop, or has lost the one that started it."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.parent = os.getppid()
+
+    def __bool__(self) -> bool:
+        return self.asked or os.getppid() != self.parent
+
+    def note(self, signum: int, frame: FrameType | None) -> None:
+        """Signal handler: remember, so that the running step can end."""
+        self.asked = True
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turn the stop signals into a flag while the body runs."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+LAUNCHED = "VATT_LAUNCHED"  # set in the processes that `launch` started: their parent holds locks
+
+log = logging.getLogger(__name__)
+
+
+def launch(module: str, machine: MachineParams, *arguments: str) -> int | None:
+    """Run `python -m module arguments` in `machine.processes` processes and return their exit code.
+
+    None when there is nothing to start: one process is enough, or this is one of them already,
+    started by this function, by torchrun or by Slurm. Stop signals are passed on to each process;
+    all of them save and end with 75.
+    """
+    if "RANK" in os.environ or (machine.processes == 1 and not _names_machines(machine)):
+        return None
+    command = [*launch_line(module, machine), *arguments]
+    log.warning("launch: %s", shlex.join(command))
+    told = {LAUNCHED: "1", "DS_ACCELERATOR": device().type}
+    launcher = subprocess.Popen(command, env=os.environ | told)
+    with _passing_on(launcher.pid):
+        return launcher.wait()
+
+
+def launch_line(module: str, machine: MachineParams) -> list[str]:
+    """The command that `launch` runs; later launcher arguments win over ours."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--module", "--no_local_rank"]
+    if not _names_machines(machine):
+        command += ["--num_gpus", str(machine.processes)]
+    command += ["--master_port", str(free_port()), "--quiet", *machine.launcher_arguments]
+    return [*command, module]
+
+
+def _names_machines(machine: MachineParams) -> bool:
+    """Whether the launcher's arguments say where to start how many processes."""
+    given = {argument.partition("=")[0] for argument in machine.launcher_arguments}
+    return bool(given & {"--hostfile", "-H", "--include", "-i", "--num_nodes", "--num_gpus"})
+
+
+@contextmanager
+def _passing_on(launcher: int) -> Iterator[None]:
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        # Not to the launcher: it would kill its processes before they have saved.
+        for process in _workers(launcher):
+            process.send_signal(signum)
+
+    numbers = (*STOP_SIGNALS, signal.SIGINT)
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _workers(launcher: int) -> list[psutil.Process]:
+    """The processes that train: children of DeepSpeed's per-machine launcher."""
+    workers = []
+    for process in psutil.Process(launcher).children(recursive=True):
+        try:
+            parent = process.parent()
+            if parent is not None and "deepspeed.launcher.launch" in parent.cmdline():
+                workers.append(process)
+        except psutil.Error:  # it ended while we looked
+            continue
+    return workers
+
+
+TensorState = dict[str, Tensor]  # "value", and for a trained weight its moments by name
+
+
+def write_share(folder: Path, entries: Iterable[tuple[str, TensorState]], *, updates: int) -> None:
+    """Write this process's share; `entries`, the same in every process, may talk to the others."""
+    share = {
+        name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in entry.items()}
+        for number, (name, entry) in enumerate(entries)
+        if number % world_size() == rank()
+    }
+    path = folder / f"share-{rank():05d}.pt"
+    torch.save({"updates": updates, "entries": share}, path)
+
+
+def read_shares(folder: Path) -> tuple[int, dict[str, TensorState]]:
+    """How many updates were made, and every tensor by name; read from disk as it is used."""
+    updates = 0
+    entries: dict[str, TensorState] = {}
+    for path in sorted(folder.glob("share-*.pt")):
+        share = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        updates = share["updates"]
+        entries |= share["entries"]
+    return updates, entries

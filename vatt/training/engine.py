@@ -1,4 +1,4 @@
-"""Who runs the step: plain torch in this process, or DeepSpeed over any number of them.
+"""Runs a step: plain torch in this process, or DeepSpeed over any number of processes.
 
 A module that an engine trains takes a step's tensors and answers with named scalars (0-d tensors);
 `update` makes one optimiser step from one of them. The learning rate is given with every update.
@@ -6,22 +6,56 @@ A module that an engine trains takes a step's tensors and answers with named sca
 
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vatt.config import MachineParams, OptimizerParams
-from vatt.errors import SettingsError
+from vatt.errors import MachineError, SettingsError
+from vatt.model.transformer import Block
 from vatt.training import distributed
-from vatt.training.blocks import apply_options
+from vatt.training.distributed import TensorState, read_shares, write_share
 from vatt.training.optimizer import Adam, Sgd, make_optimizer
-from vatt.training.shares import Entry, read_shares, write_share
+
+
+def apply_options(module: nn.Module, machine: MachineParams) -> None:
+    """Compile blocks, and compute them again on the way back, as the settings say."""
+    if machine.compile:
+        _check_compile(machine)
+        for block in _blocks(module):
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+    if machine.activation_checkpointing:
+        for block in _blocks(module):
+            again = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = again  # type: ignore[method-assign]
+
+
+def _blocks(module: nn.Module) -> Iterator[Block]:
+    return (part for part in module.modules() if isinstance(part, Block))
+
+
+def _check_compile(machine: MachineParams) -> None:
+    if machine.zero_stage == 3:
+        raise SettingsError(
+            "machine.compile does not go with machine.zero_stage 3, whose weights come and go",
+            hint="set machine.zero_stage=2, or machine.compile=false",
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if distributed.device().type == "cpu" and shutil.which(compiler) is None:
+        raise MachineError(
+            f"machine.compile needs a C++ compiler, and there is no {compiler}",
+            hint="install one and name it in CXX, or set machine.compile=false",
+        )
+
 
 Weights = dict[str, Tensor]
 Precision = Literal["fp32", "bf16"]
@@ -94,7 +128,7 @@ class LocalEngine:
         """The module's whole state dict on the CPU."""
         return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
 
-    def _entries(self) -> Iterator[tuple[str, Entry]]:
+    def _entries(self) -> Iterator[tuple[str, TensorState]]:
         for name, tensor in _tensors(self.module):
             keys = self.optimizer.moments if tensor.requires_grad else ()
             yield name, {"value": tensor, **{k: self.optimizer.state[tensor][k] for k in keys}}
@@ -170,7 +204,7 @@ class DeepSpeedEngine:
                 name: value.detach().cpu().clone() for name, value in module.state_dict().items()
             }
 
-    def _entries(self) -> Iterator[tuple[str, Entry]]:
+    def _entries(self) -> Iterator[tuple[str, TensorState]]:
         for name, tensor in _tensors(self.engine.module):
             with self._whole([tensor]):
                 value = tensor.detach().clone()

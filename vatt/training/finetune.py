@@ -1,7 +1,7 @@
 """Fine-tuning on labels: one tower and a linear layer, from pre-trained weights or from scratch.
 
-B clips of the global batch, C classes. As in pre-training the loss sees the whole batch in every
-process: logits are gathered with their gradients.
+B clips of the global batch, C classes; targets (B, C) are shares in [0, 1]. As in pre-training the
+loss sees the whole batch in every process: logits are gathered with their gradients.
 """
 
 import hashlib
@@ -9,31 +9,116 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vatt.checkpoint import load_weights
-from vatt.config import FinetuneTaskParams, MachineParams
-from vatt.data.batches import Batch, model_inputs
+from vatt.checkpoint import load, load_config, load_weights
+from vatt.config import FinetuneTaskParams, MachineParams, ModelParams
+from vatt.data.clips.manifest import LABEL_SEPARATOR
+from vatt.data.loading.batches import Batch, model_inputs
 from vatt.errors import SettingsError
-from vatt.model.classifier import Classifier
-from vatt.model.drop_token import draw_kept
 from vatt.model.operators import full_precision
+from vatt.model.patches import draw_kept
+from vatt.model.vatt import Classifier
 from vatt.training import distributed
-from vatt.training.classification import (
-    balanced_sigmoid_loss,
-    draw_mix,
-    mix,
-    neighbours,
-    one_hot,
-    softmax_loss,
-)
 from vatt.training.engine import Engine, Weights, make_engine
 from vatt.training.gradient_cache import encode_in_micro_batches
-from vatt.training.loop import BatchesFrom, Plan, Progress, Report, ignore, train
-from vatt.training.schedule import learning_rate
+from vatt.training.loop import BatchesFrom, LoopSettings, Progress, Report, ignore, train
+from vatt.training.optimizer import learning_rate
 from vatt.training.state import flatten
 from vatt.training.telemetry import finetuning_work
+
+
+def one_hot(labels: Sequence[str], classes: Sequence[str]) -> Tensor:  # -> (B, C)
+    """1 for each class of a clip."""
+    place = {name: number for number, name in enumerate(classes)}
+    targets = torch.zeros(len(labels), len(classes))
+    for row, label in enumerate(labels):
+        for name in label.split(LABEL_SEPARATOR):
+            targets[row, place[name]] = 1
+    return targets
+
+
+def softmax_loss(logits: Tensor, targets: Tensor, *, smoothing: float) -> Tensor:
+    """Cross-entropy with smoothed labels, the mean over clips."""
+    targets = targets * (1 - smoothing) + smoothing / targets.shape[1]
+    return -(targets * F.log_softmax(full_precision(logits), dim=1)).sum(1).mean()
+
+
+def balanced_sigmoid_loss(logits: Tensor, targets: Tensor, *, smoothing: float) -> Tensor:
+    """Sigmoid cross-entropy summed over classes; a clip weighs as its labels are rare in the batch.
+
+    w_i = sum_c(y_ic / n_c) / sum_c y_ic with n_c the count of class c in the batch.
+    """
+    logits, smoothed = full_precision(logits), targets * (1 - smoothing) + smoothing / 2
+    each = F.binary_cross_entropy_with_logits(logits, smoothed, reduction="none").sum(1)
+    rarity = (targets / targets.sum(0).clamp(min=1e-12)).sum(1)
+    weights = rarity / targets.sum(1).clamp(min=1e-12)
+    return (weights * each).mean()
+
+
+def draw_mix(alpha: float, *, seed: int, step: int, samples: Sequence[int]) -> Tensor:  # -> (B,)
+    """Each clip's own share in its mixture, from Beta(alpha, alpha), by (seed, step, sample)."""
+
+    def draw(sample: int) -> float:
+        key = f"mixup/{seed}/{step}/{sample}".encode()
+        number = int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
+        return float(np.random.default_rng(number).beta(alpha, alpha))
+
+    return torch.tensor([draw(sample) for sample in samples])
+
+
+def mix(values: Tensor, own: Tensor, partners: Tensor) -> Tensor:  # (B, ...), (B,), (B,)
+    """Each row mixed with its partner's."""
+    share = own.view(-1, *[1] * (values.dim() - 1)).to(values)
+    return share * values + (1 - share) * values[partners]
+
+
+def neighbours(count: int) -> Tensor:
+    """Partners for `mix`: rows 0 and 1, 2 and 3, ...; they share a process however many there are.
+
+    Rows come in random order, so that a neighbour is as random as any other partner.
+    """
+    assert count % 2 == 0, "neighbours need an even number of rows"
+    return torch.arange(count) ^ 1
+
+
+def task_model(model: ModelParams, task: FinetuneTaskParams) -> ModelParams:
+    """The model's settings with the input size of the task; tables are resized to it."""
+    video = {"frames": task.frames, "frame_size": task.frame_size}
+    if task.modality == "image":
+        video["frames"] = model.video.patch[0]  # one voxel deep
+    audio = {"samples": task.audio_samples}
+    return model.model_copy(
+        update={
+            "video": model.video.model_copy(update=_given(video)),
+            "audio": model.audio.model_copy(update=_given(audio)),
+        }
+    )
+
+
+def start(
+    task: FinetuneTaskParams, *, classes: Sequence[str], init: str, pretrained: Path, seed: int
+) -> Classifier:
+    """A classifier as training begins: fresh, or with the pre-trained tower."""
+    params = ModelParams.model_validate(load_config(pretrained)["model"])
+    torch.manual_seed(seed)
+    model = Classifier(
+        task_model(params, task),
+        modality=task.modality,
+        num_classes=len(classes),
+        head_dropout=task.head_dropout,
+    )
+    if init == "pretrained":
+        load_backbone(model, load(pretrained).state_dict())
+    return model
+
+
+def _given(values: dict[str, int | None]) -> dict[str, int]:
+    return {key: value for key, value in values.items() if value is not None}
+
 
 # Settings that shape no weight: changing them does not make a saved state useless.
 SHAPELESS = {"save_every", "report_every", "test_clips", "test_crops"}
@@ -109,7 +194,7 @@ def finetune(
             "seed": seed,
         }
     )
-    plan = Plan(
+    plan = LoopSettings(
         steps=params.steps,
         seed=seed,
         save_every=params.save_every,

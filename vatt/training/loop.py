@@ -1,22 +1,93 @@
-"""The loop that pre-training and fine-tuning share: batches in, updates made, states kept."""
+"""The loop that pre-training and fine-tuning share: batches in, updates made, states kept.
+
+It stops at losses that are not finite, and reports losses that jump.
+"""
 
 import hashlib
-from collections.abc import Callable, Iterable
+import json
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from vatt.data.batches import Batch
-from vatt.errors import DataError, Stopped
+from vatt.data.loading.batches import Batch
+from vatt.errors import DataError, Stopped, VattError
+from vatt.files import atomic_write
 from vatt.training import distributed
+from vatt.training.distributed import stop_requests
 from vatt.training.engine import Engine, Weights
-from vatt.training.stability import SpikeWatch, check_finite
 from vatt.training.state import States, open_states
-from vatt.training.stopping import stop_requests
 from vatt.training.telemetry import Meter, Work
+
+WINDOW = 64  # losses that say what is usual
+ENOUGH = 16  # fewer say nothing
+TIMES = 8.0  # typical deviations above the median that make a spike
+SIGMA = 1.4826  # standard deviation of a normal distribution / median absolute deviation
+LEAST_SHARE = 0.02  # of the median: a flat curve's noise is no spike
+NAMED = 8  # clips of each process in the message
+FILE = "not-finite.json"
+
+
+def check_finite(
+    numbers: Mapping[str, float], *, step: int, clip_ids: Sequence[str], folder: Path
+) -> None:
+    """Stop at a number that is none, naming it, the step and the clips; the last state is kept.
+
+    Every process must call it with the same numbers; all clips are listed in a file of `folder`.
+    """
+    bad = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
+    if not bad:
+        return
+    by_rank = _from_all(list(clip_ids))
+    file = folder / FILE
+    if distributed.rank() == 0:
+        told = {name: str(value) for name, value in numbers.items()}
+        with atomic_write(file) as path:
+            path.write_text(json.dumps({"step": step, "numbers": told, "clips": by_rank}, indent=1))
+    named = [name for names in by_rank for name in names[:NAMED]]
+    rest = sum(map(len, by_rank)) - len(named)
+    raise VattError(
+        f"training left the finite numbers at step {step}: {', '.join(bad)}; "
+        f"clips of this step: {', '.join(named)}" + (f" and {rest} more in {file}" if rest else ""),
+        hint="the last saved state is good; look at these clips, or lower the learning rate",
+    )
+
+
+def _from_all(names: list[str]) -> list[list[str]]:
+    if distributed.world_size() == 1:
+        return [names]
+    rows: list[list[str]] = [[] for _ in range(distributed.world_size())]
+    dist.all_gather_object(rows, names)
+    return rows
+
+
+class SpikeWatch:
+    """Knows the last losses, and a loss far above them: median + 8 typical deviations."""
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether this loss is one; it joins the window either way."""
+        limit = self.limit()
+        self._losses.append(loss)
+        return loss > limit
+
+    def limit(self) -> float:
+        """Losses above it are spikes; infinite while too few are known."""
+        if len(self._losses) < ENOUGH:
+            return math.inf
+        middle = statistics.median(self._losses)
+        deviation = statistics.median(abs(loss - middle) for loss in self._losses)
+        return middle + TIMES * max(SIGMA * deviation, LEAST_SHARE * abs(middle))
+
 
 Report = Callable[[int, dict[str, float]], None]  # (updates made, metrics)
 Progress = Callable[[int, int], None]
@@ -30,7 +101,7 @@ def ignore(*_: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LoopSettings:
     """How long to train, and what happens now and then on the way."""
 
     steps: int
@@ -64,7 +135,7 @@ def train(
     engine: Engine,
     batches_from: BatchesFrom,
     inputs_of: InputsOf,
-    plan: Plan,
+    plan: LoopSettings,
     *,
     state: Path,
     identity: dict[str, Any],
@@ -90,7 +161,7 @@ def _make_updates(
     engine: Engine,
     batches_from: BatchesFrom,
     inputs_of: InputsOf,
-    plan: Plan,
+    plan: LoopSettings,
     states: States,
 ) -> None:
     """Make the updates that are left. A step's losses are named scalars; `loss` is minimised."""
@@ -126,7 +197,9 @@ def _make_updates(
                 )
 
 
-def _tell(engine: Engine, plan: Plan, done: int, numbers: dict[str, float], meter: Meter) -> None:
+def _tell(
+    engine: Engine, plan: LoopSettings, done: int, numbers: dict[str, float], meter: Meter
+) -> None:
     """Report where it is due, and what an evaluation found; called by every process."""
     told = distributed.rank() == 0
     if plan.is_told(done):

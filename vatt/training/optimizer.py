@@ -1,4 +1,4 @@
-"""Adam and momentum SGD as the release computes them; they differ from torch's in small ways."""
+"""Adam and momentum SGD as the release computes them, and the learning-rate schedule."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -8,6 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from vatt.config import OptimizerParams
+
+PERIOD_SHARE = {"quarter_cosine": 0.25, "half_cosine": 0.5}  # of a full cosine period
+
+
+def learning_rate(step: int, *, steps: int, params: OptimizerParams) -> float:
+    """The rate of update `step`, counted from 0; the final rate is reached at `steps`."""
+    if step < params.warmup_steps:
+        return params.learning_rate * step / params.warmup_steps
+    done = min(1.0, (step - params.warmup_steps) / max(1, steps - params.warmup_steps))
+    angle = 2 * math.pi * PERIOD_SHARE[params.schedule]
+    # 1 at the start, 0 at the end, whatever the share of the period.
+    height = (math.cos(angle * done) - math.cos(angle)) / (1 - math.cos(angle))
+    return params.final_learning_rate + height * (params.learning_rate - params.final_learning_rate)
+
 
 ADAM_EPS = 1e-7
 MOMENTUM = 0.9

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from vatt.config import MachineParams, ModelParams, PretrainParams
-from vatt.data.batches import Batch, scaled
+from vatt.data.loading.batches import Batch, scaled
 from vatt.errors import SettingsError
 from vatt.losses import FORMS, pretraining_loss
-from vatt.model.drop_token import draw_kept
 from vatt.model.operators import full_precision
+from vatt.model.patches import draw_kept
 from vatt.model.recipe import RECIPES
 from vatt.model.vatt import VATT, Features
 from vatt.training import distributed
 from vatt.training.engine import Engine, Weights, make_engine
 from vatt.training.gradient_cache import encode_in_micro_batches
-from vatt.training.loop import BatchesFrom, Evaluate, Plan, Progress, Report, ignore, train
-from vatt.training.schedule import learning_rate
+from vatt.training.loop import BatchesFrom, Evaluate, LoopSettings, Progress, Report, ignore, train
+from vatt.training.optimizer import learning_rate
 from vatt.training.state import flatten
 from vatt.training.telemetry import pretraining_work
 
@@ -130,7 +130,7 @@ def pretrain(
     """
     _check_share(params.batch_size)
     module = Pretraining(model, params, micro_batch_size=machine.micro_batch_size)
-    plan = Plan(
+    plan = LoopSettings(
         steps=params.steps,
         seed=seed,
         save_every=params.save_every,

@@ -2,14 +2,12 @@
 
 from collections.abc import Callable
 
-from vatt.verify.losses import loss_rows
+from vatt.verify.losses import loss_rows, schedule_rows
 from vatt.verify.operations import operation_rows
-from vatt.verify.parameters import parameter_rows
-from vatt.verify.row import Row
-from vatt.verify.schedules import schedule_rows
-from vatt.verify.tokens import drop_token_rows, token_rows
+from vatt.verify.parameters import drop_token_rows, parameter_rows, token_rows
+from vatt.verify.row import Check
 
-PARTS: tuple[Callable[[], list[Row]], ...] = (
+PARTS: tuple[Callable[[], list[Check]], ...] = (
     parameter_rows,
     operation_rows,
     token_rows,
@@ -19,9 +17,9 @@ PARTS: tuple[Callable[[], list[Row]], ...] = (
 )
 
 
-def verify(progress: Callable[[int, int], None] | None = None) -> list[Row]:
+def verify(progress: Callable[[int, int], None] | None = None) -> list[Check]:
     """All rows; takes seconds and no memory, since models are built without weights."""
-    rows: list[Row] = []
+    rows: list[Check] = []
     for done, part in enumerate(PARTS, start=1):
         rows += part()
         if progress:

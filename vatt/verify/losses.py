@@ -1,13 +1,16 @@
-"""Losses on fixed inputs, against loops over the formulas written out."""
+"""Losses and learning rates on fixed inputs, against loops over the formulas written out."""
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from vatt.config import OptimizerParams
 from vatt.losses import Form, mil_nce, nce, paper_form, release_form, symmetric_form
-from vatt.verify.row import Row, compare
+from vatt.training.optimizer import learning_rate
+from vatt.verify.row import Check, compare
 
 TEMPERATURES = (0.07, 1.0)
 _CLIPS, _WIDTH = 6, 10
@@ -32,7 +35,7 @@ MASKS: dict[str, Valid] = {
 }
 
 
-def loss_rows() -> list[Row]:
+def loss_rows() -> list[Check]:
     """NCE and MIL-NCE of the paper and of the release, with and without missing texts."""
     paper, release = "paper (SPEC section 1)", "release (SPEC section 3)"
     masks = tuple(MASKS)
@@ -117,7 +120,7 @@ def _vectors(key: int) -> Tensor:
     return torch.nn.functional.normalize(vectors.reshape(_CLIPS, 3, _WIDTH), dim=-1)
 
 
-def _row(name: str, source: str, ours: Tensor, naive: float) -> Row:
+def _row(name: str, source: str, ours: Tensor, naive: float) -> Check:
     return compare(
         f"loss, {name}, {_CLIPS} clips",
         source=source,
@@ -126,3 +129,55 @@ def _row(name: str, source: str, ours: Tensor, naive: float) -> Row:
         expected=naive,
         tolerance=_TOLERANCE,
     )
+
+
+_TOLERANCE = 1e-12  # 64-bit arithmetic, rates up to 0.2
+
+# name: (peak, final, warm-up, steps, share of a cosine period, source)
+SCHEDULES: dict[str, tuple[float, float, int, int, Literal["quarter", "half"], str]] = {
+    "pre-training": (1e-4, 5e-5, 10_000, 500_000, "quarter", "paper (SPEC section 2)"),
+    "video fine-tuning": (0.005, 0.0, 2_500, 100_000, "half", "paper (SPEC section 2)"),
+    "AudioSet fine-tuning": (0.2, 0.0, 5_000, 50_000, "half", "paper (SPEC section 2)"),
+    "release pre-training": (1e-4, 5e-5, 5_000, 500_000, "half", "release (SPEC section 3)"),
+}
+
+
+def schedule_rows() -> list[Check]:
+    """At the start, half-way up, at the peak, on the way down and at the end."""
+    rows = []
+    for name, (peak, final, warmup, steps, share, source) in SCHEDULES.items():
+        params = OptimizerParams(
+            name="adam",
+            learning_rate=peak,
+            final_learning_rate=final,
+            warmup_steps=warmup,
+            schedule="quarter_cosine" if share == "quarter" else "half_cosine",
+            weight_decay=0.0,
+            clip_norm=None,
+        )
+        stated = {warmup: peak, steps: final} if source.startswith("paper") else {}
+        middle = (warmup + steps) // 2
+        for step in (0, warmup // 2, warmup, middle, steps - 1, steps):
+            rows.append(
+                compare(
+                    f"learning rate, {name}, step {step}",
+                    source=source,
+                    unit="1",
+                    ours=learning_rate(step, steps=steps, params=params),
+                    expected=_rate(step, peak, final, warmup, steps, share),
+                    tolerance=_TOLERANCE,
+                    paper=stated.get(step),
+                )
+            )
+    return rows
+
+
+def _rate(
+    step: int, peak: float, final: float, warmup: int, steps: int, share: Literal["quarter", "half"]
+) -> float:
+    if step < warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / (steps - warmup)
+    if share == "quarter":
+        return final + (peak - final) * math.cos(math.pi / 2 * progress)
+    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vatt.config import SizeName
-from vatt.model.drop_token import num_kept
-from vatt.model.flops import Convention, multimodal_flops, num_video_tokens, video_flops
+from vatt.flops import Convention, multimodal_flops, num_video_tokens, video_flops
+from vatt.model.patches import num_kept
 from vatt.model.transformer import Encoder
 from vatt.model.vatt import VATT
-from vatt.verify.models import build_classifier, build_model, model_params, video_params
-from vatt.verify.row import Row, compare, published
+from vatt.verify.parameters import build_classifier, build_model, model_params, video_params
+from vatt.verify.row import Check, compare, published
 
 VIEWS = 12  # 4 clips x 3 crops
 CONVENTIONS: tuple[Convention, ...] = ("paper", "true")
@@ -42,12 +42,12 @@ TABLE_6 = (
 _COUNTED = "expected: matrix products of the built model, every token in every block, by torch"
 
 
-def operation_rows() -> list[Row]:
+def operation_rows() -> list[Check]:
     """Every published number of operations, in both conventions."""
     return [row for table in (_table_1, _table_5, _table_6) for row in table()]
 
 
-def _table_1() -> list[Row]:
+def _table_1() -> list[Check]:
     rows = []
     for name, (size, tolerance) in TABLE_1.items():
         video = video_params(size, frame_size=320)
@@ -65,7 +65,7 @@ def _table_1() -> list[Row]:
     return rows
 
 
-def _table_5() -> list[Row]:
+def _table_5() -> list[Check]:
     rows = []
     params, model = model_params("MBS", "paper"), build_model("MBS", "paper")
     for column, (rate, tolerance) in TABLE_5.items():
@@ -78,7 +78,7 @@ def _table_5() -> list[Row]:
     return rows
 
 
-def _table_6() -> list[Row]:
+def _table_6() -> list[Check]:
     rows = []
     model = build_classifier("medium", "paper", modality="video", num_classes=400)
     for column, rate, frames, side in TABLE_6:
@@ -96,7 +96,7 @@ def _table_6() -> list[Row]:
 
 def _paper_row(
     title: str, source: str, unit: str, ours: float, paper: float, tolerance: float
-) -> Row:
+) -> Check:
     return compare(
         f"{title}, {NAMES['paper']}",
         source=source,
@@ -108,7 +108,7 @@ def _paper_row(
     )
 
 
-def _true_row(title: str, source: str, unit: str, ours: float, counted: float) -> Row:
+def _true_row(title: str, source: str, unit: str, ours: float, counted: float) -> Check:
     return compare(
         f"{title}, {NAMES['true']}",
         source=source,

@@ -1,10 +1,81 @@
-"""How many parameters each tower and model has."""
+"""The published models as settings: their parameters, and the tokens of their inputs."""
 
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
 from torch import nn
 
-from vatt.config import SizeName
-from vatt.verify.models import build_classifier, build_model
-from vatt.verify.row import Row, compare, not_run, published, published_whole_model
+from vatt.config import AudioParams, ModelParams, SizeName, TextParams, VideoParams
+from vatt.model.patches import cut, draw_kept, drop_tokens
+from vatt.model.vatt import VATT, Classifier, Medium
+from vatt.verify.row import Check, compare, not_run, published, published_whole_model
+
+Recipe = Literal["paper", "release"]
+
+VOCABULARY = 65536
+SPECIFIC: dict[str, tuple[SizeName, SizeName, SizeName]] = {
+    "BBS": ("base", "base", "small"),
+    "MBS": ("medium", "base", "small"),
+    "LBS": ("large", "base", "small"),
+}
+AGNOSTIC: dict[str, SizeName] = {"MA-Base": "base", "MA-Medium": "medium", "MA-Large": "large"}
+
+
+def video_params(size: SizeName, *, frames: int = 32, frame_size: int = 224) -> VideoParams:
+    """The video tower at the paper's patch."""
+    return VideoParams(size=size, frames=frames, frame_size=frame_size, patch=(4, 16, 16))
+
+
+def audio_params(size: SizeName, *, spectrogram: bool = False) -> AudioParams:
+    """The audio tower on 3.2 s at 48 kHz, or on the release's 144 frames of 80 mel bins."""
+    if spectrogram:
+        return AudioParams(size=size, input="spectrogram", samples=144, patch=(16, 5), mel_bins=80)
+    return AudioParams(size=size, input="waveform", samples=153_600, patch=128, mel_bins=None)
+
+
+def model_params(name: str, recipe: Recipe, *, spectrogram: bool = False) -> ModelParams:
+    """A published model by its name: BBS, MBS, LBS, MA-Base, MA-Medium, MA-Large."""
+    video, audio, text = SPECIFIC[name] if name in SPECIFIC else (AGNOSTIC[name],) * 3
+    return ModelParams(
+        recipe=recipe,
+        backbone="specific" if name in SPECIFIC else "agnostic",
+        video=video_params(video),
+        audio=audio_params(audio, spectrogram=spectrogram),
+        text=TextParams(size=text, words=16, vocabulary=VOCABULARY),
+        va_dim=512,
+        vt_dim=256,
+        dropout=0.1,
+    )
+
+
+def build_model(name: str, recipe: Recipe) -> VATT:
+    """A pre-training model on the meta device."""
+    with torch.device("meta"):
+        return VATT(model_params(name, recipe)).eval()
+
+
+def build_classifier(
+    size: SizeName,
+    recipe: Recipe,
+    *,
+    modality: Medium,
+    num_classes: int,
+    spectrogram: bool = False,
+) -> Classifier:
+    """A fine-tuning model on the meta device."""
+    params = model_params("BBS", recipe, spectrogram=spectrogram)
+    params = params.model_copy(
+        update={
+            "video": params.video.model_copy(update={"size": size}),
+            "audio": params.audio.model_copy(update={"size": size}),
+        }
+    )
+    with torch.device("meta"):
+        return Classifier(
+            params, modality=modality, num_classes=num_classes, head_dropout=0.0
+        ).eval()
+
 
 RELEASE = "release: counted by its own code (SPEC section 4)"
 
@@ -43,7 +114,7 @@ CLASSES_600: dict[SizeName, int] = {
 }
 
 
-def parameter_rows() -> list[Row]:
+def parameter_rows() -> list[Check]:
     """Every tower and model of the release, then the paper's table 7."""
     rows = []
     for name, (trainable, frozen) in MODELS.items():
@@ -79,7 +150,7 @@ def count_frozen(module: nn.Module) -> int:
     return sum(tensor.numel() for tensor in frozen + buffers)
 
 
-def _classifier_rows() -> list[Row]:
+def _classifier_rows() -> list[Check]:
     rows = []
     for size, expected in VIDEO_400.items():
         model = build_classifier(size, "release", modality="video", num_classes=400)
@@ -95,7 +166,7 @@ def _classifier_rows() -> list[Row]:
     return rows
 
 
-def _table_7_rows() -> list[Row]:
+def _table_7_rows() -> list[Check]:
     rows = []
     for size, expected in CLASSES_600.items():
         model = build_classifier(size, "release", modality="video", num_classes=600)
@@ -138,7 +209,7 @@ def _table_7_rows() -> list[Row]:
     return rows
 
 
-def _exact(name: str, ours: int, expected: int) -> Row:
+def _exact(name: str, ours: int, expected: int) -> Check:
     return compare(
         f"parameters, {name}",
         source=RELEASE,
@@ -147,3 +218,70 @@ def _exact(name: str, ours: int, expected: int) -> Row:
         expected=expected,
         tolerance=0,
     )
+
+
+VIDEOS = {  # frames x height x width, patch, what the paper says of it
+    "32x224x224 / 4x16x16": ("table 9", 1568),
+    "64x224x224 / 4x16x16": ("table 6", 3136),
+    "32x320x320 / 4x16x16": ("tables 1 and 6", 3200),
+    "4x384x384 / 4x16x16": ("table 3", 576),
+    "32x200x200 / 5x16x16": ("table 9", 7 * 13 * 13),
+    "32x224x224 / 5x16x16": ("table 9", 7 * 14 * 14),
+    "64x224x224 / 5x16x16": ("table 9", 13 * 14 * 14),
+    "32x224x224 / 8x16x16": ("table 9", 4 * 14 * 14),
+    "32x224x224 / 8x32x32": ("table 9", 4 * 7 * 7),
+}
+AUDIOS = {
+    "153600 / 128": ("table 10", 1200),
+    "153600 / 256": ("table 10", 600),
+    "153600 / 512": ("table 10", 300),
+    "153600 / 1024": ("table 10", 150),
+    "144x80 / 16x5": ("table 10", 9 * 16),
+}
+DROPPED = (0.75, 0.5, 0.25, 0.0)
+KEPT = {1568: (392, 784, 1176, 1568), 3200: (800, 1600, 2400, 3200), 1200: (300, 600, 900, 1200)}
+
+
+def token_rows() -> list[Check]:
+    """Tokens of the paper's inputs: ours are counted in the patches that the model cuts."""
+    rows = []
+    for kind, inputs, channels in (("video", VIDEOS, 3), ("audio", AUDIOS, 1)):
+        for name, (source, expected) in inputs.items():
+            sizes, patch = (
+                tuple(map(int, part.split("x"))) for part in name.replace(" ", "").split("/")
+            )
+            rows.append(
+                compare(
+                    f"tokens, {kind} {name}",
+                    source=source,
+                    unit="tokens",
+                    ours=_num_cut(sizes, patch, channels),
+                    expected=expected,
+                    tolerance=0,
+                )
+            )
+    return rows
+
+
+def drop_token_rows() -> list[Check]:
+    """Tokens that go on: ours are counted in what `drop_tokens` returns, each of them different."""
+    rows = []
+    for num_tokens, expected in KEPT.items():
+        for rate, number in zip(DROPPED, expected, strict=True):
+            kept = draw_kept(num_tokens, rate, seed=0, step=0, samples=[0])
+            places = torch.arange(num_tokens, dtype=torch.float32)[None, :, None]
+            rows.append(
+                compare(
+                    f"DropToken {rate:.0%} of {num_tokens} tokens",
+                    source="paper (SPEC section 1), tables 5 and 6",
+                    unit="tokens",
+                    ours=drop_tokens(places, kept).unique().numel(),
+                    expected=number,
+                    tolerance=0,
+                )
+            )
+    return rows
+
+
+def _num_cut(sizes: Sequence[int], patch: Sequence[int], channels: int) -> int:
+    return cut(torch.empty(1, *sizes, channels, device="meta"), patch).shape[1]

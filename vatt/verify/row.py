@@ -13,7 +13,7 @@ State = Literal["pass", "fail", "not run"]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Check:
     """`paper` is the published number in `unit`, None where there is none; numbers are absolute."""
 
     name: str
@@ -44,12 +44,12 @@ def compare(
     tolerance: float,
     paper: float | None = None,
     reason: str | None = None,
-) -> Row:
+) -> Check:
     """A row that passes when ours is as near to the expected number as the tolerance says."""
     passes = math.isfinite(ours) and abs(ours - expected) <= tolerance
     if not passes:
         reason = f"ours is {ours - expected:+.6g} off" + (f"; {reason}" if reason else "")
-    return Row(
+    return Check(
         name=name,
         source=source,
         unit=unit,
@@ -64,9 +64,9 @@ def compare(
 
 def not_run(
     name: str, *, source: str, unit: str, paper: float, ours: float | None, reason: str
-) -> Row:
+) -> Check:
     """A published number that nothing can be compared with, and why."""
-    return Row(
+    return Check(
         name=name,
         source=source,
         unit=unit,

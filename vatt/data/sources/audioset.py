@@ -11,15 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vatt.config import DataParams
-from vatt.data.manifest import LABEL_SEPARATOR, Clip
-from vatt.data.sources.official import (
-    MANGLED,
-    Faults,
-    csv_rows,
-    number,
-    open_text,
-    youtube_span,
-)
+from vatt.data.clips.manifest import LABEL_SEPARATOR, Clip
+from vatt.data.sources.official import MANGLED, Faults, csv_rows, number, open_text, youtube_span
 from vatt.errors import DataError
 
 SOURCE = "audioset"

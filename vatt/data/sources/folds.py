@@ -10,15 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vatt.config import DataParams
-from vatt.data.manifest import Clip
-from vatt.data.sources.official import (
-    MANGLED,
-    Faults,
-    csv_rows,
-    file_clip,
-    listed_files,
-    open_text,
-)
+from vatt.data.clips.manifest import Clip
+from vatt.data.sources.official import MANGLED, Faults, csv_rows, file_clip, listed_files, open_text
 
 FOLDS = ("1", "2", "3")
 _HMDB51_USE = {"0": "val", "1": "train", "2": "test"}  # 0: in neither; kept apart as val

@@ -14,13 +14,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vatt.config import DataParams
-from vatt.data.manifest import Caption, Clip, drawn_split
-from vatt.data.sources.official import (
-    MANGLED,
-    Faults,
-    csv_rows,
-    youtube_url,
-)
+from vatt.data.clips.manifest import Caption, Clip, drawn_split
+from vatt.data.sources.official import MANGLED, Faults, csv_rows, youtube_url
 from vatt.errors import DataError
 
 SOURCE = "howto100m"
@@ -30,7 +25,7 @@ PIECE = 2**22  # characters read at once
 MAX_MEMBER = 2**26  # characters of one video's captions: more is a broken file
 _SPACE = re.compile(r"[ \t\r\n]*")
 
-Facts = tuple[tuple[str, str], ...]  # labels; equal ones are one object, as there are millions
+VideoFacts = tuple[tuple[str, str], ...]  # labels; equal ones are one object, as there are millions
 log = logging.getLogger(__name__)
 
 
@@ -60,10 +55,10 @@ def read_howto100m(folder: Path, data: DataParams) -> Iterator[Clip]:
         yield _clip(video_id, facts, (), data)
 
 
-def read_videos(path: Path) -> dict[str, Facts]:
+def read_videos(path: Path) -> dict[str, VideoFacts]:
     """The videos of the list, in its order; one that is listed for two tasks keeps the first."""
-    videos: dict[str, Facts] = {}
-    known: dict[Facts, Facts] = {}
+    videos: dict[str, VideoFacts] = {}
+    known: dict[VideoFacts, VideoFacts] = {}
     faults = Faults(path, hint=MANGLED)
     for line, row in csv_rows(path, ("video_id", "category_1", "category_2", "task_id")):
         try:
@@ -78,7 +73,7 @@ def read_videos(path: Path) -> dict[str, Facts]:
     return videos
 
 
-def _spoken(path: Path, videos: dict[str, Facts]) -> Iterator[tuple[str, list[Any]]]:
+def _spoken(path: Path, videos: dict[str, VideoFacts]) -> Iterator[tuple[str, list[Any]]]:
     """Video ids and rows of start, end, text, in the order of the file or the list."""
     if path.is_dir():
         for video_id in list(videos):
@@ -112,7 +107,9 @@ def _captions(rows: list[Any]) -> tuple[Caption, ...]:
     return tuple(kept)
 
 
-def _clip(video_id: str, facts: Facts, captions: tuple[Caption, ...], data: DataParams) -> Clip:
+def _clip(
+    video_id: str, facts: VideoFacts, captions: tuple[Caption, ...], data: DataParams
+) -> Clip:
     url = youtube_url(video_id)
     return Clip(
         clip_id=f"ht_{video_id}",

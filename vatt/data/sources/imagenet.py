@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vatt.config import DataParams
-from vatt.data.manifest import LABEL_SEPARATOR, Clip
+from vatt.data.clips.manifest import LABEL_SEPARATOR, Clip
 from vatt.data.sources.folder import IMAGES
 from vatt.data.sources.official import MANGLED, Faults, csv_rows, file_clip, open_text
 from vatt.errors import DataError

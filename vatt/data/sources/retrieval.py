@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vatt.config import DataParams
-from vatt.data.manifest import Caption, Clip
+from vatt.data.clips.manifest import Caption, Clip
 from vatt.data.sources.official import (
     MANGLED,
     Faults,

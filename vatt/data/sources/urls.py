@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from vatt.config import DataParams
-from vatt.data.manifest import CLIP_ID, SPLITS, Caption, Clip, drawn_split, mark_of
+from vatt.data.clips.manifest import CLIP_ID, SPLITS, Caption, Clip, drawn_split, mark_of
 from vatt.data.sources.official import Faults
 from vatt.errors import DataError
 

@@ -1,0 +1,122 @@
+"""A manifest holds what was written, and refuses what could do harm."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.data.corpus import make_clip
+from tests.test_architecture import ROOT
+from vatt.data.clips.manifest import (
+    Caption,
+    Clip,
+    describe_manifest,
+    manifest_hash,
+    media_path,
+    read_manifest,
+    write_manifest,
+)
+from vatt.errors import DataError
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.parquet"])
+def test_clips_come_back_as_written(tmp_path, name):
+    clips = [make_clip(1), make_clip(2, end=None, captions=(Caption(-1.5, 0.25, "żółw 🐢"),))]
+    clips.append(replace(make_clip(3, captions=()), labels={}, licence="CC0"))
+    assert write_manifest(tmp_path / name, iter(clips)) == 3
+    assert list(read_manifest(tmp_path / name)) == clips
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.parquet"])
+def test_half_a_character_from_a_json_escape_can_be_written(tmp_path, name):
+    captions = (Caption(0.0, 1.0, json.loads(r'"a \ud83d \ud83d\ude00"')),)
+    write_manifest(tmp_path / name, [replace(make_clip(0), captions=captions)])
+    [clip] = read_manifest(tmp_path / name)
+    assert clip.captions[0].text == "a ? 😀"
+
+
+def test_hash_names_the_set_whatever_its_order(tmp_path):
+    clips = [make_clip(number) for number in range(5)]
+    write_manifest(tmp_path / "a", clips)
+    write_manifest(tmp_path / "b.parquet", clips[::-1])
+    write_manifest(tmp_path / "c", clips[:4])
+    assert manifest_hash(tmp_path / "a") == manifest_hash(tmp_path / "b.parquet")
+    assert manifest_hash(tmp_path / "a") != manifest_hash(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.parquet"])
+def test_an_id_given_twice_is_refused_and_nothing_is_written(tmp_path, name):
+    with pytest.raises(DataError, match="two clips are called clip-001"):
+        write_manifest(tmp_path / name, [make_clip(1), make_clip(2), make_clip(1)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_is_described_in_one_pass(tmp_path):
+    write_manifest(tmp_path / "m", [make_clip(1), make_clip(2), make_clip(3, split="test")])
+    corpus = describe_manifest(tmp_path / "m")
+    assert (corpus.clips, corpus.splits, corpus.sources) == (
+        3,
+        {"train": 2, "test": 1},
+        {"test": 3},
+    )
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path):
+    (tmp_path / "m.parquet").write_text("{}")
+    with pytest.raises(DataError, match=r"m\.parquet is no Parquet manifest"):
+        list(read_manifest(tmp_path / "m.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"clip_id": "../../etc/passwd"}, "clip_id"),
+        ({"clip_id": "a.b"}, "clip_id"),
+        ({"split": "training"}, "split"),
+        ({"start": 3.0, "end": 2.0}, "empty"),
+        ({"end": "two"}, "no time in seconds"),
+        ({"labels": {"digit": 7}}, "no text"),
+        ({"captions": [[0.0, 1.0]]}, "not a clip"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number(tmp_path, change, message):
+    path = tmp_path / "m.jsonl"
+    write_manifest(path, [make_clip(1)])
+    good = path.read_text()
+    path.write_text(good + json.dumps({**json.loads(good), **change}) + "\n")
+    with pytest.raises(DataError, match=message) as caught:
+        list(read_manifest(path))
+    assert f"{path}:2" in str(caught.value)
+
+
+def test_clips_of_one_url_share_their_media():
+    one, two = make_clip(1), replace(make_clip(2), url=make_clip(1).url)
+    assert one.media_name == two.media_name != make_clip(3).media_name
+    assert "/" not in replace(one, url="http://x/../../etc/passwd").media_name
+
+
+def test_a_folder_clip_stays_inside_its_folder(tmp_path):
+    def at(url: str) -> Clip:
+        return replace(make_clip(1), url=url)
+
+    here = {"media": tmp_path / "media", "location": tmp_path}
+    assert media_path(at("folder:a/-b %20.mp4"), **here) == tmp_path / "a/-b %20.mp4"
+    for url in ("folder:../secret.mp4", "folder:/etc/passwd"):
+        with pytest.raises(DataError, match="points out of"):
+            media_path(at(url), **here)
+    assert media_path(at("demo:x.mp4"), **here).parent == Path(tmp_path / "media")
+
+
+@pytest.mark.slow
+def test_ten_million_clips_stay_within_two_gigabytes():
+    command = [sys.executable, "bench/manifest.py", "--json"]
+    done = subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
+    steps = json.loads(done.stdout)["steps"]
+    counted = steps["count and hash"]["result"]
+    assert counted["clips"] == counted["splits"]["train"] + counted["splits"]["test"] == 10**7
+    assert counted["sources"] == {"audioset": 8 * 10**6, "howto100m": 2 * 10**6}
+    assert steps["sample"]["result"] == pytest.approx(10**6, rel=0.01)
+    assert max(step["peak_mb"] for step in steps.values()) < 2000

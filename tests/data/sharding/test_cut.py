@@ -1,0 +1,212 @@
+"""ffmpeg cuts exactly: the right frames, the right samples, the same bytes."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+from tests.data.corpus import STEP, demo_params, write_media
+from vatt.data.clips.media import BrokenMediaError, find_ffmpeg, probe
+from vatt.data.clips.samples import windows_of
+from vatt.data.clips.storage import decode_frames, whole
+from vatt.data.sharding.cut import Cut, cut
+from vatt.errors import MachineError
+
+PARAMS = demo_params().preprocess
+
+
+def cut_file(path, windows, tmp_path, params=PARAMS):
+    work = Cut(path, probe(path), tuple(windows))
+    return cut([work], params, program=find_ffmpeg(None), work=tmp_path)[0]
+
+
+def numbers(piece) -> list[int]:
+    """Which frames of the source these are, told from their grey."""
+    video = whole(
+        decode_frames(piece.video[0], range(piece.num_frames), fps=PARAMS.fps), piece.num_frames
+    )
+    return (video.mean(axis=(1, 2, 3)) / STEP).round().astype(int).tolist()
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """2.4 s: 24 frames of 10 a second, sound in the second half."""
+    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    write_media(path, seconds=2.4, size=(48, 64))
+    return path
+
+
+def test_windows_cover_the_span_and_drop_a_short_rest():
+    params = PARAMS.model_copy(update={"clip_seconds": 1.0, "min_clip_seconds": 0.4})
+    assert windows_of(0.5, 3.0, params) == [(0.5, 1.5), (1.5, 2.5), (2.5, 3.0)]
+    assert windows_of(0.0, 2.3, params) == [(0.0, 1.0), (1.0, 2.0)]
+    assert windows_of(0.0, 0.3, params) == []
+
+
+def test_windows_hold_exactly_their_frames(film, tmp_path):
+    result = cut_file(film, [(0.0, 1.0), (1.0, 2.0), (0.5, 1.5), (1.7, 2.4)], tmp_path)
+    assert result.complaint == ""
+    assert [numbers(piece) for piece in result.pieces] == [
+        list(range(10)), list(range(10, 20)), list(range(5, 15)), list(range(17, 24)),
+    ]  # fmt: skip
+
+
+def test_a_window_off_the_frame_grid_shows_what_stands_on_the_screen(film, tmp_path):
+    for start, first in ((0.96, 9), (0.995, 10), (1.04, 10)):
+        [piece] = cut_file(film, [(start, start + 1)], tmp_path).pieces
+        assert numbers(piece) == list(range(first, first + 10))
+
+
+def test_stamps_that_count_frames_are_cut_as_exactly(tmp_path):
+    path = tmp_path / "film.avi"
+    write_media(path, seconds=2.4, sound=False, form="avi")
+    pieces = cut_file(path, [(0.0, 1.0), (0.5, 1.5), (1.04, 2.04)], tmp_path).pieces
+    assert [numbers(piece) for piece in pieces] == [[*range(k, k + 10)] for k in (0, 5, 10)]
+
+
+def test_half_pictures_are_made_whole(tmp_path):
+    """A bright bar moves 8 pixels a half picture: left as they are, rows would show it in turn."""
+    path = tmp_path / "broadcast.ts"
+    with av.open(str(path), "w", format="mpegts") as container:
+        options = {"x264-params": "tff=1", "crf": "4"}
+        stream = container.add_stream("libx264", rate=10, options=options)
+        stream.height, stream.width, stream.pix_fmt = 64, 256, "yuv420p"
+        stream.codec_context.flags |= av.codec.context.Flags.interlaced_dct
+        for number in range(10):
+            pixels = np.zeros((64, 256, 3), np.uint8)
+            for half in range(2):
+                left = 16 * number + 8 * half
+                pixels[half::2, left : left + 32] = 200
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert probe(path).interlaced
+    params = PARAMS.model_copy(update={"short_side": 64, "crf": 4})
+    [piece] = cut_file(path, [(0.0, 1.0)], tmp_path, params).pieces
+    video = whole(decode_frames(piece.video[0], range(2, 8), fps=10), 6).mean(axis=3)
+    combs = np.abs(video[:, 1:-1] - (video[:, :-2] + video[:, 2:]) / 2)[:, 4:-4]
+    assert combs.mean() < 2  # 12 when nothing is done
+
+
+def test_each_side_of_the_sound_is_heard_in_the_mix(tmp_path):
+    for channel in range(6):
+        wave = np.zeros((6, 8000), np.float32)
+        wave[channel] = 0.5 * np.sin(2 * np.pi * 100 * np.arange(8000) / 8000)
+        path = tmp_path / f"{channel}.mka"
+        with av.open(str(path), "w", format="matroska") as container:
+            stream = container.add_stream("pcm_f32le", rate=8000, layout="5.1")
+            frame = av.AudioFrame.from_ndarray(wave.T.reshape(1, -1).copy(), "flt", "5.1")
+            frame.sample_rate, frame.pts = 8000, 0
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        [piece] = cut_file(path, [(0.0, 1.0)], tmp_path).pieces
+        level = np.abs(piece.audio).max()
+        assert level == 0 if channel == 3 else level > 2000  # the fourth is for a subwoofer
+
+
+def test_sound_is_as_long_as_the_picture_and_in_step(film, tmp_path):
+    pieces = cut_file(film, [(0.0, 1.0), (0.8, 1.8)], tmp_path).pieces
+    assert [len(piece.audio) for piece in pieces] == [8000, 8000]
+    assert np.abs(pieces[0].audio).max() < 300  # silent before 1.2 s
+    onset = np.flatnonzero(np.abs(pieces[1].audio) > 3000)[0] / 8000
+    assert abs(onset - 0.4) < 0.02
+
+
+def test_short_side_and_even_sizes(tmp_path):
+    for size, stored in (((48, 64), (32, 42)), ((96, 48), (64, 32)), ((32, 32), (32, 32))):
+        path = tmp_path / f"{size[0]}.mp4"
+        write_media(path, size=size)
+        [piece] = cut_file(path, [(0.0, 1.0)], tmp_path).pieces
+        assert (piece.height, piece.width) == stored
+
+
+def test_frames_are_repeated_or_left_out_to_reach_the_rate(tmp_path):
+    path = tmp_path / "slow.mp4"
+    write_media(path, seconds=2.0, fps=5)
+    [piece] = cut_file(path, [(0.0, 1.0)], tmp_path).pieces
+    assert numbers(piece) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_many_sources_in_a_call_give_the_bytes_of_one_each(film, tmp_path):
+    other = tmp_path / "other.mp4"
+    write_media(other, seconds=1.2, sound=False)
+    jobs = [
+        Cut(film, probe(film), ((0.0, 1.0), (1.0, 2.0))),
+        Cut(other, probe(other), ((0.0, 1.0),)),
+    ]
+    program = find_ffmpeg(None)
+    together = cut(jobs, PARAMS, program=program, work=tmp_path)
+    alone = [cut([job], PARAMS, program=program, work=tmp_path)[0] for job in jobs]
+    for one, two in zip(together, alone, strict=True):
+        for piece, same in zip(one.pieces, two.pieces, strict=True):
+            assert piece.video == same.video and np.array_equal(piece.audio, same.audio)
+    assert together[1].pieces[0].audio is None
+
+
+def test_a_broken_file_among_others_costs_only_itself(film, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    data = bytearray(film.read_bytes())
+    start = data.index(b"mdat") + 4
+    data[start : start + 4000] = b"\xff" * 4000
+    broken.write_bytes(data)
+    jobs = [Cut(path, probe(path), ((0.0, 1.0),)) for path in (film, broken)]
+    good, bad = cut(jobs, PARAMS, program=find_ffmpeg(None), work=tmp_path)
+    assert good.complaint == "" and numbers(good.pieces[0]) == list(range(10))
+    assert bad.complaint and "0x" not in bad.complaint
+
+
+def test_a_file_that_takes_too_long_is_given_up(film, tmp_path, monkeypatch):
+    monkeypatch.setattr("vatt.data.sharding.cut.PATIENCE", 1e-4)
+    result = cut_file(film, [(0.0, 1.0)], tmp_path)
+    assert result.complaint == "decoding takes too long" and result.pieces[0].video == ()
+
+
+def test_a_frame_of_too_many_pixels_is_not_decoded(film, tmp_path, monkeypatch):
+    monkeypatch.setattr("vatt.data.sharding.cut.MAX_PIXELS", 1000)
+    result = cut_file(film, [(0.0, 1.0)], tmp_path)
+    assert "max pixel count" in result.complaint and result.pieces[0].video == ()
+
+
+def test_a_file_that_claims_a_year_is_refused(tmp_path):
+    path = tmp_path / "year.mkv"
+    with av.open(str(path), "w", format="matroska") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        for pts in (0, 365 * 86400 * 8000):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+            frame.sample_rate, frame.pts = 8000, pts
+            container.mux(stream.encode(frame))
+    with pytest.raises(BrokenMediaError, match=r"claim \d+ hours"):
+        probe(path)
+
+
+def test_what_is_no_media_says_why(tmp_path):
+    cases = {
+        "empty": b"",
+        "page.mp4": b"<!doctype html><p>404</p>" * 50,
+        "x.mp4": b"#EXTM3U\nfile:///",
+    }
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BrokenMediaError, match=r"empty file|not a media file"):
+            probe(tmp_path / name)
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(BrokenMediaError, match="not a file"):
+        probe(tmp_path / "folder.mp4")
+
+
+def test_a_stream_that_no_decoder_knows_is_none(tmp_path):
+    for sound in (True, False):
+        path = tmp_path / f"{sound}.mp4"
+        write_media(path, sound=sound)
+        path.write_bytes(path.read_bytes().replace(b"avc1\0\0", b"zz9z\0\0"))
+    media = probe(tmp_path / "True.mp4")
+    assert media.video is None and media.audio is not None
+    with pytest.raises(BrokenMediaError, match="that can be decoded"):
+        probe(tmp_path / "False.mp4")
+
+
+def test_a_missing_ffmpeg_is_the_machines_fault(tmp_path):
+    with pytest.raises(MachineError, match=r"machine\.ffmpeg"):
+        find_ffmpeg(tmp_path / "none")

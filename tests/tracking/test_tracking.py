@@ -1,0 +1,266 @@
+"""What MLflow holds after stages that end well, fail, are stopped, killed or resumed."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training import tiny
+from vatt import process
+from vatt.errors import DataError, MachineError, Stopped
+from vatt.tracking import mlflow
+from vatt.tracking.records import MetricLog
+
+ROOT = Path(__file__).parents[2]
+PARAMS = tiny.DEMO
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    """A store made once: a new database takes seconds."""
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        mlflow.mark_dead_runs(PARAMS)
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def project(database, tmp_path, monkeypatch):
+    """A project's root with its own experiment in the store; the settings to use in it."""
+    monkeypatch.chdir(tmp_path)
+    machine = {"mlflow_uri": f"sqlite:///{database}", "experiment": tmp_path.name}
+    return with_machine(PARAMS, **machine)
+
+
+def with_machine(params, **changes):
+    return params.model_copy(update={"machine": params.machine.model_copy(update=changes)})
+
+
+def client_of(params):
+    from mlflow import MlflowClient
+
+    return MlflowClient(mlflow.store_uri(params.machine))
+
+
+def record(stage="pretrain"):
+    return json.loads((PARAMS.paths.runs / f"{stage}.json").read_text())
+
+
+def steps(client, run_id, name="loss"):
+    return [metric.step for metric in client.get_metric_history(run_id, name)]
+
+
+def test_a_finished_run_holds_params_metrics_hashes_and_its_checkpoint(project, tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    with mlflow.run("pretrain", project, stage_hash="h", data_hash="d") as run:
+        for step in range(1, 4):
+            run.log(step, {"loss": 1 / step, "nce": float("nan")})
+        run.finish_metrics({"recall_at_10": 0.5})
+        run.checkpoint(folder)
+    client = client_of(project)
+    stored = client.get_run(run.run_id)
+    assert stored.info.status == "FINISHED"
+    assert steps(client, run.run_id) == [1, 2, 3]
+    assert stored.data.metrics["recall_at_10"] == 0.5
+    assert "nce" not in stored.data.metrics
+    assert stored.data.params["pretrain.optimizer.learning_rate"] == "0.0008"
+    assert stored.data.params["model.video.patch"] == "[4, 16, 16]"
+    assert stored.data.tags["vatt.stage_hash"] == "h"
+    assert stored.data.tags["vatt.data_hash"] == "d"
+    assert [a.path for a in client.list_artifacts(run.run_id, "checkpoint")] == [
+        "checkpoint/model.safetensors"
+    ]
+    facts = record()
+    assert facts["run_id"] == run.run_id and facts["status"] == "FINISHED"
+    assert facts["seconds"] >= 0 and facts["began"] <= facts["ended"]
+
+
+def test_a_large_checkpoint_is_named_not_copied(project, tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    params = with_machine(project, max_artifact_mb=0)
+    with mlflow.run("pretrain", params, stage_hash="h") as run:
+        run.checkpoint(folder)
+    client = client_of(params)
+    tags = client.get_run(run.run_id).data.tags
+    assert client.list_artifacts(run.run_id) == []
+    assert tags["checkpoint.path"] == str(folder)
+    expected = hashlib.sha256(b"weights").hexdigest()
+    assert tags["checkpoint.sha256.model.safetensors"] == expected
+    assert tags["checkpoint.dvc"].endswith(".dir")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(Stopped("x"), "KILLED"), (KeyboardInterrupt(), "KILLED"), (RuntimeError("x"), "FAILED")],
+)
+def test_the_status_tells_how_it_ended_and_a_rerun_continues(project, error, status):
+    with (
+        pytest.raises(type(error)),
+        mlflow.run("pretrain", project, stage_hash="h") as run,
+    ):
+        run.log(1, {"loss": 1.0})
+        run.log(2, {"loss": 0.5})
+        raise error
+    client = client_of(project)
+    assert client.get_run(run.run_id).info.status == status
+    assert record()["status"] == status
+    with mlflow.run("pretrain", project, stage_hash="h") as again:
+        for step in range(2, 5):  # the state was from before step 2
+            again.log(step, {"loss": 1 / step})
+    assert again.run_id == run.run_id
+    assert steps(client, run.run_id) == [1, 2, 3, 4]
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert record()["starts"] == 2
+
+
+def test_another_hash_or_a_finished_run_begins_a_new_one(project):
+    ids = []
+    for stage_hash in ("h", "h", "other"):
+        with mlflow.run("pretrain", project, stage_hash=stage_hash) as run:
+            ids.append(run.run_id)
+    assert len(set(ids)) == 3
+
+
+def test_stages_of_equal_settings_hang_under_one_parent_whatever_the_machine(project):
+    parents = []
+    more = with_machine(project, workers=7, zero_stage=3)
+    other = project.model_copy(update={"seed": 5})
+    for stage, params in (("pretrain", project), ("evaluate", more), ("evaluate", other)):
+        with mlflow.run(stage, params, stage_hash=stage) as run:
+            tags = client_of(params).get_run(run.run_id).data.tags
+            parents.append(tags["mlflow.parentRunId"])
+    assert parents[0] == parents[1] != parents[2]
+    parent = client_of(project).get_run(parents[0]).info
+    assert parent.status == "FINISHED"
+    assert parent.run_name.startswith(f"{Path.cwd().name} ")  # tells one experiment from another
+
+
+def test_a_killed_process_s_run_is_marked_killed(project):
+    code = (
+        "import sys, time, yaml; from vatt.config import parse_params; from vatt.training import "
+        "tracking; from pathlib import Path\n"
+        "params = parse_params(yaml.safe_load(sys.stdin.read()), source=Path('stdin'))\n"
+        "with mlflow.run('pretrain', params, stage_hash='h') as run:\n"
+        "    run.log(1, {'loss': 1.0}); run.flush(); print(run.run_id, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    process.stdin.write(json.dumps(project.model_dump(mode="json")))
+    process.stdin.close()
+    run_id = process.stdout.readline().strip()
+    assert mlflow.mark_dead_runs(project) == []
+    process.kill()
+    process.wait()
+    assert record()["status"] == "RUNNING"
+    assert mlflow.mark_dead_runs(project) == [run_id]
+    assert client_of(project).get_run(run_id).info.status == "KILLED"
+    assert record()["status"] == "KILLED"
+    with mlflow.run("pretrain", project, stage_hash="h") as again:
+        again.log(1, {"loss": 1.0})
+        again.log(2, {"loss": 1.0})
+    assert again.run_id == run_id
+    assert steps(client_of(project), run_id) == [1, 2]
+
+
+def test_no_secret_reaches_the_store(project):
+    params = with_machine(project, proxy="http://me:hunter2@proxy", cookies=Path("/cookies"))
+    with mlflow.run("pretrain", params, stage_hash="h") as run:
+        pass
+    stored = client_of(params).get_run(run.run_id).data
+    assert "hunter2" not in str(stored.params) + str(stored.tags)
+    assert "machine.proxy" not in stored.params
+
+
+def test_a_relative_store_lies_in_the_project_s_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    machine = tiny.machine_params(mlflow_uri="sqlite:///mlflow.db")
+    assert mlflow.store_uri(machine) == f"sqlite:///{tmp_path}/mlflow.db"
+    copied = tmp_path / ".dvc" / "tmp" / "exps" / "tmp1"
+    copied.mkdir(parents=True)
+    monkeypatch.chdir(copied)
+    assert mlflow.store_uri(machine) == f"sqlite:///{tmp_path}/mlflow.db"
+    for uri in ("sqlite:////data/mlflow.db", "http://127.0.0.1:5000"):
+        assert mlflow.store_uri(tiny.machine_params(mlflow_uri=uri)) == uri
+
+
+def test_a_store_that_cannot_be_is_a_clear_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlflow.db").mkdir()
+    with (
+        pytest.raises(MachineError, match=r"machine\.mlflow_uri"),
+        mlflow.run("pretrain", PARAMS, stage_hash="h"),
+    ):
+        pass
+
+
+def test_metrics_wait_while_the_store_is_away():
+    away, stored = [True], []
+
+    def send(batch):
+        if not away[0]:
+            stored.extend((one.name, one.step) for one in batch)
+        return not away[0]
+
+    metrics = MetricLog(send, {"loss": 1})
+    metrics.add(1, {"loss": 1.0, "nce": 1.0})
+    metrics.flush()
+    metrics.add(2, {"loss": 1.0})
+    away[0] = False
+    metrics.close()
+    assert stored == [("nce", 1), ("loss", 2)]
+
+
+def test_a_process_is_dead_once_it_is_gone_or_its_number_is_another_s():
+    assert not process.is_dead(process.myself())
+    host, pid, started = json.loads(process.myself())
+    assert process.is_dead(json.dumps([host, pid, started - 100]))
+    assert not process.is_dead(json.dumps(["elsewhere", pid, started - 100]))
+    assert not process.is_dead("")
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    name = json.dumps([host, child.pid, time.time()])
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert process.is_dead(name)
+
+
+def test_what_a_stage_kept_is_found_by_the_runs_or_the_pipelines_id(project, tmp_path):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    (folder / "arrays.npz").write_bytes(b"arrays")
+    with mlflow.run("evaluate", project, stage_hash="1") as run:
+        run.artifact(folder)
+    parent = client_of(project).get_run(run.run_id).data.tags["mlflow.parentRunId"]
+    for known_as in (run.run_id, run.run_id[:8], parent):
+        found = mlflow.artifact_of(project, known_as, "evaluate", "evaluation")
+        assert (found / "arrays.npz").read_bytes() == b"arrays"
+    with pytest.raises(DataError, match="no evaluate run begins with 'zz'"):
+        mlflow.artifact_of(project, "zz", "evaluate", "evaluation")
+
+
+def test_what_is_too_large_to_keep_is_named_by_its_place(project, tmp_path):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    (folder / "arrays.npz").write_bytes(bytes(2_000_000))
+    small = with_machine(project, max_artifact_mb=1)
+    with mlflow.run("evaluate", small, stage_hash="1") as run:
+        run.artifact(folder)
+    assert client_of(project).get_run(run.run_id).data.tags["evaluation.path"] == str(folder)
+    with pytest.raises(DataError, match="kept no evaluation"):
+        mlflow.artifact_of(small, run.run_id, "evaluate", "evaluation")

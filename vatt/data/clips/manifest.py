@@ -1,0 +1,341 @@
+"""The list of clips: JSON lines or Parquet, one record a clip, read and written as a stream.
+
+The list is never held in memory: writing takes 8 bytes a clip, reading none.
+"""
+
+import hashlib
+import json
+import math
+import re
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vatt.errors import DataError
+from vatt.files import atomic_write
+
+SPLITS = ("train", "val", "test")
+LABEL_SEPARATOR = "|"  # between the labels of a clip that has several of one name
+# A clip id becomes a name inside a tar and a WebDataset key, where a dot or a slash would cut it.
+CLIP_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,69}")
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """Words and the span in which they are said, in seconds of the source."""
+
+    start: float
+    end: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A span of a video, with what is said around it and what it shows."""
+
+    clip_id: str
+    source: str  # the data set: demo, folder, urls, ...
+    url: str  # http(s), or <scheme>:<path> resolved by download and `media_path`
+    start: float
+    end: float | None  # None: to the end of the media
+    split: str
+    labels: dict[str, str]
+    captions: tuple[Caption, ...]
+    licence: str | None
+
+    @property
+    def media_name(self) -> str:
+        """The file name of its media: the same for all clips of one url, safe on any disk."""
+        return media_name(self.url)
+
+
+def media_name(url: str) -> str:
+    """The file name that what lies at a url gets."""
+    return hashlib.sha256(url.encode()).hexdigest()[:24]
+
+
+def media_path(clip: Clip, *, media: Path, location: Path | None) -> Path:
+    """Where the clip's media lies: a folder's own files in place, anything else in `media`."""
+    if not clip.url.startswith("folder:"):
+        return media / clip.media_name
+    return path_in_folder(clip.url, location)
+
+
+def path_in_folder(url: str, location: Path | None) -> Path:
+    """The file of a url `folder:...`, which must lie in the folder."""
+    if location is None:
+        raise DataError(
+            f"{url} lies in a folder, and data.location names none",
+            hint="run `vattctl ingest FOLDER` again",
+        )
+    if location.is_file():  # a list, with the files beside it
+        location = location.parent
+    path = location / url.removeprefix("folder:")
+    if not path.parent.resolve().is_relative_to(location.resolve()):
+        raise DataError(
+            f"a clip points out of {location}: {url}",
+            hint="run `vattctl ingest FOLDER` again",
+        )
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A manifest on disk, read anew whenever it is gone through."""
+
+    path: Path
+
+    def __iter__(self) -> Iterator[Clip]:
+        return read_manifest(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """What a manifest lists."""
+
+    clips: int
+    splits: dict[str, int]
+    sources: dict[str, int]
+    hash: str  # names exactly this set of clips, whatever their order in the file
+
+
+def write_manifest(path: Path, clips: Iterable[Clip]) -> int:
+    """Write the clips whole or not at all; returns their number. An id given twice is refused."""
+    marks = array("Q")
+
+    def records() -> Iterator[dict[str, Any]]:
+        for clip in clips:
+            marks.append(mark_of(clip.clip_id))
+            yield _to_record(clip)
+
+    is_parquet = path.suffix == ".parquet"
+    with atomic_write(path) as temporary:
+        if is_parquet:
+            write_parquet(temporary, records())
+        else:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(_to_line(record) + "\n" for record in records())
+        _refuse_twins(temporary, np.asarray(marks), is_parquet=is_parquet)
+    return len(marks)
+
+
+def read_manifest(path: Path) -> Iterator[Clip]:
+    """The clips in the file's order; a bad line is named with its number."""
+    if not path.exists():
+        raise DataError(f"{path} is missing", hint="run `vattctl download`")
+    for number, record in enumerate(_records(path, is_parquet=path.suffix == ".parquet"), start=1):
+        if record is not None:
+            yield _from_record(record, where=f"{path}:{number}")
+
+
+def describe_manifest(path: Path) -> Corpus:
+    """Count and name the clips in one pass."""
+    splits: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    name = SetName()
+    for clip in read_manifest(path):
+        splits[clip.split] += 1
+        sources[clip.source] += 1
+        name.add(clip)
+    return Corpus(splits.total(), dict(splits), dict(sources.most_common()), name.hexdigest())
+
+
+class SetName:
+    """The sha256 that names a set of clips, in whatever order they are added."""
+
+    def __init__(self) -> None:
+        self._total = 0
+
+    def add(self, clip: Clip) -> None:
+        """One more clip of the set."""
+        line = _to_line(_to_record(clip))
+        self._total += int.from_bytes(hashlib.sha256(line.encode()).digest(), "big")
+
+    def hexdigest(self) -> str:
+        """The name."""
+        return hashlib.sha256((self._total % 2**256).to_bytes(32, "big")).hexdigest()
+
+
+def manifest_hash(path: Path) -> str:
+    """The sha256 that names the set of clips."""
+    return describe_manifest(path).hash
+
+
+def drawn_split(url: str, test_share: float, val_share: float) -> str:
+    """The split of a clip whose list names none: by its video, so that its clips stay together."""
+    place = int(hashlib.sha256(url.encode()).hexdigest()[:8], 16) / 16**8
+    if place < test_share:
+        return "test"
+    return "val" if place < test_share + val_share else "train"
+
+
+def mark_of(clip_id: str) -> int:
+    """64 bits that stand for an id where many are held at once."""
+    return int.from_bytes(hashlib.blake2b(clip_id.encode(), digest_size=8).digest(), "big")
+
+
+def _refuse_twins(path: Path, marks: np.ndarray, *, is_parquet: bool) -> None:
+    """Look for equal ids: for equal marks first, then at the ids that bear them."""
+    ordered = np.sort(marks)
+    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    seen: set[str] = set()
+    for record in _records(path, is_parquet=is_parquet) if suspects else ():
+        assert record is not None  # we wrote it
+        name = record["clip_id"]
+        if name in seen:
+            raise DataError(f"two clips are called {name}", hint="give each its own id")
+        if mark_of(name) in suspects:
+            seen.add(name)
+
+
+def _records(path: Path, *, is_parquet: bool) -> Iterator[Any]:
+    """What stands in each line (or row), still to be checked; None for an empty line."""
+    if is_parquet:
+        yield from read_parquet(path)
+        return
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError) as error:
+                raise _no_clip(f"{path}:{number}", str(error)) from None
+
+
+def _to_record(clip: Clip) -> dict[str, Any]:
+    return {
+        "clip_id": clip.clip_id,
+        "source": clip.source,
+        "url": clip.url,
+        "start": clip.start,
+        "end": clip.end,
+        "split": clip.split,
+        "labels": clip.labels,
+        "captions": [[c.start, c.end, _writable(c.text)] for c in clip.captions],
+        "licence": clip.licence,
+    }
+
+
+def _writable(text: str) -> str:
+    """Half of a surrogate pair, as a JSON escape may give, is no character and has no bytes."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _to_line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, sort_keys=True, allow_nan=False)
+
+
+def _from_record(record: Any, *, where: str) -> Clip:
+    try:
+        clip = Clip(
+            clip_id=_text(record["clip_id"]),
+            source=sys.intern(_text(record["source"])),
+            url=_text(record["url"]),
+            start=_seconds(record["start"]),
+            end=None if record["end"] is None else _seconds(record["end"]),
+            split=sys.intern(_text(record["split"])),
+            labels={
+                sys.intern(_text(name)): _text(value) for name, value in record["labels"].items()
+            },
+            captions=tuple(
+                Caption(_seconds(start), _seconds(end), _text(text))
+                for start, end, text in record["captions"]
+            ),
+            licence=None if record["licence"] is None else _text(record["licence"]),
+        )
+        _check(clip)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise _no_clip(where, reason) from None
+    return clip
+
+
+def _no_clip(where: str, reason: str) -> DataError:
+    return DataError(f"{where}: not a clip: {reason}", hint="run `vattctl download`")
+
+
+def _check(clip: Clip) -> None:
+    if not CLIP_ID.fullmatch(clip.clip_id):
+        raise ValueError(f"clip_id {clip.clip_id!r} may hold letters, digits, - and _ only")
+    if clip.split not in SPLITS:
+        raise ValueError(f"split {clip.split!r} is none of {', '.join(SPLITS)}")
+    if clip.start < 0 or (clip.end is not None and clip.end <= clip.start):
+        raise ValueError(f"span {clip.start} to {clip.end} is empty")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is no time in seconds")
+    return float(value)
+
+
+ROWS = 1024  # of a row group; captions make a row some kilobytes
+BATCH = 256
+
+
+def write_parquet(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write the records as they come, a row group at a time."""
+    import pyarrow  # slow to import, and seldom needed
+    import pyarrow.parquet
+
+    schema = _schema()
+    waiting = iter(records)
+    with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+        while rows := list(islice(waiting, ROWS)):
+            for row in rows:
+                row["captions"] = [dict(zip(_CAPTION, c, strict=True)) for c in row["captions"]]
+                row["labels"] = sorted(row["labels"].items())
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+
+
+def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """The records in the file's order; other columns are passed over."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            missing = set(_schema().names) - set(file.schema_arrow.names)
+            if missing:
+                raise DataError(
+                    f"{path} has no column {', '.join(sorted(missing))}",
+                    hint="run `vattctl download`",
+                )
+            for batch in file.iter_batches(BATCH, columns=_schema().names):
+                for row in batch.to_pylist():
+                    row["captions"] = [tuple(c[name] for name in _CAPTION) for c in row["captions"]]
+                    row["labels"] = dict(row["labels"])
+                    yield row
+    except (pyarrow.ArrowInvalid, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is no Parquet manifest: {error}", hint="run `vattctl download`"
+        ) from None
+
+
+_CAPTION = ("start", "end", "text")
+
+
+def _schema() -> Any:
+    import pyarrow
+
+    text, seconds = pyarrow.string(), pyarrow.float64()
+    caption = pyarrow.struct([("start", seconds), ("end", seconds), ("text", text)])
+    return pyarrow.schema(
+        [
+            ("clip_id", text), ("source", text), ("url", text), ("start", seconds),
+            ("end", seconds), ("split", text), ("labels", pyarrow.map_(text, text)),
+            ("captions", pyarrow.list_(caption)), ("licence", text),
+        ]
+    )  # fmt: skip

@@ -1,0 +1,138 @@
+"""Samples in shards: plain tars (WebDataset's layout) and an index of where each member lies.
+
+A shards folder holds <split>-00000.tar, ..., index.jsonl, vocabulary.txt. A sample is <key>.json
+(labels, captions, source), its picture (<key>.mp4, or <key>.0000.jpg and so on) at a constant frame
+rate and its sound, mono (<key>.wav, .flac or .m4a): docs/data-format.md.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vatt.config import PreprocessParams
+from vatt.data.clips.manifest import Caption
+from vatt.data.clips.storage import Storage
+from vatt.errors import DataError
+
+Window = tuple[float, float]  # start and end, seconds of the source
+
+INDEX = "index.jsonl"
+VOCABULARY = "vocabulary.txt"
+FORMAT = 2
+
+Extent = tuple[int, int]  # offset and size in the tar
+
+
+@dataclass(frozen=True, slots=True)
+class IndexRow:
+    """Where a sample lies and what it holds."""
+
+    key: str
+    clip_id: str  # of the manifest; a long clip gives several samples
+    media: str  # samples of one media share it
+    split: str
+    shard: str
+    labels: dict[str, str]
+    json: Extent
+    video: Extent | None
+    audio: Extent | None
+    num_frames: int
+    height: int
+    width: int
+    num_samples: int  # of the waveform
+
+
+def splits_of(folder: Path) -> dict[str, int]:
+    """The splits that have samples, and how many."""
+    counts: dict[str, int] = {}
+    for row in read_index(folder / INDEX)[1]:
+        counts[row.split] = counts.get(row.split, 0) + 1
+    return counts
+
+
+def write_index(path: Path, rows: Sequence[IndexRow], *, storage: Storage) -> None:
+    """Write the header and one line a sample."""
+    lines = [json.dumps({"format": FORMAT, **asdict(storage)}, sort_keys=True)]
+    lines += [json.dumps(asdict(row), ensure_ascii=False, sort_keys=True) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def row_of(record: dict[str, Any]) -> IndexRow:
+    """A row from its JSON form."""
+    for name in ("json", "video", "audio"):
+        if record[name] is not None:
+            offset, size = record[name]
+            record[name] = (int(offset), int(size))
+    if "/" in record["shard"] or record["shard"].startswith("."):
+        raise ValueError(f"{record['shard']!r} is no file of this folder")
+    return IndexRow(**record)
+
+
+def read_index(path: Path) -> tuple[Storage, list[IndexRow]]:
+    """How the samples are stored, and where each lies."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            header = json.loads(next(file))
+            if header.pop("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            storage = Storage(**header)
+            rows = [row_of(json.loads(line)) for line in file]
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing", hint="run `vattctl preprocess`") from None
+    except (ValueError, TypeError, KeyError, StopIteration) as error:
+        raise DataError(f"{path} is broken: {error}", hint="run `vattctl preprocess`") from None
+    return storage, rows
+
+
+def tar_bytes(size: int) -> int:
+    """What a member takes in a tar: its header, and its content in whole blocks."""
+    return tarfile.BLOCKSIZE * (1 + -(-size // tarfile.BLOCKSIZE))
+
+
+class ShardWriter:
+    """Writes one tar; the same members give the same bytes."""
+
+    def __init__(self, path: Path, *, name: str) -> None:
+        self.name = name  # the shard's, in the end
+        self._file = path.open("wb")
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+
+    def add(self, name: str, data: bytes) -> Extent:
+        """Append a member; returns where its bytes lie."""
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        member.mode = 0o644
+        offset = self._file.tell() + tarfile.BLOCKSIZE
+        self._tar.addfile(member, io.BytesIO(data))
+        return offset, len(data)
+
+    def close(self) -> None:
+        """End the tar."""
+        self._tar.close()
+        self._file.close()
+
+
+def nearest(captions: Sequence[Caption], *, start: float, end: float, count: int) -> list[Caption]:
+    """The captions nearest in time to a window, nearest first: by the gap, then by the centres."""
+    centre = (start + end) / 2
+
+    def distance(caption: Caption) -> tuple[float, float, float]:
+        gap = max(caption.start - end, start - caption.end, 0.0)
+        return gap, abs((caption.start + caption.end) / 2 - centre), caption.start
+
+    return sorted(captions, key=distance)[:count]
+
+
+def windows_of(start: float, end: float, params: PreprocessParams) -> list[Window]:
+    """Cut a span in windows of clip_seconds; a rest shorter than min_clip_seconds is left out."""
+    length = params.clip_seconds
+    whole = int((end - start) / length + 1e-6)
+    windows = [(start + k * length, start + (k + 1) * length) for k in range(whole)]
+    rest = (start + whole * length, end)
+    if rest[1] - rest[0] >= params.min_clip_seconds - 1e-6:
+        windows.append(rest)
+    return windows

@@ -1,0 +1,325 @@
+"""One clip: its address -> a media file, by yt-dlp.
+
+A part of a video is copied from its streams, from the nearest key frame on. The mp4's edit list
+hides what lies before the part, so that the file begins exactly where the part does.
+"""
+
+import hashlib
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import av
+import yt_dlp
+from yt_dlp.utils import DownloadError, YoutubeDLError
+
+from vatt.data.clips.ledger import RETRYABLE
+from vatt.data.clips.media import BrokenMediaError, probe
+from vatt.data.fetching.hosts import LONGEST, Hosts, explain
+
+TimeRange = tuple[float, float]  # from, to, in seconds of the video
+_PROTOCOLS = "http,https,httpproxy,tls,tcp,crypto"
+
+
+def download_section(
+    tool: yt_dlp.YoutubeDL,
+    address: str,
+    section: TimeRange,
+    path: Path,
+    *,
+    program: str,
+    seconds: float,
+    silence: float,
+    max_bytes: int,
+) -> dict[str, Any]:
+    """Find the streams of a page and copy a part of them into a file."""
+    found = tool.extract_info(address, download=False)
+    streams = found.get("requested_formats") or [found]
+    start, end = section
+    command = [program, "-nostdin", "-hide_banner", "-loglevel", "error", "-y"]
+    for stream in streams:
+        command += _input(tool, stream, silence)
+        command += ["-ss", str(start), "-t", str(end - start), "-i", stream["url"]]
+    for number in range(len(streams)):
+        command += ["-map", f"{number}:v?", "-map", f"{number}:a?"]
+    partial = path.with_suffix(".section")
+    command += ["-c", "copy", "-sn", "-dn", "-fs", str(max_bytes), "-f", "mp4", f"file:{partial}"]
+    proxy = tool.params.get("proxy")
+    environment = {**os.environ, **({"http_proxy": proxy} if proxy else {})}
+    if proxy == "":
+        environment["no_proxy"] = "*"
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=seconds,
+            check=False, env=environment,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        partial.unlink(missing_ok=True)
+        raise DownloadError("timed out: too slow") from None
+    if done.returncode != 0:
+        partial.unlink(missing_ok=True)
+        raise DownloadError(f"Got error: {done.stderr.strip() or 'ffmpeg failed'}")
+    partial.replace(path)
+    return {"requested_downloads": [{"filepath": str(path)}]}
+
+
+def _input(tool: yt_dlp.YoutubeDL, stream: dict[str, Any], silence: float) -> list[str]:
+    """Who asks, and what may be answered."""
+    headers = dict(stream.get("http_headers") or {})
+    cookies = tool.cookiejar.get_cookie_header(stream["url"])
+    if cookies:
+        headers["Cookie"] = cookies
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    options = ["-protocol_whitelist", _PROTOCOLS, "-rw_timeout", str(int(silence * 1e6))]
+    return [*options, *(["-headers", lines] if lines else [])]
+
+
+PARTIAL = ".partial"
+PAUSES = (1.0, 2.0, 4.0)  # seconds before another try
+MAX_BYTES = 4 * 2**30  # of one file
+MAX_SECONDS = 3600.0  # for one file
+SILENCE = 20.0  # seconds without a byte
+BLOCK = 2**16  # bytes written at once: what a kill can cost of a file
+TOOLS = f"yt-dlp {yt_dlp.version.__version__}, PyAV {av.__version__}"
+
+
+@dataclass(frozen=True, slots=True)
+class FetchRequest:
+    """A file to fetch: its final name, and where it can come from."""
+
+    name: str
+    mirrors: tuple[str, ...] = ()  # tried first; each is the file itself, no page about it
+    page: str | None = None  # what yt-dlp's extractors look into
+    section: TimeRange | None = None  # the part of the page's video that is wanted; null: all
+    here: Path | None = None  # a file of the user's own: looked at, not moved
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of an order."""
+
+    name: str
+    state: str
+    reason: str = ""
+    has: tuple[str, ...] = ()
+    seconds: float | None = None
+    sha256: str | None = None
+    num_bytes: int = 0  # fetched now
+    host: str = ""
+    reached: bool = True  # False: the network did not even lead to the host
+
+
+@dataclass(frozen=True, slots=True)
+class Fetching:
+    """What all orders share."""
+
+    media: Path
+    ffmpeg: str
+    allow_youtube: bool
+    height: int  # of the picture: the largest stream that is not above it
+    proxy: str | None
+    cookies: Path | None
+    threads: int
+    hosts: Hosts
+    max_rate: float | None  # bytes a second and file
+
+
+def fetch_all(orders: Sequence[FetchRequest], fetching: Fetching) -> list[Outcome]:
+    """What a worker does: fetch some files, a few at a time."""
+    with ThreadPoolExecutor(fetching.threads) as pool:
+        return list(pool.map(partial(fetch, fetching=fetching), orders))
+
+
+def fetch(order: FetchRequest, fetching: Fetching) -> Outcome:
+    """Fetch a file unless it is there; the best outcome of its addresses."""
+    if order.here is not None and not order.here.exists():
+        return Outcome(order.name, "not-found", "no such file in data.location")
+    if order.here is not None:
+        return _examine(order.name, order.here, None)
+    path = fetching.media / order.name
+    if path.is_file():
+        return _examine(order.name, path, path)
+    outcomes = []
+    for address in (*order.mirrors, *([order.page] if order.page else [])):
+        outcome = _fetch_from(address, order, fetching)
+        if outcome.state == "ok":
+            return outcome
+        outcomes.append(outcome)
+    # What can be tried again must be: a mirror's 404 does not outweigh a time-out at the source.
+    retryable = [one for one in outcomes if one.state in RETRYABLE]
+    return (retryable or outcomes)[-1]
+
+
+def _fetch_from(address: str, order: FetchRequest, fetching: Fetching) -> Outcome:
+    folder, name = fetching.media / PARTIAL, order.name
+    part, parts = part_name(name, address), urlsplit(address)
+    host = parts.netloc.rpartition("@")[2]
+    failed = Outcome(name, "network", host=host)
+    with fetching.hosts.turn(host):
+        for pause in (*PAUSES, None):
+            try:
+                got = _get(address, order, fetching)
+            except (YoutubeDLError, HTTPException, OSError, ValueError) as error:
+                refusal = explain(error)
+                failed = replace(
+                    failed, state=refusal.state, reason=refusal.reason, reached=refusal.reached
+                )
+                if refusal.wait:
+                    fetching.hosts.delay(host, refusal.wait)
+                if failed.state not in RETRYABLE:
+                    _clear(folder, part)
+                    return failed
+                if pause is None:
+                    return failed
+                time.sleep(max(pause, min(refusal.wait, LONGEST)))
+                continue
+            outcome = _examine(name, _file_of(got, folder, part), fetching.media / name)
+            _clear(folder, name)
+            return replace(outcome, host=host)
+    return failed
+
+
+def part_name(name: str, address: str) -> str:
+    """What a file is called until it is whole: two mirrors may hold different bytes."""
+    parts = urlsplit(address)
+    place = f"{parts.hostname}{parts.path}?{parts.query}"  # a port may change from run to run
+    return f"{name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+
+
+def _clear(folder: Path, name: str) -> None:
+    for rest in folder.glob(f"{name}*"):
+        rest.unlink()
+
+
+def _get(address: str, order: FetchRequest, fetching: Fetching) -> Any:
+    """Download into the folder of partial files; returns what yt-dlp says of it."""
+    folder, part = fetching.media / PARTIAL, part_name(order.name, address)
+    tool = _youtube_dl(folder, part, urlsplit(address).hostname or "", fetching)
+    if address != order.page:
+        return _download_file(tool, address, part)
+    if order.section is None:
+        return tool.extract_info(address)
+    return download_section(
+        tool, address, order.section, folder / f"{part}.mp4", program=fetching.ffmpeg,
+        seconds=MAX_SECONDS, silence=SILENCE, max_bytes=MAX_BYTES,
+    )  # fmt: skip
+
+
+def _download_file(tool: yt_dlp.YoutubeDL, address: str, name: str) -> Any:
+    """Download what is known to be a file, without asking first what it is."""
+    found = {
+        "id": name,
+        "title": name,
+        "url": address,
+        "ext": "mp4",  # yt-dlp refuses names it does not know; the content decides in the end
+        "extractor": "generic",
+        "extractor_key": "Generic",
+        "webpage_url": address,
+    }
+    return tool.process_ie_result(found, download=True)
+
+
+def _file_of(got: Any, folder: Path, name: str) -> Path:
+    """Where yt-dlp put the file."""
+    downloads = (got or {}).get("requested_downloads") or [{}]
+    return Path(downloads[0].get("filepath") or folder / name)
+
+
+def _examine(name: str, path: Path, final: Path | None) -> Outcome:
+    """Probe what came; media gets its final name, anything else that was fetched is deleted."""
+    try:
+        media = probe(path)
+        if media.seconds <= 0:
+            raise BrokenMediaError("it lasts no time")
+    except BrokenMediaError as error:
+        if final is not None:
+            path.unlink(missing_ok=True)
+        return Outcome(name, "corrupt", str(error))
+    num_bytes = path.stat().st_size if final is not None and final != path else 0
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if final is not None:
+            os.fsync(file.fileno())
+            path.replace(final)
+    has = (("video",) if media.video is not None else ()) + (
+        ("audio",) if media.audio is not None else ()
+    )
+    return Outcome(name, "ok", "", has, round(media.seconds, 3), digest, num_bytes)
+
+
+class _Silent:
+    """yt-dlp's logger: what matters comes as an exception."""
+
+    def debug(self, message: str) -> None:
+        """Nothing."""
+
+    info = warning = error = debug
+
+
+_local = threading.local()
+
+
+def _youtube_dl(folder: Path, name: str, host: str, fetching: Fetching) -> yt_dlp.YoutubeDL:
+    """This thread's YoutubeDL (making one takes 0.1 s), told where to write."""
+    direct = host in ("127.0.0.1", "localhost", "::1")  # a proxy leads elsewhere
+    made: dict[bool, yt_dlp.YoutubeDL] = _local.__dict__.setdefault("made", {})
+    if direct not in made:
+        made[direct] = yt_dlp.YoutubeDL(_options(fetching, direct=direct))
+    tool = made[direct]
+    path = str(folder / name).replace("%", "%%")
+    tool.params["outtmpl"] = {**tool.params["outtmpl"], "default": f"{path}.%(ext)s"}
+    tool.params["progress_hooks"] = []
+    tool._progress_hooks = [_limits()]
+    return tool
+
+
+def _options(fetching: Fetching, *, direct: bool) -> dict[str, Any]:
+    extractors = ["generic", *(["youtube"] if fetching.allow_youtube else [])]
+    options: dict[str, Any] = {
+        "allowed_extractors": extractors,
+        "buffersize": BLOCK,
+        "cachedir": False,
+        "cookiefile": str(fetching.cookies) if fetching.cookies else None,
+        "ffmpeg_location": fetching.ffmpeg,
+        "fixup": "never",
+        "format": "bv*+ba/b",
+        "format_sort": [f"res:{fetching.height}"],
+        "logger": _Silent(),
+        "max_filesize": MAX_BYTES,
+        "merge_output_format": "mkv",
+        "no_warnings": True,
+        "noplaylist": True,
+        "noresizebuffer": True,
+        "noprogress": True,
+        "playlist_items": "1",
+        "quiet": True,
+        "ratelimit": fetching.max_rate,
+        "retries": 0,  # ours, which also cover the first request, are enough
+        "socket_timeout": SILENCE,
+        "updatetime": False,
+    }
+    if direct or fetching.proxy is not None:
+        options["proxy"] = "" if direct else fetching.proxy
+    return options
+
+
+def _limits() -> Callable[[dict[str, Any]], None]:
+    """A hook that ends a download which never ends."""
+    begun = time.monotonic()
+
+    def check(progress: dict[str, Any]) -> None:
+        if (progress.get("downloaded_bytes") or 0) > MAX_BYTES:
+            raise DownloadError(f"more than {MAX_BYTES} bytes")
+        if time.monotonic() - begun > MAX_SECONDS:
+            raise DownloadError("timed out: too slow")
+
+    return check

@@ -1,0 +1,132 @@
+"""Sample -> sample, pure: what is drawn comes from the generator that is given.
+
+B clips, T H W C frames, height, width, channels. Colour follows the released code: brightness is
+added, saturation and hue work in HSV, contrast about the mean of a frame's channel.
+"""
+
+import math
+from collections.abc import Iterable
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from vatt.config import AugmentationParams
+from vatt.data.clips.storage import Box
+
+Colour = tuple[float, float, float, float]  # brightness, contrast, saturation, hue
+
+IDENTITY: Colour = (0.0, 1.0, 1.0, 0.0)  # changes nothing
+_TRIES = 10
+
+
+def generator_for(*keys: int) -> torch.Generator:
+    """A generator whose numbers depend on the keys alone."""
+    state = np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) % 2**63)
+
+
+def uniform(low: float, high: float, generator: torch.Generator) -> float:
+    """A number from low to high."""
+    return low + (high - low) * torch.rand((), generator=generator).item()
+
+
+def draw_box(
+    size: tuple[int, int],
+    *,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    generator: torch.Generator,
+) -> Box:
+    """A random part of a frame (H, W), its share of the area and width / height in the ranges."""
+    height, width = size
+    for _ in range(_TRIES):
+        pixels = uniform(*area, generator) * height * width
+        ratio = math.exp(uniform(math.log(aspect[0]), math.log(aspect[1]), generator))
+        tall, wide = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
+        if 0 < tall <= height and 0 < wide <= width:
+            top = int(uniform(0, height - tall + 1, generator))
+            left = int(uniform(0, width - wide + 1, generator))
+            return min(top, height - tall), min(left, width - wide), tall, wide
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+def view_box(size: tuple[int, int], crop: tuple[int, int], *, view: int, views: int) -> Box:
+    """The part of a frame that evaluation shows: the centre, or one of several along the long side.
+
+    A frame a little larger than the crop is cut as it is stored; a smaller or much larger one is
+    cut so that the crop, once resized, shows 7/8 of the short side (all of it when smaller).
+    """
+    height, width = size
+    zoom = min(height / crop[0], width / crop[1])  # stored pixels per pixel shown, at most
+    if 1 <= zoom <= 4 / 3:
+        zoom = 1
+    elif zoom > 4 / 3:
+        zoom *= 7 / 8
+    tall, wide = min(round(crop[0] * zoom), height), min(round(crop[1] * zoom), width)
+    share = 0.5 if views == 1 else view / (views - 1)
+    down = share if height > width else 0.5
+    across = 0.5 if height > width else share
+    return int((height - tall) * down), int((width - wide) * across), tall, wide
+
+
+def show(frames: Iterable[tuple[int, np.ndarray]], out: np.ndarray, *, flip: bool) -> None:
+    """Resize and mirror frames alike: places and (h, w, C) uint8 -> `out` (T, H, W, C) uint8.
+
+    Bilinear, with half-pixel centres. One frame at a time, while it is in the processor's cache.
+    """
+    cv2.setNumThreads(1)  # workers have a core each; more threads would be in their way
+    size = out.shape[2], out.shape[1]
+    for place, frame in frames:
+        shown = out[place]
+        cv2.resize(frame, size, dst=shown, interpolation=cv2.INTER_LINEAR)
+        if flip:
+            cv2.flip(shown, 1, dst=shown)
+
+
+def draw_colour(params: AugmentationParams, generator: torch.Generator) -> Colour:
+    """Brightness added, contrast and saturation factors, hue turned by a share of the circle."""
+    return (
+        uniform(-params.brightness, params.brightness, generator),
+        uniform(1 - params.contrast, 1 + params.contrast, generator),
+        uniform(1 - params.saturation, 1 + params.saturation, generator),
+        uniform(-params.hue, params.hue, generator),
+    )
+
+
+def change_colour(video: Tensor, colour: Tensor) -> Tensor:  # (B, T, H, W, C) in [0, 1], (B, 4)
+    """Brightness, saturation, contrast, hue in the released order, then clipped to [0, 1]."""
+    brightness, contrast, saturation, hue = colour.to(video.dtype)[:, :, None, None, None].unbind(1)
+    video = video + brightness[..., None]
+    video = change_saturation(video, saturation[..., None])
+    mean = video.mean(dim=(2, 3), keepdim=True)
+    video = (video - mean) * contrast[..., None] + mean
+    return turn_hue(video, hue).clamp(0, 1)
+
+
+def change_saturation(video: Tensor, factor: Tensor) -> Tensor:
+    """Multiply the saturation of HSV, at most to 1; the value stays."""
+    value = video.amax(-1, keepdim=True)
+    spread = value - video.amin(-1, keepdim=True)
+    most = value / spread.clamp_min(1e-12)  # the factor that makes the saturation 1
+    return value - (value - video) * torch.minimum(factor, most.clamp_min(0))
+
+
+def turn_hue(video: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue by a share of the circle; largest and smallest channel keep their values."""
+    red, green, blue = video.unbind(-1)
+    high, low = video.amax(-1), video.amin(-1)
+    spread = high - low
+    scale = 1 / torch.where(spread > 0, spread, torch.ones_like(spread))
+    sixths = torch.where(
+        high == red,
+        (green - blue) * scale,
+        torch.where(high == green, (blue - red) * scale + 2, (red - green) * scale + 4),
+    )
+    sixths = (sixths + 6 * turn) % 6
+    shares = torch.stack(
+        ((sixths - 3).abs() - 1, 2 - (sixths - 2).abs(), 2 - (sixths - 4).abs()), dim=-1
+    )
+    return low[..., None] + spread[..., None] * shares.clamp(0, 1)

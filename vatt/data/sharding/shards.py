@@ -1,0 +1,219 @@
+"""Media -> tar shards. Shard by shard: a finished one is kept, an unfinished one is done again.
+
+The plan (which samples stand in which shard) is a pure function of the manifest, the download
+ledger, the settings and the seed. A shard is finished when its part file (index rows and ledger
+entries) stands beside it and names the same plan.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vatt.config import DataParams, MachineParams, PreprocessParams
+from vatt.data.clips.ledger import Entry, write_ledger
+from vatt.data.clips.manifest import Clip
+from vatt.data.clips.media import find_ffmpeg
+from vatt.data.clips.samples import INDEX, VOCABULARY, IndexRow, row_of, write_index
+from vatt.data.clips.storage import Storage
+from vatt.data.clips.text import (
+    Vocabulary,
+    as_said,
+    copy_vocabulary,
+    count_words,
+    read_stop_words,
+    write_vocabulary,
+)
+from vatt.data.sharding.writer import (
+    PARTS,
+    Shard,
+    WriterSettings,
+    made_by,
+    no_space,
+    part_name,
+    plan_shards,
+    write_shard,
+)
+from vatt.data.workers import start_workers
+from vatt.errors import DataError
+from vatt.files import atomic_write, lock
+
+TEXT_FACTS = "text.json"  # how much is said, and how much of it the vocabulary knows
+
+Progress = Callable[[int, int], None]
+
+
+def write_shards(
+    clips: Iterable[Clip],
+    downloads: Mapping[str, Entry],
+    preprocess: PreprocessParams,
+    data: DataParams,
+    *,
+    machine: MachineParams,
+    media: Path,
+    folder: Path,
+    ledger: Path,
+    seed: int,
+    progress: Progress | None = None,
+) -> dict[str, int]:
+    """Cut all downloaded clips into shards; returns the number of clips in each state."""
+    program = find_ffmpeg(machine.ffmpeg)
+    work = folder.with_name(f".{folder.name}.work")
+    setting = WriterSettings(
+        preprocess, data.require, program, made_by(program), folder, work, Path.cwd()
+    )
+    with lock(folder.with_name(f".{folder.name}.lock")):
+        stop_words = read_stop_words(preprocess.stop_words)
+        clips = [as_said(clip, clean=preprocess.clean_text, without=stop_words) for clip in clips]
+        shards, entries = plan_shards(clips, downloads, preprocess, data, media=media, seed=seed)
+        _tidy(folder, shards, work)
+        try:
+            rows = _run(shards, setting, entries, machine, progress or (lambda *_: None))
+            _tidy(folder, shards, work)  # once more: a lost machine leaves half a shard behind
+        except OSError as error:
+            raise no_space(error, folder) from None
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        counts = write_ledger(ledger, entries.values())
+        tried = [entries[name] for name in entries if downloads[name].state == "ok"]
+        _check_failures(tried, preprocess, ledger)
+        _check_rest(len(entries), tried, len(rows), data, ledger)
+        _finish(clips, entries, rows, preprocess, folder)
+    return counts
+
+
+def _tidy(folder: Path, shards: Sequence[Shard], work: Path) -> None:
+    """Remove what is not of this plan, and what a killed run left half done."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    keep = {shard.name for shard in shards} | {INDEX, VOCABULARY, TEXT_FACTS, PARTS}
+    keep |= {part_name(shard.name) for shard in shards}
+    for path in sorted([*folder.iterdir(), *(folder / PARTS).iterdir()]):
+        if path.name not in keep:
+            path.unlink()
+
+
+def _run(
+    shards: Sequence[Shard],
+    setting: WriterSettings,
+    entries: dict[str, Entry],
+    machine: MachineParams,
+    progress: Progress,
+) -> list[IndexRow]:
+    """Write the shards that are not finished; returns all rows and adds to the entries."""
+    total = sum(shard.num_samples for shard in shards)
+    done = 0
+    parts: dict[str, dict[str, Any]] = {}
+    missing: list[Shard] = []
+    for shard in shards:
+        part = _read_part(shard, setting)
+        if part is None:
+            missing.append(shard)
+        else:
+            parts[shard.name] = part
+            done += shard.num_samples
+    progress(done, total)
+    if missing:
+        with start_workers(
+            machine, most=len(missing), preload=["vatt.data.sharding.writer"]
+        ) as workers:
+            for shard, part in workers.map(partial(write_shard, setting=setting), missing):
+                parts[shard.name] = part
+                done += shard.num_samples
+                progress(done, total)
+    rows = []
+    for shard in shards:
+        rows += [row_of(record) for record in parts[shard.name]["rows"]]
+        for record in parts[shard.name]["entries"]:
+            entry = Entry(**{**record, "has": tuple(record["has"])})
+            entries[entry.clip_id] = _merge(entries.get(entry.clip_id), entry)
+    return rows
+
+
+def _merge(first: Entry | None, second: Entry) -> Entry:
+    """One state for a clip that stands in two shards: ok when any of its samples is."""
+    if first is None:
+        return second
+    better, other = (first, second) if first.state == "ok" else (second, first)
+    has = tuple(name for name in ("video", "audio", "text") if name in better.has + other.has)
+    return Entry(
+        better.clip_id, better.state,"preprocess", better.reason or other.reason, has,
+        samples=first.samples + second.samples,
+    )  # fmt: skip
+
+
+def _read_part(shard: Shard, setting: WriterSettings) -> dict[str, Any] | None:
+    """What a finished shard holds; None when it must be written."""
+    try:
+        text = (setting.folder / PARTS / part_name(shard.name)).read_text(encoding="utf-8")
+        size = (setting.folder / shard.name).stat().st_size
+        part = json.loads(text)
+    except (OSError, ValueError):
+        return None
+    return part if (part["stamp"], part["bytes"]) == (setting.stamp(shard), size) else None
+
+
+def _check_failures(tried: Sequence[Entry], preprocess: PreprocessParams, ledger: Path) -> None:
+    """Stop when too many of the clips that came could not be used."""
+    failed = Counter(entry.state for entry in tried if entry.state != "ok")
+    if failed.total() > preprocess.max_failed_share * len(tried):
+        why = ", ".join(f"{count} {state}" for state, count in failed.most_common())
+        raise DataError(
+            f"{failed.total()} of {len(tried)} clips failed ({why}), more than "
+            "preprocess.max_failed_share",
+            hint=f"{ledger} says why; raise preprocess.max_failed_share to go on",
+        )
+
+
+def _check_rest(
+    num_clips: int, tried: Sequence[Entry], num_samples: int, data: DataParams, ledger: Path
+) -> None:
+    """Stop when too little is left of the manifest."""
+    if num_samples < data.min_clips:
+        raise DataError(
+            f"{num_samples} clips are left, data.min_clips asks for {data.min_clips}",
+            hint=f"{ledger} says what was lost; add data, or lower data.min_clips",
+        )
+    kept = sum(entry.state == "ok" for entry in tried)
+    if kept < data.min_share * num_clips:
+        raise DataError(
+            f"{kept} of {num_clips} clips of the manifest are left, data.min_share asks for "
+            f"{data.min_share:.0%}",
+            hint=f"{ledger} says what was lost; lower data.min_share to go on",
+        )
+
+
+def _finish(
+    clips: Sequence[Clip],
+    entries: Mapping[str, Entry],
+    rows: Sequence[IndexRow],
+    preprocess: PreprocessParams,
+    folder: Path,
+) -> None:
+    """Write the vocabulary of the train captions and, last of all, the index."""
+    counts = count_words(
+        caption.text
+        for clip in clips
+        if clip.split == "train" and entries[clip.clip_id].state == "ok"
+        for caption in clip.captions
+    )
+    path = folder / VOCABULARY
+    if preprocess.vocabulary_file is None:
+        write_vocabulary(path, counts, size=preprocess.vocabulary)
+    else:
+        copy_vocabulary(preprocess.vocabulary_file, path, size=preprocess.vocabulary)
+    vocabulary = Vocabulary.load(path)
+    facts = {
+        "words": counts.total(),
+        "distinct_words": len(counts),
+        "vocabulary": len(vocabulary),
+        "coverage": vocabulary.coverage(counts),
+    }
+    with atomic_write(folder / TEXT_FACTS) as temporary:
+        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    with atomic_write(folder / INDEX) as temporary:
+        write_index(temporary, rows, storage=Storage.of(preprocess))

@@ -1,0 +1,387 @@
+"""Clips -> shards: which samples lie in which shard, and writing one of them.
+
+The plan is a pure function of manifest, ledger, settings and seed.
+"""
+
+import errno
+import hashlib
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Self
+
+import av
+
+from vatt.config import DataParams, PreprocessParams, fingerprint
+from vatt.data.clips.ledger import Entry
+from vatt.data.clips.manifest import Caption, Clip, media_path
+from vatt.data.clips.media import BrokenMediaError, ffmpeg_version, find_ffmpeg, probe
+from vatt.data.clips.samples import (
+    FORMAT,
+    Extent,
+    IndexRow,
+    ShardWriter,
+    Window,
+    nearest,
+    windows_of,
+)
+from vatt.data.clips.storage import Storage, encode_sound
+from vatt.data.sharding.cut import Cut, Piece, cut
+from vatt.errors import DataError, MachineError
+from vatt.files import atomic_write
+
+STAGE = "preprocess"
+
+
+@dataclass(frozen=True, slots=True)
+class ClipJob:
+    """A clip's windows that go into one shard."""
+
+    clip: Clip
+    source: Path
+    windows: tuple[tuple[str, Window], ...]  # key and span
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A shard to write."""
+
+    name: str
+    split: str
+    jobs: tuple[ClipJob, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """As planned; broken clips make it fewer."""
+        return sum(len(job.windows) for job in self.jobs)
+
+
+def plan_shards(
+    clips: Sequence[Clip],
+    downloads: Mapping[str, Entry],
+    preprocess: PreprocessParams,
+    data: DataParams,
+    *,
+    media: Path,
+    seed: int,
+) -> tuple[list[Shard], dict[str, Entry]]:
+    """The shards, and the states that are known before any work."""
+    entries: dict[str, Entry] = {}
+    jobs: list[ClipJob] = []
+    for clip in clips:
+        before = downloads.get(clip.clip_id)
+        if before is None:
+            raise DataError(
+                f"the download ledger does not know clip {clip.clip_id}",
+                hint="run `vattctl download`",
+            )
+        if before.state != "ok":
+            entries[clip.clip_id] = before
+            continue
+        seconds = before.seconds or 0.0
+        end = seconds if clip.end is None else min(clip.end, seconds)
+        windows = windows_of(clip.start, end, preprocess)
+        if not windows:
+            reason = f"{max(end - clip.start, 0):.2f} s of {preprocess.min_clip_seconds} s"
+            entries[clip.clip_id] = Entry(clip.clip_id, "too-short", STAGE, reason)
+            continue
+        source = media_path(clip, media=media, location=data.location)
+        jobs.append(ClipJob(clip, source, tuple(_keyed(clip, windows)), before.sha256))
+
+    def order(job: ClipJob) -> tuple[str, str, float, str]:
+        mixed = hashlib.sha256(f"{seed}:{job.clip.url}".encode()).hexdigest()
+        return job.clip.split, mixed, job.clip.start, job.clip.clip_id
+
+    jobs.sort(key=order)  # the clips of one file stay together: it is decoded once
+    shards = []
+    for split, group in groupby(jobs, key=lambda job: job.clip.split):
+        for number, part in enumerate(_fill(list(group), preprocess.samples_per_shard)):
+            shards.append(Shard(f"{split}-{number:05d}.tar", split, tuple(part)))
+    return shards, entries
+
+
+def _keyed(clip: Clip, windows: Sequence[Window]) -> list[tuple[str, Window]]:
+    if len(windows) == 1:
+        return [(clip.clip_id, windows[0])]
+    return [(f"{clip.clip_id}+{number:04d}", window) for number, window in enumerate(windows)]
+
+
+def _fill(jobs: Sequence[ClipJob], size: int) -> list[list[ClipJob]]:
+    """Deal the windows out in order, `size` to a shard; a long clip may stand in several."""
+    shards: list[list[ClipJob]] = []
+    room = 0
+    for job in jobs:
+        windows = job.windows
+        while windows:
+            if room == 0:
+                shards.append([])
+                room = size
+            shards[-1].append(ClipJob(job.clip, job.source, windows[:room], job.sha256))
+            taken = min(room, len(windows))
+            windows, room = windows[taken:], room - taken
+    return shards
+
+
+PARTS = "parts"  # folder of the part files
+WINDOWS_A_CALL = 32  # outputs of one ffmpeg call
+SOURCES_A_CALL = 16  # starting ffmpeg costs more than a second of small video
+SECONDS_A_CALL = 64.0  # of sources that share a call
+NEIGHBOURS = 32  # captions kept with a sample beside those within it
+
+
+@dataclass(frozen=True, slots=True)
+class WriterSettings:
+    """What a worker needs beside its shard."""
+
+    params: PreprocessParams
+    require: tuple[str, ...]
+    program: str
+    version: str  # of all that writes: ffmpeg, PyAV and our code
+    folder: Path
+    work: Path
+    root: Path  # what relative paths count from: another machine starts elsewhere
+
+    def stamp(self, shard: Shard) -> str:
+        """Names everything that the bytes of a shard depend on."""
+        jobs = [
+            [asdict(job.clip), job.windows, job.sha256 or str(job.source)] for job in shard.jobs
+        ]
+        return fingerprint(FORMAT, self.version, self.params, self.require, shard.split, jobs)
+
+    def here(self) -> Self:
+        """For this machine; another vattctl or ffmpeg on it would write other bytes."""
+        program = self.program if Path(self.program).is_file() else find_ffmpeg(None)
+        if made_by(program) != self.version:
+            raise MachineError(
+                f"vattctl or ffmpeg on {platform.node()} is not the one that began this run",
+                hint="install the same version on every machine",
+            )
+        folder, work = self.root / self.folder, self.root / self.work
+        return replace(self, program=program, folder=folder, work=work)
+
+
+@lru_cache(maxsize=4)
+def made_by(program: str) -> str:
+    """Names what writes shards; when it changes they are written again."""
+    digest = hashlib.sha256(av.__version__.encode())
+    data = Path(__file__).parents[1]
+    for source in (
+        "clips/media",
+        "clips/samples",
+        "clips/storage",
+        "sharding/cut",
+        "sharding/writer",
+    ):
+        digest.update((data / f"{source}.py").read_bytes())
+    return f"{ffmpeg_version(program)} {digest.hexdigest()}"
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of a job's windows."""
+
+    rows: list[IndexRow] = field(default_factory=list)
+    has: set[str] = field(default_factory=set)
+    losses: Counter[str] = field(default_factory=Counter)
+    complaint: str = ""
+
+    def entry(self, clip: Clip) -> Entry:
+        """The clip's state, as far as this shard knows it."""
+        lost = sum(self.losses.values())
+        if not self.rows:
+            return Entry(clip.clip_id, self.losses.most_common(1)[0][0], STAGE, self.complaint)
+        reason = f"{lost} of its windows lost; {self.complaint}" if lost else self.complaint
+        names = tuple(name for name in ("video", "audio", "text") if name in self.has)
+        return Entry(
+            clip.clip_id, "ok", STAGE, reason.removesuffix("; "), names, samples=len(self.rows)
+        )
+
+
+def write_shard(shard: Shard, setting: WriterSettings) -> dict[str, Any]:
+    """Write a shard and, when it stands, its part file; returns what that holds."""
+    setting = setting.here()
+    path = setting.folder / shard.name
+    tallies = [Tally() for _ in shard.jobs]
+    try:
+        with atomic_write(path) as temporary:
+            writer = ShardWriter(temporary, name=shard.name)
+            for call in _calls(shard.jobs, tallies, setting.root):
+                _add(call, tallies, shard, setting, writer)
+            writer.close()
+        entries = [tally.entry(job.clip) for job, tally in zip(shard.jobs, tallies, strict=True)]
+        part = {
+            "stamp": setting.stamp(shard),
+            "bytes": path.stat().st_size,
+            "rows": [asdict(row) for tally in tallies for row in tally.rows],
+            "entries": [asdict(entry) for entry in entries],
+        }
+        with atomic_write(setting.folder / PARTS / part_name(shard.name)) as temporary:
+            temporary.write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        raise no_space(error, setting.folder) from None
+    return part
+
+
+Owner = tuple[int, str]  # number of the job, key of the sample
+Call = list[tuple[Cut, list[Owner]]]  # what one run of ffmpeg cuts, and for whom, window by window
+
+
+def _calls(jobs: Sequence[ClipJob], tallies: Sequence[Tally], root: Path) -> Iterator[Call]:
+    """Group the jobs in calls of ffmpeg: several short sources in one, a long one in several."""
+    call: Call = []
+    room, seconds = WINDOWS_A_CALL, SECONDS_A_CALL
+    for item, owners in _cuts(jobs, tallies, root):
+        length = item.media.seconds
+        fits = len(owners) <= room and length <= seconds and len(call) < SOURCES_A_CALL
+        if call and (not fits or call[-1][0].source == item.source):
+            yield call
+            call, room, seconds = [], WINDOWS_A_CALL, SECONDS_A_CALL
+        call.append((item, owners))
+        room, seconds = room - len(owners), seconds - length
+    if call:
+        yield call
+
+
+def _cuts(
+    jobs: Sequence[ClipJob], tallies: Sequence[Tally], root: Path
+) -> Iterator[tuple[Cut, list[Owner]]]:
+    """The windows of each source, those of all its clips together: it is decoded once."""
+    for source, group in groupby(enumerate(jobs), key=lambda item: item[1].source):
+        members = list(group)
+        source = root / source
+        try:
+            media = probe(source)
+        except BrokenMediaError as error:
+            for number, job in members:
+                tallies[number].losses["corrupt"] += len(job.windows)
+                tallies[number].complaint = str(error)
+            continue
+        wanted = [(window, (number, key)) for number, job in members for key, window in job.windows]
+        for first in range(0, len(wanted), WINDOWS_A_CALL):
+            part = wanted[first : first + WINDOWS_A_CALL]
+            windows = tuple(window for window, _ in part)
+            yield Cut(source, media, windows), [owner for _, owner in part]
+
+
+def _add(
+    call: Call, tallies: Sequence[Tally], shard: Shard, setting: WriterSettings, writer: ShardWriter
+) -> None:
+    """Cut what a call holds and write the samples that are whole."""
+    params = setting.params
+    items = [item for item, _ in call]
+    results = cut(items, params, program=setting.program, work=setting.work)
+    for (item, owners), result in zip(call, results, strict=True):
+        for (number, key), window, piece in zip(owners, item.windows, result.pieces, strict=True):
+            clip, tally = shard.jobs[number].clip, tallies[number]
+            tally.complaint = tally.complaint or result.complaint
+            captions = _nearby(clip.captions, window)
+            has = _has(piece, captions)
+            loss = _loss(piece, has, setting, picture=item.media.video is not None)
+            if loss:
+                tally.losses[loss] += 1
+                continue
+            tally.has.update(has)
+            tally.rows.append(_add_sample(key, piece, captions, window, clip, params, writer))
+
+
+def _has(piece: Piece, captions: Sequence[Caption]) -> tuple[str, ...]:
+    present = {
+        "video": bool(piece.video),
+        "audio": piece.audio is not None,
+        "text": bool(captions),
+    }
+    return tuple(name for name, there in present.items() if there)
+
+
+def _loss(
+    piece: Piece, has: Sequence[str], setting: WriterSettings, *, picture: bool
+) -> str | None:
+    """The state of a window that is not kept; None when it is."""
+    params = setting.params
+    if picture and piece.num_frames < int(params.min_clip_seconds * params.fps + 1e-6):
+        return "too-short" if piece.num_frames else "corrupt"
+    for name, state in (("video", "no-video"), ("audio", "no-audio"), ("text", "no-caption")):
+        if name in setting.require and name not in has:
+            return state
+    return None if "video" in has or "audio" in has else "corrupt"
+
+
+def _add_sample(
+    key: str,
+    piece: Piece,
+    captions: Sequence[Caption],
+    window: Window,
+    clip: Clip,
+    params: PreprocessParams,
+    writer: ShardWriter,
+) -> IndexRow:
+    storage = Storage.of(params)
+    facts: dict[str, Any] = {
+        "clip_id": clip.clip_id,
+        "source": clip.source,
+        "url": clip.url,
+        "start": window[0],
+        "end": window[1],
+        "labels": clip.labels,
+        "licence": clip.licence,
+        "captions": [
+            [round(c.start - window[0], 4), round(c.end - window[0], 4), c.text] for c in captions
+        ],
+    }
+    if storage.video == "jpeg":
+        facts["frame_bytes"] = [len(picture) for picture in piece.video]
+    text = json.dumps(facts, ensure_ascii=False, sort_keys=True).encode()
+    where_json = writer.add(f"{key}.json", text)
+    where_video = _add_picture(key, piece, storage, writer)
+    where_audio = None
+    if piece.audio is not None:
+        sound = encode_sound(piece.audio, storage, kbps=params.aac_kbps)
+        where_audio = writer.add(storage.audio_name(key), sound)
+    return IndexRow(
+        key=key,
+        clip_id=clip.clip_id,
+        media=clip.media_name,
+        split=clip.split,
+        shard=writer.name,
+        labels=clip.labels,
+        json=where_json,
+        video=where_video,
+        audio=where_audio,
+        num_frames=piece.num_frames,
+        height=piece.height,
+        width=piece.width,
+        num_samples=0 if piece.audio is None else len(piece.audio),
+    )
+
+
+def _add_picture(key: str, piece: Piece, storage: Storage, writer: ShardWriter) -> Extent | None:
+    """Write the picture's members; returns the span from the first one to the end of the last."""
+    names = storage.video_names(key, len(piece.video))
+    spans = [writer.add(name, data) for name, data in zip(names, piece.video, strict=True)]
+    return (spans[0][0], sum(spans[-1]) - spans[0][0]) if spans else None
+
+
+def _nearby(captions: Sequence[Caption], window: Window) -> list[Caption]:
+    """The captions within a window and those nearest to it, in the order of time."""
+    start, end = window
+    within = [caption for caption in captions if caption.start < end and caption.end > start]
+    near = nearest(captions, start=start, end=end, count=len(within) + NEIGHBOURS)
+    return sorted(near, key=lambda caption: (caption.start, caption.end, caption.text))
+
+
+def part_name(shard: str) -> str:
+    """The name of a shard's part file."""
+    return shard.removesuffix(".tar") + ".json"
+
+
+def no_space(error: OSError, folder: Path) -> Exception:
+    """The error to raise for an OSError: a full disk is no bug of ours."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    return MachineError(f"the disk of {folder} is full", hint="free some space, run it again")

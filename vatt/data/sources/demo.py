@@ -1,0 +1,420 @@
+"""The demo corpus: handwritten digits that move while their telephone tones sound."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from fractions import Fraction
+from functools import lru_cache
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+
+from vatt.config import DemoParams
+from vatt.data.clips.manifest import Caption, Clip
+from vatt.files import atomic_write
+
+SECONDS = 1.0
+FPS = 10
+FRAME_SIZE = 72  # pixels, H = W
+AUDIO_HZ = 16_000
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+MOTIONS = ("left", "right", "up", "down", "grow", "shrink", "circle", "shake")
+
+# Rows and columns of a telephone's keypad, in Hz.
+TONES = {
+    digit: (row, column)
+    for row, digits in ((697, "123"), (770, "456"), (852, "789"), (941, " 0 "))
+    for column, digit in zip((1209, 1336, 1477), digits, strict=True)
+    if digit != " "
+}
+
+# Sixteen slots that repeat: x sounds, a dot is silent. Only the pattern tells them apart, since a
+# clip may begin anywhere in it.
+RHYTHMS = {
+    "left": "x...x...x...x...",
+    "right": "xx..xx..xx..xx..",
+    "up": "xxx.xxx.xxx.xxx.",
+    "down": "x.x.x.x.x.x.x.x.",
+    "grow": "xxxx....xxxx....",
+    "shrink": "xxxxxx..xxxxxx..",
+    "circle": "x.x.....x.x.....",
+    "shake": "xxxxxxxxxxxxxxxx",
+}
+
+SUBJECTS = (
+    "a {digit}",
+    "the {digit}",
+    "the digit {digit}",
+    "the number {digit}",
+    "a handwritten {digit}",
+    "now a {digit}",
+    "here the {digit}",
+    "somebody's {digit}",
+)
+PREDICATES = {
+    "left": ("drifts to the left", "moves left", "slides off to the left side"),
+    "right": ("drifts to the right", "moves right", "slides off to the right side"),
+    "up": ("rises", "moves up", "climbs towards the top"),
+    "down": ("sinks", "moves down", "falls towards the bottom"),
+    "grow": ("grows", "gets bigger", "comes closer and closer"),
+    "shrink": ("shrinks", "gets smaller", "goes further and further away"),
+    "circle": ("goes round in a circle", "circles", "turns one full round"),
+    "shake": ("shakes", "trembles from side to side", "wobbles back and forth"),
+}
+NAMINGS = (
+    "this is a {digit}",
+    "you can see a {digit}",
+    "look at this {digit}",
+    "I think it is a {digit}",
+    "and that is what a {digit} sounds like",
+)
+BESIDE_THE_POINT = (
+    "thanks for watching and see you next time",
+    "let me get some coffee first",
+    "please subscribe to the channel",
+    "it was raining all day yesterday",
+    "so as I said before",
+    "okay let us go on",
+    "my phone is ringing again",
+    "can you hear me at the back",
+)
+
+
+def render_video(
+    scan: NDArray[np.float64], *, motion: str, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Move a scan, 8 x 8 with values in [0, 1], over a background; (T, H, W, C)."""
+    num_frames = round(SECONDS * FPS)
+    size = rng.uniform(48, 52)  # pixels, of the enlarged scan
+    centre = FRAME_SIZE / 2 + rng.uniform(-1, 1, size=2) * rng.uniform(0.05, 0.08) * size / 2
+    time = np.linspace(0, 1, num_frames) ** rng.uniform(0.8, 1.25)  # some hurry at the end
+    down, right, scale = _path(motion, time, reach=rng.uniform(7, 10), rng=rng)
+    background = _background(rng)
+    ink = rng.uniform(0.65, 1.0, size=3)
+    video = np.empty((num_frames, FRAME_SIZE, FRAME_SIZE, 3))
+    for frame in range(num_frames):
+        rows = _enlarge(scan.shape[0], centre[0] + down[frame], size * scale[frame])
+        columns = _enlarge(scan.shape[1], centre[1] + right[frame], size * scale[frame])
+        cover = (rows @ scan @ columns.T)[..., None]
+        video[frame] = cover * ink + (1 - cover) * background
+    video += rng.normal(0, 0.05, size=video.shape)
+    return np.rint(video.clip(0, 1) * 255).astype(np.uint8)
+
+
+def render_audio(*, digit: int, motion: str, rng: np.random.Generator) -> NDArray[np.int16]:
+    """Sound the digit's telephone tone in the motion's rhythm, in noise; (S,)."""
+    time = np.arange(round(SECONDS * AUDIO_HZ)) / AUDIO_HZ
+    phases = rng.uniform(0, 2 * np.pi, size=2)
+    tone = sum(
+        np.sin(2 * np.pi * hertz * time + phase)
+        for hertz, phase in zip(TONES[str(digit)], phases, strict=True)
+    )
+    slots = np.array([slot == "x" for slot in RHYTHMS[motion]], dtype=float)
+    # One slot is a sixteenth of a second, give or take; the edges are softened over 4 ms.
+    position = (rng.uniform(0, 16) + time * 16 * rng.uniform(0.9, 1.1)).astype(int) % 16
+    edge = AUDIO_HZ // 250
+    gate = np.convolve(slots[position], np.full(edge, 1 / edge), mode="same")
+    level = np.exp(rng.uniform(np.log(0.05), np.log(0.4)))
+    noise = rng.normal(0, level * rng.uniform(0.05, 0.5), size=len(time))
+    return np.rint(((tone * gate * level) + noise).clip(-1, 1) * 32767).astype(np.int16)
+
+
+def speak(*, digit: int, motion: str, rng: np.random.Generator) -> tuple[Caption, ...]:
+    """Sentences around the clip; the one nearest to its middle tells the digit and the motion."""
+
+    def pick(sentences: tuple[str, ...]) -> str:
+        return str(rng.choice(sentences)).format(digit=DIGITS[digit])
+
+    def full() -> str:
+        return f"{pick(SUBJECTS)} {pick(PREDICATES[motion])}"
+
+    def aside() -> str:
+        return pick(BESIDE_THE_POINT) if rng.random() < 0.6 else full()
+
+    before, after = (pick(NAMINGS), aside()) if rng.random() < 0.5 else (aside(), pick(NAMINGS))
+    spoken = (before, full(), after, aside(), pick(BESIDE_THE_POINT))
+    starts = np.array([0.0, 0.35, 0.75, 1.2, 2.0]) + rng.uniform(0, 0.05, size=5)
+    return tuple(
+        Caption(start=round(float(start), 2), end=round(float(start) + 0.3, 2), text=text)
+        for start, text in zip(starts, spoken, strict=True)
+    )
+
+
+def _path(
+    motion: str, time: NDArray[np.float64], *, reach: float, rng: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """How far down and right, in pixels, and how large the digit is at each time in [0, 1]."""
+    still, along, one = np.zeros_like(time), (2 * time - 1) * reach, np.ones_like(time)
+    turn = 2 * np.pi * (time + rng.uniform())
+    paths = {
+        "left": (still, -along, one),
+        "right": (still, along, one),
+        "up": (-along, still, one),
+        "down": (along, still, one),
+        "grow": (still, still, 0.65 + 0.35 * time),
+        "shrink": (still, still, 1.0 - 0.35 * time),
+        "circle": (reach * np.sin(turn), reach * np.cos(turn), one),
+        "shake": (still, reach * np.sin(3 * turn), one),
+    }
+    return paths[motion]
+
+
+def _background(rng: np.random.Generator) -> NDArray[np.float64]:
+    """A gradient between two dark colours in any direction; (H, W, C)."""
+    angle = rng.uniform(0, 2 * np.pi)
+    across = np.linspace(-0.5, 0.5, FRAME_SIZE)
+    ramp = (across[:, None] * np.sin(angle) + across * np.cos(angle)) / np.sqrt(2) + 0.5
+    first, second = rng.uniform(0, 0.4, size=(2, 3))
+    return first + ramp[..., None] * (second - first)
+
+
+def _enlarge(num: int, centre: float, size: float) -> NDArray[np.float64]:
+    """Weights (FRAME_SIZE, num) that stretch `num` pixels linearly over `size` around `centre`."""
+    pixels = (np.arange(FRAME_SIZE) + 0.5 - centre) / size * num + (num - 1) / 2
+    weights: NDArray[np.float64] = (1 - np.abs(pixels[:, None] - np.arange(num))).clip(0, 1)
+    return weights
+
+
+# Part of every file's name, so that no old file is taken for a new one: raise it when
+# anything that is drawn or sounded changes.
+EDITION = 1
+SPLITS = ("train", "test")
+TEST_SCANS = 397  # of the 1,797; the others are for training
+LICENCE = "CC BY 4.0: UCI Optical Recognition of Handwritten Digits"
+BATCH = 16  # files a worker writes at a time
+
+
+def make_demo(
+    folder: Path,
+    params: DemoParams,
+    *,
+    seed: int,
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> list[Clip]:
+    """Write the media that `folder` lacks and list every clip, dead links too.
+
+    A clip depends on the seed, its split and number alone, so a larger corpus holds a smaller one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in sorted(folder.glob(".*.tmp")):
+        leftover.unlink(missing_ok=True)
+    numbers = {"train": params.train_clips, "test": params.test_clips}
+    jobs = [(split, index) for split in SPLITS for index in range(numbers[split])]
+    missing = [job for job in jobs if not (folder / _media_name(seed, *job)).exists()]
+    batches = [missing[first : first + BATCH] for first in range(0, len(missing), BATCH)]
+    done = len(jobs) - len(missing)
+    progress(done, len(jobs))
+    for written in _in_processes(_write_batch, folder, seed, batches, workers=workers):
+        done += written
+        progress(done, len(jobs))
+    clips = [describe(seed, *job, no_text_share=params.no_text_share) for job in jobs]
+    dead = range(params.train_clips, params.train_clips + params.dead_links)
+    return clips + [
+        describe(seed, "train", index, no_text_share=params.no_text_share) for index in dead
+    ]
+
+
+def describe(seed: int, split: str, index: int, *, no_text_share: float) -> Clip:
+    """The manifest's record of one clip."""
+    digit, motion = _classes(index)
+    talk, silence = _generator(seed, split, index, "talk"), _generator(seed, split, index, "silent")
+    silent = split == "train" and silence.random() < no_text_share
+    return Clip(
+        clip_id=Path(_media_name(seed, split, index)).stem,
+        source="demo",
+        url=f"demo:{_media_name(seed, split, index)}",
+        start=0.0,
+        end=SECONDS,
+        split=split,
+        labels={
+            "digit": DIGITS[digit],
+            "motion": motion,
+            "action": f"{DIGITS[digit]} {motion}",  # who does what
+        },
+        captions=() if silent else speak(digit=digit, motion=motion, rng=talk),
+        licence=LICENCE,
+    )
+
+
+def render_clip(seed: int, split: str, index: int) -> tuple[NDArray[np.uint8], NDArray[np.int16]]:
+    """The picture (T, H, W, C) and the sound (S,) of one clip."""
+    digit, motion = _classes(index)
+    look, sound = _generator(seed, split, index, "look"), _generator(seed, split, index, "sound")
+    scan = _scans()[0][look.choice(_scans_of(seed, split, digit))]
+    return (
+        render_video(scan, motion=motion, rng=look),
+        render_audio(digit=digit, motion=motion, rng=sound),
+    )
+
+
+def write_clip(path: Path, video: NDArray[np.uint8], audio: NDArray[np.int16]) -> None:
+    """Encode a picture (T, H, W, C) and a sound (S,) as H.264 and AAC in an mp4 file."""
+    with atomic_write(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        picture = container.add_stream("libx264", rate=FPS)
+        picture.width, picture.height, picture.pix_fmt = video.shape[2], video.shape[1], "yuv420p"
+        # x264's macroblock tree gives other bytes each time, on one thread too.
+        picture.options = {"preset": "veryfast", "crf": "18", "x264-params": "mbtree=0"}
+        picture.codec_context.thread_count = 1  # the processes share the cores
+        sound = container.add_stream("aac", rate=AUDIO_HZ, layout="mono")
+        sound.bit_rate = 64_000
+        for number, image in enumerate(video):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, FPS)
+            container.mux(picture.encode(frame))
+        container.mux(picture.encode(None))
+        wave = av.AudioFrame.from_ndarray(audio[None], format="s16", layout="mono")
+        wave.sample_rate, wave.pts = AUDIO_HZ, 0
+        container.mux(sound.encode(wave))
+        container.mux(sound.encode(None))
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """Serve the files in a folder on this machine alone; yields the address they are under."""
+
+    class Handler(_FileHandler):
+        root = folder
+
+    server = _Server(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    """Lets a client hang up without a word: the download tells what became of the file."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class _FileHandler(BaseHTTPRequestHandler):
+    """Answers GET and HEAD for plain files of one folder, whole or from a byte on."""
+
+    root: Path
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing: the download's ledger tells what happened."""
+
+    def _answer(self, *, with_body: bool) -> None:
+        name = self.path.partition("?")[0].removeprefix("/")
+        file = self.root / name
+        if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII) or not file.is_file():
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        size = file.stat().st_size
+        span = self._span(size)
+        if span is None:
+            self.send_response(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+            self.send_header("Content-Range", f"bytes */{size}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        first, last = span
+        partial = "Range" in self.headers
+        self.send_response(HTTPStatus.PARTIAL_CONTENT if partial else HTTPStatus.OK)
+        if partial:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Type", "video/mp4")
+        self.send_header("Content-Length", str(last - first + 1))
+        self.end_headers()
+        if with_body:
+            with file.open("rb") as stream:
+                stream.seek(first)
+                self.wfile.write(stream.read(last - first + 1))
+
+    def _span(self, size: int) -> tuple[int, int] | None:
+        """The first and last byte asked for; None when the file has no such bytes."""
+        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "bytes=0-"))
+        if asked is None or asked.groups() == ("", ""):
+            return None
+        first, last = asked.groups()
+        if not first:  # the last so many bytes
+            return max(size - int(last), 0), size - 1
+        span = int(first), min(int(last) if last else size - 1, size - 1)
+        return span if span[0] <= span[1] else None
+
+
+def _in_processes(
+    work: Callable[[Path, int, list[tuple[str, int]]], int],
+    folder: Path,
+    seed: int,
+    batches: list[list[tuple[str, int]]],
+    *,
+    workers: int,
+) -> Iterator[int]:
+    """How many files each batch wrote, as they are done; in this process without workers."""
+    if workers == 0 or len(batches) < 2:
+        yield from (work(folder, seed, batch) for batch in batches)
+        return
+    # Spawned, not forked: the caller may hold threads, and a forked lock stays locked.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(work, folder, seed, batch) for batch in batches]
+        try:
+            yield from (future.result() for future in as_completed(futures))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _write_batch(folder: Path, seed: int, jobs: list[tuple[str, int]]) -> int:
+    for split, index in jobs:
+        write_clip(folder / _media_name(seed, split, index), *render_clip(seed, split, index))
+    return len(jobs)
+
+
+def _media_name(seed: int, split: str, index: int) -> str:
+    return f"demo{EDITION}-{seed}-{split}-{index:05d}.mp4"
+
+
+def _classes(index: int) -> tuple[int, str]:
+    """Digit and motion of a clip: every pair comes up once in 80 clips running."""
+    motions = MOTIONS
+    return index % 10, motions[index // 10 % len(motions)]
+
+
+def _generator(seed: int, split: str, index: int, purpose: str) -> np.random.Generator:
+    """A stream of its own for each purpose, so that one does not shift the others."""
+    return np.random.default_rng([seed, *f"{split} {index} {purpose}".encode()])
+
+
+@lru_cache(maxsize=1)
+def _scans() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """All scans (1797, 8, 8) with values in [0, 1], and their digits."""
+    digits = load_digits()
+    return digits.images / 16, digits.target
+
+
+@lru_cache
+def _scans_of(seed: int, split: str, digit: int) -> NDArray[np.int64]:
+    """The numbers of a digit's scans in a split; no scan is in both."""
+    _, targets = _scans()
+    order = np.random.default_rng(seed).permutation(len(targets))
+    chosen = order[:TEST_SCANS] if split == "test" else order[TEST_SCANS:]
+    return chosen[targets[chosen] == digit]
