@@ -10,7 +10,7 @@ import click
 
 from vatt import __version__
 from vatt.errors import SettingsError, VattError
-from vattctl import data, downstream, dvc, models, params, planning, runs, tables
+from vattctl import data, models, params, pipeline, planning, runs, tables
 
 BUG, INTERRUPTED = 101, 130
 
@@ -59,13 +59,13 @@ def cli(
 
 
 for command in (
-    dvc.demo,
+    pipeline.demo,
     *data.COMMANDS,
     planning.plan_command,
-    dvc.pretrain,
-    downstream.finetune,
-    downstream.evaluate,
-    *dvc.COMMANDS,
+    pipeline.pretrain,
+    pipeline.finetune,
+    pipeline.evaluate,
+    *pipeline.COMMANDS,
     *tables.COMMANDS,
     *runs.COMMANDS,
     runs.compare,

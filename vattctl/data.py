@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vatt.errors import SettingsError
-from vattctl.dvc import machines_options, machines_settings, run, stage_options
 from vattctl.params import change, enter_project
+from vattctl.pipeline import machines_options, machines_settings, run, stage_options
 
 if TYPE_CHECKING:
     from vatt.config import Params

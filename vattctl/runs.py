@@ -5,14 +5,13 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from vatt.errors import MachineError
-from vattctl.dvc import STAGES, stages_here
+from vattctl.dvc import STAGES, changed_stages, stages_here
 from vattctl.params import enter_project, print_rich
 
 
@@ -73,36 +72,6 @@ def _runs(folder: Path) -> dict[str, dict[str, Any]]:
         name = path.stem
         stage, dash, variant = name.partition("-")
         found[f"{stage}@{variant}" if dash else name] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def changed_stages(files: Sequence[Path] = (Path("dvc.yaml"),)) -> dict[str, list[str]]:
-    """What DVC finds changed, by stage, in these of the repository's dvc.yaml that exist."""
-    there = [str(file) for file in files if file.exists()]
-    if not there:
-        return {}
-    command = [sys.executable, "-m", "dvc", "status", "--json", *there]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        raise MachineError(f"dvc status failed: {lines[-1] if lines else done.returncode}")
-    found = {}
-    for stage, changes in json.loads(done.stdout or "{}").items():
-        found[stage] = [f"{kind}: {name}" for kind, name in _leaves(changes)]
-    return found
-
-
-def _leaves(changes: list[Any]) -> list[tuple[str, str]]:
-    """dvc's nested answer as (what happened, to what)."""
-    found = []
-    for change in changes:
-        if isinstance(change, str):
-            found.append((change, "the stage"))
-            continue
-        for things in change.values():
-            for name, kind in things.items():
-                nested = kind if isinstance(kind, dict) else {name: kind}
-                found += [(str(value), str(key)) for key, value in nested.items()]
     return found
 
 

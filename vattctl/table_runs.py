@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vatt.errors import SettingsError
+from vattctl.dvc import changed_stages
 from vattctl.experiments import Experiment, inside, settings_of
-from vattctl.runs import changed_stages
 
 if TYPE_CHECKING:
     from vatt.config import Params
