@@ -1,8 +1,8 @@
-"""The two operators that take nearly all of the time, each on the fastest path of its machine.
+"""The two operators that take nearly all of the time, with faster forms for bf16 on a CPU.
 
-The model calls `Linear` and `attention` and knows no more. Everything here gives the same numbers
-as the plain operators, to 1e-5 in fp32 and 2e-2 in bf16; `plain_operators` turns the choice off.
-Measured by bench/encoder.py.
+The model only calls `Linear` and `attention`. In fp32, and on a GPU, both are torch's own. The bf16
+forms agree with torch's to 2e-2; `plain_operators` turns them off. bench/encoder.py measures them,
+and docs/benchmarks.md has the figures.
 
 B clips, N tokens.
 """
@@ -10,8 +10,7 @@ B clips, N tokens.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _plain: ContextVar[bool] = ContextVar("plain_operators", default=False)
-_CHUNK = 5 * 2**19  # attention weights at a time: 5 MB in bf16
-KEPT = 2**24  # attention weights of a layer, up to which they are kept: 32 MB in bf16
-_WORTH_IT = 2**26  # multiply-adds below which a linear layer's preparation costs more than it saves
+_CHUNK = 5 * 2**19  # attention weights computed at a time: 5 MB in bf16, which stay in the cache
+KEPT = 2**24  # the most attention weights of a layer that are kept for the backward pass: 32 MB
+_WORTH_IT = 2**26  # multiply-adds of a linear layer; our form is slower for smaller ones
 
 
 @contextmanager
@@ -38,12 +37,9 @@ class Linear(nn.Linear):
     """A linear layer."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        large = inputs.numel() * self.out_features >= _WORTH_IT
-        kind = _type_of(inputs) if large and _fast_on_cpu(inputs) else None
-        if kind == torch.bfloat16:
+        is_large = inputs.numel() * self.out_features >= _WORTH_IT
+        if is_large and _eager_on_cpu(inputs) and _product_type(inputs) == torch.bfloat16:
             return _HalfLinear.apply(inputs, self.weight, self.bias)
-        if kind == torch.float32 and _library_is_narrow():
-            return _ConvolutionLinear.apply(inputs, self.weight, self.bias)
         return F.linear(inputs, self.weight, self.bias)
 
 
@@ -60,8 +56,8 @@ def attention(
 
     There may be fewer queries than keys and values.
     """
-    plain = bias is None and not dropout and query.shape == key.shape
-    if plain and query.dtype == torch.bfloat16 and _fast_on_cpu(query):
+    is_plain = bias is None and not dropout and query.shape == key.shape
+    if is_plain and query.dtype == torch.bfloat16 and _eager_on_cpu(query):
         keep = torch.is_grad_enabled() and key.shape[-2] * query.shape[:-1].numel() <= KEPT
         return _ChunkedAttention.apply(query, key, value, scale, keep)
     bias = None if bias is None else bias.to(query.dtype)
@@ -71,28 +67,15 @@ def attention(
 
 
 def full_precision(values: Tensor) -> Tensor:
-    """At least fp32: what leaves the towers and goes through statistics and losses."""
+    """At least fp32: for features, for the statistics of batch norm, and for losses."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-@cache
-def _library_is_narrow() -> bool:
-    """Whether torch's fp32 matrix library (MKL) uses half of this processor's vector width.
-
-    So it is on AMD's from Zen 5 (family 26) on. Up to Zen 4, and on Intel's, it reaches the peak.
-    """
-    try:
-        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    families = [line.split(":")[1] for line in facts.splitlines() if line.startswith("cpu family")]
-    return "AuthenticAMD" in facts and int(families[0]) >= 26
-
-
 class _HalfLinear(torch.autograd.Function):
-    """A linear layer in bf16 that keeps neither a bf16 copy of its weights nor of their gradient.
+    """A linear layer in bf16 that keeps no bf16 copy of its weights or of their gradient.
 
-    To cast the weights again takes less time than to have the system find new memory for them.
+    Autocast keeps a copy of the weights from the forward pass for the backward pass. Casting them
+    again is faster, because the memory for the copy comes from the system page by page.
     """
 
     @staticmethod
@@ -132,48 +115,20 @@ def _multiply(inputs: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _one_thread_works(rows: int, columns: int) -> bool:
-    """Whether oneDNN gives a product to one of two threads, which it shares out in halves.
+    """Whether oneDNN leaves one of two threads idle in a product of this size.
 
-    So it is for a clip of the base tower on processors with matrix tiles (Intel's AMX).
+    It does on processors with matrix tiles (Intel's AMX), for the products of one clip in the base
+    tower. Given the halves of the rows one after the other, it uses both threads for each.
     """
-    unshared = columns == 768 and 768 <= rows <= 1280
-    return unshared and torch.get_num_threads() == 2 and torch.cpu._is_amx_tile_supported()
-
-
-class _ConvolutionLinear(torch.autograd.Function):
-    """A linear layer whose products are 1 x 1 convolutions, which take oneDNN's fp32 path."""
-
-    @staticmethod
-    def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(inputs, weight)
-        ctx.has_bias = bias is not None
-        return _convolve(inputs, weight, bias)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        inputs, weight = ctx.saved_tensors
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        asked = ctx.needs_input_grad[0]
-        return (
-            _convolve(gradient, weight.t(), None) if asked else None,
-            _outer(rows, inputs.reshape(-1, inputs.shape[-1])),
-            rows.sum(0) if ctx.has_bias else None,
-        )
-
-
-def _convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    image = inputs.reshape(1, -1, 1, inputs.shape[-1]).permute(0, 3, 1, 2)  # channels last
-    product = F.conv2d(image, weight[:, :, None, None], bias)
-    return product.permute(0, 2, 3, 1).reshape(*inputs.shape[:-1], weight.shape[0])
-
-
-def _outer(left: Tensor, right: Tensor) -> Tensor:  # (N, n), (N, m) -> (n, m)
-    """left.t() @ right: the rows are the channels of an image of m pixels."""
-    return F.conv2d(right[None, :, :, None], left.t()[:, :, None, None])[0, :, :, 0]
+    is_unshared = columns == 768 and 768 <= rows <= 1280
+    return is_unshared and torch.get_num_threads() == 2 and torch.cpu._is_amx_tile_supported()
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """Attention as matrix products of a few heads at a time, whose weights stay in the cache."""
+    """Attention as matrix products of a few heads at a time, so that weights stay in the cache.
+
+    Without `keep`, the backward pass computes the weights again instead of reading them back.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, scale: float, keep: bool) -> Tensor:  # type: ignore[no-untyped-def]
@@ -190,7 +145,7 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        *heads, kept = ctx.saved_tensors  # asked for once: activation checkpointing gives it once
+        *heads, kept = ctx.saved_tensors  # activation checkpointing allows one read only
         gradients = gradient.flatten(0, 1).contiguous()
         to_inputs = [torch.empty_like(inputs) for inputs in heads]
         room = _room(heads[0])
@@ -211,7 +166,7 @@ class _ChunkedAttention(torch.autograd.Function):
 
 
 def _parts(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Heads (B x heads, N, head_dim) in parts whose attention weights fit a processor's cache."""
+    """Heads (B x heads, N, head_dim) in parts, each with attention weights that fit the cache."""
     heads, tokens, _ = tensors[0].shape
     size = _at_a_time(tokens)
     for first in range(0, heads, size):
@@ -224,7 +179,7 @@ def _at_a_time(tokens: int) -> int:
 
 
 def _room(heads: Tensor, *, whole: bool = False) -> Tensor:
-    """Memory for the attention weights of all heads, or of those of a part."""
+    """Memory for the attention weights of all heads, or of one part."""
     count, tokens, _ = heads.shape
     return heads.new_empty(count if whole else min(_at_a_time(tokens), count), tokens, tokens)
 
@@ -234,13 +189,13 @@ def _weights(queries: Tensor, keys: Tensor, out: Tensor) -> Tensor:
     return torch.softmax(out, dim=-1, out=out)
 
 
-def _fast_on_cpu(inputs: Tensor) -> bool:
+def _eager_on_cpu(inputs: Tensor) -> bool:
     tracing = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
     return inputs.device.type == "cpu" and not tracing and not _plain.get()
 
 
-def _type_of(inputs: Tensor) -> torch.dtype:
-    """The type in which a product of `inputs` is computed."""
+def _product_type(inputs: Tensor) -> torch.dtype:
+    """The type in which a product of `inputs` is computed under the present autocast."""
     kind = inputs.device.type
     cast = torch.is_autocast_enabled(kind) and inputs.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if cast else inputs.dtype
