@@ -135,7 +135,7 @@ def test_outside_a_project_says_so(tmp_path: Path) -> None:
 
 
 def test_paper_preset_is_the_paper(project: Path) -> None:
-    """SPEC of the paper's recipe (arXiv 2104.11178, section 4 and appendix)."""
+    """The numbers of arXiv 2104.11178, section 4 and appendix A."""
     from vatt.config import load_params
 
     params = load_params(ROOT / "presets" / "paper.yaml")

@@ -97,7 +97,7 @@ def left_out(name: str, tokens: int) -> int:
 
 
 def test_both_attention_products_make_the_true_count_larger() -> None:
-    # SPEC section 5: 10 % at 224 pixels, 19 % at 320.
+    # docs/model.md: 10 % at 224 pixels, 19 % at 320.
     for side, share in ((224, 0.103), (320, 0.190)):
         params = video("medium", 32, side)
         ratio = video_flops(params, convention="true") / video_flops(params, convention="paper")

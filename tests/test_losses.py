@@ -25,7 +25,7 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
 
 
 def naive(video: Tensor, texts: Tensor, valid: Tensor) -> Tensor:
-    """SPEC section 1, term by term."""
+    """The paper's loss (docs/model.md), term by term."""
     clips = [i for i in range(len(video)) if valid[i].any()]
     there = {i: [k for k in range(texts.shape[1]) if valid[i, k]] for i in clips}
 

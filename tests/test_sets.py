@@ -121,7 +121,7 @@ def test_recipes_are_those_of_the_paper_preset(inside, recipe, task):
 
 
 def test_the_numbers_of_the_paper(inside):
-    """SPEC section 2, row by row."""
+    """Section 4.2 and appendix A.2, row by row."""
     video, audio, image = (
         data_sets._read(data_sets.RECIPES / f"{name}.yaml") for name in ("video", "audio", "image")
     )

@@ -90,7 +90,7 @@ def test_a_number_off_by_more_than_the_tolerance_fails() -> None:
     common = {"source": "here", "unit": "1", "expected": 2.0, "tolerance": 0.5}
     assert compare("near", ours=2.5, **common).state == "pass"
     far = compare("far", ours=2.6, **common)
-    assert (far.state, far.reason) == ("fail", "ours is +0.6 off")
+    assert (far.state, far.reason) == ("fail", "ours differs by +0.6")
     assert compare("nan", ours=math.nan, **common).state == "fail"
     assert not_run("x", source="y", unit="1", paper=1.0, ours=None, reason="z").state == "not run"
 

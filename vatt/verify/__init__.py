@@ -1,4 +1,4 @@
-"""Ours against everything the paper and the release publish that needs no data, row by row."""
+"""Our numbers beside every published one that needs no data, a row for each."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ PARTS: tuple[Callable[[], list[Check]], ...] = (
 
 
 def verify(progress: Callable[[int, int], None] | None = None) -> list[Check]:
-    """All rows; takes seconds and no memory, since models are built without weights."""
+    """All rows; this takes seconds and little memory, because models are built without weights."""
     rows: list[Check] = []
     for done, part in enumerate(PARTS, start=1):
         rows += part()

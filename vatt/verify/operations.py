@@ -21,8 +21,8 @@ NAMES = {
     "true": "true count (2 a multiply-add, both attention products)",
 }
 
-# Published numbers and how far the fitted formula is from each of them (SPEC section 5): half a
-# unit of the last digit where the formula rounds to it, else the remaining difference.
+# How far the fitted formula may be from each published number (docs/model.md, "Counting
+# operations"): half a unit of the last digit where it rounds to it, else the known difference.
 TABLE_1: dict[str, tuple[SizeName, float]] = {
     "VATT-Base": ("base", 0.0051),
     "VATT-Medium": ("medium", 0.0077),
@@ -133,7 +133,7 @@ def _count(model: nn.Module, *inputs: Tensor | None, **kept: Tensor | None) -> f
 def _every_token(
     encoder: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Our last block answers for AGG alone; the paper's, which is counted, for every token."""
+    """Our last block computes only AGG's output; the paper's, which is counted, every token's."""
     return inputs, options | {"wanted": None}
 
 

@@ -1,4 +1,4 @@
-"""One line of `vattctl verify`: a quantity as published, as expected, and as ours is."""
+"""One row of `vattctl verify`: a published number, the expected one, and ours."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ State = Literal["pass", "fail", "not run"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """`paper` is the published number in `unit`, None where there is none; numbers are absolute."""
+    """A row. `paper` is the published number, None where there is none; all are in `unit`."""
 
     name: str
     source: str
@@ -45,10 +45,10 @@ def compare(
     paper: float | None = None,
     reason: str | None = None,
 ) -> Check:
-    """A row that passes when ours is as near to the expected number as the tolerance says."""
+    """A row that passes when ours is within `tolerance` of the expected number."""
     passes = math.isfinite(ours) and abs(ours - expected) <= tolerance
     if not passes:
-        reason = f"ours is {ours - expected:+.6g} off" + (f"; {reason}" if reason else "")
+        reason = f"ours differs by {ours - expected:+.6g}" + (f"; {reason}" if reason else "")
     return Check(
         name=name,
         source=source,
@@ -65,7 +65,7 @@ def compare(
 def not_run(
     name: str, *, source: str, unit: str, paper: float, ours: float | None, reason: str
 ) -> Check:
-    """A published number that nothing can be compared with, and why."""
+    """A published number that cannot be compared, and why."""
     return Check(
         name=name,
         source=source,
@@ -80,7 +80,7 @@ def not_run(
 
 
 def published(table: str, row: str, column: str) -> float:
-    """A number of paper_tables.yaml, by the names that stand there."""
+    """A number of paper_tables.yaml."""
     content = _tables()[table]
     return float(content["rows"][row][content["columns"].index(column)])
 
