@@ -33,7 +33,7 @@ from vatt.config import AudioParams, ModelParams, TextParams, VideoParams
 from vatt.model.operators import plain_operators
 from vatt.model.patches import draw_kept
 from vatt.model.transformer import SIZES
-from vatt.model.vatt import build_towers, initialise
+from vatt.model.vatt import initialise, paper_towers
 
 WIDTH, DEPTH, HEADS, MLP, TOKENS = 768, 12, 12, 3072, 784
 FRAMES = 16  # in voxels of 4 x 16 x 16: 4 x 14 x 14 = 784 tokens
@@ -52,7 +52,7 @@ def video_tower(size: str, frames: int, *, dropout: float = 0.0) -> nn.Module:
         vt_dim=256,
         dropout=dropout,
     )
-    tower = build_towers(params)["video"]
+    tower = paper_towers(params)["video"]
     initialise(tower)
     return tower
 

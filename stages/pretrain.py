@@ -4,9 +4,9 @@ import sys
 
 import torch
 
+from vatt.checkpoint import build
 from vatt.config import load_params
 from vatt.data.loading.batches import Sampling
-from vatt.model.vatt import VATT
 from vatt.process import run_stage
 from vatt.progress import progress
 from vatt.provenance import data_hash, stage_hash
@@ -36,7 +36,7 @@ def main() -> None:
         session, words = Session(run, paths.pretrain_state, tick), paths.shards / "vocabulary.txt"
         torch.manual_seed(params.seed)  # every process builds the same start
         pretrain(
-            VATT(params.model), batches, settings, machine=machine, seed=params.seed,
+            build(params.model), batches, settings, machine=machine, seed=params.seed,
             state=paths.pretrain_state, data_hash=data, **session.hooks(),
             evaluate=session.keeping_best(measure, params.model, score=SCORE, vocabulary=words),
             export=lambda weights: session.export(

@@ -18,7 +18,7 @@ from vatt.model.vatt import VATT, Classifier
 @pytest.mark.parametrize("recipe", ["paper", "release"])
 def test_a_saved_model_answers_the_same_after_loading(tmp_path, recipe, backbone):
     params = small_params(recipe=recipe, backbone=backbone)
-    model = VATT(params).eval()
+    model = checkpoint.build(params).eval()
     model.heads.video_to_va[0].norm.running_mean += 1
     checkpoint.save(model, params, tmp_path / "model", extra={"step": 7})
     loaded = vatt.load(tmp_path / "model")

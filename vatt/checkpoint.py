@@ -1,10 +1,12 @@
 """A checkpoint: weights, and the settings that build the model they belong to.
 
-A folder with model.safetensors, config.json and, where known, vocabulary.txt.
+A folder with model.safetensors, config.json and, where known, vocabulary.txt. The paper's model or
+the released one is chosen here, by `model.recipe`, and nowhere else.
 """
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,45 @@ from vatt.config import ModelParams
 from vatt.errors import DataError
 from vatt.files import atomic_folder
 from vatt.model.positions import fit_tables
-from vatt.model.vatt import VATT, Classifier
+from vatt.model.vatt import (
+    MODALITIES,
+    VATT,
+    Classifier,
+    ClassifierInput,
+    paper_towers,
+    tower_of,
+)
+from vatt.release.model import release_parts, release_towers
 
 WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocabulary.txt"
 VERSION = 1
+
+
+def build(params: ModelParams) -> VATT:
+    """The model that the settings describe, newly initialised."""
+    return VATT(params, release_parts(params) if params.recipe == "release" else None)
+
+
+def build_classifier(
+    params: ModelParams, *, modality: ClassifierInput, num_classes: int, head_dropout: float
+) -> Classifier:
+    """A tower of that model and a linear layer, newly initialised."""
+    towers = release_towers if params.recipe == "release" else paper_towers
+    return Classifier(
+        params,
+        towers(params)[tower_of(modality)],
+        modality=modality,
+        num_classes=num_classes,
+        head_dropout=head_dropout,
+    )
+
+
+@cache
+def feature_dims(params: ModelParams) -> dict[str, int]:
+    """The width of each modality's features."""
+    with torch.device("meta"):
+        model = build(params)
+    return {name: getattr(model, name).width for name in MODALITIES}
 
 
 def save(
@@ -32,13 +69,13 @@ def save(
     extra: dict[str, Any] | None = None,
     vocabulary: Path | None = None,
 ) -> None:
-    """Write the folder whole; `extra` joins config.json.
+    """Write the folder, all of it or nothing; `extra` is added to config.json.
 
     For a classifier `extra` holds {"classifier": {"modality": ..., "classes": [...]}}.
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     config = {"version": VERSION, "model": params.model_dump(mode="json"), **(extra or {})}
-    aliases = shared_names(build(config))
+    aliases = shared_names(from_config(config))
     tensors = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in state.items()
@@ -54,7 +91,7 @@ def save(
 def load(folder: Path | str) -> VATT | Classifier:
     """The model of a folder, with its weights, in eval mode."""
     folder = Path(folder)
-    model = build(load_config(folder))
+    model = from_config(load_config(folder))
     try:
         state = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -76,11 +113,11 @@ def load_config(folder: Path | str) -> dict[str, Any]:
             hint="a checkpoint is a folder with model.safetensors and config.json",
         ) from None
     if not isinstance(config, dict) or "model" not in config:
-        raise DataError(f"{path} says nothing of a model", hint="make the checkpoint again")
+        raise DataError(f"{path} describes no model", hint="make the checkpoint again")
     return config
 
 
-def build(config: dict[str, Any]) -> VATT | Classifier:
+def from_config(config: dict[str, Any]) -> VATT | Classifier:
     """The model that a config.json describes, without memory for its weights."""
     try:
         params = ModelParams.model_validate(config["model"])
@@ -91,8 +128,8 @@ def build(config: dict[str, Any]) -> VATT | Classifier:
     task = config.get("classifier")
     with torch.device("meta"):
         if task is None:
-            return VATT(params)
-        return Classifier(
+            return build(params)
+        return build_classifier(
             params,
             modality=task["modality"],
             num_classes=len(task["classes"]),
@@ -127,7 +164,7 @@ def load_weights(
 
 
 def shared_names(model: nn.Module) -> dict[str, str]:
-    """Names of weights that are another name's (the agnostic encoder's): alias -> first name."""
+    """Second names of shared weights (those of the agnostic encoder): second name -> first name."""
     first: dict[int, str] = {}
     aliases = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

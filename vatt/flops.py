@@ -1,56 +1,56 @@
 """Floating-point operations of one forward pass, by formula, in two conventions.
 
-"paper": what TensorFlow's profiler counted for the published tables. Two operations a multiply-add
-in the patch projection, the dense layers and attention x values; *none* for queries x keys, which
-the profiler did not see; 6 a score for softmax and scaling; element-wise work as 36 a token,
-channel and layer; N is the kept tokens + 2. The 36 and the + 2 are fitted to the published figures
-(SPEC section 5), which the formula then meets within 0.06 %. Figures with DropToken, and all of
-table 5, are of the training graph: 3 more for every element that may drop out.
+"paper" is what TensorFlow's profiler counted for the published tables:
 
-"true": two operations a multiply-add in the projections, the dense layers and *both* products of
-attention, over the tokens that our model computes: the kept ones (it drops before it projects) and
-the AGG token; nothing else. It counts all of the last block, where our model leaves out what AGG's
-answer does not need.
+- two operations for a multiply-add in the patch projection, the dense layers and the product of
+  attention weights and values;
+- nothing for the product of queries and keys, which the profiler did not see;
+- 6 for each score (softmax and scaling), and 36 for each token, channel and layer (element-wise
+  work);
+- N is the number of kept tokens + 2.
+
+The 36 and the + 2 are fitted to the published figures; with them the formula is within 0.06 % of
+every one (docs/model.md, "Counting operations"). Figures with DropToken, and all of table 5, are of
+the training graph: 3 more for every element that dropout may set to zero.
+
+"true" counts two operations for a multiply-add in the projections, the dense layers and *both*
+products of attention, and nothing else. Tokens are those that our model computes: the kept ones (it
+drops before it projects) and the AGG token. All of the last block is counted, although our model
+computes only AGG's output there.
 """
 
 import math
 from typing import Literal
 
 from vatt.config import AudioParams, ModelParams, SizeParams, TextParams, VideoParams
-from vatt.model.patches import num_kept, num_patches
+from vatt.model.patches import audio_grid, audio_patch, num_kept, video_grid
 from vatt.model.transformer import resolve
 
 Convention = Literal["paper", "true"]
 
-# What the profiler saw beside the two large towers of VATT-MBS: the text tower and the heads.
+# What the profiler counted in VATT-MBS besides the two large towers: the text tower and the heads.
 PAPER_TEXT_FLOPS = 1.374e9
 PAPER_HEADS_FLOPS = 0.003e9
 
 
 def num_video_tokens(video: VideoParams) -> int:
-    """Patches of a clip; a remainder counts as a whole one."""
-    size = video.frame_size
-    height, width = size if isinstance(size, tuple) else (size, size)
-    return math.prod(num_patches((video.frames, height, width), video.patch))
+    """Patches of a clip; a partial patch counts as one."""
+    return math.prod(video_grid(video))
 
 
 def num_audio_tokens(audio: AudioParams) -> int:
     """Segments of a waveform, or patches of a spectrogram."""
-    if isinstance(audio.patch, tuple):
-        assert audio.mel_bins is not None
-        return math.prod(num_patches((audio.samples, audio.mel_bins), audio.patch))
-    return math.prod(num_patches((audio.samples,), (audio.patch,)))
+    return math.prod(audio_grid(audio))
 
 
 def video_flops(
     video: VideoParams, *, drop_rate: float = 0.0, training: bool = False, convention: Convention
 ) -> float:
     """One clip through the video tower."""
-    time, vertical, horizontal = video.patch
     return _tower(
         resolve(video.size),
         num_video_tokens(video),
-        patch_values=time * vertical * horizontal * 3,
+        patch_values=math.prod(video.patch) * 3,
         drop_rate=drop_rate,
         training=training,
         convention=convention,
@@ -61,11 +61,10 @@ def audio_flops(
     audio: AudioParams, *, drop_rate: float = 0.0, training: bool = False, convention: Convention
 ) -> float:
     """One waveform or spectrogram through the audio tower."""
-    values = audio.patch[0] * audio.patch[1] if isinstance(audio.patch, tuple) else audio.patch
     return _tower(
         resolve(audio.size),
         num_audio_tokens(audio),
-        patch_values=values,
+        patch_values=math.prod(audio_patch(audio)),
         drop_rate=drop_rate,
         training=training,
         convention=convention,

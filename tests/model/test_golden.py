@@ -1,4 +1,4 @@
-"""The released model equals the original implementation's arrays (SPEC section 6)."""
+"""The released model equals the original implementation's arrays."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.model.golden import (
     pretraining_params,
     tensor,
 )
-from vatt.checkpoint import load_weights
+from vatt.checkpoint import build, build_classifier, load_weights
 from vatt.losses import pretraining_loss, release_form
 from vatt.model.vatt import VATT, Classifier, Embeddings
 from vatt.training.finetune import balanced_sigmoid_loss, softmax_loss
@@ -41,7 +41,7 @@ def all_close(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 
 def pretrained(name: str) -> VATT:
-    model = VATT(pretraining_params(name))
+    model = build(pretraining_params(name))
     load_weights(model, ours(group(f"{name}_weights", "w:")))
     return model.requires_grad_()  # the small reference trains its word table
 
@@ -127,7 +127,7 @@ def test_losses_gradients_and_running_statistics_equal_the_reference(name, mode,
 
 
 def finetuned(name: str) -> Classifier:
-    model = Classifier(
+    model = build_classifier(
         finetuning_params(name),
         modality="video" if "video" in name else "audio",
         num_classes=7,
@@ -175,7 +175,7 @@ def test_finetuning_gradients_equal_the_reference(name, device):
 
 
 def released_loss_gradient(name: str, logits: Tensor) -> Tensor:
-    """d loss / d logits of our losses, which are also written from SPEC section 3 here."""
+    """d loss / d logits of our losses, compared with the same losses written out here."""
     labels = tensor(f"{name}_train", "label/one_hot")
     logits = logits.detach().requires_grad_()
     if "video" in name:

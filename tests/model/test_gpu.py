@@ -9,10 +9,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.model.golden import CUDA
 from tests.model.small import small_inputs, small_params
+from vatt.checkpoint import build
 from vatt.config import SizeParams
 from vatt.losses import FORMS, pretraining_loss
 from vatt.model.transformer import Encoder
-from vatt.model.vatt import VATT
 
 pytestmark = pytest.mark.parametrize("device", [CUDA])
 KINDS = list(itertools.product(["paper", "release"], ["specific", "agnostic"]))
@@ -21,7 +21,7 @@ KINDS = list(itertools.product(["paper", "release"], ["specific", "agnostic"]))
 def trained_once(recipe, backbone, device):
     """Embeddings, loss and gradients of one step, in fp32, without dropout."""
     torch.manual_seed(0)
-    model = VATT(small_params(recipe=recipe, backbone=backbone, dropout=0.0)).train().to(device)
+    model = build(small_params(recipe=recipe, backbone=backbone, dropout=0.0)).train().to(device)
     video, audio, text = (part.to(device) for part in small_inputs(6))
     has_text = (text != 0).any(-1)
     kept = torch.tensor([[5, 0, 3]], device=device).expand(6, -1)

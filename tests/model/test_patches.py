@@ -13,7 +13,6 @@ def test_video_patches_equal_a_strided_convolution():
         ("frames", "height", "width"),
         (2, 4, 4),
         channels=3,
-        lift=torch.nn.Identity(),
         dim=5,
         positions=positions,
         dropout=0.0,

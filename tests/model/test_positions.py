@@ -5,14 +5,9 @@ import pytest
 import torch
 
 from tests.model.golden import group
-from vatt.model.positions import (
-    AxisPositions,
-    ReleasedSpectrogramPositions,
-    bicubic,
-    fit_tables,
-    spline,
-)
+from vatt.model.positions import AxisPositions, bicubic, fit_tables
 from vatt.model.transformer import RelativeBias, relative_bucket
+from vatt.release.model import NormedPositions, ScrambledPositions, spline
 
 CASES = ["14_to_20", "8_to_16", "8_to_5", "3_to_7", "4_to_4"]
 
@@ -21,13 +16,7 @@ def released(kind, axes, name):
     found = {key: torch.from_numpy(value) for key, value in group("positions", f"{name}/").items()}
     tables = [found[f"table_{axis}"] if len(axes) > 1 else found["table"] for axis in axes]
     renamed = ["spectral" if axis == "spectoral" else axis for axis in axes]
-    positions = kind(
-        renamed,
-        [len(table) for table in tables],
-        6,
-        norm=torch.nn.LayerNorm(6, eps=1e-6),
-        resize=spline,
-    )
+    positions = kind(renamed, [len(table) for table in tables], 6)
     state = dict(zip(renamed, tables, strict=True))
     positions.load_state_dict(
         {**state, "norm.weight": found["ln_gamma"], "norm.bias": found["ln_beta"]}
@@ -47,9 +36,9 @@ def test_the_spline_equals_the_release_in_forward_and_restore(case):
 @pytest.mark.parametrize(
     ("kind", "axes", "name", "grid"),
     [
-        (AxisPositions, ("temporal",), "temporal", (12,)),
-        (AxisPositions, ("temporal", "vertical", "horizontal"), "spatiotemporal", (4, 5, 4)),
-        (ReleasedSpectrogramPositions, ("temporal", "spectoral"), "spectrotemporal", (3, 4)),
+        (NormedPositions, ("temporal",), "temporal", (12,)),
+        (NormedPositions, ("temporal", "vertical", "horizontal"), "spatiotemporal", (4, 5, 4)),
+        (ScrambledPositions, ("temporal", "spectoral"), "spectrotemporal", (3, 4)),
     ],
 )
 def test_positions_equal_the_release(kind, axes, name, grid):
@@ -98,12 +87,9 @@ def test_resizing_each_axis_equals_resizing_the_summed_image():
     torch.testing.assert_close(ours.permute(2, 0, 1), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("resize", [bicubic, spline])
-def test_restored_tables_give_the_positions_of_the_forward_pass(resize):
-    def build(grid):
-        return AxisPositions(("a", "b"), grid, 4, norm=torch.nn.Identity(), resize=resize)
-
-    small, large = build((2, 3)), build((4, 5))
+@pytest.mark.parametrize("kind", [AxisPositions, NormedPositions])
+def test_restored_tables_give_the_positions_of_the_forward_pass(kind):
+    small, large = (kind(("a", "b"), grid, 4) for grid in ((2, 3), (4, 5)))
     for table in small.parameters():
         torch.nn.init.normal_(table)
     large.load_state_dict(fit_tables(small.state_dict(), large))

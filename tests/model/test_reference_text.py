@@ -5,28 +5,24 @@ from torch import nn
 
 from tests.model.golden import group, ours, tensor
 from vatt.config import SizeParams
-from vatt.model.patches import PositionedWords
-from vatt.model.positions import AxisPositions, spline
-from vatt.model.transformer import Encoder, TextTower, layer_norm
+from vatt.model.transformer import Encoder
+from vatt.release.model import NormedPositions, PositionedWords, SharedTextTower
 
 
 def test_the_bert_tower_equals_the_reference():
     size = SizeParams(depth=2, dim=16, mlp_dim=40, heads=2, head_dim=12)
-    positions = AxisPositions(("temporal",), (16,), 16, norm=layer_norm(16), resize=spline)
-    tower = TextTower(
+    tower = SharedTextTower(
         PositionedWords(
             nn.Embedding(128, 20),
             lift=nn.Sequential(nn.Linear(20, 16, bias=False), nn.GELU()),
-            positions=positions,
+            positions=NormedPositions(("temporal",), (16,), 16),
             dropout=0.0,
         ),
         Encoder(size, dropout=0.0),
         dim=16,
-        lift=nn.Identity(),
-        relative=None,
-        relative_layers=0,
-        post=nn.Identity(),
+        width=16,
     )
+    tower.post = nn.Identity()
     theirs = {key.removeprefix("model/"): value for key, value in group("text_bert", "w:").items()}
     weights = {
         "embed.table.weight": torch.from_numpy(theirs.pop("embedding/embeddings")),

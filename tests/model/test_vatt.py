@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.model.small import small_inputs, small_params, spectrogram_params
+from vatt import checkpoint
 from vatt.errors import SettingsError
 from vatt.losses import pretraining_loss
 from vatt.model.patches import draw_kept
-from vatt.model.vatt import VATT
+from vatt.model.vatt import VATT, Classifier
 
 MODALITIES = ("video", "audio", "text")
 KINDS = list(itertools.product(["paper", "release"], ["specific", "agnostic"]))
@@ -20,7 +21,7 @@ KINDS = list(itertools.product(["paper", "release"], ["specific", "agnostic"]))
 
 def build(recipe="paper", backbone="specific", **changes):
     torch.manual_seed(0)
-    return VATT(small_params(recipe=recipe, backbone=backbone, **changes)).eval()
+    return checkpoint.build(small_params(recipe=recipe, backbone=backbone, **changes)).eval()
 
 
 @pytest.mark.parametrize(("recipe", "backbone"), KINDS)
@@ -197,9 +198,18 @@ def test_an_impossible_input_says_what_came_and_what_is_allowed(inputs, message)
         build()(**inputs)
 
 
+def test_a_model_of_the_release_is_never_built_as_the_papers_by_mistake():
+    params = small_params(recipe="release")
+    with pytest.raises(SettingsError, match="recipe is release") as error:
+        VATT(params)
+    assert "vatt.checkpoint.build" in error.value.hint
+    with pytest.raises(SettingsError, match="recipe is release"):
+        Classifier(params, modality="video", num_classes=2, head_dropout=0.0)
+
+
 @pytest.mark.parametrize("recipe", ["paper", "release"])
 def test_a_spectrogram_model_takes_frames_and_mel_bins(recipe):
-    model = VATT(spectrogram_params(recipe=recipe)).eval()
+    model = checkpoint.build(spectrogram_params(recipe=recipe)).eval()
     assert model.num_audio_tokens == 8
     assert model(audio=torch.rand(2, 32, 20)).audio_va.shape == (2, 8)
     assert model(audio=torch.rand(2, 50, 18)).audio_va.shape == (2, 8)
@@ -210,7 +220,8 @@ def test_a_spectrogram_model_takes_frames_and_mel_bins(recipe):
 def test_spectrogram_positions_are_correct_unless_the_weights_say_otherwise():
     def order(scrambled):
         changes = {"release": {"word_dim": 10, "post_dim": 14, "scrambled_spectrogram": scrambled}}
-        positions = VATT(spectrogram_params(recipe="release", **changes)).audio.embed.positions
+        model = checkpoint.build(spectrogram_params(recipe="release", **changes))
+        positions = model.audio.embed.positions
         positions.norm = torch.nn.Identity()
         with torch.no_grad():
             positions.temporal[:] = torch.arange(2.0)[:, None]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vatt.checkpoint import build
 from vatt.config import MachineParams, ModelParams, PretrainParams, load_params
 from vatt.data.loading.batches import Batch
 from vatt.model.vatt import VATT
@@ -64,7 +65,7 @@ def machine_params(**changes: Any) -> MachineParams:
 def make_model(params: ModelParams, seed: int = 0) -> VATT:
     """A model with weights from a seed."""
     torch.manual_seed(seed)
-    return VATT(params)
+    return build(params)
 
 
 def make_batch(number: int, *, size: int = BATCH_SIZE, textless: range = range(1, 2)) -> Batch:

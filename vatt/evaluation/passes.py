@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vatt.checkpoint import CONFIG, VOCABULARY, WEIGHTS, load, load_config
+from vatt.checkpoint import CONFIG, VOCABULARY, WEIGHTS, build, load, load_config
 from vatt.config import EvaluateParams, FinetuneTaskParams, MachineParams, ModelParams
 from vatt.data.clips.samples import INDEX
 from vatt.data.loading.batches import Batch, Loading, Sampling, eval_batches, model_inputs
@@ -261,7 +261,7 @@ def untrained(model: ModelParams, seed: int) -> VATT:
     """The encoder before any training, its weights drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return VATT(model).eval().to(_device())
+        return build(model).eval().to(_device())
 
 
 def _device() -> torch.device:

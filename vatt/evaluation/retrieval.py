@@ -224,7 +224,7 @@ def retrieval_scores(tables: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def _encoder(model: ModelParams, weights: Mapping[str, Tensor]) -> VATT:
-    encoder = build({"model": model.model_dump(mode="json")})
-    assert isinstance(encoder, VATT)
+    with torch.device("meta"):
+        encoder = build(model)
     load_weights(encoder, dict(weights))
     return encoder.eval().to("cuda" if torch.cuda.is_available() else "cpu")

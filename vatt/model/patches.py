@@ -1,4 +1,4 @@
-"""Raw signals -> tokens (sections 3.1 and 3.2): voxels, waveform segments, words, and DropToken.
+"""Raw signals -> tokens: voxels, waveform segments, words, and DropToken (the paper's section 3).
 
 B clips, T H W C frames, height, width, channels, S samples, L words, N tokens, K tokens kept,
 P values in a patch, D width.
@@ -31,7 +31,7 @@ def num_patches(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
 
 
 def cut(inputs: Tensor, patch: Sequence[int]) -> Tensor:  # (B, *sizes, C) -> (B, N, P)
-    """Cut into patches, the first axis slowest; partial patches are filled up with zeros."""
+    """Cut into patches, the first axis slowest; zeros fill up partial patches."""
     missing = [-size % step for size, step in zip(inputs.shape[1:-1], patch, strict=True)]
     if any(missing):
         padding = [0, 0]  # of the channels; F.pad counts axes from the last one
@@ -43,9 +43,9 @@ def cut(inputs: Tensor, patch: Sequence[int]) -> Tensor:  # (B, *sizes, C) -> (B
 
 
 def check_input(inputs: Tensor, axes: Sequence[str | int], *, ids: bool = False) -> None:
-    """Raise unless these are the axes after the clips': a name for any size, or a size.
+    """Raise unless the axes after the first (the clips) are these: a name for any size, or a size.
 
-    The values are floats, or `ids`.
+    The values must be floats, or whole numbers with `ids`.
     """
     if not isinstance(inputs, Tensor):
         raise SettingsError(
@@ -54,7 +54,7 @@ def check_input(inputs: Tensor, axes: Sequence[str | int], *, ids: bool = False)
         )
     if inputs.is_floating_point() == ids:
         kind = str(inputs.dtype).removeprefix("torch.")
-        wanted = "word ids, whole numbers" if ids else "floats, for pictures and sound in [-1, 1]"
+        wanted = "word ids (whole numbers)" if ids else "floats in [-1, 1] for pictures and sound"
         raise SettingsError(f"the input holds {kind}; allowed are {wanted}", hint="convert it")
     allowed = f"(clips, {', '.join(map(str, axes))})"
     came = tuple(inputs.shape)
@@ -69,49 +69,52 @@ def check_input(inputs: Tensor, axes: Sequence[str | int], *, ids: bool = False)
             name = "channels" if isinstance(axis, int) else axis
             raise SettingsError(
                 f"the input's dimension {place}, {name}, is {size}; allowed is {limit}",
-                hint=f"the shape is {came}, meant is {allowed}",
+                hint=f"the shape is {came}; it must be {allowed}",
             )
 
 
 class PatchEmbedding(nn.Module):
-    """Cut the input into patches, project each linearly, add its position."""
+    """Cut the input into patches, project each linearly, add its position.
+
+    `channels` is None for a signal without a channel axis: (B, S) or (B, frames, mel bins). `lift`
+    follows the projection where a model has one; the paper's has none.
+    """
 
     def __init__(
         self,
         axes: Sequence[str],
         patch: Sequence[int],
         *,
-        channels: int,
-        lift: nn.Module,
-        dim: int,
+        channels: int | None,
         positions: nn.Module,
+        dim: int,
         dropout: float,
+        lift: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.axes, self.patch, self.channels = tuple(axes), tuple(patch), channels
-        self.project = Linear(math.prod(patch) * channels, dim)
+        self.project = Linear(math.prod(patch) * (channels or 1), dim)
         self.lift = lift
         self.positions = positions
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
         """(B, *sizes, C) -> (B, N, D), or (B, K, D) where `kept` (B, K) names tokens."""
-        check_input(inputs, (*self.axes, self.channels))
+        if self.channels is None:
+            check_input(inputs, self.axes)
+            inputs = inputs[..., None]
+        else:
+            check_input(inputs, (*self.axes, self.channels))
         patches = cut(inputs, self.patch)
         positions = self.positions(num_patches(inputs.shape[1:-1], self.patch))[None]
         if kept is not None:
             # A projection acts on each patch alone, so dropping first is the same and cheaper.
             patches = drop_tokens(patches, kept)
             positions = drop_tokens(positions.expand(len(kept), -1, -1), kept)
-        return self.dropout(self.lift(self.project(patches)) + positions)
-
-
-class AudioEmbedding(PatchEmbedding):
-    """Patches of a signal that comes without a channel axis: (B, S) or (B, frames, mel bins)."""
-
-    def forward(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
-        check_input(inputs, self.axes)
-        return super().forward(inputs[..., None], kept)
+        tokens = self.project(patches)
+        if self.lift is not None:
+            tokens = self.lift(tokens)
+        return self.dropout(tokens + positions)
 
 
 class WordEmbedding(nn.Module):
@@ -124,22 +127,6 @@ class WordEmbedding(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:  # (B, L) -> (B, L, D)
         return self.dropout(self.table(text))
-
-
-class PositionedWords(nn.Module):
-    """Look each word up, lift it to the encoder's width, add its position."""
-
-    def __init__(
-        self, table: nn.Embedding, *, lift: nn.Module, positions: nn.Module, dropout: float
-    ) -> None:
-        super().__init__()
-        self.table = table
-        self.lift = lift
-        self.positions = positions
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, text: Tensor) -> Tensor:  # (B, L) -> (B, L, D)
-        return self.dropout(self.lift(self.table(text)) + self.positions((text.shape[1],)))
 
 
 def video_grid(params: VideoParams) -> tuple[int, ...]:

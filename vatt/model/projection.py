@@ -1,4 +1,4 @@
-"""Features -> common spaces: one of video and audio, a coarser one of video and text.
+"""Features -> common spaces: a fine one of video and audio, a coarser one of video and text.
 
 B clips, K candidate texts of a clip, D feature width, E common-space width.
 """
@@ -10,9 +10,9 @@ from vatt.model.operators import Linear, full_precision
 
 
 class BatchNorm(nn.Module):
-    """Batch norm whose statistics may leave rows out; with no row left, running ones are used.
+    """Batch norm whose statistics can leave rows out; if no row is left, it uses the running ones.
 
-    The running variance takes the biased variance of the batch, as the release's does.
+    The running variance is updated with the biased variance of the batch, as in the release.
     """
 
     running_mean: Tensor
@@ -48,7 +48,7 @@ class BatchNorm(nn.Module):
 
 
 class NormalisedLinear(nn.Module):
-    """A linear layer and its batch norm, which makes a bias needless."""
+    """A linear layer and its batch norm; the norm has a bias, so the layer needs none."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -57,17 +57,6 @@ class NormalisedLinear(nn.Module):
 
     def forward(self, rows: Tensor, valid: Tensor | None = None) -> Tensor:
         return self.norm(self.linear(rows), valid)
-
-
-class PlainLinear(nn.Module):
-    """A linear layer with a bias, which has no use for knowing the valid rows."""
-
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.linear = Linear(in_dim, out_dim)
-
-    def forward(self, rows: Tensor, valid: Tensor | None = None) -> Tensor:
-        return full_precision(self.linear(rows))
 
 
 class Heads(nn.Module):

@@ -1,4 +1,4 @@
-"""The pre-norm Transformer encoder (section 3.3), its sizes, and the towers around it.
+"""The pre-norm Transformer encoder of the paper's section 3, its sizes, and the towers around it.
 
 B clips, N tokens, K tokens kept, L words, D width; a bias is added to attention scores and
 broadcasts to (B, heads, N, N).
@@ -25,7 +25,7 @@ SIZES: dict[SizeName, SizeParams] = {
 
 
 def resolve(size: SizeName | SizeParams) -> SizeParams:
-    """The dimensions behind a name; dimensions given as such stay as they are."""
+    """The dimensions that a name stands for; dimensions are returned unchanged."""
     return size if isinstance(size, SizeParams) else SIZES[size]
 
 
@@ -121,19 +121,19 @@ class Encoder(nn.Module):
         *,
         wanted: int | None = None,
     ) -> Tensor:
-        """(B, N, D) -> (B, N, D), or the first `wanted` tokens alone, which costs a block less.
+        """(B, N, D) -> (B, N, D), or only the first `wanted` tokens, which saves most of a block.
 
         `biases`, where given, holds one bias for each block.
         """
         biases = biases or [None] * len(self.blocks)
         for number, (block, bias) in enumerate(zip(self.blocks, biases, strict=True), start=1):
-            # What the last block makes of the other tokens, nobody would read.
+            # Only these outputs of the last block are used.
             tokens = block(tokens, bias, wanted=wanted if number == len(self.blocks) else None)
         return self.norm(tokens)
 
 
 class RelativeBias(nn.Module):
-    """T5's learned bias of a head for the distance between two tokens, in buckets."""
+    """For each head, a learned bias for the distance between two tokens, in T5's buckets."""
 
     def __init__(self, heads: int, *, num_buckets: int = 32, max_distance: int = 64) -> None:
         super().__init__()
@@ -147,10 +147,10 @@ class RelativeBias(nn.Module):
 
 
 def relative_bucket(distance: Tensor, num_buckets: int, max_distance: int) -> Tensor:
-    """The bucket of a distance (key - query): half of them for keys that come later.
+    """The bucket of a distance (key - query); half of the buckets are for keys that come later.
 
-    In each half, small distances have a bucket of their own; larger ones share buckets whose width
-    grows with the logarithm, up to `max_distance`.
+    In each half, every small distance has its own bucket. Larger distances share buckets, whose
+    width grows with the logarithm up to `max_distance`.
     """
     half = num_buckets // 2
     exact = half // 2
@@ -161,58 +161,57 @@ def relative_bucket(distance: Tensor, num_buckets: int, max_distance: int) -> Te
 
 
 class Tower(nn.Module):
-    """Video or audio; the encoder may be shared with other towers."""
+    """An encoder and the AGG token in front of its tokens; AGG's output is the clip's feature.
 
-    def __init__(self, embed: nn.Module, encoder: Encoder, *, dim: int, post: nn.Module) -> None:
+    The encoder may be shared with other towers. `width` is that of the features.
+    """
+
+    def __init__(self, dim: int, *, width: int) -> None:
         super().__init__()
-        self.embed = embed
         self.agg_token = nn.Parameter(torch.empty(dim))
+        self.width = width
+
+    def prepend_agg(self, tokens: Tensor) -> Tensor:  # (B, N, D) -> (B, 1 + N, D)
+        """Put the AGG token in front of each clip's tokens; it has no position."""
+        agg = self.agg_token.to(tokens.dtype).expand(len(tokens), 1, -1)
+        return torch.cat([agg, tokens], dim=1)
+
+
+class SignalTower(Tower):
+    """Video or audio."""
+
+    def __init__(
+        self, embed: nn.Module, encoder: Encoder, *, dim: int, width: int | None = None
+    ) -> None:
+        super().__init__(dim, width=width or dim)
+        self.embed = embed
         self.encoder = encoder
-        self.post = post
 
     def forward(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
         """Raw input -> features (B, D), fp32; `kept` (B, K) names the tokens that go on."""
-        tokens = prepend(self.agg_token, self.embed(inputs, kept))
-        return full_precision(self.post(self.encoder(tokens, wanted=1)[:, 0]))
+        tokens = self.prepend_agg(self.embed(inputs, kept))
+        return full_precision(self.encoder(tokens, wanted=1)[:, 0])
 
 
-class TextTower(nn.Module):
-    """Words; pads are masked, and positions are relative, in the first `relative_layers`."""
+class TextTower(Tower):
+    """Words; pads are masked, and a relative bias in the first layer takes the place of positions."""
 
     def __init__(
-        self,
-        embed: nn.Module,
-        encoder: Encoder,
-        *,
-        dim: int,
-        lift: nn.Module,
-        relative: RelativeBias | None,
-        relative_layers: int,
-        post: nn.Module,
+        self, embed: nn.Module, encoder: Encoder, *, dim: int, relative: RelativeBias
     ) -> None:
-        super().__init__()
+        super().__init__(dim, width=dim)
         self.embed = embed
-        self.agg_token = nn.Parameter(torch.empty(dim))
-        self.lift = lift
         self.relative = relative
-        self.relative_layers = relative_layers
         self.encoder = encoder
-        self.post = post
 
     def forward(self, text: Tensor) -> Tensor:  # (B, L) word ids, 0 pads -> (B, D), fp32
-        tokens = self.lift(prepend(self.agg_token, self.embed(text)))
-        return full_precision(self.post(self.encoder(tokens, self._biases(text), wanted=1)[:, 0]))
-
-    def _biases(self, text: Tensor) -> Sequence[Tensor]:
-        is_pad = nn.functional.pad(text == 0, (1, 0))  # AGG is none
-        mask = torch.where(is_pad, MASKED, 0.0)[:, None, None]
-        depth = len(self.encoder.blocks)
-        if self.relative is None:
-            return [mask] * depth
-        first = mask + self.relative(text.shape[1] + 1)
-        return [first] * self.relative_layers + [mask] * (depth - self.relative_layers)
+        tokens, mask = self.prepend_agg(self.embed(text)), pad_mask(text)
+        first = mask + self.relative(tokens.shape[1])
+        biases = [first] + [mask] * (len(self.encoder.blocks) - 1)
+        return full_precision(self.encoder(tokens, biases, wanted=1)[:, 0])
 
 
-def prepend(agg_token: Tensor, tokens: Tensor) -> Tensor:  # (D,), (B, N, D) -> (B, 1 + N, D)
-    """Put the AGG token in front of each clip's tokens; it has no position."""
-    return torch.cat([agg_token.to(tokens.dtype).expand(len(tokens), 1, -1), tokens], dim=1)
+def pad_mask(text: Tensor) -> Tensor:  # (B, L) word ids -> (B, 1, 1, 1 + L)
+    """The bias that hides pads; the AGG token in front is always seen."""
+    is_pad = nn.functional.pad(text == 0, (1, 0))
+    return torch.where(is_pad, MASKED, 0.0)[:, None, None]

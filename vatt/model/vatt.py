@@ -1,11 +1,15 @@
-"""The model of the paper (section 3): three towers, or one for all, and the heads behind them.
+"""The model of the paper: a tower for each modality, or one for all, and the heads behind them.
+
+In the order of the paper's section 3: tokens and positions (patches.py, positions.py), the
+Transformer (transformer.py), the common spaces (projection.py). Where the paper is silent, the
+value of the released code is taken. The released model itself is put together in
+vatt/release/model.py from the same parts; docs/model.md says where the two differ.
 
 B clips, K candidate texts of a clip, T H W C frames, height, width, channels, S waveform samples,
 L words, D feature width, E common-space width.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,19 +17,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vatt.config import ModelParams, SizeParams
+from vatt.errors import SettingsError
 from vatt.model.operators import Linear, full_precision
 from vatt.model.patches import (
-    AudioEmbedding,
     PatchEmbedding,
+    WordEmbedding,
     audio_grid,
     audio_patch,
     check_input,
     video_grid,
 )
 from vatt.model.positions import AxisPositions
-from vatt.model.projection import Heads
-from vatt.model.recipe import RECIPES
-from vatt.model.transformer import Attention, Encoder, TextTower, Tower, resolve
+from vatt.model.projection import Heads, NormalisedLinear
+from vatt.model.transformer import (
+    Attention,
+    Encoder,
+    RelativeBias,
+    SignalTower,
+    TextTower,
+    Tower,
+    resolve,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +68,26 @@ class Output(Embeddings):
     text_features: Tensor | None = None
 
 
-class VATT(nn.Module):
-    """The model of the paper, from raw signals to unit vectors that can be compared."""
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a model is made of."""
 
-    def __init__(self, params: ModelParams) -> None:
+    towers: dict[str, Tower]  # by modality
+    heads: Heads
+    drops_alike: bool = False  # DropToken keeps the same tokens of every clip in a batch
+
+
+class VATT(nn.Module):
+    """The whole model, from raw signals to unit vectors that can be compared."""
+
+    def __init__(self, params: ModelParams, parts: Parts | None = None) -> None:
+        """Without `parts`, the paper's model; `vatt.checkpoint.build` builds any recipe's."""
         super().__init__()
+        parts = parts or paper_parts(params)
         self.params = params
-        towers = build_towers(params)
-        self.video, self.audio, self.text = towers["video"], towers["audio"], towers["text"]
-        self.heads = build_heads(params)
+        self.video, self.audio, self.text = (parts.towers[name] for name in MODALITIES)
+        self.heads = parts.heads
+        self.drops_alike = parts.drops_alike
         self.num_video_tokens = math.prod(video_grid(params.video))  # before DropToken
         self.num_audio_tokens = math.prod(audio_grid(params.audio))
         initialise(self)
@@ -82,8 +105,8 @@ class VATT(nn.Module):
 
         video (B, T, H, W, 3) and audio (B, S) are floats in [-1, 1] (a spectrogram model takes
         audio (B, frames, mel bins)); text (B, K, L) holds word ids, 0 for a pad. `kept_video`
-        and `kept_audio` (B, kept) name the tokens that DropToken leaves; only training gives them.
-        Raises SettingsError for what is no such tensor.
+        and `kept_audio` (B, kept) name the tokens that DropToken keeps; only training gives them.
+        Raises SettingsError for an input of another type or shape.
         """
         features = self.encode(video, audio, text, kept_video=kept_video, kept_audio=kept_audio)
         has_text = None if text is None else (text != 0).any(-1)
@@ -121,7 +144,8 @@ class VATT(nn.Module):
     def project(self, features: Features, *, has_text: Tensor | None = None) -> Embeddings:
         """Features -> unit vectors; in training, batch norm sees just the rows of this call.
 
-        `has_text` (B, K) says which texts are more than pads; the others leave its statistics.
+        `has_text` (B, K) says which texts have words; texts of pads alone do not count in the
+        statistics of batch norm.
         """
         va, vt = (None, None) if features.video is None else self.heads.video(features.video)
         audio = None if features.audio is None else self.heads.audio(features.audio)
@@ -130,178 +154,159 @@ class VATT(nn.Module):
 
 
 def _unit(vectors: Tensor | None) -> Tensor | None:
-    """L2-normalised; the norm's floor keeps a zero vector finite."""
+    """L2-normalised; a lower bound on the norm keeps a zero vector finite."""
     return None if vectors is None else F.normalize(vectors, dim=-1, eps=1e-6)
 
+
+# --- the paper's parts ----------------------------------------------------------------------------
 
 MODALITIES = ("video", "audio", "text")
 
 
-def build_towers(params: ModelParams) -> dict[str, nn.Module]:
-    """A tower for each modality; agnostic ones hold the same encoder."""
-    return _shared_towers(params) if params.backbone == "agnostic" else _own_towers(params)
+def paper_parts(params: ModelParams) -> Parts:
+    """Towers and heads as in the paper."""
+    towers = paper_towers(params)
+    widths = {name: tower.width for name, tower in towers.items()}
+    return Parts(towers, paper_heads(params, widths))
 
 
-def build_heads(params: ModelParams) -> Heads:
-    """The projections into the common spaces."""
-    return RECIPES[params.recipe].heads(params, feature_dims(params))
-
-
-def feature_dims(params: ModelParams) -> dict[str, int]:
-    """The width of each tower's answer."""
-    dims = {name: size.dim for name, size in _sizes(params).items()}
-    if params.backbone == "specific":
-        return dims
-    width = RECIPES[params.recipe].shared_width
-    return {name: width(dim, params) for name, dim in dims.items()}
-
-
-def _own_towers(params: ModelParams) -> dict[str, nn.Module]:
-    recipe, sizes, dropout = RECIPES[params.recipe], _sizes(params), params.dropout
-    audio_bias = params.audio.input == "waveform" or recipe.spectrogram_bias
-    encoders = {
-        "video": Encoder(sizes["video"], dropout=dropout),
-        "audio": Encoder(sizes["audio"], dropout=dropout, bias=audio_bias),
-        "text": recipe.text_encoder(sizes["text"], dropout),
-    }
+def paper_towers(params: ModelParams) -> dict[str, Tower]:
+    """A tower for each modality; the modality-agnostic ones hold the same encoder."""
+    if params.recipe != "paper":
+        raise SettingsError(
+            f"this builds the paper's model, and model.recipe is {params.recipe}",
+            hint="vatt.checkpoint.build and build_classifier build the model of either recipe",
+        )
+    sizes = {name: resolve(getattr(params, name).size) for name in MODALITIES}
+    if params.backbone == "agnostic":
+        encoders = dict.fromkeys(MODALITIES, Encoder(sizes["video"], dropout=params.dropout))
+    else:
+        encoders = {name: Encoder(sizes[name], dropout=params.dropout) for name in MODALITIES}
     return {
-        "video": Tower(
-            video_embedding(params, nn.Identity()),
-            encoders["video"],
-            dim=sizes["video"].dim,
-            post=nn.Identity(),
-        ),
-        "audio": Tower(
-            audio_embedding(params, nn.Identity()),
-            encoders["audio"],
-            dim=sizes["audio"].dim,
-            post=nn.Identity(),
-        ),
-        "text": recipe.text_tower(params, sizes["text"], encoders["text"]),
+        "video": SignalTower(video_tokens(params), encoders["video"], dim=sizes["video"].dim),
+        "audio": SignalTower(audio_tokens(params), encoders["audio"], dim=sizes["audio"].dim),
+        "text": text_tower(params, sizes["text"], encoders["text"]),
     }
 
 
-def _shared_towers(params: ModelParams) -> dict[str, nn.Module]:
-    recipe, size = RECIPES[params.recipe], _sizes(params)["video"]
-    encoder = Encoder(size, dropout=params.dropout)
-    return {
-        "video": Tower(
-            video_embedding(params, recipe.shared_lift(size.dim)),
-            encoder,
-            dim=size.dim,
-            post=recipe.shared_post(size.dim, params),
-        ),
-        "audio": Tower(
-            audio_embedding(params, recipe.shared_lift(size.dim)),
-            encoder,
-            dim=size.dim,
-            post=recipe.shared_post(size.dim, params),
-        ),
-        "text": recipe.shared_text_tower(params, size, encoder),
-    }
-
-
-def video_embedding(params: ModelParams, lift: nn.Module) -> PatchEmbedding:
-    """Voxels of t x h x w, with three tables of positions."""
-    recipe, dim = RECIPES[params.recipe], resolve(params.video.size).dim
-    positions = AxisPositions(
-        ("temporal", "vertical", "horizontal"),
-        video_grid(params.video),
-        dim,
-        norm=recipe.position_norm(dim),
-        resize=recipe.resize,
-    )
+def video_tokens(
+    params: ModelParams,
+    positions: type[AxisPositions] = AxisPositions,
+    lift: nn.Module | None = None,
+) -> PatchEmbedding:
+    """Voxels of t x h x w; a position is the sum of a temporal, vertical and horizontal one."""
+    dim, axes = resolve(params.video.size).dim, ("temporal", "vertical", "horizontal")
     return PatchEmbedding(
         ("frames", "height", "width"),
         params.video.patch,
         channels=3,
-        lift=lift,
+        positions=positions(axes, video_grid(params.video), dim),
         dim=dim,
-        positions=positions,
         dropout=params.dropout,
+        lift=lift,
     )
 
 
-def audio_embedding(params: ModelParams, lift: nn.Module) -> AudioEmbedding:
-    """Segments of a waveform, or patches of a spectrogram."""
-    recipe, dim = RECIPES[params.recipe], resolve(params.audio.size).dim
-    grid = audio_grid(params.audio)
-    kind = AxisPositions if len(grid) == 1 else recipe.spectrogram_positions(params)
-    positions = kind(
-        ("temporal", "spectral")[: len(grid)],
-        grid,
-        dim,
-        norm=recipe.position_norm(dim),
-        resize=recipe.resize,
-    )
-    return AudioEmbedding(
+def audio_tokens(
+    params: ModelParams,
+    positions: type[AxisPositions] = AxisPositions,
+    lift: nn.Module | None = None,
+) -> PatchEmbedding:
+    """Segments of a waveform; or patches of a spectrogram, to which table 10 compares them."""
+    dim, grid = resolve(params.audio.size).dim, audio_grid(params.audio)
+    axes = ("temporal", "spectral")[: len(grid)]
+    return PatchEmbedding(
         ("samples", "mel bins")[: len(grid)],
         audio_patch(params.audio),
-        channels=1,
-        lift=lift,
+        channels=None,
+        positions=positions(axes, grid, dim),
         dim=dim,
-        positions=positions,
         dropout=params.dropout,
+        lift=lift,
     )
 
 
-def _sizes(params: ModelParams) -> dict[str, SizeParams]:
-    return {name: resolve(getattr(params, name).size) for name in MODALITIES}
+def text_tower(params: ModelParams, size: SizeParams, encoder: Encoder) -> TextTower:
+    """Learned words; the first layer sees how far apart two words are."""
+    table = nn.Embedding(params.text.vocabulary, size.dim)
+    return TextTower(
+        WordEmbedding(table, dropout=params.dropout),
+        encoder,
+        dim=size.dim,
+        relative=RelativeBias(size.heads),
+    )
+
+
+def paper_heads(params: ModelParams, widths: dict[str, int]) -> Heads:
+    """Batch norm after each linear layer; `widths` are those of the features."""
+    va, vt = params.va_dim, params.vt_dim
+    return Heads(
+        video_to_va=nn.Sequential(
+            NormalisedLinear(widths["video"], va), nn.ReLU(), NormalisedLinear(va, va)
+        ),
+        audio_to_va=NormalisedLinear(widths["audio"], va),
+        va_to_vt=NormalisedLinear(va, vt),
+        text_to_vt=NormalisedLinear(widths["text"], vt),
+    )
+
+
+# --- initial weights ------------------------------------------------------------------------------
 
 
 def initialise(model: nn.Module) -> None:
     """Draw every weight of a model anew from torch's global generator."""
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            _glorot(module)
-        elif isinstance(module, nn.Embedding):
-            nn.init.uniform_(module.weight, -0.05, 0.05)
-        elif isinstance(module, AxisPositions | Tower | TextTower):
-            for parameter in module.parameters(recurse=False):
-                _truncated_normal(parameter)
+        _draw(module)
     for module in model.modules():
         if isinstance(module, Attention):
-            _glorot_each(module.qkv.weight.chunk(3))  # three layers, kept as one
+            for weight in module.qkv.weight.chunk(3):  # three layers, kept as one
+                nn.init.xavier_uniform_(weight)
 
 
-def _glorot_each(weights: Iterable[Tensor]) -> None:
-    for weight in weights:
-        nn.init.xavier_uniform_(weight)
+def _draw(module: nn.Module) -> None:
+    """Glorot's uniform draw for dense layers; norms keep their ones and zeros."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.uniform_(module.weight, -0.05, 0.05)
+    elif isinstance(module, AxisPositions | Tower):  # position tables and AGG tokens
+        for parameter in module.parameters(recurse=False):
+            std = 1 / math.sqrt(parameter.shape[-1])
+            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
 
 
-def _glorot(linear: nn.Linear) -> None:
-    nn.init.xavier_uniform_(linear.weight)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
+# --- the classifier -------------------------------------------------------------------------------
 
-
-def _truncated_normal(tensor: Tensor) -> None:
-    """Cut at two standard deviations of dim^-0.5."""
-    std = 1 / math.sqrt(tensor.shape[-1])
-    nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
-
-
-Medium = Literal["video", "audio", "image"]
+ClassifierInput = Literal["video", "audio", "image"]
 
 
 class Classifier(nn.Module):
     """Logits from a video, an audio signal, or an image repeated to the depth of one voxel."""
 
     def __init__(
-        self, params: ModelParams, *, modality: Medium, num_classes: int, head_dropout: float
+        self,
+        params: ModelParams,
+        backbone: Tower | None = None,
+        *,
+        modality: ClassifierInput,
+        num_classes: int,
+        head_dropout: float,
     ) -> None:
+        """Without `backbone`, a tower of the paper's model."""
         super().__init__()
         self.params, self.modality = params, modality
-        tower = "audio" if modality == "audio" else "video"
-        self.backbone = build_towers(params)[tower]
+        self.backbone = backbone or paper_towers(params)[tower_of(modality)]
         self.dropout = nn.Dropout(head_dropout)
-        self.head = Linear(feature_dims(params)[tower], num_classes)
+        self.head = Linear(self.backbone.width, num_classes)
+        is_audio = modality == "audio"
         self.num_tokens = math.prod(
-            audio_grid(params.audio) if tower == "audio" else video_grid(params.video)
+            audio_grid(params.audio) if is_audio else video_grid(params.video)
         )
         initialise(self)
-        if modality == "audio":
-            # Every class starts out as rare as one among C.
+        if is_audio:
+            # At first, each class has the probability 1 / C.
             nn.init.constant_(self.head.bias, -math.log(max(num_classes - 1, 1)))
         else:
             nn.init.xavier_normal_(self.head.weight)
@@ -309,3 +314,8 @@ class Classifier(nn.Module):
     def forward(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
         """Video (B, T, H, W, 3) or audio (B, S), floats in [-1, 1] -> logits (B, C), fp32."""
         return full_precision(self.head(self.dropout(self.backbone(inputs, kept))))
+
+
+def tower_of(modality: ClassifierInput) -> str:
+    """The tower that reads this input; an image is a video one voxel deep."""
+    return "audio" if modality == "audio" else "video"

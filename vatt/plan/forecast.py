@@ -188,7 +188,7 @@ def loss_flops(model: ModelParams, params: PretrainParams) -> float:
 
     Scores of all pairs in both directions: forward, again where blocks are, and backward.
     """
-    from vatt.model.vatt import feature_dims
+    from vatt.checkpoint import feature_dims
 
     batch, candidates, va, vt = (
         params.batch_size, params.text_candidates, model.va_dim, model.vt_dim,

@@ -102,11 +102,13 @@ class MemoryPeak:
 
 def count(model: ModelParams) -> Counts:
     """The numbers of a model, without memory for them."""
+    import torch
     from torch import nn
 
     from vatt.checkpoint import build
 
-    built = build({"model": model.model_dump(mode="json")})
+    with torch.device("meta"):
+        built = build(model)
     weights = dict(built.named_parameters())
     trained = {name: value.numel() for name, value in weights.items() if value.requires_grad}
     return Counts(
@@ -214,7 +216,7 @@ def signal_values(model: ModelParams) -> tuple[int, int]:
 
 def feature_values(model: ModelParams, candidates: int) -> int:
     """Numbers of one clip's features: video, audio, and each candidate text."""
-    from vatt.model.vatt import feature_dims
+    from vatt.checkpoint import feature_dims
 
     dims = feature_dims(model)
     return dims["video"] + dims["audio"] + candidates * dims["text"]

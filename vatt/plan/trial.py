@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
+from vatt import checkpoint
 from vatt.config import MachineParams, ModelParams, Params, PretrainParams
 from vatt.data.loading.augment import IDENTITY
 from vatt.data.loading.batches import Batch, Sampling, train_batches
 from vatt.data.loading.loader import Loading
 from vatt.errors import MachineError
 from vatt.losses import FORMS, pretraining_loss
-from vatt.model.vatt import VATT, Features, feature_dims
+from vatt.model.vatt import VATT, Features
 from vatt.plan.forecast import Trial
 from vatt.plan.memory import changes_colour
 from vatt.training import distributed
@@ -189,7 +190,7 @@ def make_clips(params: Params, size: int) -> Batch:
 def _engine(
     model: ModelParams, params: PretrainParams, machine: MachineParams
 ) -> tuple[Engine, Pretraining]:
-    module = Pretraining(VATT(model), params, micro_batch_size=machine.micro_batch_size)
+    module = Pretraining(checkpoint.build(model), params, micro_batch_size=machine.micro_batch_size)
     return make_engine(module, params.optimizer, params.precision, machine), module
 
 
@@ -203,7 +204,7 @@ def _step(engine: Engine, module: Pretraining, batch: Batch) -> Callable[[], Non
 
 
 def _loss_step(model: VATT, params: PretrainParams, size: int) -> Callable[[], None]:
-    dims, candidates = feature_dims(model.params), params.text_candidates
+    dims, candidates = checkpoint.feature_dims(model.params), params.text_candidates
     shapes = ((size, dims["video"]), (size, dims["audio"]), (size, candidates, dims["text"]))
     there = torch.ones(size, dtype=torch.bool, device=distributed.device())
 

@@ -72,7 +72,7 @@ def import_checkpoint(
     if vocabulary is not None:
         check_vocabulary(vocabulary, found.params.text.vocabulary)
     config = config_of(found)
-    model = checkpoint.build(config)
+    model = checkpoint.from_config(config)
     plan = {name: _plan(name, found, shapes) for name in model.state_dict()}
     state, account = _convert(released, model, plan, weights, not_weights, progress)
     if not account.is_complete and not allow_partial:
@@ -194,8 +194,8 @@ def _new_weights(found: ReleasedModel) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if found.modality is None or found.num_classes is None:
-            return VATT(found.params).state_dict()
-        return Classifier(
+            return checkpoint.build(found.params).state_dict()
+        return checkpoint.build_classifier(
             found.params,
             modality=found.modality,
             num_classes=found.num_classes,

@@ -17,7 +17,7 @@ from vatt.config import (
 )
 from vatt.errors import DataError, SettingsError
 from vatt.model.transformer import SIZES
-from vatt.model.vatt import Medium
+from vatt.model.vatt import ClassifierInput
 from vatt.release import keys
 from vatt.release.keys import Input, Layout
 
@@ -37,7 +37,7 @@ class ReleasedModel:
     description: str
     params: ModelParams
     layout: Layout
-    modality: Medium | None = None
+    modality: ClassifierInput | None = None
     num_classes: int | None = None
 
 
@@ -198,7 +198,7 @@ def _agnostic(known: KeyShapes) -> ReleasedModel:
 
 def _classifier(known: KeyShapes, kind: Input) -> ReleasedModel:
     root = keys.FINE_TUNED
-    tower: Medium = "video" if kind == "video" else "audio"
+    tower: ClassifierInput = "video" if kind == "video" else "audio"
     _towers_exist(known.heads, (tower,))
     size = known.encoder_size(tower, root)
     read = {"video": known.video, "audio": known.waveform, "spectrogram": known.spectrogram}[kind]

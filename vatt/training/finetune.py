@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vatt.checkpoint import load, load_config, load_weights
+from vatt.checkpoint import build_classifier, load, load_config, load_weights
 from vatt.config import FinetuneTaskParams, MachineParams, ModelParams
 from vatt.data.clips.manifest import LABEL_SEPARATOR
 from vatt.data.loading.batches import Batch, model_inputs
@@ -105,7 +105,7 @@ def start(
     """A classifier as training begins: fresh, or with the pre-trained tower."""
     params = ModelParams.model_validate(load_config(pretrained)["model"])
     torch.manual_seed(seed)
-    model = Classifier(
+    model = build_classifier(
         task_model(params, task),
         modality=task.modality,
         num_classes=len(classes),

@@ -18,7 +18,6 @@ from vatt.errors import SettingsError
 from vatt.losses import FORMS, pretraining_loss
 from vatt.model.operators import full_precision
 from vatt.model.patches import draw_kept
-from vatt.model.recipe import RECIPES
 from vatt.model.vatt import VATT, Features
 from vatt.training import distributed
 from vatt.training.engine import Engine, Weights, make_engine
@@ -165,7 +164,7 @@ def pretraining_inputs(
     batch = batch.to(distributed.device())
     first = distributed.rank() * len(batch.clip_ids)
     samples = list(range(first, first + len(batch.clip_ids)))
-    if RECIPES[model.params.recipe].drops_alike:
+    if model.drops_alike:
         samples = [0] * len(samples)
 
     def kept(num_tokens: int, stream: str) -> Tensor | None:

@@ -6,9 +6,10 @@ from typing import Literal
 import torch
 from torch import nn
 
+from vatt import checkpoint
 from vatt.config import AudioParams, ModelParams, SizeName, TextParams, VideoParams
 from vatt.model.patches import cut, draw_kept, drop_tokens
-from vatt.model.vatt import VATT, Classifier, Medium
+from vatt.model.vatt import VATT, Classifier, ClassifierInput
 from vatt.verify.row import Check, compare, not_run, published, published_whole_model
 
 Recipe = Literal["paper", "release"]
@@ -52,14 +53,14 @@ def model_params(name: str, recipe: Recipe, *, spectrogram: bool = False) -> Mod
 def build_model(name: str, recipe: Recipe) -> VATT:
     """A pre-training model on the meta device."""
     with torch.device("meta"):
-        return VATT(model_params(name, recipe)).eval()
+        return checkpoint.build(model_params(name, recipe)).eval()
 
 
 def build_classifier(
     size: SizeName,
     recipe: Recipe,
     *,
-    modality: Medium,
+    modality: ClassifierInput,
     num_classes: int,
     spectrogram: bool = False,
 ) -> Classifier:
@@ -72,14 +73,14 @@ def build_classifier(
         }
     )
     with torch.device("meta"):
-        return Classifier(
+        return checkpoint.build_classifier(
             params, modality=modality, num_classes=num_classes, head_dropout=0.0
         ).eval()
 
 
-RELEASE = "release: counted by its own code (SPEC section 4)"
+RELEASE = "release, counted by its own code (docs/model.md)"
 
-# Trainable, and the frozen word table and batch-norm statistics beside them.
+# Trainable parameters, then the frozen word table with the statistics of batch norm.
 MODELS = {
     "BBS": (193_877_292, 19_663_360),
     "MBS": (260_905_772, 19_663_360),
@@ -144,7 +145,7 @@ def count_trainable(module: nn.Module) -> int:
 
 
 def count_frozen(module: nn.Module) -> int:
-    """Numbers that gradients do not change: frozen tables, running statistics."""
+    """Numbers that training by gradients does not change: frozen tables, running statistics."""
     frozen = [weight for weight in module.parameters() if not weight.requires_grad]
     buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
     return sum(tensor.numel() for tensor in frozen + buffers)
@@ -220,7 +221,7 @@ def _exact(name: str, ours: int, expected: int) -> Check:
     )
 
 
-VIDEOS = {  # frames x height x width, patch, what the paper says of it
+VIDEOS = {  # frames x height x width / patch: (table, tokens)
     "32x224x224 / 4x16x16": ("table 9", 1568),
     "64x224x224 / 4x16x16": ("table 6", 3136),
     "32x320x320 / 4x16x16": ("tables 1 and 6", 3200),
@@ -243,7 +244,7 @@ KEPT = {1568: (392, 784, 1176, 1568), 3200: (800, 1600, 2400, 3200), 1200: (300,
 
 
 def token_rows() -> list[Check]:
-    """Tokens of the paper's inputs: ours are counted in the patches that the model cuts."""
+    """Tokens of the paper's inputs: ours are the patches that the model cuts."""
     rows = []
     for kind, inputs, channels in (("video", VIDEOS, 3), ("audio", AUDIOS, 1)):
         for name, (source, expected) in inputs.items():
@@ -264,7 +265,7 @@ def token_rows() -> list[Check]:
 
 
 def drop_token_rows() -> list[Check]:
-    """Tokens that go on: ours are counted in what `drop_tokens` returns, each of them different."""
+    """Kept tokens: ours are the different ones that `drop_tokens` returns."""
     rows = []
     for num_tokens, expected in KEPT.items():
         for rate, number in zip(DROPPED, expected, strict=True):
@@ -273,7 +274,7 @@ def drop_token_rows() -> list[Check]:
             rows.append(
                 compare(
                     f"DropToken {rate:.0%} of {num_tokens} tokens",
-                    source="paper (SPEC section 1), tables 5 and 6",
+                    source="tables 5 and 6",
                     unit="tokens",
                     ours=drop_tokens(places, kept).unique().numel(),
                     expected=number,
