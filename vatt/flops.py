@@ -20,6 +20,7 @@ computes only AGG's output there.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 from vatt.config import AudioParams, ModelParams, SizeParams, TextParams, VideoParams
@@ -113,11 +114,50 @@ def _tower(
     return counted
 
 
-def _products(size: SizeParams, n: int) -> float:
-    """The matrix products of an encoder over n tokens, two operations a multiply-add."""
+@dataclass(frozen=True, slots=True)
+class EncoderWork:
+    """What one forward pass of encoders takes, by the limits that a GPU has for each part."""
+
+    dense: float = 0.0  # operations of the linear layers
+    attention: float = 0.0  # operations of both products of attention
+    values: float = 0.0  # numbers of the residual stream, over all blocks
+
+    def __add__(self, other: "EncoderWork") -> "EncoderWork":
+        return EncoderWork(
+            self.dense + other.dense,
+            self.attention + other.attention,
+            self.values + other.values,
+        )
+
+    def times(self, count: float) -> "EncoderWork":
+        """The same for `count` inputs."""
+        return EncoderWork(count * self.dense, count * self.attention, count * self.values)
+
+
+def encoder_work(size: SizeParams, n: int) -> EncoderWork:
+    """An encoder over n tokens, two operations a multiply-add."""
     inner = size.heads * size.head_dim
     dense = 4 * size.dim * inner + 2 * size.dim * size.mlp_dim
-    return 2.0 * size.depth * n * dense + 4.0 * size.depth * inner * n**2
+    return EncoderWork(
+        dense=2.0 * size.depth * n * dense,
+        attention=4.0 * size.depth * inner * n**2,
+        values=1.0 * size.depth * n * size.dim,
+    )
+
+
+def clip_work(model: ModelParams, *, drop_rate: float, candidates: int) -> EncoderWork:
+    """The encoders over one clip, its sound and its candidate texts, in pre-training."""
+    video, audio = num_video_tokens(model.video), num_audio_tokens(model.audio)
+    return (
+        encoder_work(resolve(model.video.size), num_kept(video, drop_rate) + 1)
+        + encoder_work(resolve(model.audio.size), num_kept(audio, drop_rate) + 1)
+        + encoder_work(resolve(model.text.size), model.text.words + 1).times(candidates)
+    )
+
+
+def _products(size: SizeParams, n: int) -> float:
+    work = encoder_work(size, n)
+    return work.dense + work.attention
 
 
 def _heads(model: ModelParams, convention: Convention) -> float:

@@ -188,7 +188,11 @@ def _print(found: dict[str, Any], price: float | None) -> None:
     from rich.table import Table
 
     params, place = found["params"], found["place"]
-    way = "from a short trial here" if found["measured"] else "by formula, at 40 % of the peak"
+    way = (
+        "from a short trial here"
+        if found["measured"]
+        else "by formula, from counted operations and bytes"
+    )
     print_rich(
         f"{params.pretrain.steps:,} steps of {params.pretrain.batch_size:,} clips on "
         f"{found['as_set'].setting.processes} x {place.name} "

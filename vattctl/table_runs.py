@@ -173,13 +173,13 @@ def _training_seconds(params: "Params", folder: Path) -> float | None:
 
 def _speed(device: str | None, gpus: int) -> float | None:
     """Operations a second: a GPU's by its data sheet, else as a pre-training here has shown."""
-    from vatt.plan.forecast import GPU_SHARE, named_place
+    from vatt.plan.forecast import COMMON_SHARE, named_place
     from vatt.training.telemetry import pretraining_work
 
     if device is not None:
         place = named_place(device)
         assert place.device is not None
-        return place.device.bf16_flops * GPU_SHARE * gpus
+        return place.device.bf16_flops * COMMON_SHARE * gpus
     from vatt.config import load_params
 
     for folder in (Path(), *sorted(EXPERIMENTS.glob("*"))):

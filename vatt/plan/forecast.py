@@ -10,6 +10,7 @@ from typing import Protocol
 from vatt.config import ModelParams, Params, PretrainParams
 from vatt.data.loading.loader import AHEAD
 from vatt.errors import SettingsError
+from vatt.flops import clip_work
 from vatt.plan.memory import (
     FP32,
     BatchSettings,
@@ -21,10 +22,15 @@ from vatt.plan.memory import (
 )
 from vatt.training.telemetry import GPUS, Device, named_like, pretraining_work
 
-# Of a GPU's peak: not measured by this project, which had none at hand. 0.4 is what large encoders
-# commonly reach in bf16; small ones reach less.
-GPU_SHARE = 0.4
-FP32_SHARE = 0.5  # for the scores, which are plain products
+# What the parts of a training step reach on a GPU in bf16, of the data sheet's figures: from the
+# profile of a step of 64 clips of VATT-MBS on an H200 (docs/benchmarks.md).
+DENSE_SHARE = 0.82  # of the peak, by the products of linear layers
+ATTENTION_SHARE = 0.17  # of the peak, by flash attention, forward and backward
+EAGER_BYTES = 450  # moved for each number of the residual stream in a block: norms, GELU, casts ...
+COMPILED_BYTES = 300  # the same when torch.compile fuses them
+INPUT_BYTES = 450  # moved for each number of the pictures: colours and scaling
+COMMON_SHARE = 0.35  # of the peak, by whole steps of such models: for work that is not a step's
+FP32_SHARE = 0.5  # of the fp32 peak, by plain products
 MACHINE = 8  # GPUs in one
 UPDATE_BYTES = 28  # a weight: gradient, weight, two moments read; the last three written
 SCORE_TRAFFIC = 40  # bytes moved for each pair of clip and text, there and back
@@ -113,29 +119,55 @@ class GpuSpeed:
     params: PretrainParams
     counts: Counts
     loader: float | None = None  # samples a second of one machine, where it was measured
-    share: float = GPU_SHARE  # of the peak, reached by the encoders
+    share: float | None = None  # of the peak, reached by the encoders; None: by counting
+    compiled: bool = True  # except where weights come and go (ZeRO stage 3)
 
     def __call__(self, setting: BatchSettings) -> Seconds:
-        """Operations over a share of the peak, bytes over bandwidths."""
+        """Operations over what they reach of the peak, bytes over bandwidths."""
         params, device, n = self.params, self.device, setting.processes
         batch, rows = params.batch_size, setting.rows(params.batch_size)
-        cached = setting.is_cached(batch)
-        forward = pretraining_work(self.model, params).flops / batch / 3
-        again = int(cached) + int(setting.activation_checkpointing)
-        peak = device.bf16_flops if params.precision == "bf16" else device.fp32_flops
         own = self.counts.trained / (n if setting.zero_stage > 0 else 1)
         update = own * UPDATE_BYTES / device.bandwidth
         if setting.offload != "none":
             update = own * (UPDATE_BYTES / HOST_UPDATE + 2 * FP32 / device.host)
         machines = -(-n // MACHINE)
         return Seconds(
-            compute=rows * forward * (3 + again) / (peak * self.share),
+            compute=rows * self.clip_seconds(setting),
             loss=loss_flops(self.model, params) / (device.fp32_flops * FP32_SHARE)
             + batch**2 * (1 + params.text_candidates) * SCORE_TRAFFIC / device.bandwidth,
             update=update,
             network=network_seconds(device, self.model, params, self.counts, setting),
             loader=batch / (self.loader * machines) if self.loader else 0.0,
         )
+
+    def clip_seconds(self, setting: BatchSettings) -> float:
+        """One clip through the encoders, there and back; again where activations are not kept."""
+        params, device = self.params, self.device
+        again = int(setting.is_cached(params.batch_size)) + int(setting.activation_checkpointing)
+        passes = 3 + again  # the way back is two forward passes
+        if self.share is not None:
+            peak = device.bf16_flops if params.precision == "bf16" else device.fp32_flops
+            forward = pretraining_work(self.model, params).flops / params.batch_size / 3
+            return passes * forward / (peak * self.share)
+        work = clip_work(
+            self.model, drop_rate=params.drop_rate, candidates=params.text_candidates
+        ).times(passes)
+        if params.precision == "bf16":
+            products = work.dense / DENSE_SHARE + work.attention / ATTENTION_SHARE
+            products /= device.bf16_flops
+        else:
+            products = (work.dense + work.attention) / (device.fp32_flops * FP32_SHARE)
+        fused = self.compiled and setting.zero_stage < 3
+        moved = work.values / 3 * (COMPILED_BYTES if fused else EAGER_BYTES)
+        moved += (1 + again) * video_values(self.model) * INPUT_BYTES
+        return products + moved / device.bandwidth
+
+
+def video_values(model: ModelParams) -> int:
+    """The numbers of one clip's pictures."""
+    size = model.video.frame_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return model.video.frames * height * width * 3
 
 
 @dataclass(frozen=True, slots=True)
