@@ -142,7 +142,7 @@ class Bare:
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
             stream.codec_context.thread_count = 1
-            fps = self.index.fps
+            fps = self.index.storage.fps
             if wanted[0] >= fps:
                 container.seek(int(wanted[0] / fps / stream.time_base), stream=stream)
             for frame in container.decode(stream):
@@ -156,9 +156,13 @@ class Bare:
 def batches(shards: Path, sampling: Sampling, workers: int) -> Iterator[Batch]:
     """An endless training."""
     return train_batches(
-        shards, split="train", batch_size=BATCH, steps=10**6, first_step=0, seed=0,
-        sampling=sampling, loading=Loading(workers, prefetch_gb=1.0),
-    )  # fmt: skip
+        ShardIndex.load(shards, split="train"),
+        sampling,
+        batch_size=BATCH,
+        steps=range(10**6),
+        seed=0,
+        loading=Loading(workers, prefetch_gb=1.0),
+    )
 
 
 def rate(count: int, work: Callable[[], object]) -> float:

@@ -454,6 +454,7 @@ def loader(rounds: int) -> None:
     import yaml
 
     from vatt.data.loading.batches import Sampling, train_batches
+    from vatt.data.loading.reader import ShardIndex
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -467,9 +468,12 @@ def loader(rounds: int) -> None:
             command = [sys.executable, "-m", f"stages.{stage}"]
             subprocess.run(command, cwd=folder, env=told, check=True, capture_output=True)
         batches = train_batches(
-            folder / "data" / "shards", split="train", batch_size=32, steps=1 + 3 * rounds,
-            first_step=0, seed=0, sampling=Sampling.for_pretraining(DEMO.model, DEMO.pretrain),
-        )  # fmt: skip
+            ShardIndex.load(folder / "data" / "shards", split="train"),
+            Sampling.for_pretraining(DEMO.model, DEMO.pretrain),
+            batch_size=32,
+            steps=range(1 + 3 * rounds),
+            seed=0,
+        )
         next(batches)
         began, count = time.process_time(), 0
         for _ in batches:

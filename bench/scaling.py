@@ -181,17 +181,15 @@ def loader(clips: int, samples: int) -> None:
         for form in ("h264", "jpeg"):
             shards = folder / form
             stored = sum(path.stat().st_size for path in shards.rglob("*.tar")) / clips
-            source = train_batches(
-                shards, split="train", batch_size=8, steps=10**6, first_step=0, seed=0,
-                sampling=sampling,
-            )  # fmt: skip
+            index = ShardIndex.load(shards, split="train")
+            source = train_batches(index, sampling, batch_size=8, steps=range(10**6), seed=0)
             next(source)
             began = time.process_time()
             for _ in range(samples // 8):
                 next(source)
             spent = (time.process_time() - began) / (samples // 8 * 8)
             source.close()
-            assert len(ShardIndex.load(shards, split="train").rows) == clips
+            assert len(index.rows) == clips
             print(f"{form}: {1e3 * spent:.1f} ms of one core and {stored / 1e3:.0f} kB a clip")
 
 

@@ -110,10 +110,8 @@ class Embedder:
         rows = {row.key: row for row in index.rows if row.video is not None}
         loading = replace(Loading.of(params.machine), cache_gb=0.0, shards_url=None)
         reader, device = ShardReader(index), next(self.model.parameters()).device
-        batches = eval_batches(
-            index.folder, split=SPLIT, batch_size=BATCH, sampling=sampling, loading=loading,
-            clip_ids=rows.keys(),
-        )  # fmt: skip
+        seen = replace(index, rows=list(rows.values()))
+        batches = eval_batches(seen, sampling, batch_size=BATCH, loading=loading)
         for batch in batches:
             with torch.inference_mode():
                 found = self.model(video=model_inputs(batch.to(device))[0]).video_vt.cpu().numpy()

@@ -17,8 +17,14 @@ from torch import Tensor
 from vatt.checkpoint import CONFIG, VOCABULARY, WEIGHTS, build, load, load_config
 from vatt.config import EvaluateParams, FinetuneTaskParams, MachineParams, ModelParams
 from vatt.data.clips.samples import INDEX
-from vatt.data.loading.batches import Batch, Loading, Sampling, eval_batches, model_inputs
-from vatt.data.loading.loader import open_index
+from vatt.data.loading.batches import (
+    Batch,
+    Loading,
+    Sampling,
+    eval_batches,
+    model_inputs,
+    open_index,
+)
 from vatt.evaluation.classification import Predictions, predict
 from vatt.evaluation.features import (
     ALONE,
@@ -156,17 +162,16 @@ class PassSettings:
         keys: Collection[str] | None = None,
     ) -> Iterator[Batch]:
         """This process's batches of a split."""
+        # A clip is shown once: keeping it decoded would only cost memory.
+        loading = replace(Loading.of(self.machine), cache_gb=0.0)
         return eval_batches(
-            self.shards,
-            split=split,
-            clip_ids=keys,
+            open_index(self.shards, loading, split=split, keys=keys),
+            sampling,
             batch_size=self.params.batch_size,
-            sampling=sampling,
             views=views,
             rank=self.share.rank,
             world_size=self.share.world_size,
-            # A clip is shown once: keeping it decoded would only cost memory.
-            loading=replace(Loading.of(self.machine), cache_gb=0.0),
+            loading=loading,
         )
 
     def data(self, sampling: Sampling, *more: object) -> tuple[object, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from vatt.checkpoint import build, load_weights
 from vatt.config import MachineParams, ModelParams, PretrainParams
 from vatt.data.clips.samples import splits_of
-from vatt.data.loading.batches import Loading, Sampling, eval_batches
+from vatt.data.loading.batches import Loading, Sampling, eval_batches, open_index
 from vatt.data.loading.reader import ShardIndex
 from vatt.errors import SettingsError
 from vatt.evaluation.features import Array, FeatureSet, extract
@@ -195,13 +195,12 @@ def validation(
     keys = ids[draw_pool(ids, np.ones(len(ids), dtype=bool), params.evaluate_clips)].tolist()
 
     def measure(weights: Mapping[str, Tensor]) -> dict[str, float]:
+        loading = replace(Loading.of(machine), cache_gb=0.0)
         batches = eval_batches(
-            shards,
-            split=SPLIT,
+            open_index(shards, loading, split=SPLIT, keys=keys),
+            Sampling.for_pretraining(model, params),
             batch_size=machine.micro_batch_size or min(params.batch_size, len(keys)),
-            sampling=Sampling.for_pretraining(model, params),
-            loading=replace(Loading.of(machine), cache_gb=0.0),
-            clip_ids=keys,
+            loading=loading,
         )
         encoder = _encoder(model, weights)
         found = extract({SPLIT: encoder}, batches, progress=lambda *_: None, total=len(keys))

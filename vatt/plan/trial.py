@@ -21,8 +21,7 @@ import torch
 from vatt import checkpoint
 from vatt.config import MachineParams, ModelParams, Params, PretrainParams
 from vatt.data.loading.augment import IDENTITY
-from vatt.data.loading.batches import Batch, Sampling, train_batches
-from vatt.data.loading.loader import Loading
+from vatt.data.loading.batches import Batch, Loading, Sampling, open_index, train_batches
 from vatt.errors import MachineError
 from vatt.losses import FORMS, pretraining_loss
 from vatt.model.vatt import VATT, Features
@@ -110,15 +109,14 @@ def main() -> None:
 def loader_rate(params: Params) -> float:
     """Samples over seconds, once the workers have begun."""
     pretrain, size = params.pretrain, min(params.pretrain.batch_size, LOADED)
+    loading = replace(Loading.of(params.machine), cache_gb=0.0)
     batches = train_batches(
-        params.paths.shards,
-        split="train",
+        open_index(params.paths.shards, loading, split="train"),
+        Sampling.for_pretraining(params.model, pretrain),
         batch_size=size,
-        steps=1000,
-        first_step=0,
+        steps=range(1000),
         seed=params.seed,
-        sampling=Sampling.for_pretraining(params.model, pretrain),
-        loading=replace(Loading.of(params.machine), cache_gb=0.0),
+        loading=loading,
     )
     next(batches)
     began, made = time.perf_counter(), 0

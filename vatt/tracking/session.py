@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vatt import checkpoint
 from vatt.config import FinetuneTaskParams, MachineParams, ModelParams, PretrainParams
-from vatt.data.loading.batches import Batch, Loading, Sampling, train_batches
+from vatt.data.loading.batches import Batch, Loading, Sampling, open_index, train_batches
 from vatt.errors import DataError
 from vatt.files import atomic_write
 from vatt.tracking.mlflow import Run
@@ -137,18 +137,16 @@ def feed(
     """This process's part of the train batches, as the loops take it: from any step on."""
 
     def batches_from(first_step: int) -> Iterator[Batch]:
+        loading = Loading.of(machine)
         return train_batches(
-            shards,
-            split="train",
+            open_index(shards, loading, split="train", keys=keys),
+            sampling,
             batch_size=settings.batch_size,
-            steps=settings.steps,
-            first_step=first_step,
+            steps=range(first_step, settings.steps),
             seed=seed,
-            sampling=sampling,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
-            loading=Loading.of(machine),
-            clip_ids=keys,
+            loading=loading,
         )
 
     return batches_from

@@ -18,6 +18,7 @@ from vatt.data.loading.batches import (
     model_inputs,
     train_batches,
 )
+from vatt.data.loading.reader import ShardIndex
 from vatt.data.loading.sampling import frame_indices, resample
 from vatt.errors import DataError, SettingsError
 
@@ -45,9 +46,16 @@ def shards(tmp_path_factory):
     return root / "shards"
 
 
-def train(shards, first_step=0, **changes) -> list[Batch]:
-    settings = {"batch_size": 6, "steps": STEPS, "seed": 3, "sampling": SAMPLING, **changes}
-    return list(train_batches(shards, split="train", first_step=first_step, **settings))
+def train(
+    shards, first_step=0, *, steps=STEPS, sampling=SAMPLING, clip_ids=None, **changes
+) -> list[Batch]:
+    index = ShardIndex.load(shards, split="train", keys=clip_ids)
+    settings = {"batch_size": 6, "seed": 3, **changes}
+    return list(train_batches(index, sampling, steps=range(first_step, steps), **settings))
+
+
+def evaluate(shards, split="train", *, sampling=SAMPLING, **settings) -> list[Batch]:
+    return list(eval_batches(ShardIndex.load(shards, split=split), sampling, **settings))
 
 
 def same(one: Batch, two: Batch) -> bool:
@@ -130,12 +138,7 @@ def test_frames_and_sound_come_from_the_same_instant(shards):
 
 def test_evaluation_shows_every_clip_once_in_the_order_of_ids(shards):
     for workers, cache_gb in ((0, 0.0), (2, 1.0), (2, 0.0)):
-        batches = list(
-            eval_batches(
-                shards, split="train", batch_size=4, sampling=SAMPLING,
-                loading=Loading(workers, cache_gb),
-            )
-        )  # fmt: skip
+        batches = evaluate(shards, batch_size=4, loading=Loading(workers, cache_gb))
         keys = [key for batch in batches for key in batch.clip_ids]
         assert keys == [f"clip-{number:03d}" for number in range(10)]
         assert [len(batch.clip_ids) for batch in batches] == [4, 4, 2]
@@ -145,9 +148,7 @@ def test_evaluation_shows_every_clip_once_in_the_order_of_ids(shards):
 
 
 def test_views_of_a_clip_are_adjacent_rows(shards):
-    batches = list(
-        eval_batches(shards, split="test", batch_size=8, sampling=SAMPLING, views=(3, 3))
-    )
+    batches = evaluate(shards, "test", batch_size=8, views=(3, 3))
     keys = [key for batch in batches for key in batch.clip_ids]
     assert keys == [f"clip-{number:03d}" for number in range(10, 14) for _ in range(9)]
     greys = batches[0].video.float().mean(dim=(2, 3, 4)).div(10).round()
@@ -156,7 +157,7 @@ def test_views_of_a_clip_are_adjacent_rows(shards):
 
 def test_an_image_is_the_middle_frame_repeated(shards):
     still = replace(SAMPLING, still=True, samples=0, candidates=0)
-    batch = next(iter(eval_batches(shards, split="test", batch_size=4, sampling=still)))
+    [batch] = evaluate(shards, "test", batch_size=4, sampling=still)
     greys = batch.video.float().mean(dim=(2, 3, 4)).div(10).round()
     assert greys.tolist() == [[4.0] * 4] * 4
     assert batch.audio.shape == (4, 0) and batch.text.shape == (4, 0, 4)
@@ -180,9 +181,7 @@ def test_a_modality_that_is_not_there_is_zero_and_masked(tmp_path):
 
     write_media(tmp_path / "media" / clips[0].media_name, sound=False)
     write(tmp_path, clips, entries)
-    batch = next(
-        iter(eval_batches(tmp_path / "shards", split="train", batch_size=2, sampling=SAMPLING))
-    )
+    [batch] = evaluate(tmp_path / "shards", batch_size=2)
     assert batch.has_audio.tolist() == [False, True] and batch.has_video.all()
     assert (batch.audio[0] == 0).all() and (batch.audio[1] != 0).any()
 
@@ -225,8 +224,8 @@ def test_leaving_early_ends_the_workers(shards):
 
     for cache_gb in (0.0, 1.0):
         batches = train_batches(
-            shards, split="train", batch_size=4, steps=1000, first_step=0, seed=0,
-            sampling=SAMPLING, loading=Loading(2, cache_gb),
+            ShardIndex.load(shards, split="train"), SAMPLING, batch_size=4, steps=range(1000),
+            seed=0, loading=Loading(2, cache_gb),
         )  # fmt: skip
         assert len(list(islice(batches, 2))) == 2
         batches.close()

@@ -9,10 +9,9 @@ import torch
 
 from tests.data.corpus import show
 from vatt.data.clips.samples import IndexRow
+from vatt.data.clips.storage import Storage
 from vatt.data.loading import augment
-from vatt.data.loading.arrays import Arrays
-from vatt.data.loading.reader import SampleFacts
-from vatt.data.loading.sampling import Request, SampleSource, Sampling, View, fill
+from vatt.data.loading.sampling import Arrays, Request, SampleSource, Sampling, View, fill
 
 GOLDEN = dict(np.load(Path(__file__).parents[2] / "golden" / "data.npz"))
 SAMPLES = sorted(name for name in GOLDEN if name.startswith("sample/"))
@@ -21,8 +20,8 @@ SAMPLES = sorted(name for name in GOLDEN if name.startswith("sample/"))
 class Numbered:
     """A stored clip whose frame k is grey k."""
 
-    def facts(self, row):
-        return SampleFacts({}, ())
+    def captions(self, row):
+        return ()
 
     def each_frame(self, row, indices, box):
         yield from enumerate(np.array(indices, np.uint8)[:, None, None, None].repeat(3, axis=3))
@@ -40,9 +39,9 @@ def test_frames_of_test_windows(name):
     row = IndexRow("k", "k", "m", "test", "s", {}, (0, 0), (0, 0), None, length, 1, 1, 0)
     sampling = Sampling(steps, 50 / stride, (1, 1), 0, None, 0, 0, None)
     arrays = Arrays.empty(windows, sampling.shapes())
+    source = SampleSource(Numbered(), Storage(50, 8000, "h264", "pcm"), sampling, None)
     for window in range(windows):
-        request = Request(0, None, View(window, windows))
-        fill(arrays, window, SampleSource(Numbered(), 50, 8000, None), row, sampling, request)
+        fill(arrays, window, Request(row, None, View(window, windows)), source)
     assert arrays.video[..., 0, 0, 0].ravel().tolist() == GOLDEN[name].tolist()
 
 

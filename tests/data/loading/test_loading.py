@@ -15,9 +15,10 @@ import torch
 from tests.data.corpus import demo_params, make_corpus
 from tests.data.sharding.test_shards import write
 from vatt.data.clips.ledger import read_ledger
-from vatt.data.loading.arrays import Arrays, MemoryBlocks, attach, bytes_of
 from vatt.data.loading.batches import Loading, Sampling, eval_batches, train_batches
+from vatt.data.loading.loader import MemoryBlocks, attach
 from vatt.data.loading.reader import ShardIndex
+from vatt.data.loading.sampling import Arrays, bytes_of
 from vatt.errors import DataError
 
 AUGMENTATION = demo_params().pretrain.augmentation.model_copy(
@@ -70,11 +71,10 @@ def shards(whole, tmp_path_factory):
 
 
 def train(shards, first_step=0, **changes):
-    settings = {"batch_size": BATCH, "steps": first_step + THOUSAND, "seed": 3, **changes}
+    settings = {"batch_size": BATCH, "seed": 3, **changes}
+    settings["steps"] = range(first_step, settings.get("steps", first_step + THOUSAND))
     settings.setdefault("loading", Loading(max_broken_share=0.1))
-    return train_batches(
-        shards, split="train", first_step=first_step, sampling=SAMPLING, **settings
-    )
+    return train_batches(ShardIndex.load(shards, split="train"), SAMPLING, **settings)
 
 
 def digests(batches) -> list[list[str]]:
@@ -150,16 +150,13 @@ def test_too_many_broken_samples_stop_the_run(shards, workers, tmp_path):
 @pytest.mark.parametrize("how", [Loading(), Loading(0, 1.0), Loading(1), Loading(1, 1.0)])
 def test_evaluation_names_a_broken_sample_and_stops(whole, tmp_path, how):
     shutil.copytree(whole, tmp_path / "shards")
-    row = ShardIndex.load(tmp_path / "shards", split="test").rows[0]
+    index = ShardIndex.load(tmp_path / "shards", split="test")
+    row = index.rows[0]
     with (tmp_path / "shards" / row.shard).open("r+b") as file:
         file.seek(row.video[0])
         file.write(b"x" * row.video[1])
     with pytest.raises(DataError, match=row.key):
-        list(
-            eval_batches(
-                tmp_path / "shards", split="test", batch_size=2, sampling=SAMPLING, loading=how
-            )
-        )
+        list(eval_batches(index, SAMPLING, batch_size=2, loading=how))
 
 
 def test_memory_is_used_again_only_when_no_tensor_of_it_lives():
@@ -185,14 +182,14 @@ def test_batches_that_are_kept_stay_as_they_were(shards):
 
 
 def test_prefetching_is_bounded_by_bytes_and_goes_on_while_nobody_waits(whole):
-    from vatt.data.loading.loader import Maker, open_index
+    from vatt.data.loading.loader import BatchMaker, open_index
     from vatt.data.workers import InProcess
 
     large = replace(SAMPLING, frames=32, frame_size=(224, 224))
     index = open_index(whole, Loading(), split="train")
 
     def ahead(gigabytes, clips):
-        return Maker(index, large, Loading(2, prefetch_gb=gigabytes), InProcess()).ahead(clips)
+        return BatchMaker(index, large, Loading(2, prefetch_gb=gigabytes), InProcess()).ahead(clips)
 
     assert [ahead(2.0, clips) for clips in (2048, 256, 64, 8)] == [1, 1, 6, 16]
     assert ahead(0.1, 64) == 1

@@ -13,6 +13,7 @@ from tests.data.loading.test_batches import SAMPLING
 from tests.data.sharding.test_shards import write
 from vatt.config import AudioParams, parse_params
 from vatt.data.loading.batches import Sampling, eval_batches, model_inputs
+from vatt.data.loading.reader import ShardIndex
 from vatt.data.loading.sampling import STEP_SECONDS, WINDOW_SECONDS, log_mel
 from vatt.errors import SettingsError
 from vatt.model.vatt import Classifier
@@ -78,11 +79,12 @@ def test_a_spectrogram_model_is_fed_from_shards(tmp_path):
     model = params.model.model_copy(update={"audio": audio})
     task = params.finetune.tasks["audio"].model_copy(update={"audio_samples": 32})
     sampling = Sampling.for_task(model, task)
-    [batch] = eval_batches(tmp_path / "shards", split="train", batch_size=3, sampling=sampling)
+    index = ShardIndex.load(tmp_path / "shards", split="train")
+    [batch] = eval_batches(index, sampling, batch_size=3)
     _, sound, _ = model_inputs(batch)
     assert sound.shape == (3, 32, 80) and 0.5 < sound.max() <= 1 and sound.min() == 0
     plain = replace(SAMPLING, samples=round(32 * STEP_SECONDS * 8000), frames=0, candidates=0)
-    [waves] = eval_batches(tmp_path / "shards", split="train", batch_size=3, sampling=plain)
+    [waves] = eval_batches(index, plain, batch_size=3)
     own = log_mel(waves.audio[0].numpy() / np.float32(32768), hz=8000, frames=32, bins=80)
     # The last window reaches a little beyond the last step, where the clip goes on.
     np.testing.assert_allclose(sound[0, :30], own[:30], atol=0.02)

@@ -65,12 +65,12 @@ def test_seeds_and_epochs_give_other_orders():
     assert (one == other).mean() < 0.001 and (one == later).mean() < 0.001
 
 
-def test_a_stand_in_depends_on_seed_position_and_attempt_alone():
+def test_a_replacement_depends_on_seed_position_and_attempt_alone():
     order, same = (TrainingOrder(["a"] * 1000, seed=4) for _ in range(2))
     same.row_at(0)
     keys = [(position, attempt) for position in range(20) for attempt in range(3)]
-    found = [order.stand_in(*key) for key in keys]
-    assert found == [same.stand_in(*key) for key in reversed(keys)][::-1]
+    found = [order.replacement(*key) for key in keys]
+    assert found == [same.replacement(*key) for key in reversed(keys)][::-1]
     assert len(set(found)) > 50 and found != [
-        TrainingOrder(["a"] * 1000, seed=5).stand_in(*k) for k in keys
+        TrainingOrder(["a"] * 1000, seed=5).replacement(*k) for k in keys
     ]

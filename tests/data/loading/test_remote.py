@@ -1,4 +1,4 @@
-"""Shards fetched from a server that knows ranges, that does not, that fails, or is not there."""
+"""Shards fetched from a server that knows ranges, that does not, that fails, or does not exist."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from tests.data.loading.test_batches import same
 from tests.data.loading.test_loading import SAMPLING
 from tests.data.sharding.test_shards import write
 from vatt.data.loading import reader
-from vatt.data.loading.batches import Loading, train_batches
+from vatt.data.loading.batches import Loading, open_index, train_batches
 from vatt.data.loading.reader import ShardCache
 from vatt.errors import DataError, MachineError, SettingsError
 
@@ -104,8 +104,8 @@ def bare(shards, tmp_path):
 def train(folder, loading):
     return list(
         train_batches(
-            folder, split="train", batch_size=6, steps=6, first_step=0, seed=1, sampling=SAMPLING,
-            loading=loading,
+            open_index(folder, loading, split="train"), SAMPLING, batch_size=6, steps=range(6),
+            seed=1, loading=loading,
         )
     )  # fmt: skip
 
@@ -162,12 +162,12 @@ def test_a_shard_arrives_whole_by_ranges_and_without(shards, server, tmp_path, m
 
 def test_failures_are_told_apart(server, tmp_path):
     cache = ShardCache(server.url, tmp_path, 10**9)
-    with pytest.raises(DataError, match=r"train-99999\.tar is not there"):
+    with pytest.raises(DataError, match=r"train-99999\.tar does not exist"):
         cache.fetch("train-99999.tar")
     server.failures["train-00000.tar"] = 99
     with pytest.raises(MachineError, match="cannot be fetched"):
         cache.fetch("train-00000.tar")
-    with pytest.raises(SettingsError, match="ftp:// is not fetched"):
+    with pytest.raises(SettingsError, match="ftp:// is not supported"):
         ShardCache("ftp://somewhere", tmp_path, 10**9).fetch("train-00000.tar")
     assert not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob("*.tmp"))
 

@@ -16,13 +16,14 @@ from tests.data.sharding.test_shards import write
 from vatt.data.clips.ledger import Entry
 from vatt.data.clips.manifest import Caption
 from vatt.data.clips.samples import IndexRow, nearest
+from vatt.data.clips.storage import Storage
 from vatt.data.clips.text import Vocabulary
-from vatt.data.loading.arrays import Arrays
 from vatt.data.loading.batches import Sampling, eval_batches, train_batches
-from vatt.data.loading.reader import SampleFacts, ShardIndex, ShardReader
-from vatt.data.loading.sampling import Request, SampleSource, fill
+from vatt.data.loading.reader import ShardIndex, ShardReader
+from vatt.data.loading.sampling import Arrays, Request, SampleSource, fill
 
 FPS, HZ, FRAMES = 10, 1000, 100
+STORAGE = Storage(FPS, HZ, "h264", "pcm")
 SAMPLING = Sampling(
     frames=8,
     fps=10,
@@ -44,10 +45,10 @@ class Counting:
     """A stored clip whose frame k is grey k and whose sound counts its samples."""
 
     def __init__(self, captions=()) -> None:
-        self.captions = captions
+        self._captions = captions
 
-    def facts(self, row):
-        return SampleFacts({}, self.captions)
+    def captions(self, row):
+        return self._captions
 
     def each_frame(self, row, indices, box):
         for place, index in enumerate(indices):
@@ -59,8 +60,8 @@ class Counting:
 
 def shown(draw, *, captions=(), row=ROW, sampling=SAMPLING) -> Arrays:
     arrays = Arrays.empty(1, sampling.shapes())
-    source = SampleSource(Counting(captions), FPS, HZ, VOCABULARY)
-    fill(arrays, 0, source, row, sampling, Request(0, draw))
+    source = SampleSource(Counting(captions), STORAGE, sampling, VOCABULARY)
+    fill(arrays, 0, Request(row, draw), source)
     return arrays
 
 
@@ -130,8 +131,8 @@ def test_a_row_used_before_keeps_nothing_of_the_sample_before():
     for name in arrays.__slots__:
         getattr(arrays, name)[:] = 1
     empty = replace(ROW, video=None, audio=None, num_frames=0, num_samples=0)
-    source = SampleSource(Counting(), FPS, HZ, VOCABULARY)
-    fill(arrays, 0, source, empty, SAMPLING, Request(0, (0,)))
+    source = SampleSource(Counting(), STORAGE, SAMPLING, VOCABULARY)
+    fill(arrays, 0, Request(empty, (0,)), source)
     assert not any(getattr(arrays, name).any() for name in ("video", "audio", "text", "has_video"))
     assert arrays.colour[0].tolist() == [0, 1, 1, 0]
 
@@ -160,11 +161,10 @@ def write_frames(path: Path, frames: np.ndarray) -> None:
 
 def test_rows_without_text_come_with_padding_alone_beside_others(mixed):
     sampling = replace(SAMPLING, samples=3200, frames=4)
+    index = ShardIndex.load(mixed, split="train")
     for batches in (
-        eval_batches(mixed, split="train", batch_size=6, sampling=sampling),
-        train_batches(
-            mixed, split="train", batch_size=6, steps=2, first_step=0, seed=0, sampling=sampling
-        ),
+        eval_batches(index, sampling, batch_size=6),
+        train_batches(index, sampling, batch_size=6, steps=range(2), seed=0),
     ):
         for batch in batches:
             with_text = [int(key[-3:]) % 2 == 1 for key in batch.clip_ids]
@@ -175,8 +175,8 @@ def test_rows_without_text_come_with_padding_alone_beside_others(mixed):
 def test_what_a_batch_shows_is_cut_from_what_the_shards_hold(mixed):
     """Crop and sound of the centre, taken by hand from the decoded sample."""
     sampling = replace(SAMPLING, frame_size=(24, 24), frames=4, samples=3200)
-    batch = next(iter(eval_batches(mixed, split="train", batch_size=6, sampling=sampling)))
     index = ShardIndex.load(mixed, split="train")
+    [batch] = eval_batches(index, sampling, batch_size=6)
     reader = ShardReader(index)
     for row in index.rows:
         place = batch.clip_ids.index(row.key)

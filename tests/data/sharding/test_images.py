@@ -17,6 +17,7 @@ from vatt.data.clips.media import probe
 from vatt.data.clips.samples import read_index
 from vatt.data.fetching.download import download
 from vatt.data.loading.batches import Sampling, eval_batches
+from vatt.data.loading.reader import ShardIndex
 from vatt.data.sources.choice import READERS, listed
 from vatt.data.sources.folder import scan
 from vatt.data.sources.imagenet import read_classes, read_real, read_val
@@ -68,7 +69,8 @@ def test_an_image_of_any_form_is_one_second_of_one_picture(tmp_path, name, fps):
     through(tmp_path, params, scan(tmp_path / "images", params.data).clips, fps=fps)
     [row] = read_index(tmp_path / "shards" / "index.jsonl")[1]
     assert row.num_frames == fps and (row.height, row.width) == (32, 48) and row.audio is None
-    [batch] = eval_batches(tmp_path / "shards", split="train", batch_size=1, sampling=still(params))
+    index = ShardIndex.load(tmp_path / "shards", split="train")
+    [batch] = eval_batches(index, still(params), batch_size=1)
     frames = batch.video[0].numpy().astype(int)
     assert (frames == frames[:1]).all()
     assert np.abs(frames[0, 20, 12] - (200, 40, 40)).max() < 12 and frames[0, 3].max() < 12
@@ -166,10 +168,8 @@ def test_imagenet_s_layouts_and_val_labels(tmp_path, layout, kind):
     assert told["00000003.JPEG"] == {"class": "n01443537 goldfish"}
     through(tmp_path, params, clips, fps=1, video_storage="jpeg", jpeg_scale=2)
     for split in ("train", "test"):
-        batches = eval_batches(
-            tmp_path / "shards", split=split, batch_size=8, sampling=still(params)
-        )
-        for batch in batches:
+        index = ShardIndex.load(tmp_path / "shards", split=split)
+        for batch in eval_batches(index, still(params), batch_size=8):
             for label, shown in zip(batch.labels["class"], batch.video, strict=True):
                 wanted = COLOURS[label.split()[0]]
                 assert np.abs(shown[0, 20, 12].numpy().astype(int) - wanted).max() < 12

@@ -68,10 +68,8 @@ def test_all_fifty_real_clips_reach_the_shards(tmp_path):
     for item in listed:
         assert ("audio" in states[item["file"]].has) >= item["sound"]
     assert "text" in states["friday.mp4"].has and "text" in states["nasa_13013.mp4"].has
-    batches = list(
-        eval_batches(tmp_path / "shards", split="train", batch_size=16, sampling=SAMPLING)
-    )
     index = ShardIndex.load(tmp_path / "shards", split="train")
+    batches = list(eval_batches(index, SAMPLING, batch_size=16))
     assert sum(len(batch.clip_ids) for batch in batches) == len(index.rows) > 300
 
 

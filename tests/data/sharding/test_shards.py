@@ -203,7 +203,7 @@ def test_a_long_clip_gives_several_samples_even_over_shards(tmp_path):
     assert [row.key for row in index.rows] == [f"clip-000+{k:04d}" for k in range(5)]
     assert {row.shard for row in index.rows} == {"train-00000.tar", "train-00001.tar"}
     assert read_ledger(tmp_path / "ledger.jsonl")["clip-000"].samples == 5
-    captions = ShardReader(index).facts(index.rows[3]).captions
+    captions = ShardReader(index).captions(index.rows[3])
     assert (captions[0].start, captions[3]) == (-3.0, Caption(0.0, 0.5, "at 3"))
 
 

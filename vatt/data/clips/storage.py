@@ -23,6 +23,7 @@ AAC_PREROLL = 2048  # samples: a packet's first half needs the packet before it
 _BITEXACT = {"fflags": "+bitexact"}
 _EXTENSIONS = {"pcm": "wav", "flac": "flac", "aac": "m4a"}
 _CONTAINERS = {"flac": "flac", "aac": "mp4"}
+_STRICT = {"err_detect": "crccheck+explode"}  # damage is an error, not a picture or sound made up
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +66,17 @@ def whole(shown: FrameStream, count: int) -> np.ndarray:
 
 
 def decode_frames(
-    data: bytes, indices: Sequence[int], *, fps: int, box: Box | None = None
+    data: bytes,
+    indices: Sequence[int],
+    *,
+    fps: int,
+    size: tuple[int, int] | None = None,
+    box: Box | None = None,
 ) -> FrameStream:
     """The frames at `indices` of an mp4 of constant fps, or `box` of them, as they are decoded.
 
-    Each is (H, W, C) and stays as it is until the next one is asked for.
+    Each is (H, W, C) and valid until the next one is decoded; with `size` (H, W) a frame of another
+    size is an error.
     """
     places: dict[int, list[int]] = {}
     for place, index in enumerate(indices):
@@ -77,7 +84,7 @@ def decode_frames(
     first, last = min(places), max(places)
     scaler = VideoReformatter()  # setting it up takes longer than its work
     try:
-        for index, frame in _decoded(data, set(places), fps):
+        for index, frame in _decoded(data, set(places), fps, size):
             if index in places:
                 pixels = _cut(_pixels(frame, scaler), box)
                 for place in places.pop(index):
@@ -98,14 +105,19 @@ def _cut(frame: np.ndarray, box: Box | None) -> np.ndarray:
     return part
 
 
-def _decoded(data: bytes, wanted: set[int], fps: int) -> Iterator[tuple[int, av.VideoFrame]]:
+def _decoded(
+    data: bytes, wanted: set[int], fps: int, size: tuple[int, int] | None
+) -> Iterator[tuple[int, av.VideoFrame]]:
     """The frames that are wanted, and others that they or the seek need, with their numbers."""
     first, unsent = min(wanted), set(wanted)
     with av.open(io.BytesIO(data), format="mp4") as container:
         stream = container.streams.video[0]
+        codec = _codec_of(stream, "h264")
         stream.thread_type = "NONE"
-        codec = stream.codec_context
         codec.thread_count = 1
+        if size is not None:  # before memory is taken for what a damaged header claims
+            height, width = size
+            codec.options = {**_STRICT, "max_pixels": str((height + 16) * (width + 16))}
         if first >= fps:  # before that a seek costs more than it saves
             container.seek(int(first / fps / stream.time_base), stream=stream)
         rate = float(stream.time_base * fps)
@@ -117,9 +129,20 @@ def _decoded(data: bytes, wanted: set[int], fps: int) -> Iterator[tuple[int, av.
             if not unsent:
                 frames += codec.decode(None)  # those that wait for their turn
             for frame in frames:
+                if size not in (None, (frame.height, frame.width)):
+                    raise ValueError(f"a frame is {frame.width} x {frame.height}")
                 yield round(frame.pts * rate), frame
             if not unsent:
                 return
+
+
+def _codec_of(stream: av.stream.Stream, name: str) -> av.CodecContext:
+    """The decoder of a stream: a damaged file may name another one, or one that does not exist."""
+    codec = stream.codec_context
+    if codec is None or codec.codec.canonical_name != name:
+        raise ValueError(f"its codec is not {name}")
+    codec.options = _STRICT
+    return codec
 
 
 def _pixels(frame: av.VideoFrame, scaler: VideoReformatter) -> np.ndarray:
@@ -173,6 +196,9 @@ def decode_sound(data: bytes, first: int, last: int, storage: Storage) -> np.nda
     try:
         with av.open(io.BytesIO(data), format=_CONTAINERS[storage.audio]) as container:
             stream = container.streams.audio[0]
+            codec = _codec_of(stream, storage.audio)
+            if (codec.sample_rate, codec.channels) != (hz, 1):
+                raise ValueError(f"it has {codec.channels} channels of {codec.sample_rate} Hz")
             if storage.audio == "aac" and first > AAC_PREROLL:
                 container.seek(int((first - AAC_PREROLL) / hz / stream.time_base), stream=stream)
             for frame in container.decode(stream):
@@ -181,10 +207,12 @@ def decode_sound(data: bytes, first: int, last: int, storage: Storage) -> np.nda
                     break
                 samples = _as_int16(frame.to_ndarray()[0])[max(-begin, 0) :]
                 begin = max(begin, 0)
+                if begin > found:
+                    break
                 room = wave[begin : begin + len(samples)]
                 room[:] = samples[: len(room)]
-                found += len(room)
-    except (av.FFmpegError, IndexError, TypeError) as error:
+                found = max(found, begin + len(room))
+    except (av.FFmpegError, ValueError, IndexError, TypeError) as error:
         raise BrokenMediaError(f"the sound cannot be decoded: {error}") from None
     if found != len(wave):
         raise BrokenMediaError(f"{found} of {len(wave)} samples of the sound can be decoded")

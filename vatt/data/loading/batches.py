@@ -1,13 +1,13 @@
-"""Shards -> batches: which clip stands where is a pure function of (seed, epoch, position).
+"""Shards -> batches: which sample is where is a pure function of (seed, epoch, position).
 
 Every epoch shows each row once. Shards are opened in a shuffled order, OPEN_SHARDS at a time; short
 runs of neighbours come from all open shards in turn, and rows are mixed within a window. B clips,
-T H W C frames, height, width, channels, S samples, K candidate texts, L words.
+T H W C frames, height, width, channels, S audio samples, K candidate texts, L words.
 """
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -20,96 +20,10 @@ from vatt.data.clips.ledger import Entry, Ledger
 from vatt.data.clips.manifest import LABEL_SEPARATOR
 from vatt.data.clips.samples import INDEX, read_index
 from vatt.data.loading import augment
-from vatt.data.loading.loader import HERE, Loading, StandIn, load, open_index
+from vatt.data.loading.loader import HERE, LoadedBatch, Loading, load, open_index
 from vatt.data.loading.reader import OPEN_SHARDS, WINDOW, BrokenSampleError, ShardIndex
 from vatt.data.loading.sampling import Request, Sampling, View, check_rates
 from vatt.errors import DataError
-
-RUN = 8  # rows
-
-
-class TrainingOrder:
-    """Which row stands at which position."""
-
-    def __init__(self, shard_of_row: Sequence[str], *, seed: int) -> None:
-        self._seed = seed
-        numbers: dict[str, int] = {}
-        self._shard = np.array([numbers.setdefault(name, len(numbers)) for name in shard_of_row])
-        self._num_shards = len(numbers)
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def __len__(self) -> int:
-        """The rows of an epoch."""
-        return len(self._shard)
-
-    def row_at(self, position: int) -> int:
-        """The row at a position, counted through all epochs."""
-        epoch, within = divmod(position, len(self))
-        if epoch not in self._epochs:
-            for past in [known for known in self._epochs if known < epoch - 1]:
-                del self._epochs[past]
-            self._epochs[epoch] = self._shuffle(epoch)
-        return int(self._epochs[epoch][within])
-
-    def stand_in(self, position: int, attempt: int) -> int:
-        """The row to show instead of a broken one, and of broken stand-ins before this one."""
-        random = np.random.Generator(np.random.PCG64([self._seed, position, attempt + 1]))
-        return int(random.integers(len(self)))
-
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        random = np.random.Generator(np.random.PCG64([self._seed, epoch]))
-        opened = random.permutation(self._num_shards)  # when, by the number of the shard
-        rows = np.argsort(opened[self._shard], kind="stable")
-        runs = (np.arange(len(rows)) + random.integers(RUN)) // RUN
-        # A shard's runs lie anywhere in the time that it is open; the last shards' in part at the
-        # epoch's beginning, so that it begins with as many open ones as it goes on with.
-        open_for = min(OPEN_SHARDS, self._num_shards)
-        when = opened[self._shard[rows]] + random.random(runs[-1] + 1)[runs] * open_for
-        rows = rows[np.argsort(when % self._num_shards, kind="stable")]
-        window = np.arange(len(rows)) // WINDOW
-        return rows[np.lexsort((random.random(len(rows)), window))]
-
-
-log = logging.getLogger(__name__)
-
-
-class StandIns:
-    """Stand-ins are a pure function of seed and position, whoever finds the sample broken."""
-
-    def __init__(
-        self, index: ShardIndex, order: TrainingOrder, *, max_share: float, ledger: Path | None
-    ) -> None:
-        self._rows, self._order = index.rows, order
-        self._most = max_share * len(index.rows)
-        self._ledger = ledger
-        self._broken: set[int] = set()
-
-    def __call__(self, request: Request, error: BrokenSampleError) -> Request:
-        """The request for the sample to show instead."""
-        if request.row not in self._broken:
-            self._broken.add(request.row)
-            self._note(request.row, error)
-        row = self._order.stand_in(request.position, request.attempt)
-        return replace(request, row=row, attempt=request.attempt + 1)
-
-    def _note(self, number: int, error: BrokenSampleError) -> None:
-        log.warning("%s; another one is shown instead", error.problem)
-        if self._ledger is not None:
-            with Ledger(self._ledger) as ledger:
-                ledger.record(Entry(self._rows[number].clip_id, "corrupt", "load", error.problem))
-        if len(self._broken) > self._most:
-            raise DataError(
-                f"{len(self._broken)} of {len(self._rows)} samples are broken, more than "
-                f"machine.max_broken_share; the last: {error.problem}",
-                hint=f"{self._ledger or 'the log'} names them; delete their shards and run "
-                "`vattctl preprocess`, or raise machine.max_broken_share",
-            )
-
-
-def refuse(request: Request, error: BrokenSampleError) -> Request:
-    """In a test set there is no stand-in."""
-    raise error
-
 
 __all__ = [
     "Batch",
@@ -117,14 +31,19 @@ __all__ = [
     "Sampling",
     "eval_batches",
     "model_inputs",
+    "open_index",
     "scaled",
     "train_batches",
 ]
 
+RUN = 8  # rows
+
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class Batch:
-    """What a training step is given; colour and scaling are left to the training device."""
+    """The input of a training step; the training device changes the colours and scales."""
 
     clip_ids: list[str]
     video: Tensor  # (B, T, H, W, C) uint8
@@ -154,7 +73,7 @@ def model_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scaled(video: Tensor, audio: Tensor, colour: Tensor) -> tuple[Tensor, Tensor]:
-    """A batch's video, its colours changed, and waveforms in [-1, 1]; a spectrogram as it is."""
+    """Video with its colours changed and waveforms, both in [-1, 1]; a spectrogram is unchanged."""
     clips = video.float() / 255
     identity = torch.tensor(augment.IDENTITY, device=colour.device)
     if (colour != identity).any():
@@ -163,22 +82,18 @@ def scaled(video: Tensor, audio: Tensor, colour: Tensor) -> tuple[Tensor, Tensor
 
 
 def train_batches(
-    shards: Path,
-    *,
-    split: str,
-    batch_size: int,
-    steps: int,
-    first_step: int,
-    seed: int,
+    index: ShardIndex,
     sampling: Sampling,
+    *,
+    batch_size: int,
+    steps: range,
+    seed: int,
     rank: int = 0,
     world_size: int = 1,
     loading: Loading = HERE,
-    clip_ids: Collection[str] | None = None,
 ) -> Iterator[Batch]:
-    """This process's part of the batches first_step to steps; the same for any worker number."""
-    index = open_index(shards, loading, split=split, keys=clip_ids)
-    check_rates(sampling, fps=index.fps, audio_hz=index.audio_hz)
+    """This process's part of the batches of `steps`; the same for any number of workers."""
+    check_rates(sampling, index.storage)
     order = TrainingOrder([row.shard for row in index.rows], seed=seed)
     first = batch_size * rank // world_size
     last = batch_size * (rank + 1) // world_size
@@ -186,78 +101,151 @@ def train_batches(
     def requests(step: int) -> list[Request]:
         start = step * batch_size
         return [
-            Request(order.row_at(start + place), draw=(seed, step, place), position=start + place)
+            Request(
+                index.rows[order.row_at(start + place)],
+                draw=(seed, step, place),
+                position=start + place,
+            )
             for place in range(first, last)
         ]
 
-    yield from _batches(
+    loaded = load(
         index,
-        (requests(step) for step in range(first_step, steps)),
+        map(requests, steps),
         sampling,
         replace(loading, cache_gb=loading.cache_gb / world_size),
         first_needed=(
-            order.row_at(first_step * batch_size + number) for number in range(len(order))
+            index.rows[order.row_at(steps.start * batch_size + number)]
+            for number in range(len(order))
         ),
-        stand_in=StandIns(index, order, max_share=loading.max_broken_share, ledger=loading.ledger),
+        replacement=Replacements(index, order, loading),
     )
+    yield from _as_batches(index, loaded)
 
 
 def eval_batches(
-    shards: Path,
-    *,
-    split: str,
-    batch_size: int,
+    index: ShardIndex,
     sampling: Sampling,
+    *,
+    batch_size: int,
     views: tuple[int, int] = (1, 1),
     rank: int = 0,
     world_size: int = 1,
     loading: Loading = HERE,
-    clip_ids: Collection[str] | None = None,
 ) -> Iterator[Batch]:
-    """Every clip once, in the order of ids; the windows x crops of `views` stand side by side.
+    """Every clip once, in the order of ids; its `views` (windows, crops) are adjacent rows.
 
-    The batches are the same for any number of processes; each gets every so-manyth, whole.
+    The batches are the same for any number of processes; each process gets every n-th, complete.
     """
-    index = open_index(shards, loading, split=split, keys=clip_ids)
-    check_rates(sampling, fps=index.fps, audio_hz=index.audio_hz)
-    order = sorted(range(len(index.rows)), key=lambda number: index.rows[number].key)
+    check_rates(sampling, index.storage)
     windows, crops = views
     shown = [
         View(window, windows, crop, crops) for window in range(windows) for crop in range(crops)
     ]
+    rows = sorted(index.rows, key=lambda row: row.key)
     clips = max(batch_size // len(shown), 1)
-    whole = [order[first : first + clips] for first in range(0, len(order), clips)]
-    own = whole[rank::world_size]
-    requests = ([Request(row, None, view) for row in rows for view in shown] for rows in own)
-    yield from _batches(
+    own = [rows[first : first + clips] for first in range(0, len(rows), clips)][rank::world_size]
+    loaded = load(
         index,
-        requests,
+        ([Request(row, None, view) for row in batch for view in shown] for batch in own),
         replace(sampling, augmentation=None),
         loading,
-        first_needed=[row for rows in own for row in rows],
-        stand_in=refuse,
+        first_needed=(row for batch in own for row in batch),
+        replacement=refuse,
     )
+    yield from _as_batches(index, loaded)
 
 
-def _batches(
-    index: ShardIndex,
-    requests: Iterable[list[Request]],
-    sampling: Sampling,
-    loading: Loading,
-    *,
-    first_needed: Iterable[int],
-    stand_in: StandIn,
-) -> Iterator[Batch]:
+def _as_batches(index: ShardIndex, loaded: Iterable[LoadedBatch]) -> Iterator[Batch]:
     names = sorted({name for row in index.rows for name in row.labels})
-    for asked, arrays in load(
-        index, requests, sampling, loading, first_needed=first_needed, stand_in=stand_in
-    ):
-        rows = [index.rows[request.row] for request in asked]
+    for requests, arrays in loaded:
+        rows = [request.row for request in requests]
         yield Batch(
             clip_ids=[row.key for row in rows],
             labels={name: [row.labels.get(name, "") for row in rows] for name in names},
             **{name: torch.from_numpy(getattr(arrays, name)) for name in arrays.__slots__},
         )
+
+
+class TrainingOrder:
+    """Which row of the index is at which position of a training."""
+
+    def __init__(self, shard_of_row: Sequence[str], *, seed: int) -> None:
+        self._seed = seed
+        numbers: dict[str, int] = {}
+        self._shard = np.array([numbers.setdefault(name, len(numbers)) for name in shard_of_row])
+        self._num_shards = len(numbers)
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        """The rows in an epoch."""
+        return len(self._shard)
+
+    def row_at(self, position: int) -> int:
+        """The row at a position, counted through all epochs."""
+        epoch, within = divmod(position, len(self))
+        if epoch not in self._epochs:
+            for past in [known for known in self._epochs if known < epoch - 1]:
+                del self._epochs[past]
+            self._epochs[epoch] = self._shuffle(epoch)
+        return int(self._epochs[epoch][within])
+
+    def replacement(self, position: int, attempt: int) -> int:
+        """The row to show instead of a broken one; `attempt` counts the broken ones before."""
+        random = np.random.Generator(np.random.PCG64([self._seed, position, attempt + 1]))
+        return int(random.integers(len(self)))
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        random = np.random.Generator(np.random.PCG64([self._seed, epoch]))
+        opened = random.permutation(self._num_shards)  # when each shard is opened
+        rows = np.argsort(opened[self._shard], kind="stable")
+        runs = (np.arange(len(rows)) + random.integers(RUN)) // RUN
+        # The runs of a shard are spread over the time that it is open. Part of the runs of the last
+        # shards go to the beginning, so that as many shards are open there as later.
+        open_for = min(OPEN_SHARDS, self._num_shards)
+        when = opened[self._shard[rows]] + random.random(runs[-1] + 1)[runs] * open_for
+        rows = rows[np.argsort(when % self._num_shards, kind="stable")]
+        window = np.arange(len(rows)) // WINDOW
+        return rows[np.lexsort((random.random(len(rows)), window))]
+
+
+class Replacements:
+    """Chooses the sample to show instead of a broken one, and counts the broken ones.
+
+    The choice is a pure function of seed and position: the same in every process.
+    """
+
+    def __init__(self, index: ShardIndex, order: TrainingOrder, loading: Loading) -> None:
+        self._rows, self._order = index.rows, order
+        self._limit = loading.max_broken_share * len(index.rows)
+        self._ledger = loading.ledger
+        self._broken: set[str] = set()
+
+    def __call__(self, request: Request, error: BrokenSampleError) -> Request:
+        """The request for the sample to show instead."""
+        if request.row.key not in self._broken:
+            self._broken.add(request.row.key)
+            self._note(request.row.clip_id, error)
+        row = self._rows[self._order.replacement(request.position, request.attempt)]
+        return replace(request, row=row, attempt=request.attempt + 1)
+
+    def _note(self, clip_id: str, error: BrokenSampleError) -> None:
+        log.warning("%s; another sample is shown instead", error.problem)
+        if self._ledger is not None:
+            with Ledger(self._ledger) as ledger:
+                ledger.record(Entry(clip_id, "corrupt", "load", error.problem))
+        if len(self._broken) > self._limit:
+            raise DataError(
+                f"{len(self._broken)} of {len(self._rows)} samples are broken, more than "
+                f"machine.max_broken_share; the last: {error.problem}",
+                hint=f"{self._ledger or 'the log'} names them; delete their shards and run "
+                "`vattctl preprocess`, or raise machine.max_broken_share",
+            )
+
+
+def refuse(request: Request, error: BrokenSampleError) -> Request:
+    """A broken sample of a test set is not replaced: it ends the evaluation."""
+    raise error
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,12 +271,12 @@ def labelled_samples(shards: Path, *, split: str, label: str, count: int | None)
 
 
 def labels_of(shards: Path, label: str) -> set[str]:
-    """All values of a label, whichever split has them; several of one clip stand joined."""
+    """All values of a label in any split; the labels of a clip that has several are joined."""
     return {row.labels[label] for row in read_index(shards / INDEX)[1] if row.labels.get(label)}
 
 
 def balanced(keys: Sequence[str], labels: Sequence[str], count: int | None) -> list[int]:
-    """Places of `count` labelled samples, equally many a class, chosen by the hash of their keys.
+    """Places of `count` labelled samples, as many of each class, chosen by the hash of their keys.
 
     None takes all; a sample whose label is "" is never taken.
     """
