@@ -11,7 +11,9 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from vatt.config import PreprocessParams
 from vatt.data.clips.manifest import Caption
@@ -24,26 +26,43 @@ INDEX = "index.jsonl"
 VOCABULARY = "vocabulary.txt"
 FORMAT = 2
 
-Extent = tuple[int, int]  # offset and size in the tar
+Place = Annotated[int, Field(ge=0, lt=2**53)]  # bytes
+Extent = tuple[Place, Place]  # offset and size in the tar
+Count = Annotated[int, Field(ge=0, lt=2**40)]
+Side = Annotated[int, Field(ge=0, le=2**16)]  # pixels
 
 
 @dataclass(frozen=True, slots=True)
 class IndexRow:
     """Where a sample lies and what it holds."""
 
-    key: str
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    key: Annotated[str, Field(min_length=1)]
     clip_id: str  # of the manifest; a long clip gives several samples
     media: str  # samples of one media share it
     split: str
-    shard: str
+    shard: Annotated[str, Field(pattern=r"^[^/.\x00][^/\x00]*$")]  # a file of the index's folder
     labels: dict[str, str]
     json: Extent
     video: Extent | None
     audio: Extent | None
-    num_frames: int
-    height: int
-    width: int
-    num_samples: int  # of the waveform
+    num_frames: Count
+    height: Side
+    width: Side
+    num_samples: Count  # of the waveform
+
+
+@dataclass(frozen=True, slots=True)
+class _Header(Storage):
+    """The first line of an index."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    format: Literal[2]
+
+
+_ROW, _HEADER = TypeAdapter(IndexRow), TypeAdapter(_Header)
 
 
 def splits_of(folder: Path) -> dict[str, int]:
@@ -63,29 +82,52 @@ def write_index(path: Path, rows: Sequence[IndexRow], *, storage: Storage) -> No
 
 def row_of(record: dict[str, Any]) -> IndexRow:
     """A row from its JSON form."""
-    for name in ("json", "video", "audio"):
-        if record[name] is not None:
-            offset, size = record[name]
-            record[name] = (int(offset), int(size))
-    if "/" in record["shard"] or record["shard"].startswith("."):
-        raise ValueError(f"{record['shard']!r} is no file of this folder")
-    return IndexRow(**record)
+    return _ROW.validate_python(record)
 
 
 def read_index(path: Path) -> tuple[Storage, list[IndexRow]]:
     """How the samples are stored, and where each lies."""
+    rows: dict[str, IndexRow] = {}
+    number, header = 0, None
     try:
-        with path.open(encoding="utf-8") as file:
-            header = json.loads(next(file))
-            if header.pop("format") != FORMAT:
-                raise ValueError(f"its format is not {FORMAT}")
-            storage = Storage(**header)
-            rows = [row_of(json.loads(line)) for line in file]
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1:
+                    header = _HEADER.validate_json(line, strict=True)
+                else:
+                    _add_row(rows, line)
+        if header is None:
+            raise ValueError("it is empty")
     except FileNotFoundError:
         raise DataError(f"{path} is missing", hint="run `vattctl preprocess`") from None
-    except (ValueError, TypeError, KeyError, StopIteration) as error:
-        raise DataError(f"{path} is broken: {error}", hint="run `vattctl preprocess`") from None
-    return storage, rows
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}", hint="check its permissions"
+        ) from None
+    except ValueError as error:
+        raise DataError(
+            f"{path}:{number}: {_reason(error)}", hint="run `vattctl preprocess`"
+        ) from None
+    return Storage(header.fps, header.audio_hz, header.video, header.audio), list(rows.values())
+
+
+def _add_row(rows: dict[str, IndexRow], line: bytes) -> None:
+    row = _ROW.validate_json(line, strict=True)
+    if row.video is not None and not row.num_frames * row.height * row.width:
+        raise ValueError(f"sample {row.key} has a video without frames or pixels")
+    if row.key in rows:
+        first = list(rows).index(row.key) + 2  # the header is line 1
+        raise ValueError(f"sample {row.key} is in line {first} already")
+    rows[row.key] = row
+
+
+def _reason(error: ValueError) -> str:
+    """Why a line of an index is refused, without the line itself."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
 
 
 def tar_bytes(size: int) -> int:

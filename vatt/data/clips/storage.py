@@ -6,12 +6,13 @@ T H W C: frames, height, width, channels. S: samples.
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import av
 import numpy as np
 import simplejpeg
 from av.video.reformatter import VideoReformatter
+from pydantic import Field
 
 from vatt.config import PreprocessParams
 from vatt.data.clips.media import BrokenMediaError
@@ -22,6 +23,7 @@ WAV_HEADER_BYTES = 44
 AAC_PREROLL = 2048  # samples: a packet's first half needs the packet before it
 _BITEXACT = {"fflags": "+bitexact"}
 _EXTENSIONS = {"pcm": "wav", "flac": "flac", "aac": "m4a"}
+Rate = Annotated[int, Field(gt=0, le=10**6)]  # a second
 _CONTAINERS = {"flac": "flac", "aac": "mp4"}
 _STRICT = {"err_detect": "crccheck+explode"}  # damage is an error, not a picture or sound made up
 
@@ -30,8 +32,8 @@ _STRICT = {"err_detect": "crccheck+explode"}  # damage is an error, not a pictur
 class Storage:
     """How the samples of a folder are stored."""
 
-    fps: int
-    audio_hz: int
+    fps: Rate
+    audio_hz: Rate
     video: Literal["h264", "jpeg"]
     audio: Literal["pcm", "flac", "aac"]
 
