@@ -8,19 +8,19 @@ from vatt.process import run_stage
 from vatt.progress import progress
 from vatt.provenance import data_hash, stage_hash
 from vatt.tracking import mlflow
-from vatt.tracking.session import Session, feed
+from vatt.tracking.session import Outputs, Session, feed
 from vatt.training import distributed
-from vatt.training.distributed import launch
 from vatt.training.finetune import finetune, start
+from vatt.training.loop import Training
 
 
 def main() -> None:
     """Fine-tune on a task of params.finetune.tasks, from `pretrained` or from `scratch`."""
     name, init = sys.argv[1:]
-    variant = f"{name}-{init}"
     params = load_params()
+    seed, variant = params.seed, f"{name}-{init}"
     paths, machine, task = params.paths, params.machine, params.finetune.tasks[name]
-    if (code := launch("stages.finetune", machine, name, init)) is not None:
+    if (code := distributed.launch("stages.finetune", machine, name, init)) is not None:
         sys.exit(code)
     made_from = stage_hash("finetune", params, task=name, init=init)
     data, state = data_hash(paths.shards), paths.finetune_state / variant
@@ -30,19 +30,17 @@ def main() -> None:
         mlflow.run(f"finetune-{variant}", params, stage_hash=made_from, data_hash=data) as run,
         progress(f"finetune {variant}", "steps", shown=distributed.rank() == 0) as tick,
     ):
-        session = Session(run, state, tick)
-        model = start(task, classes=known.classes, init=init,
-                      pretrained=paths.pretrained, seed=params.seed)  # fmt: skip
-        batches = feed(paths.shards, Sampling.for_task(model.params, task), task,
-                       seed=params.seed, machine=machine, keys=known.keys)  # fmt: skip
+        model = start(
+            task, classes=known.classes, init=init, pretrained=paths.pretrained, seed=seed
+        )
+        sampling = Sampling.for_task(model.params, task)
+        batches = feed(paths.shards, sampling, task, seed=seed, machine=machine, keys=known.keys)
         described = {"modality": task.modality, "classes": known.classes, "label": task.label}
-        finetune(
-            model, batches, task, classes=known.classes, machine=machine, seed=params.seed,
-            state=state, data_hash=data, **session.hooks(), export=lambda weights: session.export(
-                weights, model.params, paths.finetuned / variant, classifier=described,
-                metrics=paths.metrics / f"finetune-{variant}.json",
-            ),
-        )  # fmt: skip
+        metrics, more = paths.metrics / f"finetune-{variant}.json", {"classifier": described}
+        outputs = Outputs(model.params, paths.finetuned / variant, metrics, more=more)
+        session = Session(run, tick, state, outputs)
+        training = Training(batches, machine, seed, state, data, session)
+        finetune(model, task, training, classes=known.classes)
 
 
 if __name__ == "__main__":

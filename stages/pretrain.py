@@ -11,8 +11,9 @@ from vatt.process import run_stage
 from vatt.progress import progress
 from vatt.provenance import data_hash, stage_hash
 from vatt.tracking import mlflow
-from vatt.tracking.session import Session, feed
+from vatt.tracking.session import Outputs, Session, feed
 from vatt.training import distributed
+from vatt.training.loop import Training
 from vatt.training.pretrain import pretrain
 
 
@@ -28,22 +29,18 @@ def main() -> None:
     sampling = Sampling.for_pretraining(params.model, settings)
     measure = validation(params.model, settings, shards=paths.shards, machine=machine)
     batches = feed(paths.shards, sampling, settings, seed=params.seed, machine=machine)
+    metrics, words = paths.metrics / "pretrain.json", paths.shards / "vocabulary.txt"
+    outputs = Outputs(params.model, paths.pretrained, metrics, vocabulary=words)
     with (
         distributed.process_group(machine),
         mlflow.run("pretrain", params, stage_hash=made_from, data_hash=data) as run,
         progress("pretrain", "steps", shown=distributed.rank() == 0) as tick,
     ):
-        session, words = Session(run, paths.pretrain_state, tick), paths.shards / "vocabulary.txt"
+        state = paths.pretrain_state
+        session = Session(run, tick, state, outputs, measure=measure, score=SCORE)
         torch.manual_seed(params.seed)  # every process builds the same start
-        pretrain(
-            build(params.model), batches, settings, machine=machine, seed=params.seed,
-            state=paths.pretrain_state, data_hash=data, **session.hooks(),
-            evaluate=session.keeping_best(measure, params.model, score=SCORE, vocabulary=words),
-            export=lambda weights: session.export(
-                weights, params.model, paths.pretrained, vocabulary=words,
-                metrics=paths.metrics / "pretrain.json",
-            ),
-        )  # fmt: skip
+        model = build(params.model)
+        pretrain(model, settings, Training(batches, machine, params.seed, state, data, session))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ PARAMS_FILE = Path("params.yaml")
 
 SizeName = Literal["tiny", "small", "base", "medium", "large"]
 Modality = Literal["video", "audio", "text"]
+Precision = Literal["fp32", "bf16"]  # of matrix products; weights, norms and losses are fp32
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 Rate = Annotated[float, Field(ge=0, lt=1)]  # a share that leaves something, e.g. of tokens dropped
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -285,7 +286,7 @@ class PretrainParams(Section):
 
     batch_size: PositiveInt  # global
     steps: PositiveInt
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     fps: PositiveFloat  # of the frames shown to the model
     augmentation: AugmentationParams
     text_candidates: PositiveInt  # K: sentences nearest in time, MIL-NCE's positives
@@ -314,7 +315,7 @@ class FinetuneTaskParams(Section):
     audio_hz: PositiveInt | None
     batch_size: PositiveInt
     steps: PositiveInt
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     augmentation: AugmentationParams
     drop_rate: Rate
     loss: Literal["softmax", "balanced_sigmoid"]

@@ -48,13 +48,14 @@ def test_settings_of_the_evaluation_do_not_hinder_resuming():
     assert identity(evaluate_every=7, evaluate_clips=5) == identity()
 
 
-def test_spikes_are_told_and_left_in_the_metrics(tmp_path, caplog):
+def test_spikes_are_logged_and_left_in_the_metrics(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
-    session, tags = evaluating.session(tmp_path)
+    session = evaluating.Listening(tmp_path)
     session.begin(0)
     session.spike(7, 9.5)
     session.report(10, {"loss": 1.0, "data_wait_share": 0.0})
-    model = tiny.make_model(tiny.model_params())
-    session.export(model.state_dict(), model.params, tmp_path / "c", metrics=tmp_path / "m.json")
-    assert json.loads((tmp_path / "m.json").read_text())["loss_spikes"] == [7]
-    assert "loss spike at step 7: 9.5" in caplog.text and tags["vatt.loss_spikes"] == "7"
+    (tmp_path / evaluating.WORDS).write_text("word\t1\n")
+    session.export(tiny.make_model(tiny.model_params()).state_dict())
+    assert json.loads((tmp_path / "metrics.json").read_text())["loss_spikes"] == [7]
+    assert "loss spike at step 7: 9.5" in caplog.text
+    assert session.run.tags["vatt.loss_spikes"] == "7"

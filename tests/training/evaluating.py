@@ -11,20 +11,46 @@ import torch
 from tests.training import tiny
 from vatt.data.loading.batches import Batch
 from vatt.tracking.mlflow import Run
-from vatt.tracking.session import Session
+from vatt.tracking.session import Measure, Outputs, Session
 from vatt.training import distributed
-from vatt.training.engine import DeepSpeedEngine, LocalEngine
+from vatt.training.engine import DeepSpeedEngine, Weights
+from vatt.training.loop import Training
 from vatt.training.pretrain import pretrain
 
 WORDS = Path("vocabulary.txt")
 
 
-def session(folder: Path) -> tuple[Session, dict[str, str]]:
-    """The hooks of a stage, with a run that only remembers its tags."""
-    tags: dict[str, str] = {}
-    run = Run(None, "", None, tiny.machine_params())
-    run.tag = tags.__setitem__  # type: ignore[method-assign]
-    return Session(run, folder, lambda done, total, note="": None), tags
+class Tags(Run):
+    """A run that only remembers its tags."""
+
+    def __init__(self) -> None:
+        super().__init__(None, "", None, tiny.machine_params())
+        self.tags: dict[str, str] = {}
+
+    def tag(self, name: str, value: str) -> None:
+        self.tags[name] = value
+
+
+class Listening(Session):
+    """A stage's session that remembers what it hears, besides."""
+
+    def __init__(self, folder: Path, measure: Measure | None = None) -> None:
+        self.run, self.asked, self.metrics = Tags(), list[int](), dict[str, float]()
+        model = tiny.model_params(dropout=0.1)
+        outputs = Outputs(model, folder / "checkpoint", folder / "metrics.json", folder / WORDS)
+
+        def tick(done: int, total: int, note: str = "") -> None:
+            """Draw nothing."""
+
+        super().__init__(self.run, tick, folder, outputs, measure=measure, score="val.score")
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        self.metrics |= metrics
+        super().report(step, metrics)
+
+    def evaluate(self, step: int, weights: Weights) -> dict[str, float]:
+        self.asked.append(step)
+        return super().evaluate(step, weights)
 
 
 def trained(
@@ -39,23 +65,11 @@ def trained(
     folder.mkdir(exist_ok=True)
     (folder / WORDS).write_text("word\t1\n")
     model = tiny.make_model(tiny.model_params(dropout=0.1))
-    asked: list[int] = []
-    told: dict[str, float] = {}
-    hooks, tags = session(folder)
 
     def measure(weights: Any) -> dict[str, float]:
         torch.rand(7), random.random(), np.random.rand()
         tiny.make_model(model.params, seed=9).load_state_dict(weights)
-        return {"val.score": (scores or [0.0] * 9)[len(asked) - 1]}
-
-    keeping = hooks.keeping_best(
-        measure, model.params, score="val.score", vocabulary=folder / WORDS
-    )
-    assert keeping is not None
-
-    def evaluate(step: int, weights: Any) -> dict[str, float]:
-        asked.append(step)
-        return keeping(step, weights)
+        return {"val.score": (scores or [0.0] * 9)[len(session.asked) - 1]}
 
     def batches_from(first: int) -> Iterator[Batch]:
         for step in range(first, 6):
@@ -64,31 +78,18 @@ def trained(
             whole = tiny.make_batch(step)
             yield tiny.part_of(whole, distributed.rank(), distributed.world_size())
 
-    def report(step: int, metrics: dict[str, float]) -> None:
-        told.update(metrics)
-        hooks.report(step, metrics)
-
-    one = distributed.world_size() == 1
+    session = Listening(folder, measure)
+    engine_of = tiny.local if distributed.world_size() == 1 else DeepSpeedEngine
+    machine = tiny.machine_params(zero_stage=3)
     weights = pretrain(
         model,
-        batches_from,
         tiny.pretrain_params(evaluate_every=evaluate_every, report_every=report_every),
-        machine=tiny.machine_params(zero_stage=3),
-        seed=0,
-        state=folder,
-        data_hash="none",
-        **{**hooks.hooks(), "report": report},
-        evaluate=evaluate,
-        engine_of=(
-            lambda module, optimizer, precision, machine: LocalEngine(module, optimizer, precision)
-        )
-        if one
-        else DeepSpeedEngine,
+        Training(batches_from, machine, 0, folder, "none", session, engine_of),
     )
     return {
         "hash": tiny.hash_of(weights),
         "weights": weights,
-        "asked": asked,
-        "tags": tags,
-        "told": told,
+        "asked": session.asked,
+        "tags": session.run.tags,
+        "metrics": session.metrics,
     }

@@ -30,10 +30,10 @@ def engine(**changes):
 def step(one, number=0):
     torch.manual_seed(number)
     loss = one(torch.randn(4, 3))["loss"]
-    return loss.item(), one.update(loss, learning_rate=0.1)
+    return loss.item(), float(one.update(loss, learning_rate=0.1))
 
 
-def test_the_norm_is_told_as_it_was_before_clipping():
+def test_the_norm_is_the_one_before_clipping():
     _, free = step(engine(clip_norm=None))
     _, clipped = step(engine(clip_norm=1e-3))
     assert free == pytest.approx(clipped) and free > 1e-3

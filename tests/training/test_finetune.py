@@ -1,4 +1,4 @@
-"""Fine-tuning: it learns, resumes, starts where it is told, and refuses what cannot be."""
+"""Fine-tuning: it learns, resumes, starts from the right weights, and refuses what cannot be."""
 
 import itertools
 
@@ -9,8 +9,6 @@ from tests.training import tiny
 from vatt.checkpoint import save
 from vatt.config import FinetuneTaskParams
 from vatt.errors import DataError, SettingsError
-from vatt.model.vatt import Classifier
-from vatt.training.engine import LocalEngine
 from vatt.training.finetune import (
     Finetuning,
     finetune,
@@ -21,10 +19,6 @@ from vatt.training.finetune import (
 )
 
 CLASSES = ["0", "1", "2"]
-
-
-def local(module, optimizer, precision, machine):
-    return LocalEngine(module, optimizer, precision)
 
 
 def task(**changes):
@@ -44,27 +38,12 @@ def task(**changes):
     return FinetuneTaskParams.model_validate(settings | base | changes)
 
 
-def classifier(modality="video", seed=0):
-    torch.manual_seed(seed)
-    return Classifier(tiny.model_params(), modality=modality, num_classes=3, head_dropout=0.0)
-
-
-def run(model, params, folder, batches_from, **more):
-    losses = []
-    weights = finetune(
-        model,
-        batches_from,
-        params,
-        classes=CLASSES,
-        machine=tiny.machine_params(),
-        seed=0,
-        state=folder,
-        data_hash="none",
-        report=lambda step, metrics: losses.append(metrics),
-        engine_of=local,
-        **more,
-    )
-    return losses, weights
+def run(model, params, folder, batches_from):
+    reporter = tiny.Recorder()
+    training = tiny.training(folder, reporter, batches_from)
+    weights = finetune(model, params, training, classes=CLASSES)
+    assert reporter.exported == [weights]
+    return [metrics for _, metrics in reporter.rows], weights
 
 
 @pytest.mark.parametrize("loss", ["softmax", "balanced_sigmoid"])
@@ -72,18 +51,19 @@ def run(model, params, folder, batches_from, **more):
 def test_one_batch_is_learned_by_heart(tmp_path, modality, loss):
     params = task(modality=modality, loss=loss, steps=60)
     losses, _ = run(
-        classifier(modality), params, tmp_path, lambda first: itertools.repeat(tiny.make_batch(0))
+        tiny.make_classifier(modality),
+        params,
+        tmp_path,
+        lambda first: itertools.repeat(tiny.make_batch(0)),
     )
     assert losses[-1]["loss"] < 0.1 * losses[0]["loss"]
     assert losses[-1]["accuracy"] == 1
 
 
 def test_what_comes_out_are_the_classifier_s_weights(tmp_path):
-    model = classifier()
-    exported = []
-    _, weights = run(model, task(), tmp_path, tiny.batches_from, export=exported.append)
-    classifier(seed=1).load_state_dict(weights)
-    assert exported == [weights]
+    model = tiny.make_classifier("video")
+    _, weights = run(model, task(), tmp_path, tiny.batches_from)
+    tiny.make_classifier("video", seed=1).load_state_dict(weights)
     assert (tmp_path / "done.json").exists()
 
 
@@ -92,16 +72,20 @@ def test_it_resumes_from_the_same_start_only(tmp_path, caplog):
         return itertools.islice(tiny.batches_from(0), step)
 
     with pytest.raises(DataError, match="before step 7"):
-        run(classifier(), task(), tmp_path, lambda first: broken_after(7))
-    calm_losses, calm = run(classifier(), task(), tmp_path / "calm", tiny.batches_from)
-    losses, weights = run(classifier(), task(), tmp_path, tiny.batches_from)
+        run(tiny.make_classifier("video"), task(), tmp_path, lambda first: broken_after(7))
+    calm_losses, calm = run(
+        tiny.make_classifier("video"), task(), tmp_path / "calm", tiny.batches_from
+    )
+    losses, weights = run(tiny.make_classifier("video"), task(), tmp_path, tiny.batches_from)
     assert "resuming at step 5" in caplog.text
     assert tiny.hash_of(weights) == tiny.hash_of(calm)
     assert [row["loss"] for row in losses] == [row["loss"] for row in calm_losses[5:]]
 
     with pytest.raises(DataError):
-        run(classifier(), task(), tmp_path / "b", lambda first: broken_after(7))
-    losses, _ = run(classifier(seed=1), task(), tmp_path / "b", tiny.batches_from)
+        run(tiny.make_classifier("video"), task(), tmp_path / "b", lambda first: broken_after(7))
+    losses, _ = run(
+        tiny.make_classifier("video", seed=1), task(), tmp_path / "b", tiny.batches_from
+    )
     assert len(losses) == 12
     assert "not resuming" in caplog.text and "start was" in caplog.text
 
@@ -111,7 +95,7 @@ def test_the_backbone_starts_from_the_pretrained_tower(backbone):
     settings = tiny.model_params(backbone=backbone)
     vatt = tiny.make_model(settings, seed=5)
     for modality, tower in (("video", vatt.video), ("audio", vatt.audio)):
-        model = Classifier(settings, modality=modality, num_classes=3, head_dropout=0.0)
+        model = tiny.make_classifier(modality, params=settings)
         head = model.head.weight.clone()
         load_backbone(model, vatt.state_dict())
         assert hash_of_weights(model.backbone) == hash_of_weights(tower)
@@ -143,17 +127,22 @@ def test_mixed_targets_follow_the_mixed_inputs():
     params = task(modality="audio", mixup=5.0)
     batch = tiny.make_batch(0)
     plain, _, hard = finetuning_inputs(
-        classifier("audio"), batch, 4, params=task(modality="audio"), classes=CLASSES, seed=0
+        tiny.make_classifier("audio"),
+        batch,
+        4,
+        params=task(modality="audio"),
+        classes=CLASSES,
+        seed=0,
     )
     mixed, _, soft = finetuning_inputs(
-        classifier("audio"), batch, 4, params=params, classes=CLASSES, seed=0
+        tiny.make_classifier("audio"), batch, 4, params=params, classes=CLASSES, seed=0
     )
     share = (mixed[0] - plain[1]).norm() / (plain[0] - plain[1]).norm()
     torch.testing.assert_close(soft[0], share * hard[0] + (1 - share) * hard[1])
 
 
 def test_micro_batches_and_dropped_tokens_give_the_same_loss():
-    model, batch = classifier(), tiny.make_batch(0)
+    model, batch = tiny.make_classifier("video"), tiny.make_batch(0)
     params = task(drop_rate=0.5)
     inputs = finetuning_inputs(model, batch, 4, params=params, classes=CLASSES, seed=0)
     assert inputs[1].shape == (tiny.BATCH_SIZE, model.num_tokens // 2)
@@ -163,5 +152,10 @@ def test_micro_batches_and_dropped_tokens_give_the_same_loss():
 
 
 def test_an_odd_batch_cannot_be_mixed(tmp_path):
-    with pytest.raises(SettingsError, match="pairs for mixup"):
-        run(classifier(), task(batch_size=7, mixup=1.0), tmp_path, tiny.batches_from)
+    with pytest.raises(SettingsError, match="in pairs for mixup"):
+        run(
+            tiny.make_classifier("video"),
+            task(batch_size=7, mixup=1.0),
+            tmp_path,
+            tiny.batches_from,
+        )

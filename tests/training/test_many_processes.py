@@ -142,7 +142,7 @@ def test_a_state_goes_on_in_another_number_of_processes(found, alone):
         close(torch.tensor(rows), expected[done:])
 
 
-def test_a_gradient_that_is_no_number_is_told_at_every_zero_stage(found):
+def test_a_gradient_that_is_not_finite_is_noticed_at_every_zero_stage(found):
     if "spoiled" not in found[1]:
         pytest.skip("tried with the quick cases")
     assert [loss for loss, _ in found[1]["spoiled"]] == [0.0] * 4
@@ -157,11 +157,15 @@ def test_linear_layers_in_bf16_find_their_weights_at_every_zero_stage(found):
     torch.testing.assert_close(torch.stack(others), first.expand(3, 2), rtol=1e-5, atol=0)
 
 
+def test_bf16_is_bf16_where_deepspeed_ends_an_autocast_that_began_outside(found):
+    assert found[1]["types as on a GPU"] == [["torch.bfloat16"]] * 4  # at ZeRO 0 to 3
+
+
 def test_an_evaluation_on_the_way_happens_once_and_changes_no_weight(found):
     processes, results, *_ = found
     if "evaluated" not in results:
         pytest.skip("tried with the quick cases")
     with_it, without = results["evaluated"]
     assert with_it["hash"] == without["hash"] and with_it["asked"] == [2, 4, 6]
-    ranks = {name for name in with_it["told"] if name.startswith("peak_memory_gb.")}
+    ranks = {name for name in with_it["metrics"] if name.startswith("peak_memory_gb.")}
     assert ranks == {f"peak_memory_gb.rank_{rank}" for rank in range(processes)}

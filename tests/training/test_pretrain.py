@@ -10,7 +10,7 @@ from tests.training import tiny
 from vatt.data.loading.batches import scaled
 from vatt.errors import VattError
 from vatt.losses import paper_form, pretraining_loss, release_form
-from vatt.training.engine import LocalEngine
+from vatt.training import loop
 from vatt.training.pretrain import Pretraining, fingerprint, pretrain, pretraining_inputs
 
 CLOCKS = {
@@ -23,27 +23,15 @@ CLOCKS = {
 }
 
 
-def local(module, optimizer, precision, machine):
-    return LocalEngine(module, optimizer, precision)
-
-
 def run(folder, *, batches_from=tiny.batches_from, seed=0, **changes):
-    rows = []
-    weights = pretrain(
-        tiny.make_model(tiny.model_params()),
-        batches_from,
-        tiny.pretrain_params(**changes),
-        machine=tiny.machine_params(),
-        seed=seed,
-        state=folder,
-        data_hash="none",
-        report=lambda step, metrics: rows.append((step, metrics)),
-        engine_of=local,
-    )
-    return rows, weights
+    reporter = tiny.Recorder()
+    training = tiny.training(folder, reporter, batches_from, seed=seed)
+    model = tiny.make_model(tiny.model_params())
+    weights = pretrain(model, tiny.pretrain_params(**changes), training)
+    return reporter.rows, weights
 
 
-def test_every_report_tells_losses_rate_norm_and_speed(tmp_path):
+def test_every_report_has_losses_rate_norm_and_speed(tmp_path):
     rows, _ = run(tmp_path, report_every=4)
     assert [step for step, _ in rows] == [4, 6]
     expected = {"loss", "nce", "mil_nce", "learning_rate", "gradient_norm"} | CLOCKS
@@ -65,7 +53,7 @@ def test_weights_come_out_under_the_model_s_own_names(tmp_path):
     tiny.make_model(tiny.model_params(), seed=1).load_state_dict(weights)
 
 
-def test_a_loss_that_is_no_number_names_step_and_clips_and_keeps_the_last_state(tmp_path):
+def test_a_loss_that_is_not_finite_names_step_and_clips_and_keeps_the_last_state(tmp_path):
     def poisoned(first_step):
         for step in itertools.count(first_step):
             batch = tiny.make_batch(step)
@@ -76,6 +64,36 @@ def test_a_loss_that_is_no_number_names_step_and_clips_and_keeps_the_last_state(
     with pytest.raises(VattError, match=r"(?s)step 5.*loss = nan.*clip-5-3"):
         run(tmp_path, batches_from=poisoned)
     assert [folder.name for folder in sorted(tmp_path.glob("step-*"))][-1] == "step-00000004"
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Read numbers a step late and take batches early, which a CPU has no need of."""
+    monkeypatch.setitem(loop.READ_LATE, "cpu", 1)
+    monkeypatch.setitem(loop.PREFETCH, "cpu", True)
+
+
+def test_reading_late_and_fetching_early_changes_no_number(tmp_path, request):
+    timings = dict.fromkeys(CLOCKS, 0.0)
+    found = []
+    for name in ("now", "late"):
+        if name == "late":
+            request.getfixturevalue("as_on_a_gpu")
+        rows, weights = run(tmp_path / name, report_every=3, save_every=4)
+        found.append(([(step, row | timings) for step, row in rows], tiny.hash_of(weights)))
+    assert found[0] == found[1]
+
+
+def test_read_late_a_loss_that_is_not_finite_stops_before_a_state_is_saved(tmp_path, as_on_a_gpu):
+    def poisoned(first_step):
+        for step in itertools.count(first_step):
+            batch = tiny.make_batch(step)
+            batch.colour[3] = float("nan") if step >= 3 else batch.colour[3]
+            yield batch
+
+    with pytest.raises(VattError, match=r"(?s)at step 3.*loss = nan.*clip-3-3"):
+        run(tmp_path, batches_from=poisoned, report_every=100)
+    assert [folder.name for folder in sorted(tmp_path.glob("step-*"))] == ["step-00000002"]
 
 
 def test_changed_settings_start_anew_and_are_named(tmp_path, caplog):
@@ -99,7 +117,7 @@ def test_only_the_last_states_are_kept(tmp_path):
     assert [f.name for f in sorted(tmp_path.glob("step-*"))] == ["step-00000008", "step-00000009"]
 
 
-def test_every_so_many_steps_a_state_stays_for_good(tmp_path):
+def test_every_n_th_state_stays_for_good(tmp_path):
     run(tmp_path, steps=9, save_every=1, keep_states=2, keep_states_every=3)
     kept = [int(f.name.removeprefix("step-")) for f in sorted(tmp_path.glob("step-*"))]
     assert kept == [3, 6, 8, 9]

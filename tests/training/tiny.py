@@ -2,16 +2,18 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vatt.checkpoint import build
+from vatt.checkpoint import build, build_classifier
 from vatt.config import MachineParams, ModelParams, PretrainParams, load_params
 from vatt.data.loading.batches import Batch
-from vatt.model.vatt import VATT
+from vatt.model.vatt import VATT, Classifier, ClassifierInput
+from vatt.training.engine import Engine, LocalEngine
+from vatt.training.loop import BatchesFrom, Reporter, Training
 
 SIZE = {"depth": 1, "dim": 16, "mlp_dim": 32, "heads": 2, "head_dim": 8}
 BATCH_SIZE, CANDIDATES, WORDS = 8, 2, 4
@@ -68,6 +70,15 @@ def make_model(params: ModelParams, seed: int = 0) -> VATT:
     return build(params)
 
 
+def make_classifier(
+    modality: ClassifierInput, *, params: ModelParams | None = None, seed: int = 0
+) -> Classifier:
+    """A classifier of three classes with weights from a seed."""
+    torch.manual_seed(seed)
+    params = params or model_params()
+    return build_classifier(params, modality=modality, num_classes=3, head_dropout=0.0)
+
+
 def make_batch(number: int, *, size: int = BATCH_SIZE, textless: range = range(1, 2)) -> Batch:
     """Random clips; those in `textless` have no words, one lacks a candidate, one its sound."""
     generator = torch.Generator().manual_seed(number)
@@ -111,6 +122,62 @@ def part_of(batch: Batch, rank: int, world_size: int) -> Batch:
 def batches_from(first_step: int) -> Iterator[Batch]:
     """One process's batches: a function of the step."""
     return (make_batch(step) for step in itertools.count(first_step))
+
+
+class Recorder:
+    """A reporter that remembers."""
+
+    def __init__(self, evaluate: Callable[[int, Any], dict[str, float]] | None = None) -> None:
+        self.first_step: int | None = None
+        self.facts: Mapping[str, str] = {}
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.spikes: list[tuple[int, float]] = []
+        self.done: list[int] = []
+        self.exported: list[dict[str, torch.Tensor]] = []
+        self._evaluate = evaluate
+
+    def begin(self, first_step: int) -> None:
+        self.first_step = first_step
+
+    def describe(self, facts: Mapping[str, str]) -> None:
+        self.facts = facts
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        self.rows.append((step, metrics))
+
+    def spike(self, step: int, loss: float) -> None:
+        self.spikes.append((step, loss))
+
+    def progress(self, done: int, total: int) -> None:
+        self.done.append(done)
+
+    def evaluate(self, step: int, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+        assert self._evaluate is not None
+        return self._evaluate(step, weights)
+
+    def before_save(self) -> None:
+        """Everything is stored at once."""
+
+    def export(self, weights: dict[str, torch.Tensor]) -> None:
+        self.exported.append(weights)
+
+
+def local(module: Any, optimizer: Any, precision: Any, machine: MachineParams) -> Engine:
+    """An engine without DeepSpeed."""
+    return LocalEngine(module, optimizer, precision)
+
+
+def training(
+    state: Path,
+    reporter: Reporter,
+    batches: BatchesFrom | None = None,
+    *,
+    seed: int = 0,
+    engine_of: Callable[..., Engine] = local,
+) -> Training:
+    """A training on this machine."""
+    machine = machine_params()
+    return Training(batches or batches_from, machine, seed, state, "none", reporter, engine_of)
 
 
 def hash_of(weights: dict[str, torch.Tensor]) -> str:

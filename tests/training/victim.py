@@ -13,12 +13,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch import Tensor
+
 from tests.training import tiny
 from vatt.data.loading.batches import Batch
 from vatt.errors import VattError
 from vatt.training import distributed
 from vatt.training.distributed import launch
-from vatt.training.engine import LocalEngine, make_engine
+from vatt.training.engine import EngineMaker, make_engine
+from vatt.training.loop import Training
 from vatt.training.pretrain import pretrain
 
 STEPS = 24
@@ -36,27 +39,17 @@ def main() -> None:
             with distributed.process_group(MACHINE):
                 train(make_engine)
         else:
-            train(local)
+            train(tiny.local)
     except VattError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)
 
 
-def train(engine_of):  # type: ignore[no-untyped-def]
-    pretrain(
-        tiny.make_model(
-            tiny.model_params(dropout=float(os.environ.get("VATT_TEST_DROPOUT", "0.1")))
-        ),
-        batches_from,
-        tiny.pretrain_params(steps=STEPS, save_every=3),
-        machine=MACHINE,
-        seed=0,
-        state=FOLDER / "state",
-        data_hash="none",
-        report=report,
-        export=lambda weights: (FOLDER / "result").write_text(tiny.hash_of(weights)),
-        engine_of=engine_of,
-    )
+def train(engine_of: EngineMaker) -> None:
+    dropout = float(os.environ.get("VATT_TEST_DROPOUT", "0.1"))
+    model = tiny.make_model(tiny.model_params(dropout=dropout))
+    training = Training(batches_from, MACHINE, 0, FOLDER / "state", "none", ToFiles(), engine_of)
+    pretrain(model, tiny.pretrain_params(steps=STEPS, save_every=3), training)
 
 
 def batches_from(first_step: int) -> Iterator[Batch]:
@@ -66,13 +59,15 @@ def batches_from(first_step: int) -> Iterator[Batch]:
         yield tiny.part_of(batch, distributed.rank(), distributed.world_size())
 
 
-def report(step: int, metrics: dict[str, float]) -> None:
-    with (FOLDER / "losses").open("a") as file:
-        file.write(json.dumps([step, metrics["loss"], metrics["gradient_norm"]]) + "\n")
+class ToFiles(tiny.Recorder):
+    """Leaves in files what another process looks at."""
 
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        with (FOLDER / "losses").open("a") as file:
+            file.write(json.dumps([step, metrics["loss"], metrics["gradient_norm"]]) + "\n")
 
-def local(module, optimizer, precision, machine):  # type: ignore[no-untyped-def]
-    return LocalEngine(module, optimizer, precision)
+    def export(self, weights: dict[str, Tensor]) -> None:
+        (FOLDER / "result").write_text(tiny.hash_of(weights))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def main() -> None:
             ]
             results["spoiled"] = [spoiled(zero) for zero in range(4)]
             results["bf16"] = [in_bf16(zero) for zero in range(4)]
+        results["types as on a GPU"] = [types_as_on_a_gpu(zero) for zero in range(4)]
         for backbone in BACKBONES:
             results["exact", backbone] = exact_gradients(backbone)
         for number, case in enumerate(CASES[os.environ["VATT_TEST_CASES"]]):
@@ -93,10 +94,10 @@ class Root(torch.nn.Module):
 
 
 def spoiled(zero: int) -> tuple[float, float]:
-    """The loss, and the norm of a gradient that is none."""
+    """The loss, and the norm of a gradient that is not finite."""
     engine = DeepSpeedEngine(Root(), OPTIMIZER, "fp32", tiny.machine_params(zero_stage=zero))
     loss = engine()["loss"]
-    return loss.item(), engine.update(loss, learning_rate=LEARNING_RATE)
+    return loss.item(), float(engine.update(loss, learning_rate=LEARNING_RATE))
 
 
 def in_bf16(zero: int) -> tuple[float, float]:
@@ -106,6 +107,33 @@ def in_bf16(zero: int) -> tuple[float, float]:
     engine = DeepSpeedEngine(module, OPTIMIZER, "bf16", tiny.machine_params(zero_stage=zero))
     with patch.object(operators, "_WORTH_IT", 0):
         return update(engine, model, 0)
+
+
+class TorchOnGpu:
+    """torch, which answers a question about autocast that names no device as it does on a GPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def is_autocast_enabled(device: str = "cpu") -> bool:
+        """For the device that trains here; torch itself would answer for a GPU."""
+        return torch.is_autocast_enabled(device)
+
+
+def types_as_on_a_gpu(zero: int) -> list[str]:
+    """The types of the encoders' linear layers, in bf16, where DeepSpeed sees any autocast."""
+    model = tiny.make_model(tiny.model_params())
+    module = Pretraining(model, tiny.pretrain_params())
+    engine = DeepSpeedEngine(module, OPTIMIZER, "bf16", tiny.machine_params(zero_stage=zero))
+    seen = set()
+    for tower in (model.video, model.audio, model.text):
+        for layer in tower.modules():
+            if isinstance(layer, operators.Linear):
+                layer.register_forward_hook(lambda *call: seen.add(str(call[-1].dtype)))
+    with patch.object(sys.modules["deepspeed.runtime.torch_autocast"], "torch", TorchOnGpu()):
+        update(engine, model, 0)
+    return sorted(seen)
 
 
 def batch_of(step: int) -> Batch:
@@ -184,11 +212,12 @@ def update(engine: Engine, model: torch.nn.Module, step: int) -> tuple[float, fl
     own = tiny.part_of(batch_of(step), distributed.rank(), distributed.world_size())
     seed_dropout(0, step)
     losses = engine(*pretraining_inputs(model, own, step, drop_rate=0.5, seed=0))
-    return losses["loss"].item(), engine.update(losses["loss"], learning_rate=LEARNING_RATE)
+    norm = engine.update(losses["loss"], learning_rate=LEARNING_RATE)
+    return losses["loss"].item(), float(norm)
 
 
 def first_moments(engine: Engine, folder: Path) -> dict[str, Tensor]:
-    """Adam's running mean of each gradient, as a state tells it."""
+    """Adam's running mean of each gradient, as a state holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
     engine.save(folder)

@@ -206,7 +206,7 @@ class T5Tower(Tower):
         self.post = nn.Dropout(dropout)
 
     def forward(self, text: Tensor) -> Tensor:  # (B, L) word ids, 0 pads -> (B, D), fp32
-        tokens = self.lift(self.prepend_agg(self.embed(text)))
+        tokens = full_precision(self.lift(self.prepend_agg(self.embed(text))))
         bias = pad_mask(text) + self.relative(tokens.shape[1])
         encoded = self.encoder(tokens, [bias] * len(self.encoder.blocks), wanted=1)
         return full_precision(self.post(encoded[:, 0]))

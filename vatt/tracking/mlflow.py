@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Run:
-    """What a stage may tell; in every process but rank 0 it says nothing."""
+    """What a stage logs; in every process but rank 0 it does nothing."""
 
     def __init__(
         self,

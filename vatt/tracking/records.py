@@ -116,7 +116,7 @@ class Record:
         self._metered = now
 
     def end(self, status: str) -> None:
-        """Note how it went; `seconds` sums the starts that could tell."""
+        """Note how it went; `seconds` is the sum over the starts that ended by themselves."""
         seconds = self.facts["seconds"] + time.monotonic() - self._clock
         self._write(status=status, ended=_now(), seconds=round(seconds, 3))
 

@@ -8,8 +8,9 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any
 
 from torch import Tensor
 
@@ -18,20 +19,122 @@ from vatt.config import FinetuneTaskParams, MachineParams, ModelParams, Pretrain
 from vatt.data.loading.batches import Batch, Loading, Sampling, open_index, train_batches
 from vatt.errors import DataError
 from vatt.files import atomic_write
+from vatt.progress import Tick
 from vatt.tracking.mlflow import Run
 from vatt.training import distributed
 from vatt.training.engine import Weights
-from vatt.training.loop import Evaluate
 
-VALIDATION = "val."  # what an evaluation on the way measures begins so
+VALIDATION = "val."  # how the names of an evaluation's metrics begin
 REPEATABLE = ("loss", "nce", "mil_nce", "accuracy", "learning_rate", "gradient_norm")
-FILE, SPIKES = "history.jsonl", "spikes.jsonl"
+HISTORY, SPIKES = "history.jsonl", "spikes.jsonl"  # in the state's folder, with what follows
+BEST = "best"
+CURVE = "history.json"  # in the checkpoint's folder
+LISTED_SPIKES = 20  # the last ones, in a tag
+
+Measure = Callable[[Mapping[str, Tensor]], dict[str, float]]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a training leaves, and what its checkpoint says of itself."""
+
+    model: ModelParams
+    checkpoint: Path
+    metrics: Path
+    vocabulary: Path | None = None
+    more: dict[str, Any] = field(default_factory=dict)  # joins config.json
+
+
+class Session:
+    """The reporter of a stage's training: MLflow, the terminal, and the files that it leaves.
+
+    `measure` is the evaluation on the way; the weights with the highest `score` are kept.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        tick: Tick,
+        state: Path,
+        outputs: Outputs,
+        *,
+        measure: Measure | None = None,
+        score: str = "",
+    ) -> None:
+        self._run, self._tick, self._outputs = run, tick, outputs
+        self._measure, self._score = measure, score
+        self._history, self._spikes = History(state), History(state, SPIKES)
+        self._best = Best(state)
+        self._note = ""
+
+    def begin(self, first_step: int) -> None:
+        """A training that starts anew forgets spikes and best checkpoint of another."""
+        if first_step == 0:
+            self._spikes.path.unlink(missing_ok=True)
+            self._best.forget()
+
+    def describe(self, facts: Mapping[str, str]) -> None:
+        """Tag the run with what the first step has shown."""
+        for name, value in facts.items():
+            self._run.tag(name, value)
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        """Note a step's metrics everywhere."""
+        self._run.log(step, metrics)
+        self._history.add(step, metrics)
+        self._note = f"loss {metrics['loss']:.3f}, data wait {metrics['data_wait_share']:.0%}"
+
+    def spike(self, step: int, loss: float) -> None:
+        """Point at a loss that jumped."""
+        log.warning("loss spike at step %d: %.4g", step, loss)
+        self._spikes.add(step, {"loss": loss})
+        self._run.log(step, {"loss_spike": loss})
+        self._run.tag("vatt.loss_spikes", ", ".join(map(str, self._spike_steps()[-LISTED_SPIKES:])))
+
+    def progress(self, done: int, total: int) -> None:
+        """Draw how far it is."""
+        self._tick(done, total, self._note)
+
+    def evaluate(self, step: int, weights: Weights) -> dict[str, float]:
+        """What `measure` finds; the best weights are kept."""
+        assert self._measure is not None
+        metrics = self._measure(weights)
+        best = {"step": step, "score": metrics[self._score]}
+        if self._best.offer(best, weights, self._outputs):
+            self._run.tag("vatt.best_step", str(step))
+            self._run.tag("vatt.best_score", f"{self._score} = {metrics[self._score]:.4f}")
+            self._run.tag("vatt.best_checkpoint", str(self._best.folder))
+        return metrics
+
+    def before_save(self) -> None:
+        """Store what was reported: a state must not be ahead of it."""
+        self._run.flush()
+
+    def export(self, weights: Weights) -> None:
+        """Write checkpoint, curve and metrics file."""
+        outputs = self._outputs
+        checkpoint.save(
+            weights,
+            outputs.model,
+            outputs.checkpoint,
+            extra=outputs.more,
+            vocabulary=outputs.vocabulary,
+        )
+        spikes = self._spike_steps()
+        more = {"loss_spikes": spikes} if spikes else {}
+        self._history.export(curve=outputs.checkpoint / CURVE, metrics=outputs.metrics, **more)
+        self._run.checkpoint(outputs.checkpoint)
+
+    def _spike_steps(self) -> list[int]:
+        return [int(row["step"]) for row in self._spikes.rows()]
 
 
 class History:
     """Appends a line a report; a step that comes again replaces itself and all after it."""
 
-    def __init__(self, folder: Path, file: str = FILE) -> None:
+    def __init__(self, folder: Path, file: str = HISTORY) -> None:
         self.path = folder / file
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
@@ -69,23 +172,21 @@ class History:
                 temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-FOLDER = "best"  # in the state's folder
-
-
 class Best:
     """Keeps a copy of the weights whose score is the highest; of equal ones the first."""
 
     def __init__(self, state: Path) -> None:
-        self.folder = state / FOLDER
+        self.folder = state / BEST
 
-    def offer(
-        self, best: dict[str, Any], weights: Weights, model: ModelParams, *, vocabulary: Path
-    ) -> bool:
-        """Keep the weights, with what `best` says, if no `score` before was as high."""
+    def offer(self, best: dict[str, Any], weights: Weights, outputs: Outputs) -> bool:
+        """Keep the weights, with their step and score, if no earlier score was as high."""
         known = self.known()
         if known is not None and best["score"] <= known["score"]:
             return False
-        checkpoint.save(weights, model, self.folder, extra={"best": best}, vocabulary=vocabulary)
+        extra = {"best": best}
+        checkpoint.save(
+            weights, outputs.model, self.folder, extra=extra, vocabulary=outputs.vocabulary
+        )
         return True
 
     def known(self) -> dict[str, Any] | None:
@@ -99,30 +200,6 @@ class Best:
     def forget(self) -> None:
         """Keep nothing."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-CURVE = "history.json"  # in the checkpoint's folder
-TOLD_SPIKES = 20  # the last ones, in a tag
-
-Measure = Callable[[Mapping[str, Tensor]], dict[str, float]]
-
-log = logging.getLogger(__name__)
-
-
-class Tick(Protocol):
-    """Draws progress, with a note beside it."""
-
-    def __call__(self, done: int, total: int, note: str = "") -> None: ...
-
-
-class Hooks(TypedDict):
-    """The keyword arguments of `pretrain` and `finetune` that tell."""
-
-    begin: Callable[[int], None]
-    report: Callable[[int, dict[str, float]], None]
-    spike: Callable[[int, float], None]
-    progress: Callable[[int, int], None]
-    before_save: Callable[[], None]
 
 
 def feed(
@@ -150,88 +227,3 @@ def feed(
         )
 
     return batches_from
-
-
-class Session:
-    """The hooks that the training loops call; only rank 0 says anything."""
-
-    def __init__(self, run: Run, state: Path, tick: Tick) -> None:
-        self._run, self._history, self._tick = run, History(state), tick
-        self._spikes, self._best = History(state, SPIKES), Best(state)
-        self._note = ""
-
-    def hooks(self) -> Hooks:
-        """The keyword arguments of `pretrain` and `finetune` that tell."""
-        return {
-            "begin": self.begin,
-            "report": self.report,
-            "spike": self.spike,
-            "progress": self.progress,
-            "before_save": self.before_save,
-        }
-
-    def begin(self, first_step: int) -> None:
-        """A training that starts anew forgets spikes and best checkpoint of another."""
-        if first_step == 0 and distributed.rank() == 0:
-            self._spikes.path.unlink(missing_ok=True)
-            self._best.forget()
-
-    def report(self, step: int, metrics: dict[str, float]) -> None:
-        """Note a step's metrics everywhere."""
-        self._run.log(step, metrics)
-        self._note = f"loss {metrics['loss']:.3f}, data wait {metrics['data_wait_share']:.0%}"
-        if distributed.rank() == 0:
-            self._history.add(step, metrics)
-
-    def spike(self, step: int, loss: float) -> None:
-        """Point at a loss that jumped."""
-        log.warning("loss spike at step %d: %.4g", step, loss)
-        self._spikes.add(step, {"loss": loss})
-        self._run.log(step, {"loss_spike": loss})
-        self._run.tag("vatt.loss_spikes", ", ".join(map(str, self._spike_steps()[-TOLD_SPIKES:])))
-
-    def _spike_steps(self) -> list[int]:
-        return [int(row["step"]) for row in self._spikes.rows()]
-
-    def keeping_best(
-        self, measure: Measure | None, model: ModelParams, *, score: str, vocabulary: Path
-    ) -> Evaluate | None:
-        """An evaluation for the loop: what `measure` says, the best weights by `score` kept."""
-        if measure is None:
-            return None
-
-        def evaluate(step: int, weights: Weights) -> dict[str, float]:
-            metrics = measure(weights)
-            best = {"step": step, "score": metrics[score]}
-            if self._best.offer(best, weights, model, vocabulary=vocabulary):
-                self._run.tag("vatt.best_step", str(step))
-                self._run.tag("vatt.best_score", f"{score} = {metrics[score]:.4f}")
-                self._run.tag("vatt.best_checkpoint", str(self._best.folder))
-            return metrics
-
-        return evaluate
-
-    def progress(self, done: int, total: int) -> None:
-        """Draw how far it is."""
-        self._tick(done, total, self._note)
-
-    def before_save(self) -> None:
-        """A state must not be ahead of what was reported."""
-        self._run.flush()
-
-    def export(
-        self,
-        weights: Weights,
-        model: ModelParams,
-        folder: Path,
-        *,
-        metrics: Path,
-        vocabulary: Path | None = None,
-        **extra: Any,
-    ) -> None:
-        """Write checkpoint, curve and metrics file; `extra` joins config.json."""
-        checkpoint.save(weights, model, folder, extra=extra, vocabulary=vocabulary)
-        spikes = self._spike_steps()
-        told = {"loss_spikes": spikes} if spikes else {}
-        self._history.export(curve=folder / CURVE, metrics=metrics, **told)
-        self._run.checkpoint(folder)

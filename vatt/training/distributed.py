@@ -87,13 +87,22 @@ def gather(part: Tensor) -> Tensor:  # (B / processes, ...) -> (B, ...)
     return _Gather.apply(part) if world_size() > 1 else part
 
 
-def any_process(flag: bool) -> bool:
-    """Whether the flag is up in any process; all of them get the same answer."""
+def any_process(flag: bool) -> Tensor | bool:
+    """Whether the flag is up in any process, the same in all; a tensor, so that nobody waits."""
     if world_size() == 1:
         return flag
-    raised = torch.tensor([int(flag)], device=device())
+    raised = torch.full((), float(flag), device=device())
     dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-    return bool(raised.item())
+    return raised
+
+
+def from_all(value: Any) -> list[Any]:
+    """The values of all processes, by rank, in every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def from_rank_0(value: Any) -> Any:
@@ -204,8 +213,8 @@ def launch(module: str, machine: MachineParams, *arguments: str) -> int | None:
         return None
     command = [*launch_line(module, machine), *arguments]
     log.warning("launch: %s", shlex.join(command))
-    told = {LAUNCHED: "1", "DS_ACCELERATOR": device().type}
-    launcher = subprocess.Popen(command, env=os.environ | told)
+    more = {LAUNCHED: "1", "DS_ACCELERATOR": device().type}
+    launcher = subprocess.Popen(command, env=os.environ | more)
     with _passing_on(launcher.pid):
         return launcher.wait()
 

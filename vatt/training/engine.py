@@ -2,6 +2,7 @@
 
 A module that an engine trains takes a step's tensors and answers with named scalars (0-d tensors);
 `update` makes one optimiser step from one of them. The learning rate is given with every update.
+The first forward pass of an engine proves its precision: it looks at the types that come out.
 """
 
 import logging
@@ -9,69 +10,43 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
-from vatt.config import MachineParams, OptimizerParams
+from vatt.config import MachineParams, OptimizerParams, Precision
 from vatt.errors import MachineError, SettingsError
-from vatt.model.transformer import Block
+from vatt.model.operators import Linear
+from vatt.model.projection import BatchNorm, Heads
+from vatt.model.transformer import Block, Tower
 from vatt.training import distributed
 from vatt.training.distributed import TensorState, read_shares, write_share
 from vatt.training.optimizer import Adam, Sgd, make_optimizer
 
-
-def apply_options(module: nn.Module, machine: MachineParams) -> None:
-    """Compile blocks, and compute them again on the way back, as the settings say."""
-    if machine.compile:
-        _check_compile(machine)
-        for block in _blocks(module):
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
-    if machine.activation_checkpointing:
-        for block in _blocks(module):
-            again = partial(checkpoint, block.forward, use_reentrant=False)
-            block.forward = again  # type: ignore[method-assign]
-
-
-def _blocks(module: nn.Module) -> Iterator[Block]:
-    return (part for part in module.modules() if isinstance(part, Block))
-
-
-def _check_compile(machine: MachineParams) -> None:
-    if machine.zero_stage == 3:
-        raise SettingsError(
-            "machine.compile does not go with machine.zero_stage 3, whose weights come and go",
-            hint="set machine.zero_stage=2, or machine.compile=false",
-        )
-    compiler = os.environ.get("CXX", "g++")
-    if distributed.device().type == "cpu" and shutil.which(compiler) is None:
-        raise MachineError(
-            f"machine.compile needs a C++ compiler, and there is no {compiler}",
-            hint="install one and name it in CXX, or set machine.compile=false",
-        )
-
-
 Weights = dict[str, Tensor]
-Precision = Literal["fp32", "bf16"]
-
-LARGEST_BUCKET = 50_000_000  # elements that ZeRO reduces at once
 
 
 class Engine(Protocol):
     """One interface for both engines."""
 
-    kind: str  # told of a state; any kind reads what another wrote
+    kind: str  # noted in a state; any kind reads what another wrote
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """In which types it computes, by name; complete after the first call."""
 
     def __call__(self, *inputs: Any) -> dict[str, Tensor]:
         """Run the module in the chosen precision."""
 
-    def update(self, loss: Tensor, *, learning_rate: float) -> float:
+    def update(self, loss: Tensor, *, learning_rate: float) -> Tensor | float:
         """Back-propagate and make one step; returns the gradient norm before clipping."""
 
     def save(self, folder: Path) -> None:
@@ -84,6 +59,9 @@ class Engine(Protocol):
         """The module's whole state dict on the CPU, in rank 0; called by every process."""
 
 
+EngineMaker = Callable[[nn.Module, OptimizerParams, Precision, MachineParams], Engine]
+
+
 class LocalEngine:
     """Plain torch in one process: what DeepSpeed must agree with."""
 
@@ -93,21 +71,25 @@ class LocalEngine:
         self.module = module.to(distributed.device()).train()
         self.optimizer = make_optimizer(module.parameters(), optimizer)
         self.clip_norm = optimizer.clip_norm or float("inf")
-        self.precision = precision
+        self.run = ProvenPrecision(self.module, precision)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """In which types it computes; complete after the first call."""
+        return self.run.facts
 
     def __call__(self, *inputs: Any) -> dict[str, Tensor]:
         """Run the module in the chosen precision."""
-        with _autocast(self.precision):
-            return self.module(*inputs)
+        return self.run(*inputs)
 
-    def update(self, loss: Tensor, *, learning_rate: float) -> float:
+    def update(self, loss: Tensor, *, learning_rate: float) -> Tensor | float:
         """Back-propagate and make one step; returns the gradient norm before clipping."""
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)
         _set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm)
+        return norm
 
     def save(self, folder: Path) -> None:
         """Write everything a later `load` needs."""
@@ -135,7 +117,7 @@ class LocalEngine:
 
 
 class DeepSpeedEngine:
-    """DeepSpeed's ZeRO over all processes; the module runs under autocast, weights stay fp32."""
+    """DeepSpeed's ZeRO over all processes; weights, gradients and their reduction stay fp32."""
 
     def __init__(
         self,
@@ -149,28 +131,34 @@ class DeepSpeedEngine:
         self.zero_stage = machine.zero_stage
         self.clip_norm = optimizer.clip_norm or float("inf")
         self.kind = f"ZeRO-{machine.zero_stage}, processes: {distributed.world_size()}"
-        self.precision = precision
+        self.module = module.to(distributed.device()).train()
+        self.run = ProvenPrecision(self.module, precision, compiled=machine.compile)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module.to(distributed.device()).train(),
+            model=self.run,
             optimizer=make_optimizer(module.parameters(), optimizer),
             config=_deepspeed_config(module, optimizer, machine),
         )
+        self.run.expect("precision.reduction", self.engine.communication_data_type)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """In which types it computes; complete after the first call."""
+        return self.run.facts
 
     def __call__(self, *inputs: Any) -> dict[str, Tensor]:
         """Run the module in the chosen precision."""
-        with _autocast(self.precision):
-            return self.engine(*inputs)
+        return self.engine(*inputs)
 
-    def update(self, loss: Tensor, *, learning_rate: float) -> float:
+    def update(self, loss: Tensor, *, learning_rate: float) -> Tensor | float:
         """Back-propagate and make one step; returns the gradient norm before clipping."""
         _set_learning_rate(self.optimizer, learning_rate)
         self.engine.backward(loss)
-        if self.zero_stage == 0:  # DeepSpeed clips here too, but does not tell the norm
-            norm = nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.clip_norm)
+        if self.zero_stage == 0:  # DeepSpeed clips here too, but does not return the norm
+            norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)
             self.engine.step()
-            return float(norm)
+            return norm
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        return self.engine.get_global_grad_norm()
 
     def save(self, folder: Path) -> None:
         """Write everything a later `load` needs; called by every process."""
@@ -179,7 +167,7 @@ class DeepSpeedEngine:
     def load(self, folder: Path) -> None:
         """Go on from what any engine's `save` wrote; called by every process."""
         updates, entries = read_shares(folder)
-        for name, tensor in _tensors(self.engine.module):
+        for name, tensor in _tensors(self.module):
             with self._whole([tensor], changed_by=0):
                 tensor.data.copy_(entries[name].pop("value"))
         for part in self._parts():
@@ -190,22 +178,20 @@ class DeepSpeedEngine:
         if self.zero_stage in (1, 2):
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
-        for name, weight in self.engine.module.named_parameters():
+        for name, weight in self.module.named_parameters():
             for key, value in entries[name].items():
                 self._set_moment(weight, key, value.to(weight.device))
 
     def weights(self) -> Weights:
         """The module's whole state dict on the CPU, in rank 0; called by every process."""
-        module = self.engine.module
-        with self._whole(list(module.parameters())):
+        with self._whole(list(self.module.parameters())):
             if distributed.rank() > 0:
                 return {}
-            return {
-                name: value.detach().cpu().clone() for name, value in module.state_dict().items()
-            }
+            values = self.module.state_dict().items()
+            return {name: value.detach().cpu().clone() for name, value in values}
 
     def _entries(self) -> Iterator[tuple[str, TensorState]]:
-        for name, tensor in _tensors(self.engine.module):
+        for name, tensor in _tensors(self.module):
             with self._whole([tensor]):
                 value = tensor.detach().clone()
             keys = self._own.moments if tensor.requires_grad else ()
@@ -259,6 +245,35 @@ def make_engine(
     """The engine of the pipeline."""
     apply_options(module, machine)
     return DeepSpeedEngine(module, optimizer, precision, machine)
+
+
+def apply_options(module: nn.Module, machine: MachineParams) -> None:
+    """Compile blocks, and compute them again on the way back, as the settings say."""
+    if machine.compile:
+        _check_compile(machine)
+        for block in _parts_of(module, Block):
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+    if machine.activation_checkpointing:
+        for block in _parts_of(module, Block):
+            again = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = again  # type: ignore[method-assign]
+
+
+def _check_compile(machine: MachineParams) -> None:
+    if machine.zero_stage == 3:
+        raise SettingsError(
+            "machine.compile does not go with machine.zero_stage 3, whose weights come and go",
+            hint="set machine.zero_stage=2, or machine.compile=false",
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if distributed.device().type == "cpu" and shutil.which(compiler) is None:
+        raise MachineError(
+            f"machine.compile needs a C++ compiler, and there is no {compiler}",
+            hint="install one and name it in CXX, or set machine.compile=false",
+        )
+
+
+LARGEST_BUCKET = 50_000_000  # elements that ZeRO reduces at once
 
 
 def _deepspeed_config(
@@ -326,8 +341,105 @@ def _set_learning_rate(optimizer: Any, value: float) -> None:
         group["lr"] = value
 
 
-def _autocast(precision: Precision) -> torch.autocast:
-    # Not DeepSpeed's bf16 mode: it would cast the batch norms' running statistics too.
-    return torch.autocast(
-        distributed.device().type, dtype=torch.bfloat16, enabled=precision == "bf16"
-    )
+# --- precision ------------------------------------------------------------------------------------
+
+TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class ProvenPrecision(nn.Module):
+    """A module that computes in a precision, which its first forward pass proves.
+
+    Autocast begins in here, so inside of DeepSpeed: on a GPU DeepSpeed's forward ends any autocast
+    that began outside. (Its own bf16 mode would cast the running statistics of batch norms too.)
+    """
+
+    def __init__(self, module: nn.Module, precision: Precision, *, compiled: bool = False) -> None:
+        super().__init__()
+        self.module, self.precision, self.compiled = module, precision, compiled
+        self.facts: dict[str, str] = {}
+        self._is_proven = False
+
+    def forward(self, *inputs: Any) -> dict[str, Tensor]:
+        """Run the module; the first time, raise MachineError if it is not in its precision."""
+        kind, enabled = distributed.device().type, self.precision == "bf16"
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=enabled):
+            if self._is_proven:
+                return self.module(*inputs)
+            watch = _TypeWatch(self.module, compiled=self.compiled)
+            try:
+                answer = self.module(*inputs)
+            finally:
+                watch.stop()
+        watch.seen["loss"] = {value.dtype for value in answer.values()}
+        watch.seen["weights"] = {weight.dtype for weight in self.module.parameters()}
+        for name, types in sorted(watch.seen.items()):
+            self.expect(f"precision.{name}", *types)
+        self._is_proven = True
+        return answer
+
+    def expect(self, name: str, *types: torch.dtype) -> None:
+        """Note the types, and raise MachineError unless all are the one that `name` should have."""
+        casts = name.startswith(("precision.encoder.", "precision.classifier"))
+        wanted = self.precision if casts else "fp32"
+        self.facts[name] = ", ".join(sorted(TYPE_NAMES.get(kind, str(kind)) for kind in types))
+        if self.facts[name] != wanted:
+            raise MachineError(
+                f"{name} should be {wanted} at precision {self.precision}, and is "
+                f"{self.facts[name]}",
+                hint="another version of torch or DeepSpeed may be the cause: install those of "
+                "constraints.txt, and please report this",
+            )
+
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, BatchNorm)
+Part = TypeVar("Part", bound=nn.Module)
+
+
+class _TypeWatch:
+    """Notes the types that linear layers and norms give, by tower, until `stop`."""
+
+    def __init__(self, module: nn.Module, *, compiled: bool) -> None:
+        self.seen: dict[str, set[torch.dtype]] = defaultdict(set)  # by place
+        self._running: list[str] = []  # towers: an agnostic encoder belongs to all of them
+        self._heads = {part for top in _parts_of(module, Heads) for part in top.modules()}
+        self._handles: list[RemovableHandle] = []
+        # A hook inside of a compiled block would stay in its code.
+        blocks = _parts_of(module, Block) if compiled else []
+        unseen = {part for block in blocks for part in block.modules()}
+        for name, part in module.named_modules():
+            if part not in unseen:
+                self._hook(part, name.rpartition(".")[2])
+        for block in blocks:
+            self._handles.append(block.register_forward_pre_hook(self._try))
+
+    def stop(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, part: nn.Module, name: str) -> None:
+        if isinstance(part, Tower):
+            enter = part.register_forward_pre_hook(lambda *_: self._running.append(name))
+            self._handles += [enter, part.register_forward_hook(self._leave)]
+        elif isinstance(part, (Linear, *NORMS)):
+            self._handles.append(part.register_forward_hook(self._note))
+
+    def _leave(self, *_: Any) -> None:
+        self._running.pop()
+
+    def _note(self, part: nn.Module, _: Any, answer: Tensor) -> None:
+        outside = "heads" if part in self._heads else "classifier"
+        place = f"encoder.{self._running[-1]}" if self._running else outside
+        self.seen[place if isinstance(part, Linear) else "norms"].add(answer.dtype)
+
+    def _try(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Compute a token beside a compiled block, with the settings that it runs with."""
+        assert isinstance(block, Block)
+        with torch.no_grad():
+            token = block.mlp_norm(inputs[0][:1, :1])
+            self._note(block.mlp_norm, None, token)
+            self._note(block.mlp.hidden, None, block.mlp.hidden(token))
+
+
+def _parts_of(module: nn.Module, kind: type[Part]) -> list[Part]:
+    return [part for part in module.modules() if isinstance(part, kind)]

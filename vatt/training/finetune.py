@@ -5,7 +5,7 @@ loss sees the whole batch in every process: logits are gathered with their gradi
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vatt.checkpoint import build_classifier, load, load_config, load_weights
-from vatt.config import FinetuneTaskParams, MachineParams, ModelParams
+from vatt.config import FinetuneTaskParams, ModelParams
 from vatt.data.clips.manifest import LABEL_SEPARATOR
 from vatt.data.loading.batches import Batch, model_inputs
-from vatt.errors import SettingsError
 from vatt.model.operators import full_precision
 from vatt.model.patches import draw_kept
 from vatt.model.vatt import Classifier
 from vatt.training import distributed
-from vatt.training.engine import Engine, Weights, make_engine
+from vatt.training.engine import Weights
 from vatt.training.gradient_cache import encode_in_micro_batches
-from vatt.training.loop import BatchesFrom, LoopSettings, Progress, Report, ignore, train
-from vatt.training.optimizer import learning_rate
+from vatt.training.loop import Objective, Training, check_share, train
 from vatt.training.state import flatten
 from vatt.training.telemetry import finetuning_work
 
@@ -162,61 +160,31 @@ class Finetuning(nn.Module):
 
 
 def finetune(
-    model: Classifier,
-    batches_from: BatchesFrom,
-    params: FinetuneTaskParams,
-    *,
-    classes: Sequence[str],
-    machine: MachineParams,
-    seed: int,
-    state: Path,
-    data_hash: str,
-    report: Report = ignore,
-    progress: Progress = ignore,
-    before_save: Callable[[], None] = ignore,
-    spike: Callable[[int, float], None] = ignore,
-    begin: Callable[[int], None] = ignore,
-    export: Callable[[Weights], object] = ignore,
-    engine_of: Callable[..., Engine] = make_engine,
+    model: Classifier, params: FinetuneTaskParams, training: Training, *, classes: Sequence[str]
 ) -> Weights:
-    """Train, or go on training, `model`; returns its weights in rank 0, nothing elsewhere.
-
-    The arguments are as in `pretrain`; the weights that `model` comes with are the start.
-    """
-    _check_share(params)
-    identity = flatten(
-        {
-            "task": params.model_dump(mode="json", exclude=SHAPELESS),
-            "model": model.params.model_dump(mode="json"),
-            "classes": list(classes),
-            "start": hash_of_weights(model),
-            "data": data_hash,
-            "seed": seed,
-        }
-    )
-    plan = LoopSettings(
-        steps=params.steps,
-        seed=seed,
-        save_every=params.save_every,
-        keep_states=KEPT_STATES,
-        report_every=params.report_every,
-        learning_rate=lambda step: learning_rate(step, steps=params.steps, params=params.optimizer),
-        work=finetuning_work(model.params, params),
-        begin=begin,
-        report=report,
-        spike=spike,
-        progress=progress,
-        before_save=before_save,
-    )
+    """As `pretrain`; the weights that `model` comes with are the start."""
+    check_share(params.batch_size, setting="the task's batch_size", paired=params.mixup > 0)
+    seed = training.seed
 
     def inputs_of(batch: Batch, step: int) -> tuple[Any, ...]:
         return finetuning_inputs(model, batch, step, params=params, classes=classes, seed=seed)
 
-    module = Finetuning(model, params, micro_batch_size=machine.micro_batch_size)
-    engine = engine_of(module, params.optimizer, params.precision, machine)
-    return train(
-        engine, batches_from, inputs_of, plan, state=state, identity=identity, export=export
+    identity = {
+        "task": params.model_dump(mode="json", exclude=SHAPELESS),
+        "model": model.params.model_dump(mode="json"),
+        "classes": list(classes),
+        "start": hash_of_weights(model),
+        "data": training.data_hash,
+        "seed": seed,
+    }
+    objective = Objective(
+        Finetuning(model, params, micro_batch_size=training.machine.micro_batch_size),
+        inputs_of,
+        finetuning_work(model.params, params),
+        flatten(identity),
+        keep_states=KEPT_STATES,
     )
+    return train(objective, params, training)
 
 
 def finetuning_inputs(
@@ -266,14 +234,3 @@ def hash_of_weights(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _check_share(params: FinetuneTaskParams) -> None:
-    processes = distributed.world_size()
-    whole = processes * (2 if params.mixup > 0 else 1)
-    if params.batch_size % whole:
-        raise SettingsError(
-            f"a fine-tuning batch of {params.batch_size} does not divide by {whole}: "
-            f"{processes} processes{', pairs for mixup' if params.mixup > 0 else ''}",
-            hint="change machine.processes or the task's batch_size",
-        )

@@ -1,6 +1,7 @@
 """The loop that pre-training and fine-tuning share: batches in, updates made, states kept.
 
-It stops at losses that are not finite, and reports losses that jump.
+A `Training` is what both are given, an `Objective` what they differ in, and a `Reporter` hears
+what happens. The loop stops when a loss is not finite, and reports a loss that jumps.
 """
 
 import hashlib
@@ -9,63 +10,350 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from vatt.config import FinetuneTaskParams, MachineParams, PretrainParams
 from vatt.data.loading.batches import Batch
-from vatt.errors import DataError, Stopped, VattError
+from vatt.errors import DataError, SettingsError, Stopped, VattError
 from vatt.files import atomic_write
 from vatt.training import distributed
 from vatt.training.distributed import stop_requests
-from vatt.training.engine import Engine, Weights
+from vatt.training.engine import Engine, EngineMaker, Weights, make_engine
+from vatt.training.optimizer import learning_rate
 from vatt.training.state import States, open_states
 from vatt.training.telemetry import Meter, Work
+
+BatchesFrom = Callable[[int], Iterable[Batch]]  # first step -> this process's parts from there on
+InputsOf = Callable[[Batch, int], tuple[Any, ...]]  # batch, step -> what the module takes
+
+
+class Reporter(Protocol):
+    """Hears what happens in a training, in rank 0 only."""
+
+    def begin(self, first_step: int) -> None:
+        """The training starts after so many updates."""
+
+    def describe(self, facts: Mapping[str, str]) -> None:
+        """What the first step has shown, by name."""
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        """The metrics after so many updates."""
+
+    def spike(self, step: int, loss: float) -> None:
+        """A loss that jumped."""
+
+    def progress(self, done: int, total: int) -> None:
+        """An update was made."""
+
+    def evaluate(self, step: int, weights: Weights) -> dict[str, float]:
+        """Measure the weights; called every `evaluate_every` updates."""
+
+    def before_save(self) -> None:
+        """Store what was reported: a state must not be ahead of it."""
+
+    def export(self, weights: Weights) -> None:
+        """Write the result; the state is marked as done afterwards, so that a kill loses nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What every training is given."""
+
+    batches_from: BatchesFrom
+    machine: MachineParams
+    seed: int
+    state: Path  # the folder of its states
+    data_hash: str
+    reporter: Reporter
+    engine_of: EngineMaker = make_engine
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is trained, and how it differs from other trainings."""
+
+    module: nn.Module  # inputs -> losses by name; `loss` is minimised
+    inputs_of: InputsOf
+    work: Work  # of one step
+    identity: dict[str, Any]  # what shapes the weights; a state of another identity is not resumed
+    keep_states: int
+    keep_states_every: int | None = None  # steps
+    evaluate_every: int | None = None  # steps
+
+
+def train(
+    objective: Objective, params: PretrainParams | FinetuneTaskParams, training: Training
+) -> Weights:
+    """Train from the newest state to the end; returns the weights in rank 0, nothing elsewhere."""
+    engine = training.engine_of(
+        objective.module, params.optimizer, params.precision, training.machine
+    )
+    with open_states(
+        training.state,
+        objective.identity,
+        keep=objective.keep_states,
+        keep_every=objective.keep_states_every,
+    ) as states:
+        _Loop(engine, objective, params, training, states).run()
+        weights = named_weights(engine)
+        if distributed.rank() == 0:
+            training.reporter.export(weights)
+        states.finish()
+    return weights
+
+
+class _Loop:
+    """One run of the loop: from the newest state to the end, or to a stop signal."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        objective: Objective,
+        params: PretrainParams | FinetuneTaskParams,
+        training: Training,
+        states: States,
+    ) -> None:
+        self.engine, self.objective, self.params = engine, objective, params
+        self.seed, self.batches_from = training.seed, training.batches_from
+        self.reporter, self.states = training.reporter, states
+        self.reports = distributed.rank() == 0
+        self.meter, self.watch = Meter(objective.work), SpikeWatch()
+        self.unread: deque[Reading] = deque()
+
+    def run(self) -> None:
+        """Make the updates that are left."""
+        first_step = self.states.resume(self.engine)
+        if self.reports:
+            self.reporter.begin(first_step)
+        feed = Feed(self.batches_from(first_step), self.objective.inputs_of, self.meter)
+        with stop_requests() as asked_to_stop:
+            for step in range(first_step, self.params.steps):
+                batch, inputs = feed.take(step)
+                seed_dropout(self.seed, step)
+                losses = self.engine(*inputs)
+                if step == first_step and self.reports:
+                    self.reporter.describe(self.engine.facts)
+                if step + 1 < self.params.steps:
+                    feed.prefetch(step + 1)
+                rate = self._rate(step)
+                norm = self.engine.update(losses["loss"], learning_rate=rate)
+                self.meter.steps += 1
+                numbers = {**losses, "gradient_norm": norm, "learning_rate": rate}
+                stop = distributed.any_process(bool(asked_to_stop))
+                self.unread.append(Reading(step + 1, batch.clip_ids, numbers, stop))
+                self._after(step + 1)
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(step, steps=self.params.steps, params=self.params.optimizer)
+
+    def _after(self, done: int) -> None:
+        """Check, report and save what is due after so many updates."""
+        evaluates = _every(self.objective.evaluate_every, done)
+        last = done == self.params.steps
+        reports = evaluates or _every(self.params.report_every, done) or last
+        saves = _every(self.params.save_every, done) or last
+        numbers, stop = self._read(everything=reports or saves)
+        if reports:
+            self._report(done, numbers, evaluates=evaluates)
+        if self.reports:
+            self.reporter.progress(done, self.params.steps)
+        if saves or (stop and not last):
+            self._save(done)
+        if stop and not last:
+            raise Stopped(
+                f"stopped after step {done} of {self.params.steps}; the state is saved",
+                hint="run it again: it continues there",
+            )
+
+    def _read(self, *, everything: bool) -> tuple[dict[str, float], bool]:
+        """Check the readings that are due; the newest one's numbers, and whether to stop.
+
+        A stop signal makes the rest due, since a state is saved.
+        """
+        numbers: dict[str, float] = {}
+        stop = False
+        while len(self.unread) > (
+            0 if everything or stop else READ_LATE[distributed.device().type]
+        ):
+            reading = self.unread.popleft()
+            numbers = reading.numbers()
+            stop = stop or numbers.pop("stop") > 0
+            check_finite(
+                numbers,
+                step=reading.done - 1,
+                clip_ids=reading.clip_ids,
+                folder=self.states.folder,
+            )
+            if self.watch.is_spike(numbers["loss"]) and self.reports:
+                self.reporter.spike(reading.done, numbers["loss"])
+        return numbers, stop
+
+    def _report(self, done: int, numbers: dict[str, float], *, evaluates: bool) -> None:
+        """Report, with what an evaluation found; called by every process."""
+        numbers |= self.meter.read()
+        if evaluates:
+            with self.meter.apart(), torch.random.fork_rng():
+                weights = named_weights(self.engine)
+                numbers |= self.reporter.evaluate(done, weights) if self.reports else {}
+        if self.reports:
+            self.reporter.report(done, numbers)
+
+    def _save(self, done: int) -> None:
+        if self.reports:
+            self.reporter.before_save()
+        self.states.save(self.engine, done)
+
+
+def named_weights(engine: Engine) -> Weights:
+    """The model's weights under its own names, in rank 0; called by every process."""
+    return {name.removeprefix("model."): value for name, value in engine.weights().items()}
+
+
+def seed_dropout(seed: int, step: int) -> None:
+    """One stream of random numbers per step and process, so that a resumed step repeats itself."""
+    key = f"dropout/{seed}/{step}/{distributed.rank()}".encode()
+    torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little", signed=True))
+
+
+def check_share(batch_size: int, *, setting: str, paired: bool = False) -> None:
+    """Refuse a global batch that the processes cannot divide equally, or not in whole pairs."""
+    processes = distributed.world_size()
+    whole = processes * (2 if paired else 1)
+    if batch_size % whole:
+        parts = f"{processes} processes" + (f", in pairs for mixup: {whole}" if paired else "")
+        raise SettingsError(
+            f"{setting} {batch_size} does not divide by {parts}",
+            hint=f"change machine.processes or {setting}",
+        )
+
+
+def _every(period: int | None, done: int) -> bool:
+    return period is not None and done % period == 0
+
+
+# --- nothing waits for the host -------------------------------------------------------------------
+
+# By device: how many readings may stay on their way, and whether the next batch is brought over
+# early. A GPU thus always has work; on a CPU there is nothing to wait for and nowhere to bring it.
+# Equal in every process, since what follows from a reading is collective.
+READ_LATE = {"cpu": 0, "cuda": 1}
+PREFETCH = {"cpu": False, "cuda": True}
+
+
+class Feed:
+    """The batches, as the module takes them.
+
+    On a GPU, `prefetch` brings the next one over on a second stream while this one trains.
+    """
+
+    def __init__(self, batches: Iterable[Batch], inputs_of: InputsOf, meter: Meter) -> None:
+        self._batches, self._inputs_of, self._meter = iter(batches), inputs_of, meter
+        self._stream = torch.cuda.Stream() if distributed.device().type == "cuda" else None
+        self._next: tuple[Batch, tuple[Any, ...]] | None = None
+
+    def take(self, step: int) -> tuple[Batch, tuple[Any, ...]]:
+        """The batch of a step, and what the module takes."""
+        batch, inputs = self._next or self._prepare(step)
+        self._next = None
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            for value in inputs:
+                if isinstance(value, Tensor):  # its memory is free again after this stream's work
+                    value.record_stream(torch.cuda.current_stream())
+        return batch, inputs
+
+    def prefetch(self, step: int) -> None:
+        """Begin to bring over the batch of a step, where that saves time."""
+        if PREFETCH[distributed.device().type]:
+            self._next = self._prepare(step)
+
+    def _prepare(self, step: int) -> tuple[Batch, tuple[Any, ...]]:
+        with self._meter.waiting():
+            batch = next(self._batches, None)
+        if batch is None:
+            raise DataError(f"the batches ended before step {step}")
+        if self._stream is None:
+            return batch, self._inputs_of(batch, step)
+        with torch.cuda.stream(self._stream):
+            return batch, self._inputs_of(_pinned(batch), step)
+
+
+def _pinned(batch: Batch) -> Batch:
+    """The batch in memory from which a GPU copies by itself."""
+    values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    return Batch(**values | {name: value.pin_memory() for name, value in tensors.items()})
+
+
+class Reading:
+    """The numbers of a step, on their way from the device."""
+
+    def __init__(
+        self,
+        done: int,
+        clip_ids: Sequence[str],
+        numbers: Mapping[str, Tensor | float],
+        stop: Tensor | float,
+    ) -> None:
+        self.done, self.clip_ids = done, clip_ids
+        self._numbers = {
+            name: value.detach().to("cpu", non_blocking=True)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in {**numbers, "stop": stop}.items()
+        }
+        self._arrived = torch.cuda.Event() if distributed.device().type == "cuda" else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def numbers(self) -> dict[str, float]:
+        """The numbers, once they are here."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return {name: float(value) for name, value in self._numbers.items()}
+
+
+# --- losses that are not finite, and losses that jump ---------------------------------------------
+
+NOT_FINITE_FILE = "not-finite.json"
+NAMED = 8  # clips of each process in the message
 
 WINDOW = 64  # losses that say what is usual
 ENOUGH = 16  # fewer say nothing
 TIMES = 8.0  # typical deviations above the median that make a spike
 SIGMA = 1.4826  # standard deviation of a normal distribution / median absolute deviation
-LEAST_SHARE = 0.02  # of the median: a flat curve's noise is no spike
-NAMED = 8  # clips of each process in the message
-FILE = "not-finite.json"
+LEAST_SHARE = 0.02  # of the median: the noise of a flat curve is no spike
 
 
 def check_finite(
     numbers: Mapping[str, float], *, step: int, clip_ids: Sequence[str], folder: Path
 ) -> None:
-    """Stop at a number that is none, naming it, the step and the clips; the last state is kept.
+    """Stop when a value is not finite, naming it, the step and the clips; the last state is kept.
 
     Every process must call it with the same numbers; all clips are listed in a file of `folder`.
     """
     bad = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
     if not bad:
         return
-    by_rank = _from_all(list(clip_ids))
-    file = folder / FILE
+    by_rank = distributed.from_all(list(clip_ids))
+    file = folder / NOT_FINITE_FILE
     if distributed.rank() == 0:
-        told = {name: str(value) for name, value in numbers.items()}
+        values = {name: str(value) for name, value in numbers.items()}
+        content = {"step": step, "numbers": values, "clips": by_rank}
         with atomic_write(file) as path:
-            path.write_text(json.dumps({"step": step, "numbers": told, "clips": by_rank}, indent=1))
+            path.write_text(json.dumps(content, indent=1))
     named = [name for names in by_rank for name in names[:NAMED]]
     rest = sum(map(len, by_rank)) - len(named)
     raise VattError(
-        f"training left the finite numbers at step {step}: {', '.join(bad)}; "
+        f"a value is not finite at step {step}: {', '.join(bad)}; "
         f"clips of this step: {', '.join(named)}" + (f" and {rest} more in {file}" if rest else ""),
         hint="the last saved state is good; look at these clips, or lower the learning rate",
     )
-
-
-def _from_all(names: list[str]) -> list[list[str]]:
-    if distributed.world_size() == 1:
-        return [names]
-    rows: list[list[str]] = [[] for _ in range(distributed.world_size())]
-    dist.all_gather_object(rows, names)
-    return rows
 
 
 class SpikeWatch:
@@ -87,151 +375,3 @@ class SpikeWatch:
         middle = statistics.median(self._losses)
         deviation = statistics.median(abs(loss - middle) for loss in self._losses)
         return middle + TIMES * max(SIGMA * deviation, LEAST_SHARE * abs(middle))
-
-
-Report = Callable[[int, dict[str, float]], None]  # (updates made, metrics)
-Progress = Callable[[int, int], None]
-Evaluate = Callable[[int, Weights], dict[str, float]]  # (updates made, weights) -> measures
-BatchesFrom = Callable[[int], Iterable[Batch]]  # first step -> this process's parts from there on
-InputsOf = Callable[[Batch, int], tuple[Any, ...]]  # batch, step -> what the module takes
-
-
-def ignore(*_: Any) -> None:
-    """A reporter for those who want none."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoopSettings:
-    """How long to train, and what happens now and then on the way."""
-
-    steps: int
-    seed: int
-    save_every: int
-    keep_states: int
-    report_every: int
-    learning_rate: Callable[[int], float]  # of update `step`, from 0
-    work: Work  # of one step
-    keep_states_every: int | None = None  # steps
-    evaluate_every: int | None = None
-    evaluate: Evaluate | None = (
-        None  # asked when `evaluate_every` is set; this and what follows: in rank 0 only
-    )
-    begin: Callable[[int], None] = ignore  # (updates made before)
-    report: Report = ignore
-    spike: Callable[[int, float], None] = ignore  # (updates made, loss)
-    progress: Progress = ignore
-    before_save: Callable[[], None] = ignore  # a state must not be ahead of what was reported
-
-    def evaluates(self, done: int) -> bool:
-        """Whether an evaluation is due after so many updates."""
-        return self.evaluate_every is not None and done % self.evaluate_every == 0
-
-    def is_told(self, done: int) -> bool:
-        """Whether there is a report after so many updates; an evaluation always makes one."""
-        return self.evaluates(done) or done % self.report_every == 0 or done == self.steps
-
-
-def train(
-    engine: Engine,
-    batches_from: BatchesFrom,
-    inputs_of: InputsOf,
-    plan: LoopSettings,
-    *,
-    state: Path,
-    identity: dict[str, Any],
-    export: Callable[[Weights], object] = ignore,
-) -> Weights:
-    """Train from the newest state in the folder to the end; returns the weights in rank 0.
-
-    `identity` says, key by key, what shapes the weights; a state of another one is not resumed.
-    `export` gets the weights before the state is marked as done: a kill in between loses nothing.
-    """
-    with open_states(
-        state, identity, keep=plan.keep_states, keep_every=plan.keep_states_every
-    ) as states:
-        _make_updates(engine, batches_from, inputs_of, plan, states)
-        weights = named_weights(engine)
-        if distributed.rank() == 0:
-            export(weights)
-        states.finish()
-    return weights
-
-
-def _make_updates(
-    engine: Engine,
-    batches_from: BatchesFrom,
-    inputs_of: InputsOf,
-    plan: LoopSettings,
-    states: States,
-) -> None:
-    """Make the updates that are left. A step's losses are named scalars; `loss` is minimised."""
-    first_step = states.resume(engine)
-    plan.begin(first_step)
-    batches = iter(batches_from(first_step))
-    meter, watch = Meter(plan.work), SpikeWatch()
-    tells = distributed.rank() == 0
-    with stop_requests() as asked_to_stop:
-        for step in range(first_step, plan.steps):
-            with meter.waiting():
-                batch = _next(batches, step)
-            seed_dropout(plan.seed, step)
-            losses = engine(*inputs_of(batch, step))
-            rate = plan.learning_rate(step)
-            norm = engine.update(losses["loss"], learning_rate=rate)
-            numbers = _floats(losses) | {"gradient_norm": norm}
-            check_finite(numbers, step=step, clip_ids=batch.clip_ids, folder=states.folder)
-            meter.steps += 1
-            done = step + 1
-            if watch.is_spike(numbers["loss"]) and tells:
-                plan.spike(done, numbers["loss"])
-            _tell(engine, plan, done, numbers | {"learning_rate": rate}, meter)
-            stop = distributed.any_process(bool(asked_to_stop)) and done < plan.steps
-            if stop or done % plan.save_every == 0 or done == plan.steps:
-                if tells:
-                    plan.before_save()
-                states.save(engine, done)
-            if stop:
-                raise Stopped(
-                    f"stopped after step {done} of {plan.steps}; the state is saved",
-                    hint="run it again: it continues there",
-                )
-
-
-def _tell(
-    engine: Engine, plan: LoopSettings, done: int, numbers: dict[str, float], meter: Meter
-) -> None:
-    """Report where it is due, and what an evaluation found; called by every process."""
-    told = distributed.rank() == 0
-    if plan.is_told(done):
-        numbers |= meter.read()
-        if plan.evaluates(done):
-            assert plan.evaluate is not None
-            with meter.apart(), torch.random.fork_rng():
-                weights = named_weights(engine)
-                numbers |= plan.evaluate(done, weights) if told else {}
-        if told:
-            plan.report(done, numbers)
-    if told:
-        plan.progress(done, plan.steps)
-
-
-def named_weights(engine: Engine) -> Weights:
-    """The model's weights under its own names, in rank 0; called by every process."""
-    return {name.removeprefix("model."): value for name, value in engine.weights().items()}
-
-
-def seed_dropout(seed: int, step: int) -> None:
-    """One stream of random numbers per step and process, so that a resumed step repeats itself."""
-    key = f"dropout/{seed}/{step}/{distributed.rank()}".encode()
-    torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little", signed=True))
-
-
-def _next(batches: Any, step: int) -> Batch:
-    batch = next(batches, None)
-    if batch is None:
-        raise DataError(f"the batches ended before step {step}")
-    return batch
-
-
-def _floats(losses: dict[str, Tensor]) -> dict[str, float]:
-    return {name: value.item() for name, value in losses.items()}

@@ -5,25 +5,21 @@ its part of the batch; features are gathered with their gradients, and heads (wi
 loss see the whole batch in every process, so that any number of them makes the same update.
 """
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vatt.config import MachineParams, ModelParams, PretrainParams
+from vatt.config import ModelParams, PretrainParams
 from vatt.data.loading.batches import Batch, scaled
-from vatt.errors import SettingsError
 from vatt.losses import FORMS, pretraining_loss
 from vatt.model.operators import full_precision
 from vatt.model.patches import draw_kept
 from vatt.model.vatt import VATT, Features
 from vatt.training import distributed
-from vatt.training.engine import Engine, Weights, make_engine
+from vatt.training.engine import Weights
 from vatt.training.gradient_cache import encode_in_micro_batches
-from vatt.training.loop import BatchesFrom, Evaluate, LoopSettings, Progress, Report, ignore, train
-from vatt.training.optimizer import learning_rate
+from vatt.training.loop import Objective, Training, check_share, train
 from vatt.training.state import flatten
 from vatt.training.telemetry import pretraining_work
 
@@ -104,57 +100,24 @@ class Pretraining(nn.Module):
         return [weight for weight in self.model.parameters() if weight not in heads]
 
 
-def pretrain(
-    model: VATT,
-    batches_from: BatchesFrom,
-    params: PretrainParams,
-    *,
-    machine: MachineParams,
-    seed: int,
-    state: Path,
-    data_hash: str,
-    report: Report = ignore,
-    progress: Progress = ignore,
-    before_save: Callable[[], None] = ignore,
-    spike: Callable[[int, float], None] = ignore,
-    begin: Callable[[int], None] = ignore,
-    evaluate: Evaluate | None = None,
-    export: Callable[[Weights], object] = ignore,
-    engine_of: Callable[..., Engine] = make_engine,
-) -> Weights:
-    """Train, or go on training, `model`; returns its weights in rank 0, nothing elsewhere.
-
-    `batches_from(step)` yields this process's part of the batches from `step` on. `export` gets
-    the weights before the state is marked as done: a kill in between loses nothing.
-    """
-    _check_share(params.batch_size)
-    module = Pretraining(model, params, micro_batch_size=machine.micro_batch_size)
-    plan = LoopSettings(
-        steps=params.steps,
-        seed=seed,
-        save_every=params.save_every,
-        keep_states=params.keep_states,
-        keep_states_every=params.keep_states_every,
-        report_every=params.report_every,
-        learning_rate=lambda step: learning_rate(step, steps=params.steps, params=params.optimizer),
-        work=pretraining_work(model.params, params),
-        evaluate_every=params.evaluate_every if evaluate is not None else None,
-        evaluate=evaluate,
-        begin=begin,
-        report=report,
-        spike=spike,
-        progress=progress,
-        before_save=before_save,
-    )
+def pretrain(model: VATT, params: PretrainParams, training: Training) -> Weights:
+    """Train, or go on training, `model`; returns its weights in rank 0, nothing elsewhere."""
+    check_share(params.batch_size, setting="pretrain.batch_size")
+    seed = training.seed
 
     def inputs_of(batch: Batch, step: int) -> tuple[Any, ...]:
         return pretraining_inputs(model, batch, step, drop_rate=params.drop_rate, seed=seed)
 
-    identity = fingerprint(params, model.params, data_hash=data_hash, seed=seed)
-    engine = engine_of(module, params.optimizer, params.precision, machine)
-    return train(
-        engine, batches_from, inputs_of, plan, state=state, identity=identity, export=export
+    objective = Objective(
+        Pretraining(model, params, micro_batch_size=training.machine.micro_batch_size),
+        inputs_of,
+        pretraining_work(model.params, params),
+        fingerprint(params, model.params, data_hash=training.data_hash, seed=seed),
+        keep_states=params.keep_states,
+        keep_states_every=params.keep_states_every,
+        evaluate_every=params.evaluate_every,
     )
+    return train(objective, params, training)
 
 
 def pretraining_inputs(
@@ -194,15 +157,6 @@ def fingerprint(
             "seed": seed,
         }
     )
-
-
-def _check_share(batch_size: int) -> None:
-    if batch_size % distributed.world_size():
-        raise SettingsError(
-            f"pretrain.batch_size {batch_size} does not divide by {distributed.world_size()} "
-            "processes",
-            hint="change machine.processes or pretrain.batch_size",
-        )
 
 
 def _full(features: Tensor | None) -> Tensor:

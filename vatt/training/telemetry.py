@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from vatt.config import FinetuneTaskParams, ModelParams, PretrainParams
+from vatt.config import FinetuneTaskParams, ModelParams, Precision, PretrainParams
 from vatt.flops import (
     audio_flops,
     multimodal_flops,
@@ -27,8 +26,6 @@ from vatt.flops import (
 from vatt.model.operators import Linear
 from vatt.model.patches import num_kept
 from vatt.training import distributed
-
-Precision = Literal["fp32", "bf16"]
 
 PROBE, GPU_PROBE = 1024, 8192  # rows and columns of the matrices multiplied to find a peak
 PROBES = 8  # the best of so many counts
@@ -115,7 +112,7 @@ def _least_seconds(work: Callable[[], object]) -> float:
 
 BACKWARD = 2  # times the operations of a forward pass
 RAPL = Path("/sys/class/powercap")
-TOLD_RANKS = 64  # each one's peak memory is told up to so many processes
+LISTED_RANKS = 64  # with more processes, only the largest peak memory is reported
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +183,7 @@ class Meter:
         flops = steps_per_second * self._work.flops
         joules = self._joules()
         known = [distributed.peak_memory_gb(), self._waited / seconds, joules or 0.0]
-        ranks = _from_all(known)
+        ranks = distributed.from_all(known)
         numbers = {
             "samples_per_second": steps_per_second * self._work.samples,
             "tokens_per_second": steps_per_second * self._work.tokens,
@@ -195,23 +192,12 @@ class Meter:
             "data_wait_share": max(wait for _, wait, _ in ranks),
             "peak_memory_gb": max(memory for memory, _, _ in ranks),
         }
-        if 1 < len(ranks) <= TOLD_RANKS:
+        if 1 < len(ranks) <= LISTED_RANKS:
             numbers |= {f"peak_memory_gb.rank_{rank}": row[0] for rank, row in enumerate(ranks)}
         if joules is not None:
             numbers["power_watts"] = sum(row[2] for row in ranks) / elapsed
         self._start()
         return numbers
-
-
-def _from_all(numbers: list[float]) -> list[list[float]]:
-    """Every process's numbers, by rank."""
-    if distributed.world_size() == 1:
-        return [numbers]
-    own = torch.tensor(numbers, dtype=torch.float64, device=distributed.device())
-    whole = own.new_empty(distributed.world_size(), len(numbers))
-    dist.all_gather_into_tensor(whole, own[None])
-    rows: list[list[float]] = whole.tolist()
-    return rows
 
 
 def energy_counter() -> Callable[[], float | None]:
