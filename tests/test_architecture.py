@@ -1,18 +1,21 @@
-"""Imports point one way: the table of allowed imports, checked by walking every module's AST."""
+"""Imports point one way, and the map in the docs shows what the code does."""
 
-import ast
+import re
 from collections import Counter
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-EVERYWHERE = (
-    "vatt.config",
-    "vatt.errors",
-    "vatt.files",
-    "vatt.process",
-    "vatt.progress",
-    "vatt",
-)  # `vatt` itself imports nothing
+from tests.architecture import (
+    EVERYWHERE,
+    PICTURE,
+    ROOMS,
+    ROOT,
+    draw,
+    edges,
+    imports,
+    modules,
+    room_of,
+    within,
+)
+
 ALLOWED = {  # longest prefix wins; a room may always import itself
     "stages": ("vatt",),
     "vattctl": ("vatt",),
@@ -62,31 +65,6 @@ ALLOWED = {  # longest prefix wins; a room may always import itself
 LOSSES_MAY_IMPORT = {"torch", "dataclasses", "math", "collections", "typing", "vatt"}
 
 
-def modules() -> dict[str, Path]:
-    files = [f for top in ("vatt", "vattctl", "stages") for f in sorted((ROOT / top).rglob("*.py"))]
-    return {
-        ".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f
-        for f in files
-    }
-
-
-def imports(file: Path) -> set[str]:
-    """Modules that a file imports, at its top or inside functions."""
-    known, found = modules(), set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            deeper = {f"{node.module}.{alias.name}" for alias in node.names}
-            submodules = deeper & known.keys()
-            found |= submodules or {node.module}
-    return found
-
-
-def within(module: str, prefixes: tuple[str, ...]) -> bool:
-    return any(module == prefix or module.startswith(f"{prefix}.") for prefix in prefixes)
-
-
 def test_imports_point_down_the_list() -> None:
     wrong = []
     for module, file in modules().items():
@@ -94,7 +72,7 @@ def test_imports_point_down_the_list() -> None:
         allowed = (rule, *ALLOWED[rule]) if rule else ("vatt",) if module == "vatt" else ()
         for imported in imports(file):
             ours = within(imported, ("vatt", "vattctl", "stages"))
-            if ours and imported not in EVERYWHERE and not within(imported, allowed):
+            if ours and imported not in (*EVERYWHERE, "vatt") and not within(imported, allowed):
                 wrong.append(f"{module} imports {imported}")
     assert not wrong, "\n".join(wrong)
 
@@ -147,3 +125,24 @@ def test_rooms_are_few() -> None:
     assert len(files) <= 120
     rooms = Counter(file.parent.relative_to(ROOT).as_posix() for file in files)
     assert max(rooms.values()) <= 15, rooms.most_common(3)
+
+
+def test_the_picture_shows_every_room_and_every_import() -> None:
+    missing = {room for room in map(room_of, modules()) if room is not None} - ROOMS.keys()
+    assert not missing, f"give these a place in ROOMS of tests/architecture.py: {missing}"
+    upwards = [(a, b) for a, to in edges().items() for b in to if ROOMS[a].row > ROOMS[b].row]
+    assert not upwards, upwards
+    drawn = PICTURE.read_text(encoding="utf-8")
+    assert drawn == draw(), "imports have changed: run `python -m tests.architecture`"
+
+
+def test_the_documents_name_only_files_that_exist() -> None:
+    tops = "vatt|vattctl|stages|tests|bench|presets|docs"
+    named = re.compile(rf"(?<![\w/-])((?:{tops})/[\w./-]*\w\.(?:py|md|yaml|svg|png|json))\b")
+    missing = [
+        f"{document.relative_to(ROOT)}: {name}"
+        for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))
+        for name in named.findall(document.read_text(encoding="utf-8"))
+        if not (ROOT / name).exists()
+    ]
+    assert not missing, missing
