@@ -1,17 +1,14 @@
-"""Measures, pure: scores in, numbers out; fractions, never percent.
+"""Measures and their intervals, pure: scores in, numbers out; fractions, never percent.
 
-n queries or clips, m targets, C classes, R bootstrap draws. What is averaged over clips also exists
-clip by clip (`correct_at_k`, `ranks`), because the intervals resample clips.
+n queries or clips, m targets, C classes, R bootstrap draws. Measures that are means over clips are
+computed clip by clip (`correct_at_k`, `ranks`), because the intervals resample clips.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 Floats = NDArray[np.floating]
 Integers = NDArray[np.integer]
@@ -40,54 +37,12 @@ def correct_at_k(scores: ArrayLike, targets: ArrayLike, k: int) -> Booleans:
     return ranks(scores, targets) <= k
 
 
-def top_k_accuracy(scores: ArrayLike, targets: ArrayLike, k: int) -> float:
-    """The share of rows whose class is among the k highest scores."""
-    return float(correct_at_k(scores, targets, k).mean())
-
-
-def recall_at_k(similarities: ArrayLike, k: int) -> float:
-    """The share of queries whose own target, on the diagonal, is among the k nearest."""
-    return top_k_accuracy(similarities, np.arange(len(np.asarray(similarities))), k)
-
-
-def median_rank(similarities: ArrayLike) -> float:
-    """The median rank, from 1, of the queries' own targets on the diagonal."""
-    return float(np.median(ranks(similarities, np.arange(len(np.asarray(similarities))))))
-
-
-def mean_ap(scores: ArrayLike, truth: ArrayLike) -> float:
-    """Average precision of each class that occurs, averaged over classes: (n, C), (n, C) -> mAP."""
-    return float(np.mean(_per_class(average_precision_score, scores, truth)))
-
-
-def auc(scores: ArrayLike, truth: ArrayLike) -> float:
-    """Area under the ROC curve, averaged over the classes that occur."""
-    return float(np.mean(_per_class(roc_auc_score, scores, truth)))
-
-
-def d_prime(scores: ArrayLike, truth: ArrayLike) -> float:
-    """sqrt(2) times the inverse normal of each class's AUC, averaged; infinite when one is 1."""
-    areas = torch.tensor(_per_class(roc_auc_score, scores, truth), dtype=torch.float64)
-    return float(math.sqrt(2) * torch.special.ndtri(areas).mean())
-
-
-def _per_class(
-    measure: Callable[[Floats, Floats], float], scores: ArrayLike, truth: ArrayLike
-) -> list[float]:
-    table, wanted = np.asarray(scores), np.asarray(truth)
-    # Without both a positive and a negative clip neither measure is defined.
-    occurring = [c for c in range(wanted.shape[1]) if 0 < wanted[:, c].sum() < len(wanted)]
-    if not occurring:
-        raise ValueError("no class has both positive and negative clips")
-    return [float(measure(wanted[:, c], table[:, c])) for c in occurring]
-
-
 def bootstrap_interval(
     values: ArrayLike, resamples: int, seed: int, statistic: Statistic = np.mean
 ) -> tuple[float, float]:
     """The 95 % interval of a statistic of per-clip values; clips are drawn with replacement.
 
-    A clip may have several values (n, k), or NaN for none: all of them come when it is drawn.
+    A clip may have several values (n, k), with NaN where it has fewer; it is drawn with all of them.
     """
     return interval(_resampled(np.asarray(values, dtype=np.float64), resamples, seed, statistic))
 
@@ -95,7 +50,7 @@ def bootstrap_interval(
 def paired_difference_interval(
     ours: ArrayLike, theirs: ArrayLike, resamples: int, seed: int, statistic: Statistic = np.mean
 ) -> tuple[float, float]:
-    """The 95 % interval of a statistic's difference, measured on the same clips in one order."""
+    """The 95 % interval of the difference of a statistic on the same clips in the same order."""
     drawn = [_resampled(one, resamples, seed, statistic) for one in _same_clips(ours, theirs)]
     return interval(drawn[0] - drawn[1])
 
@@ -112,7 +67,7 @@ def _resampled(sample: Floats, resamples: int, seed: int, statistic: Statistic) 
 
 
 def interval(statistics: Floats) -> tuple[float, float]:
-    """What holds 95 % of the draws."""
+    """The limits between which 95 % of the draws lie; NaN draws do not count."""
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(statistics[~np.isnan(statistics)], [tail, 1 - tail])
     return float(low), float(high)
@@ -129,13 +84,8 @@ def measured(
     """A statistic of per-clip values with its interval, chance level and number of clips."""
     sample = np.asarray(values, dtype=np.float64)
     low, high = bootstrap_interval(sample, resamples, seed, statistic)
-    return {
-        "value": round(float(statistic(sample.ravel(), axis=0)), 6),
-        "low": round(low, 6),
-        "high": round(high, 6),
-        "chance": None if chance is None else round(float(chance), 6),
-        "n": len(sample),
-    }
+    value = float(statistic(sample.ravel(), axis=0))
+    return _metric(value, (low, high), chance=chance, n=len(sample))
 
 
 def measured_difference(
@@ -149,14 +99,17 @@ def measured_difference(
     """statistic(ours) - statistic(theirs) over the same clips, with its paired interval."""
     first, second = _same_clips(ours, theirs)
     low, high = paired_difference_interval(first, second, resamples, seed, statistic)
+    value = float(statistic(first.ravel(), axis=0) - statistic(second.ravel(), axis=0))
+    return _metric(value, (low, high), chance=0.0, n=len(first))
+
+
+def _metric(value: float, limits: tuple[float, float], *, chance: float | None, n: int) -> Metric:
     return {
-        "value": round(
-            float(statistic(first.ravel(), axis=0) - statistic(second.ravel(), axis=0)), 6
-        ),
-        "low": round(low, 6),
-        "high": round(high, 6),
-        "chance": 0.0,
-        "n": len(first),
+        "value": round(value, 6),
+        "low": round(limits[0], 6),
+        "high": round(limits[1], 6),
+        "chance": None if chance is None else round(float(chance), 6),
+        "n": n,
     }
 
 
@@ -176,7 +129,7 @@ def over_folds(folds: int) -> Statistic:
 
 
 def by_clip(values: ArrayLike, owners: Integers, clips: int) -> Floats:
-    """Values of queries -> a row for each clip that asked, NaN where it asked fewer: (n, k)."""
+    """Values of queries -> a row for each clip (n, k), with NaN where a clip has fewer queries."""
     counts = np.bincount(owners, minlength=clips)
     table = np.full((clips, max(int(counts.max(initial=0)), 1)), np.nan)
     order = np.argsort(owners, kind="stable")
@@ -186,7 +139,7 @@ def by_clip(values: ArrayLike, owners: Integers, clips: int) -> Floats:
 
 
 def majority_share(labels: Sequence[str]) -> float:
-    """What always answering the most frequent label would score: the chance level of accuracy."""
+    """The accuracy of always answering with the most frequent label: its chance level."""
     return float(np.unique(np.asarray(labels), return_counts=True)[1].max() / len(labels))
 
 
@@ -197,8 +150,7 @@ def _same_clips(ours: ArrayLike, theirs: ArrayLike) -> tuple[Floats, Floats]:
     return first, second
 
 
-MEASURES = ("mean_ap", "auc", "d_prime")
-DRAWS_AT_ONCE = 100  # bounds memory
+MEASURES = ("mean_ap", "auc", "d_prime")  # of clips with several labels
 
 
 def measured_multi_label(
@@ -208,12 +160,14 @@ def measured_multi_label(
 
     Raises ValueError when no class has both positive and negative clips.
     """
-    whole = _whole(scores, truth)
+    values = _values(scores, truth)
     drawn = resampled(scores, truth, _draws(len(scores), resamples, seed))
     shares = truth.mean(axis=0)
     chances = {"mean_ap": float(shares[(shares > 0) & (shares < 1)].mean()), "auc": 0.5}
     return {
-        name: _metric(whole[name], drawn[name], chance=chances.get(name, 0.0), n=len(scores))
+        name: _metric(
+            values[name], interval(drawn[name]), chance=chances.get(name, 0.0), n=len(scores)
+        )
         for name in MEASURES
     }
 
@@ -221,12 +175,14 @@ def measured_multi_label(
 def measured_multi_label_difference(
     ours: Floats, theirs: Floats, truth: NDArray[np.bool_], *, resamples: int, seed: int
 ) -> dict[str, Metric]:
-    """Each measure of `ours` less that of `theirs`, for the same clips, with paired intervals."""
+    """Each measure of `ours` minus that of `theirs` on the same clips, with paired intervals."""
     draws = _draws(len(truth), resamples, seed)
-    left, right = _whole(ours, truth), _whole(theirs, truth)
+    left, right = _values(ours, truth), _values(theirs, truth)
     one, other = resampled(ours, truth, draws), resampled(theirs, truth, draws)
     return {
-        name: _metric(left[name] - right[name], one[name] - other[name], chance=0.0, n=len(truth))
+        name: _metric(
+            left[name] - right[name], interval(one[name] - other[name]), chance=0.0, n=len(truth)
+        )
         for name in MEASURES
     }
 
@@ -235,7 +191,7 @@ def resampled(scores: Floats, truth: NDArray[np.bool_], weights: Floats) -> dict
     """Each measure for each row of `weights`: (n, C), (n, C), (R, n) -> (R,) by name.
 
     Means over the classes that have positive and negative clips in a draw. An AUC of 0 or 1 is
-    moved in by half a pair, so that its d' is finite.
+    moved inwards by half a pair, so that its d' is finite.
     """
     parts = [
         _weighted_measures(scores, truth, weights[first : first + DRAWS_AT_ONCE])
@@ -252,7 +208,7 @@ def _weighted_measures(
     for column in range(scores.shape[1]):
         order = np.argsort(-scores[:, column], kind="stable")
         ordered = scores[order, column]
-        # Clips of equal scores are told apart by nothing: they come in at once.
+        # Clips with equal scores have no order: they enter together.
         ends = np.append(np.flatnonzero(np.diff(ordered)), len(ordered) - 1)
         drawn = weights[:, order].astype(np.float64)
         hits = np.cumsum(drawn * truth[order, column], axis=1)[:, ends]
@@ -281,7 +237,7 @@ def _weighted_measures(
     }
 
 
-def _whole(scores: Floats, truth: NDArray[np.bool_]) -> Mapping[str, float]:
+def _values(scores: Floats, truth: NDArray[np.bool_]) -> Mapping[str, float]:
     found = resampled(scores, truth, np.ones((1, len(scores))))
     if np.isnan(found["auc"]).any():
         raise ValueError("no class has both positive and negative clips")
@@ -293,14 +249,3 @@ def _draws(clips: int, resamples: int, seed: int) -> Floats:
     return generator.multinomial(clips, np.full(clips, 1 / clips), size=resamples).astype(
         np.float32
     )
-
-
-def _metric(value: float, drawn: Floats, *, chance: float, n: int) -> Metric:
-    low, high = interval(drawn[~np.isnan(drawn)])
-    return {
-        "value": round(value, 6),
-        "low": round(low, 6),
-        "high": round(high, 6),
-        "chance": round(chance, 6),
-        "n": n,
-    }

@@ -56,11 +56,6 @@ class PaperRow:
     name: str
     values: tuple[Value, ...]  # None: not reported
 
-    @property
-    def is_vatt(self) -> bool:
-        """Whether it is the paper's own model rather than one it is compared with."""
-        return self.name.startswith("VATT")
-
 
 @dataclass(frozen=True, slots=True)
 class PaperTable:
