@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.test_architecture import ROOT, modules
+from tests.architecture import ROOT, modules
 
 STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate", "report")
 # settings that reach a stage another way: `machine` must change no result, `paths` are templated

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+Progress = Callable[[int, int], None]  # what library functions take: (done, total)
+
 LINE_SECONDS = 10.0  # between two plain lines
 
 
 class Tick(Protocol):
-    """Called often with how much is done, of how much, and what to say beside it."""
+    """Called often with what is done, the total, and a note to show next to them."""
 
     def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
@@ -104,6 +106,3 @@ def _bar(title: str, unit: str) -> Iterator[Tick]:
             bars.update(task, completed=done, total=total, text=text)
 
         yield tick
-
-
-Progress = Callable[[int, int], None]  # what library functions take: (done, total)

@@ -6,7 +6,7 @@ n moments, E width of the video-text space. A moment is as long as what the mode
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from vatt.data.sources.folder import scan
 from vatt.errors import DataError, SettingsError
 from vatt.files import atomic_folder
 from vatt.model.vatt import VATT
+from vatt.progress import Progress
 
-Progress = Callable[[int, int], None]
 Vectors = NDArray[np.float32]
 
 VERSION = 1

@@ -22,7 +22,7 @@ from vatt.data.loading.batches import labels_of
 from vatt.data.loading.loader import Loading, open_index
 from vatt.data.loading.reader import BrokenSampleError, ShardReader
 from vatt.evaluation.classification import Checkpoints, Predictions, Task, compare
-from vatt.evaluation.features import ALONE, Array, FeatureSet, ProcessShare, Progress
+from vatt.evaluation.features import ALONE, Array, FeatureSet, ProcessShare
 from vatt.evaluation.passes import (
     Counter,
     PassSettings,
@@ -35,6 +35,7 @@ from vatt.evaluation.probes import ENCODERS, ProbeResults, passes_for, run_probe
 from vatt.evaluation.retrieval import Search, draw_pool, retrieval_metrics, setup, similarities
 from vatt.files import atomic_folder, atomic_write
 from vatt.metrics import ranks
+from vatt.progress import Progress
 
 EACH = 3  # best, middle and worst
 HITS = 3

@@ -20,6 +20,7 @@ from vatt.data.loading.batches import Batch, model_inputs
 from vatt.errors import DataError
 from vatt.files import atomic_write
 from vatt.model.vatt import VATT
+from vatt.progress import Progress
 
 _NOTHING = object()
 
@@ -48,7 +49,6 @@ ALONE = ProcessShare(
 
 
 Array = NDArray[Any]
-Progress = Callable[[int, int], None]
 EncodedPart = tuple[
     list[str], dict[str, list[str]], dict[str, dict[str, Array]]
 ]  # ids, labels, encoded

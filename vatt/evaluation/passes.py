@@ -31,7 +31,6 @@ from vatt.evaluation.features import (
     Array,
     FeatureSet,
     ProcessShare,
-    Progress,
     cache_key,
     cached,
     cached_arrays,
@@ -40,6 +39,7 @@ from vatt.evaluation.features import (
 )
 from vatt.evaluation.retrieval import draw_pool
 from vatt.model.vatt import MODALITIES, VATT, Classifier
+from vatt.progress import Progress
 
 CLIPS = 64  # that are looked at
 

@@ -1,6 +1,6 @@
 """A released TensorFlow checkpoint -> a folder of ours, every key accounted for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,13 @@ from vatt import checkpoint
 from vatt.errors import DataError
 from vatt.model.transformer import resolve
 from vatt.model.vatt import VATT, Classifier
+from vatt.progress import Progress
 from vatt.release import keys
 from vatt.release.recognise import ReleasedModel, recognise
 from vatt.release.tf_checkpoint import TensorFlowCheckpoint
 
 HEAD_DROPOUT = {"video": 0.5, "audio": 0.0}  # while fine-tuning; in use there is none
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

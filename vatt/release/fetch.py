@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import fsspec
 from aiohttp import ClientError
 
 from vatt.errors import DataError, MachineError, SettingsError
+from vatt.progress import Progress
 from vatt.release.sstable import MalformedTableError
 from vatt.release.tf_checkpoint import INDEX_SUFFIX, MAX_INDEX_BYTES, parse_index, shard_path
 
@@ -21,8 +21,6 @@ _CHUNK_BYTES = 8 << 20
 _ATTEMPTS = 5  # in a row without a byte gained
 _PAUSE_SECONDS = 1.0  # doubles
 _PARTIAL, _NOTE = ".part", ".part.json"
-
-Progress = Callable[[int, int], None]
 
 
 def is_url(prefix: str) -> bool:

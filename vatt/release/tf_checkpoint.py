@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vatt.errors import DataError
+from vatt.progress import Progress
 from vatt.release.sstable import MalformedTableError, crc32c, mask, read_table, read_varint
 
 INDEX_SUFFIX = ".index"
@@ -95,7 +96,7 @@ class TensorFlowCheckpoint:
             ):
                 raise self._changed(entry)
 
-    def sha256(self, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
+    def sha256(self, progress: Progress | None = None) -> dict[str, str]:
         """File name -> sha256 of the index and of every shard."""
         files = [index_path(self.prefix), *map(self.shard_path, range(self.num_shards))]
         total, done, sums = sum(file.stat().st_size for file in files), 0, {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from vatt.progress import Progress
 from vatt.verify.losses import loss_rows, schedule_rows
 from vatt.verify.operations import operation_rows
 from vatt.verify.parameters import drop_token_rows, parameter_rows, token_rows
@@ -17,7 +18,7 @@ PARTS: tuple[Callable[[], list[Check]], ...] = (
 )
 
 
-def verify(progress: Callable[[int, int], None] | None = None) -> list[Check]:
+def verify(progress: Progress | None = None) -> list[Check]:
     """All rows; this takes seconds and little memory, because models are built without weights."""
     rows: list[Check] = []
     for done, part in enumerate(PARTS, start=1):

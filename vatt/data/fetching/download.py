@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -28,6 +28,7 @@ from vatt.data.fetching.hosts import Hosts
 from vatt.data.workers import Workers, start_workers
 from vatt.errors import DataError, MachineError
 from vatt.files import lock
+from vatt.progress import Progress
 
 STAGE = "download"
 CHUNK = 8  # files a worker is given at a time
@@ -37,8 +38,6 @@ HOST_REFUSES = 24  # files in a row that a host was too busy for: the others wai
 LOCKS = ".hosts"
 YOUTUBE_IS_OFF = "YouTube is off: data.allow_youtube"
 YOUTUBE = ("youtube.com", "youtu.be", "youtube-nocookie.com")
-
-Progress = Callable[[int, int], None]
 
 
 def download(

@@ -8,7 +8,7 @@ entries) stands beside it and names the same plan.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,9 @@ from vatt.data.sharding.writer import (
 from vatt.data.workers import start_workers
 from vatt.errors import DataError
 from vatt.files import atomic_write, lock
+from vatt.progress import Progress
 
 TEXT_FACTS = "text.json"  # how much is said, and how much of it the vocabulary knows
-
-Progress = Callable[[int, int], None]
 
 
 def write_shards(

@@ -19,6 +19,7 @@ from vatt.data.sources.imagenet import read_imagenet
 from vatt.data.sources.labelled import read_kinetics, read_moments, read_vggsound
 from vatt.data.sources.retrieval import read_msrvtt, read_youcook2
 from vatt.data.sources.urls import read_urls
+from vatt.progress import Progress
 
 READERS: dict[str, Callable[[Path, DataParams], Iterator[Clip]]] = {
     "audioset": read_audioset,
@@ -52,7 +53,7 @@ def open_source(
     seed: int,
     corpus: Path,
     workers: int,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> Iterator[Source]:
     """List the clips of `data.source`; the demo makes its corpus and serves it on loopback."""
     if data.source == "demo":

@@ -22,6 +22,7 @@ from sklearn.datasets import load_digits
 from vatt.config import DemoParams
 from vatt.data.clips.manifest import Caption, Clip
 from vatt.files import atomic_write
+from vatt.progress import Progress
 
 SECONDS = 1.0
 FPS = 10
@@ -201,7 +202,7 @@ def make_demo(
     *,
     seed: int,
     workers: int,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> list[Clip]:
     """Write the media that `folder` lacks and list every clip, dead links too.
 
