@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/vattctl demo
 
-tables: setup  # every table of the paper in small, and the report: within an hour on two cores
+tables: setup  # every table of the paper, scaled down, and the report: within an hour on two cores
 	@$(BIN)/vattctl table all
 	@$(BIN)/vattctl report
 

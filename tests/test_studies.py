@@ -50,7 +50,7 @@ def test_a_run_that_tables_share_is_the_same_in_each(scale) -> None:
             assert run.start is None or run.start in known  # weights come first
 
 
-def test_in_small_the_tables_need_fifteen_runs_of_which_fourteen_pre_train() -> None:
+def test_scaled_down_the_tables_need_fifteen_runs_of_which_fourteen_pre_train() -> None:
     runs = {run.name: run for one in studies(DEMO) for run in one.runs}
     assert len(runs) == 15
     assert [name for name, run in runs.items() if run.start is not None] == ["fine-tuning"]
@@ -76,7 +76,7 @@ def test_frames_and_sizes_are_the_paper_s_by_one_factor_and_patches_as_they_are(
     }
 
 
-def test_the_base_in_small_is_the_demo_s_model() -> None:
+def test_the_scaled_down_base_is_the_model_of_the_demo() -> None:
     demo = load_params(Path(__file__).parents[1] / "presets" / "demo.yaml")
     assert (DEMO.frames(32), DEMO.size(224)) == (
         demo.model.video.frames,

@@ -58,7 +58,7 @@ def test_at_the_paper_s_size_missing_data_sets_are_named_with_what_to_do(
 def test_a_table_runs_what_is_missing_and_the_report_shows_it(project: Path) -> None:
     vattctl(project, "preprocess", *sets(SMALL))
     said = vattctl(project, "table", "3")
-    assert "in small" in said.stdout
+    assert "scaled down" in said.stdout
     studies = metrics(project, "studies")
     assert studies["runs"].keys() == {"base"}
     assert studies["runs"]["base"]["classification"]["image"]["scratch"]["top_1"]["n"] > 0

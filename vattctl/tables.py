@@ -50,7 +50,7 @@ def table(
 ) -> None:
     """Run what a table of the paper needs, each run an experiment in a folder of its own.
 
-    On the demo corpus the tables are run in small; with the paper's settings, on the data sets
+    On the demo corpus the tables are run scaled down; with the paper's settings, on the data sets
     that lie in sets/ (`vattctl finetune SET --data DIR`). A run that several tables need is run
     once, one that was killed goes on. The report shows the results beside the published numbers.
     """
@@ -228,7 +228,7 @@ def _print_results(numbers: Sequence[int]) -> None:
         found = study_table(number, inputs)
         if found is None:
             continue
-        lines = Table(box=None, pad_edge=False, title=f"Table {number}, in small")
+        lines = Table(box=None, pad_edge=False, title=f"Table {number}, scaled down")
         for heading in found.headings:
             lines.add_column(heading, overflow="fold")
         for row in found.rows:

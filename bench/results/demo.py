@@ -112,7 +112,7 @@ def markdown(table: Table) -> list[str]:
 
 
 def tables(project: Path) -> list[str]:
-    """The paper's tables in small, those that have been run."""
+    """The paper's tables, scaled down; those that have been run."""
     file = project / "reports/metrics/studies.json"
     inputs = Inputs(metrics={"studies": json.loads(file.read_text(encoding="utf-8"))})
     lines: list[str] = []
@@ -120,7 +120,7 @@ def tables(project: Path) -> list[str]:
     for published in paper_tables():
         found = study_table(published.number, inputs)
         if found is not None:
-            title = f"### Table {published.number} in small: {published.caption}"
+            title = f"### Table {published.number}, scaled down: {published.caption}"
             lines += [title, "", *markdown(found), ""]
             remark = found.remark
     compared = backbone_table(inputs)

@@ -76,7 +76,7 @@ def test_pairs_of_queries_that_share_a_clip_are_partners():
     table = np.where(own[:, None] == np.arange(3), 0.9, 0.1)
     arrays = {"similarities": {"text_to_video": table, "text_to_video/own": own}}
     (picture,) = similarity_densities(Inputs(arrays=arrays))
-    assert "own partner mean 0.90, another clip's mean 0.10" in picture.alt
+    assert "same clip mean 0.90, different clips mean 0.10" in picture.alt
 
 
 def test_of_many_classes_the_worst_are_shown_and_the_rest_together():

@@ -80,7 +80,7 @@ def test_results_stand_with_interval_chance_and_baseline(html):
 
 
 def test_a_difference_whose_interval_holds_zero_is_not_told_apart(html):
-    assert "not told apart: the interval holds 0" in html
+    assert "no significant difference: the interval contains 0" in html
     assert re.search(r'class="unsure">\+0\.7\s*points', html)
 
 
@@ -220,7 +220,7 @@ def test_compute_energy_and_cost_are_told_where_they_are_known():
     assert compute_facts(Inputs(), 2.5) == ()
 
 
-def test_found_clips_stand_beside_the_official_number(tmp_path):
+def test_found_clips_stand_next_to_the_official_number(tmp_path):
     place = paths(tmp_path)
     leave_run(place)
     file = place.metrics / "download.json"
@@ -245,10 +245,10 @@ def test_the_protocol_of_each_table_is_told_in_words():
     }
     inputs = Inputs(metrics={"evaluate": content})
     retrieval = retrieval_protocol(inputs)
-    for words in ("1,000 test clips", "20 captions a clip", "each a query", "4 windows", "12.5"):
+    for words in ("1,000 test clips", "20 captions per clip", "each a separate query", "4 windows", "12.5"):
         assert words in retrieval
     probe = probe_protocol(inputs)
-    for words in ("C = UV", "50,000 steps", "asked on 4 windows", "deviation between them"):
+    for words in ("C = UV", "50,000 steps", "tested on 4 windows", "standard deviation"):
         assert words in probe
     assert "4 windows × 3 crops" in classification_protocol(inputs)
 

@@ -49,7 +49,7 @@ def test_every_published_number_is_shown_as_it_was_printed():
 def test_without_a_run_every_measured_line_is_not_run_with_its_reason():
     for part in published_sections(Inputs()):
         ours = [row for row in part.published.rows if row.head == "this run"]
-        assert part.in_small is None
+        assert part.scaled_down is None
         assert not part.has_ours
         if part.number != 7:  # sizes: nothing to measure
             assert len(ours) == 1
@@ -63,10 +63,10 @@ def test_results_on_another_corpus_never_stand_in_a_published_column():
     for number in (1, 2, 4, 8):
         part = section(number, inputs)
         assert part.published.rows[-1].kind == "not_run"
-        assert part.in_small is not None
-        assert "not to be compared" in part.in_small.remark
-    assert shown(section(1, inputs).in_small.rows[0])[0] == "44.5\u00a0%"
-    assert [row.head for row in section(2, inputs).in_small.rows] == ["sound"]
+        assert part.scaled_down is not None
+        assert "not to be compared" in part.scaled_down.remark
+    assert shown(section(1, inputs).scaled_down.rows[0])[0] == "44.5\u00a0%"
+    assert [row.head for row in section(2, inputs).scaled_down.rows] == ["sound"]
 
 
 def test_a_task_of_the_data_sets_name_fills_its_columns_and_leaves_the_others_not_run():

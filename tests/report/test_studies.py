@@ -1,4 +1,4 @@
-"""The tables in small: each number under its published row, intervals over clips or over seeds."""
+"""The scaled-down tables: each number below its published row, intervals over clips or seeds."""
 
 import pytest
 from scipy import stats
@@ -54,7 +54,7 @@ def test_without_runs_there_is_no_table() -> None:
 def test_each_published_row_has_ours_under_it_and_what_has_not_run_says_so() -> None:
     found = study_table(5, inputs(base=run(0.4), drop_0=run(0.6)))
     assert found is not None
-    assert [row.head for row in found.rows[2:4]] == ["HMDB51", "in small"]
+    assert [row.head for row in found.rows[2:4]] == ["HMDB51", "scaled down"]
     published, ours = found.rows[2:4]
     assert [cell.text for cell in published.cells] == ["62.5", "64.8", "65.6", "66.4"]
     assert [cell.text for cell in ours.cells] == [

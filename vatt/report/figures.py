@@ -1,7 +1,7 @@
-"""The pictures of the report, as small SVG charts; one without data is left out.
+"""The charts of the report, as SVG; a chart without data is left out.
 
-Every chart is drawn on a 420 x 300 board, so that letters have the same size on a phone, one chart
-to a row, and on a desk, three to a row.
+Every chart is drawn on a board of 420 x 300, so that its text has the same size on a phone (one
+chart in a row) and on a desktop (three in a row).
 """
 
 import math
@@ -19,14 +19,14 @@ WIDTH, HEIGHT = 420, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 44
 HEAT_COLUMNS, HEAT_LEVELS = 64, 10
 LEGEND_LETTERS = 60
-NAME_LETTERS = 12  # of a class beside a matrix
-NAME_ROOM = 0.08  # of an axis, beyond points that bear names
-COLOURS = 10  # --c0 to --c9 of the style sheet
+NAME_LETTERS = 12  # of a class next to a matrix
+NAME_ROOM = 0.08  # share of an axis that stays free for the names of points
+COLOURS = 10  # --c0 to --c9 in the style sheet
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A chart with what it says in words, for those who cannot see it."""
+    """A chart, with its content in words for readers who cannot see it."""
 
     title: str
     svg: Markup
@@ -89,7 +89,7 @@ def _text(x: float, y: float, words: str, *, anchor: str = "middle", turned: flo
 
 
 def _short(name: str) -> str:
-    """A class's name where there is room for a word."""
+    """The name of a class, cut to the room of one word."""
     return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"
 
 
@@ -109,7 +109,7 @@ def lines(
     from_zero: bool = False,
     points: Sequence[str] = (),
 ) -> Picture:
-    """Curves over a common axis; with `points`, dots, and a name over each place of the curves."""
+    """Curves over a common axis; `points` adds a dot to each value and names the values."""
     all_x = np.concatenate([np.asarray(xs, dtype=float) for _, xs, _ in series])
     all_y = np.concatenate([np.asarray(ys, dtype=float) for _, _, ys in series])
     room = NAME_ROOM if points else 0.0
@@ -135,7 +135,7 @@ def lines(
 def scatter(
     title: str, points: NDArray[np.floating], labels: Sequence[str], *, caption: str = ""
 ) -> Picture:
-    """Points of a plane without meaningful axes, coloured by label."""
+    """Points in a plane whose axes mean nothing, coloured by label."""
     names = sorted(set(labels))
     colour = {name: i % COLOURS for i, name in enumerate(names)}
     low, high = points.min(axis=0), points.max(axis=0)
@@ -158,7 +158,7 @@ def densities(
     """Smooth densities of several groups of values, each of area 1."""
     values = [np.asarray(group, dtype=float).ravel() for _, group in groups]
     low, high = _span(np.concatenate(values))
-    low, high = low - 0.06 * (high - low), high + 0.06 * (high - low)  # where the kernel ends
+    low, high = low - 0.06 * (high - low), high + 0.06 * (high - low)  # for the kernel's tails
     grid = np.linspace(low, high, 120)
     series = [
         (name, grid, _density(group, grid)) for (name, _), group in zip(groups, values, strict=True)
@@ -172,7 +172,7 @@ def densities(
 
 
 def _density(values: NDArray[np.float64], grid: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A Gaussian kernel with Scott's width, over a histogram: pairs are many."""
+    """A Gaussian kernel with Scott's width over a histogram, because there are many pairs."""
     width = max(values.std() * len(values) ** -0.2, (grid[-1] - grid[0]) / 200)
     counts, edges = np.histogram(values, bins=400, range=(grid[0], grid[-1]))
     centres = (edges[:-1] + edges[1:]) / 2
@@ -183,7 +183,7 @@ def _density(values: NDArray[np.float64], grid: NDArray[np.float64]) -> NDArray[
 def matrix(
     title: str, counts: NDArray[np.integer], names: Sequence[str], *, caption: str = ""
 ) -> Picture:
-    """A confusion matrix: rows are what it is, columns what was answered."""
+    """A confusion matrix: rows are the true classes, columns the predictions."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = min(WIDTH - 76, HEIGHT - 40) / len(names)
     left, top = WIDTH - size * len(names) - 40, 6
@@ -193,7 +193,7 @@ def matrix(
         cells.append(_text(left - 6, middle + 4, _short(name), anchor="end"))
         for j, answer in enumerate(names):
             share = shares[i, j]
-            tip = f"{name} answered as {answer}: {counts[i, j]} ({100 * share:.0f} %)"
+            tip = f"{name} predicted as {answer}: {counts[i, j]} ({100 * share:.0f} %)"
             cells.append(
                 f'<rect class="cell" x="{left + j * size:.1f}" y="{top + i * size:.1f}" '
                 f'width="{size - 1.5:.1f}" height="{size - 1.5:.1f}" '
@@ -217,7 +217,7 @@ def heat(
     y_label: str,
     caption: str = "",
 ) -> Picture:
-    """Values from 0 to `top` as shades; rows from the bottom up, columns put together in bins."""
+    """Values from 0 to `top` as shades: rows from the bottom up, columns averaged in bins."""
     columns = min(HEAT_COLUMNS, values.shape[1])
     bins = np.stack([part.mean(axis=1) for part in np.array_split(values, columns, axis=1)], axis=1)
     levels = np.rint(np.clip(bins / max(top, 1e-12), 0, 1) * HEAT_LEVELS).astype(int)
@@ -251,16 +251,16 @@ def _span(
     return (low - spare, high + spare) if high > low else (low - 0.5, high + 0.5)
 
 
-ENCODERS = {"pretrained": "pre-trained", "untrained": "untrained"}  # in the arrays: in words
+ENCODERS = {"pretrained": "pre-trained", "untrained": "untrained"}  # name in the arrays: in words
 STARTS = {"pretrained": "from the pre-trained weights", "scratch": "from scratch"}
-FEWEST_CLIPS = 8  # that make a map
-SMOOTH_SHARE = 0.02  # of a curve, for its moving mean
+FEWEST_CLIPS = 8  # in a map
+SMOOTH_SHARE = 0.02  # of a curve: half the width of its moving mean
 MODALITIES = ("video", "audio", "text")
-MATRIX_CLASSES = 16  # more do not fit a picture
+MATRIX_CLASSES = 16  # more do not fit into a chart
 
 
 def learning_curves(inputs: Inputs) -> list[Picture]:
-    """Pre-training's losses, then each fine-tuning task's, starts side by side."""
+    """The losses of pre-training, then those of each fine-tuning task, both starts in one chart."""
     pictures = []
     history = inputs.curves.get("pretrain")
     if history:
@@ -306,7 +306,7 @@ def _curve(
 
 
 def feature_maps(inputs: Inputs, *, clips: int) -> list[Picture]:
-    """t-SNE of the test clips' video features by label, both encoders (figure 2)."""
+    """t-SNE of the test clips' video features, coloured by label, for both encoders (figure 2)."""
     features = inputs.arrays.get("features")
     if features is None or len(features["clip_ids"]) < FEWEST_CLIPS:
         return []
@@ -336,7 +336,7 @@ def _tsne(features: NDArray[np.floating]) -> NDArray[np.floating]:
 
 
 def space_maps(inputs: Inputs, *, clips: int) -> list[Picture]:
-    """t-SNE of both partners of the same clips, before the encoder and in the common space."""
+    """t-SNE of two modalities of the same clips, before the encoder and in the common space."""
     features, insides = inputs.arrays.get("features", {}), inputs.arrays.get("insides", {})
     pictures = []
     for space, other, name in (("vt", "text", "words"), ("va", "audio", "sound")):
@@ -353,7 +353,7 @@ def space_maps(inputs: Inputs, *, clips: int) -> list[Picture]:
 def _pairs(
     left: NDArray[Any] | None, right: NDArray[Any] | None, *, unit: bool
 ) -> tuple[NDArray[Any], NDArray[Any]] | None:
-    """Rows of the same clips, in one space; None when there are none."""
+    """Rows of the same clips in one space; None when there is no such space."""
     if left is None or right is None or left.shape != right.shape:
         return None
     if not unit:
@@ -364,9 +364,9 @@ def _pairs(
 
 
 def similarity_densities(inputs: Inputs) -> list[Picture]:
-    """Cosines of a clip with its own partner and with the others' (figure 3).
+    """Cosines of matching pairs and of pairs from different clips (figure 3).
 
-    In the output space, and in the input space where two modalities have tokens of one width.
+    In the output space, and in the input space if both modalities have tokens of the same width.
     """
     tables = inputs.arrays.get("similarities", {})
     insides = inputs.arrays.get("insides", {})
@@ -379,10 +379,10 @@ def similarity_densities(inputs: Inputs) -> list[Picture]:
         for space, table in spaces.items():
             if table is not None and len(table) > 2:
                 columns = np.arange(len(table))
-                if space == "output":  # a clip's captions may each be a row
+                if space == "output":  # each caption of a clip may be a row
                     columns = tables.get(f"{direction}/own", columns)
                 own = columns[:, None] == np.arange(table.shape[1])
-                groups = [("own partner", table[own]), ("another clip's", table[~own])]
+                groups = [("same clip", table[own]), ("different clips", table[~own])]
                 pictures.append(densities(f"{title}, {space} space", groups, x_label="cosine"))
     return pictures
 
@@ -410,7 +410,7 @@ def _input_pairs(insides: NamedArrays, other: str) -> tuple[NDArray[Any], NDArra
 
 
 def node_activations(inputs: Inputs) -> list[Picture]:
-    """How active every MLP node is on average, by layer, a picture a modality (figure 4)."""
+    """The mean activation of every MLP node by layer, a chart for each modality (figure 4)."""
     insides = inputs.arrays.get("insides", {})
     nodes = {name: insides[f"nodes/{name}"] for name in MODALITIES if f"nodes/{name}" in insides}
     if not nodes:
@@ -418,13 +418,13 @@ def node_activations(inputs: Inputs) -> list[Picture]:
     shared = (inputs.model or {}).get("model", {}).get("backbone") == "agnostic"
     first = next(iter(nodes.values()))
     top = max(float(np.quantile(values, 0.99)) for values in nodes.values())
-    order = "video's activation" if shared else "their activation"
+    order = "activation on video" if shared else "activation"
     return [
         heat(
             f"MLP nodes, {name}",
             np.take_along_axis(values, np.argsort(first if shared else values, axis=1), axis=1),
             top=top,
-            x_label=f"nodes of a layer, by {order}",
+            x_label=f"nodes of a layer, ordered by {order}",
             y_label="layer",
             caption=f"Mean activation after the GELU, from 0 (empty) to {top:.2f} (full).",
         )
@@ -433,7 +433,7 @@ def node_activations(inputs: Inputs) -> list[Picture]:
 
 
 def confusions(inputs: Inputs) -> list[Picture]:
-    """Confusion matrices of the fine-tuned classifiers, pre-trained start."""
+    """Confusion matrices of the classifiers that were fine-tuned from pre-trained weights."""
     pictures = []
     for name, arrays in inputs.arrays.items():
         if name.startswith("predictions-") and name.endswith("-pretrained"):
@@ -446,12 +446,12 @@ def _confusion(task: str, arrays: NamedArrays) -> Picture | None:
     counts, classes = arrays["confusion"], [str(name) for name in arrays["classes"]]
     if not len(classes) or not counts.any():
         return None
-    caption = "Rows: what it is. Columns: what was answered."
+    caption = "Rows: true class. Columns: predicted class."
     if len(classes) > MATRIX_CLASSES:
         counts, classes = _worst(counts, classes)
         caption += (
-            f" Of {len(arrays['classes'])} classes the {MATRIX_CLASSES} with most errors; "
-            "“other” is all the rest."
+            f" The {MATRIX_CLASSES} of {len(arrays['classes'])} classes with most errors; "
+            "“other” stands for all others."
         )
     return matrix(f"Confusions: {task}", counts, classes, caption=caption)
 
@@ -459,7 +459,7 @@ def _confusion(task: str, arrays: NamedArrays) -> Picture | None:
 def _worst(
     counts: NDArray[np.integer], classes: Sequence[str]
 ) -> tuple[NDArray[np.integer], list[str]]:
-    """The classes with most errors, and one that stands for all others."""
+    """The counts for the classes with most errors, and for one that stands for all others."""
     wrong = counts.sum(axis=1) - np.diagonal(counts)
     chosen = np.sort(np.argsort(-wrong, kind="stable")[:MATRIX_CLASSES])
     group = np.full(len(classes), MATRIX_CLASSES)

@@ -1,7 +1,6 @@
-"""What the report is made from: everything the other stages left, each of it optional.
+"""The files that the report is made from; each of them may be missing.
 
-Nothing here comes from a network, but all of it may hold text that strangers wrote (labels,
-captions, reasons); the templates escape it.
+All of them may hold text that strangers wrote (labels, captions, reasons); the templates escape it.
 """
 
 import base64
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from vatt.config import PathsParams
 
-THUMBNAIL_BYTES = 2_000_000  # in all
+THUMBNAIL_BYTES = 2_000_000  # all together
 STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate")
 
 Json = dict[str, Any]
@@ -26,7 +25,7 @@ NamedArrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class StateCounts:
-    """How many clips ended in which state after one stage, and why."""
+    """How many clips are in each state after one stage, and why."""
 
     stage: str
     states: dict[str, int]
@@ -45,12 +44,12 @@ class CorpusFacts:
     clips: int
     splits: dict[str, int]
     sources: dict[str, int]
-    hash: str  # names the set of clips: equal to vatt.data.manifest.manifest_hash
+    hash: str  # names the set of clips: vatt.data.clips.manifest.manifest_hash
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """All that was found; absent means not run."""
+    """All that was found; what is missing has not been run."""
 
     metrics: Mapping[str, Json] = field(default_factory=dict)  # file stem -> content
     runs: Mapping[str, Json] = field(default_factory=dict)  # file stem -> run id, timings
@@ -64,11 +63,11 @@ class Inputs:
 
     @property
     def evaluation(self) -> Json:
-        """evaluate.json, or nothing."""
+        """The content of evaluate.json; empty if there is none."""
         return self.metrics.get("evaluate", {})
 
     def listed(self, split: str = "test") -> int | None:
-        """Clips of a split in the official list, or, where there is none, in the manifest."""
+        """Clips of a split in the official list or, if there is no such list, in the manifest."""
         download = self.metrics.get("download", {})
         official: dict[str, int] = download.get("official", {})
         known = official.get(split)
@@ -151,13 +150,13 @@ def _read_ledger(stage: str, file: Path) -> StateCounts:
 
 
 def _read_corpus(metrics: Mapping[str, Json]) -> CorpusFacts | None:
-    """As the download stage counted it; the manifest itself may be large, or Parquet."""
+    """The counts of the download stage; the manifest itself may be large, or Parquet."""
     found = metrics.get("download", {}).get("corpus")
     return CorpusFacts(**found) if found else None
 
 
 def _read_thumbnails(folder: Path) -> dict[str, str]:
-    """Moving pictures as addresses that hold them, up to a size that a page bears."""
+    """Animated pictures as `data:` addresses, as many as fit into THUMBNAIL_BYTES."""
     found, left = {}, THUMBNAIL_BYTES
     for file in sorted(folder.glob("*.webp")):
         left -= file.stat().st_size

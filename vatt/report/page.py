@@ -1,4 +1,4 @@
-"""Everything the run left -> one self-contained HTML page and the same in Markdown."""
+"""The files of a run -> one self-contained HTML page, and the same in Markdown."""
 
 import re
 from collections.abc import Iterator
@@ -27,13 +27,13 @@ from vatt.report.studies import backbone_table, drop_token_pictures
 from vatt.report.tables import percent
 
 CONVENTIONS: tuple[Convention, ...] = ("true", "paper")
-BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # would turn round what follows
+BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # would reverse the text that follows
 UNITS = ((3600.0, "h"), (60.0, "min"))
 
 
 @dataclass(frozen=True, slots=True)
 class StageLine:
-    """One line of "what was run"."""
+    """One line of the table of stages."""
 
     name: str
     state: str  # done, failed, killed, running, or not run
@@ -44,7 +44,7 @@ class StageLine:
 
 
 def write_report(paths: PathsParams, params: ReportParams) -> None:
-    """Write report.html and report.md from whatever the other stages left."""
+    """Write report.html and report.md from the files that the other stages wrote."""
     inputs = read_inputs(paths)
     context = _context(inputs, params)
     for template, name in (("page.html.j2", "report.html"), ("page.md.j2", "report.md")):
@@ -97,7 +97,7 @@ def _context(inputs: Inputs, params: ReportParams) -> dict[str, Any]:
 
 
 def stage_lines(inputs: Inputs) -> tuple[StageLine, ...]:
-    """The stages in their order, fine-tuning runs one by one; those not run say so."""
+    """The stages in order, each fine-tuning on its own line; a stage without a run says so."""
     lines = []
     for stage in STAGES:
         names = sorted(
@@ -127,7 +127,7 @@ def _stage_line(name: str, inputs: Inputs) -> StageLine:
 
 
 def compute_facts(inputs: Inputs, price: float | None) -> tuple[tuple[str, str], ...]:
-    """What all stages together took: device hours by kind, energy and cost where they are known."""
+    """Device hours of all stages by kind of device; energy and cost where they are known."""
     hours: dict[str, float] = {}
     for run in inputs.runs.values():
         if "device" in run and isinstance(run.get("seconds"), int | float):
@@ -136,18 +136,18 @@ def compute_facts(inputs: Inputs, price: float | None) -> tuple[tuple[str, str],
     if not hours:
         return ()
     metered = {name: run["kwh"] for name, run in inputs.runs.items() if "kwh" in run}
-    told = ", ".join(sorted(metered))
-    energy = f"{sum(metered.values()):.3g} kWh ({told})" if metered else "no device counts it here"
-    cost = f"{price * sum(hours.values()):,.2f} at {price:g} an hour" if price is not None else ""
+    names = ", ".join(sorted(metered))
+    energy = f"{sum(metered.values()):.3g} kWh ({names})" if metered else "no device measures it"
+    cost = f"{price * sum(hours.values()):,.2f} at {price:g} per hour" if price is not None else ""
     return (
         *((f"hours of a {device}", f"{taken:.3g}") for device, taken in sorted(hours.items())),
         ("energy", energy),
-        ("cost", cost or "not stated: report.device_hour_price is not set"),
+        ("cost", cost or "unknown: report.device_hour_price is not set"),
     )
 
 
 def _facts(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The plain values of a metrics file, nested ones by their path."""
+    """The values of a metrics file; nested ones are named by their path."""
     for key, value in content.items():
         name = f"{prefix}{key}".replace("_", " ")
         if isinstance(value, dict):
@@ -157,7 +157,7 @@ def _facts(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 
 
 def model_facts(inputs: Inputs) -> tuple[tuple[str, str], ...]:
-    """What the pre-trained checkpoint is, in words, with its cost by formula."""
+    """The pre-trained model in words, with its operations by formula."""
     if inputs.model is None:
         return ()
     model = ModelParams.model_validate(inputs.model["model"])
@@ -174,8 +174,8 @@ def model_facts(inputs: Inputs) -> tuple[tuple[str, str], ...]:
         ("audio patch", str(audio.patch)),
         ("text", f"{_size(text.size)}, {text.words} words of {text.vocabulary:,}"),
         ("common spaces", f"{model.va_dim} (video–audio), {model.vt_dim} (video–text)"),
-        ("one clip, both products of attention", gflops["true"]),
-        ("one clip, as the paper counts", gflops["paper"]),
+        ("one clip, with both products of attention", gflops["true"]),
+        ("one clip, as counted in the paper", gflops["paper"]),
     )
 
 
@@ -190,7 +190,7 @@ def _fact(value: float | str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Seconds in the unit that fits: `48 s`, `3.3 min`, `2.1 h`."""
     for size, unit in UNITS:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
@@ -198,13 +198,13 @@ def duration(seconds: float) -> str:
 
 
 def markdown(text: object) -> str:
-    """Text that Markdown and the HTML inside it take literally, on one line."""
+    """Text on one line, escaped so that Markdown and HTML show it as it is."""
     plain = " ".join(BIDI.sub("", str(text)).split())
     escaped = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]|#!~$])", r"\\\1", escaped)
 
 
 def short(text: object, length: int) -> str:
-    """Text that strangers may have made as long as they liked."""
+    """At most `length` characters of a text that may be of any length."""
     whole = str(text)
     return whole if len(whole) <= length else f"{whole[: length - 1]}…"

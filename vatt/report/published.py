@@ -1,7 +1,7 @@
-"""The paper's tables with a line of ours in each: measured, computed by formula, or not run.
+"""The paper's tables, each with our line: measured, computed by formula, or not run.
 
-A published column is ours only when a task or probe of that data set's name was run. What the
-same protocol gave on another corpus stands in a table of its own, never in the published one.
+A published column gets our number only if a task or probe with the name of that data set was run.
+Results of the same protocol on another corpus are in a separate table, scaled down.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from vatt.report.tables import (
     rank_cell,
 )
 
-# Where evaluate.json holds what a published column shows: by the name of a task or probe.
+# Where evaluate.json has the number of a published column, by the name of a task or probe.
 MEASURED = {
     "k400_top1": ("classification", "kinetics400", "pretrained", "top_1"),
     "k400_top5": ("classification", "kinetics400", "pretrained", "top_5"),
@@ -67,12 +67,12 @@ GRID = (8, 14, 14)  # of a 32x224x224 clip
 
 @dataclass(frozen=True, slots=True)
 class PaperSection:
-    """A published table with ours in it, and what stands for it on the corpus at hand."""
+    """A published table with our line, and its scaled-down form on this run's own corpus."""
 
     number: int
     published: Table
-    in_small: Table | None
-    has_ours: bool  # measured on the paper's own data
+    scaled_down: Table | None
+    has_ours: bool  # measured on the data set of the paper
 
 
 def published_sections(inputs: Inputs) -> tuple[PaperSection, ...]:
@@ -86,7 +86,7 @@ def _section(table: PaperTable, inputs: Inputs) -> PaperSection:
     ]
     ours = _measured_row(table, inputs)
     computed = FORMULAS[table.number](table) if table.number in FORMULAS else []
-    # Table 7 holds sizes: there is nothing in it to measure.
+    # Table 7 lists sizes: it has nothing to measure.
     lines = [*rows, *computed] if table.number == SIZES_TABLE else [*rows, *computed, ours]
     published = Table(
         title=f"Table {table.number}. {table.caption}",
@@ -94,10 +94,10 @@ def _section(table: PaperTable, inputs: Inputs) -> PaperSection:
         rows=tuple(lines),
         remark=table.note,
     )
-    small = study_table(table.number, inputs)
-    if small is None and table.number in IN_SMALL:
-        small = IN_SMALL[table.number](inputs)
-    return PaperSection(table.number, published, small, has_ours=ours.kind == "ours")
+    scaled_down = study_table(table.number, inputs)
+    if scaled_down is None and table.number in SCALED_DOWN:
+        scaled_down = SCALED_DOWN[table.number](inputs)
+    return PaperSection(table.number, published, scaled_down, has_ours=ours.kind == "ours")
 
 
 def _measured_row(table: PaperTable, inputs: Inputs) -> TableRow:
@@ -184,14 +184,14 @@ def _table_7(table: PaperTable) -> list[TableRow]:
         cells = (*(Cell(str(value), "computed") for value in published.values[:4]), parameters)
         rows.append(
             TableRow(
-                published.name, cells, "computed", "video tower with a 600-class head, counted"
+                published.name, cells, "computed", "video tower with a head of 600 classes, counted"
             )
         )
     return rows
 
 
 def video_classifier_parameters(size: SizeParams, *, classes: int = 600) -> int:
-    """Weights of a video tower for 32x224x224 and its linear head: what the paper counts."""
+    """Weights of a video tower for 32x224x224 and its linear head, as the paper counts them."""
     inner = size.heads * size.head_dim
     patches = PATCH_VALUES * size.dim + size.dim
     positions = sum(GRID) * size.dim + 2 * size.dim
@@ -211,7 +211,7 @@ FORMULAS: dict[int, Callable[[PaperTable], list[TableRow]]] = {
 }
 
 
-# --- in small, on the corpus at hand --------------------------------------------------------------
+# --- scaled down, on this run's own corpus --------------------------------------------------------
 
 
 def _fine_tuned(modality: str) -> Callable[[Inputs], Table | None]:
@@ -230,7 +230,7 @@ def _fine_tuned(modality: str) -> Callable[[Inputs], Table | None]:
             if runs.get("modality") == modality
         ]
         headings = ("Task", "pre-trained, top-1 or mAP", "from scratch", "chance")
-        return _small(headings, rows)
+        return _scaled_down(headings, rows)
 
     return table
 
@@ -251,7 +251,7 @@ def _retrieval(inputs: Inputs) -> Table | None:
         for direction, name in DIRECTIONS.items()
         if direction in found
     ]
-    return _small(("Direction", "R@10", "median rank", "chance R@10", "clips searched"), rows)
+    return _scaled_down(("Direction", "R@10", "median rank", "chance R@10", "clips searched"), rows)
 
 
 def _probes(inputs: Inputs) -> Table | None:
@@ -268,22 +268,22 @@ def _probes(inputs: Inputs) -> Table | None:
         for name, kinds in (inputs.lookup("probes") or {}).items()
         for kind, run in kinds.items()
     ]
-    return _small(("Probe", "pre-trained", "untrained", "chance"), rows)
+    return _scaled_down(("Probe", "pre-trained", "untrained", "chance"), rows)
 
 
-def _small(headings: tuple[str, ...], rows: list[TableRow]) -> Table | None:
+def _scaled_down(headings: tuple[str, ...], rows: list[TableRow]) -> Table | None:
     if not rows:
         return None
     return Table(
-        title="The same protocol in small: this run, on its own corpus",
+        title="The same protocol, scaled down: this run on its own corpus",
         headings=headings,
         rows=tuple(rows),
-        remark="Another corpus, other classes and another size of model: "
+        remark="The corpus, the classes and the size of the model differ: "
         "not to be compared with the published numbers.",
     )
 
 
-IN_SMALL: dict[int, Callable[[Inputs], Table | None]] = {
+SCALED_DOWN: dict[int, Callable[[Inputs], Table | None]] = {
     1: _fine_tuned("video"),
     2: _fine_tuned("audio"),
     3: _fine_tuned("image"),

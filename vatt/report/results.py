@@ -1,4 +1,4 @@
-"""The results on the corpus at hand: key figures, scales with intervals, tables."""
+"""The results on this run's corpus: key figures, charts with intervals, tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,12 +40,12 @@ WHY = "evaluate has not been run"
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One number worth a card at the top; without a metric it was not run."""
+    """A number on a card at the top of the page; without a value it has not been run."""
 
     label: str
     value: str | None
     context: str
-    sure: bool = True  # whether the interval excludes chance, or no difference
+    sure: bool = True  # whether the interval excludes chance, or a difference of 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class ScaleChart:
-    """Values side by side on one scale from 0 to 100 %."""
+    """Values under each other on one scale from 0 to 100 %."""
 
     title: str
     ours: str
@@ -68,16 +68,18 @@ class ScaleChart:
 
 
 def key_figures(inputs: Inputs) -> tuple[Figure, ...]:
-    """The four numbers that say whether it learned."""
+    """The four numbers that show whether pre-training has learned anything."""
     return (
         _recall_figure(inputs, "text_to_video"),
         _recall_figure(inputs, "video_to_audio"),
         _difference_figure(
             "Linear probe of frozen features",
             _differences(inputs, "probes", "svm"),
-            "over the untrained encoder",
+            "above the untrained encoder",
         ),
-        _difference_figure("Fine-tuning", _differences(inputs, "classification"), "over scratch"),
+        _difference_figure(
+            "Fine-tuning", _differences(inputs, "classification"), "above training from scratch"
+        ),
     )
 
 
@@ -92,7 +94,7 @@ def _recall_figure(inputs: Inputs, direction: str) -> Figure:
 
 
 def _differences(inputs: Inputs, section: str, *path: str) -> dict[str, Metric]:
-    """The difference of each task that has one, the largest first."""
+    """The difference of each task that has one, largest first."""
     tasks = inputs.lookup(section) or {}
     found = {name: inputs.lookup(section, name, *path, "difference") for name in tasks}
     measured = {name: metric for name, metric in found.items() if metric is not None}
@@ -100,7 +102,7 @@ def _differences(inputs: Inputs, section: str, *path: str) -> dict[str, Metric]:
 
 
 def _difference_figure(label: str, tasks: dict[str, Metric], against: str) -> Figure:
-    """The largest difference, said to be that, with all of them below it."""
+    """The largest difference, marked as the best of all, with each of them below it."""
     if not tasks:
         return Figure(label, None, "no pair of runs to compare")
     first = next(iter(tasks.values()))
@@ -108,12 +110,12 @@ def _difference_figure(label: str, tasks: dict[str, Metric], against: str) -> Fi
         label += f", best of {len(tasks)} tasks"
     each = ", ".join(f"{name} {signed(100 * metric['value'])}" for name, metric in tasks.items())
     sure = first["low"] > 0
-    context = f"points {against}: {each}" + ("" if sure else " (not told apart)")
+    context = f"points {against}: {each}" + ("" if sure else " (no significant difference)")
     return Figure(label, signed(100 * first["value"]), context, sure=sure)
 
 
 def _why(inputs: Inputs, direction: str) -> str:
-    """Why a direction of retrieval has no numbers."""
+    """Why there are no numbers for a direction of retrieval."""
     if not inputs.evaluation:
         return WHY
     if not inputs.lookup("retrieval", "pretrained"):
@@ -123,7 +125,7 @@ def _why(inputs: Inputs, direction: str) -> str:
 
 
 def scales(inputs: Inputs) -> tuple[ScaleChart, ...]:
-    """What was measured, as pictures; nothing stands for what was not."""
+    """Charts of what was measured; a chart without values is left out."""
     found = [
         ScaleChart(
             title="Zero-shot retrieval",
@@ -195,39 +197,39 @@ def _retrieval_table(inputs: Inputs) -> Table:
 
 
 def retrieval_protocol(inputs: Inputs) -> str:
-    """How the retrieval was done, in words."""
+    """The protocol of the retrieval in words."""
     search = inputs.lookup("searches", "text_to_video") or inputs.lookup(
         "searches", "audio_to_video"
     )
-    told, said = inputs.lookup("protocol") or {}, []
+    protocol, sentences = inputs.lookup("protocol") or {}, []
     if search:
-        said.append(f"Searched among {of_listed(search['pool'], inputs)} test clips.")
+        sentences.append(f"Searched among {of_listed(search['pool'], inputs)} test clips.")
     if search and search["captions_per_clip"]:
-        number = f"{search['captions_per_clip']:.3g} captions a clip"
-        each = told.get("caption_queries") == "each"
-        said.append(
-            f"{number}, each a query of its own; a video finds the clip of its nearest caption."
+        number = f"{search['captions_per_clip']:.3g} captions per clip"
+        each = protocol.get("caption_queries") == "each"
+        sentences.append(
+            f"{number}, each a separate query; a video finds the clip of its nearest caption."
             if each
-            else f"{number}, all together one query."
+            else f"{number}, together one query."
         )
-    if told:
-        said.append(f"{windows(told)} Frames: {told['fps']:g} a second, centre crop.")
-    said.append(
-        "Cosines of the means of the embeddings; the rows “similarities averaged” average the "
-        "cosines instead. Only a clip's own partner is a hit; class@1: the nearest clip agrees "
-        "with the query in every class label."
+    if protocol:
+        sentences.append(f"{windows(protocol)} {protocol['fps']:g} frames per second, centre crop.")
+    sentences.append(
+        "Scores are cosines of mean embeddings; rows with “similarities averaged” average the "
+        "cosines instead. Only the clip that the query belongs to is a hit; class@1: the nearest "
+        "clip has the same class labels as the query."
     )
-    return " ".join(said)
+    return " ".join(sentences)
 
 
-def windows(told: dict[str, Any]) -> str:
-    """How many parts of a clip were shown."""
-    number = told["windows"]
+def windows(protocol: dict[str, Any]) -> str:
+    """How many windows of a clip were encoded."""
+    number = protocol["windows"]
     return "The centre of each clip." if number == 1 else f"{number} windows spread over each clip."
 
 
 def of_listed(number: int, inputs: Inputs) -> str:
-    """A number of test clips out of those that the data set lists."""
+    """A number of test clips, out of those that the data set lists."""
     listed = inputs.listed("test")
     return f"{number:,} of {listed:,}" if listed and listed >= number else f"{number:,}"
 
@@ -267,7 +269,7 @@ def _probe_table(inputs: Inputs) -> Table:
                 metric_cell(run.get("untrained"), "baseline"),
                 difference_cell(run.get("difference")),
                 chance_cell(run.get("pretrained")),
-                Cell(_asked(run["pretrained"], inputs), "text"),
+                Cell(_num_clips(run["pretrained"], inputs), "text"),
             ),
             "ours",
             PROBES.get(kind, kind),
@@ -285,8 +287,8 @@ def _probe_table(inputs: Inputs) -> Table:
     )
 
 
-def _asked(metric: Metric, inputs: Inputs) -> str:
-    """The clips that were asked; with folds, nearly all that the data set lists."""
+def _num_clips(metric: Metric, inputs: Inputs) -> str:
+    """The clips that were tested; with folds, nearly all that the data set lists."""
     if "folds" not in metric:
         return of_listed(metric["n"], inputs)
     listed = sum(inputs.listed(split) or 0 for split in ("train", "val", "test"))
@@ -295,24 +297,27 @@ def _asked(metric: Metric, inputs: Inputs) -> str:
 
 
 def probe_protocol(inputs: Inputs) -> str:
-    """How the probes were learned and asked, in words."""
-    told = inputs.lookup("protocol") or {}
-    said = [
-        "The same classifier on the same clips, on features of the pre-trained encoder and of one "
-        "with its first random weights; features are standardised."
+    """The protocol of the probes in words."""
+    protocol = inputs.lookup("protocol") or {}
+    sentences = [
+        "The same classifier on the same clips: on features of the pre-trained encoder, and of an "
+        "encoder with its initial random weights. Features are standardised."
     ]
-    if told:
-        shown = "on the same" if told["windows"] == 1 else "on " + windows(told).lower()
-        said.append(f"Learned on the centre of each train clip, asked {shown.rstrip('.')}.")
-        said.append("SVM: linear, its C chosen on a fifth of the train clips, margins averaged.")
-    if told.get("low_rank_steps"):
-        said.append(
-            "Low-rank: C = UV, 128 components of which 13 are drawn at each step, Adam 0.0005, "
-            f"batch 64, {told['low_rank_steps']:,} steps, probabilities averaged."
+    if protocol:
+        tested = windows(protocol)
+        tested = "the centre of each test clip." if protocol["windows"] == 1 else tested.lower()
+        sentences.append(f"Trained on the centre of each train clip, tested on {tested}")
+        sentences.append(
+            "SVM: linear; C is chosen on a fifth of the train clips; margins are averaged."
+        )
+    if protocol.get("low_rank_steps"):
+        sentences.append(
+            "Low-rank: C = UV with 128 components, of which 13 are drawn at each step; Adam 0.0005, "
+            f"batch 64, {protocol['low_rank_steps']:,} steps; probabilities are averaged."
         )
     if any("folds" in kind["pretrained"] for kind in _kinds(inputs)):
-        said.append("With several official splits: their mean, ± the deviation between them.")
-    return " ".join(said)
+        sentences.append("With several official splits: their mean ± their standard deviation.")
+    return " ".join(sentences)
 
 
 def _kinds(inputs: Inputs) -> list[dict[str, Metric]]:
@@ -336,17 +341,17 @@ def _classification_table(inputs: Inputs) -> Table:
 
 
 def classification_protocol(inputs: Inputs) -> str:
-    """How classifiers were asked, in words."""
+    """The protocol of the classifiers in words."""
     views = [
-        f"{name}: {run['views'][0]} windows × {run['views'][1]} crops a clip."
+        f"{name}: {run['views'][0]} windows × {run['views'][1]} crops per clip."
         for name, run in (inputs.lookup("classification") or {}).items()
         if run.get("views")
     ]
     return " ".join(
         [
             *views,
-            "Logits are averaged over a clip's views. The difference is paired: both classifiers "
-            "answered the same clips.",
+            "Logits are averaged over the views of a clip. The difference is paired: both "
+            "classifiers are tested on the same clips.",
         ]
     )
 

@@ -1,7 +1,7 @@
-"""What the tables' runs measured, row by row beside the published numbers; DropToken's trade-off.
+"""The results of the tables' runs, below each published row; DropToken's trade-off.
 
-A number of one seed has the interval of its bootstrap over clips. Of three seeds the mean is shown,
-with the 95 % interval of Student's t over the seeds, which tells how another seed would fare.
+For one seed, the interval comes from a bootstrap over clips. For three seeds, the table shows their
+mean with the 95 % interval of Student's t over the seeds.
 """
 
 import statistics
@@ -40,16 +40,16 @@ Metric = dict[str, Any]
 STUDENT_T = {2: 12.706, 3: 4.303}  # 97.5 % of Student's t, by the number of seeds
 COMPARED = ("ucf101", "hmdb51", "esc50", "youcook2_r10", "msrvtt_r10", "k400_top1", "mean_ap")
 REMARK = (
-    f"In small: frame sizes and frames are the paper's divided by {FACTOR} and rounded, to pixels "
-    "and down to whole patches; patches are not scaled (4x16x16 stays), a clip has 6,400 samples "
-    "of sound; the tiny model, the demo's corpus. To be compared from row to row, not with the "
-    "published numbers. Of one seed the interval is that of the test clips; of three seeds "
-    "Student's t over the seeds."
+    f"Scaled down: frame sizes and numbers of frames are those of the paper divided by {FACTOR}, "
+    "rounded to pixels and down to complete patches. Patches are not scaled (4x16x16 stays), a clip "
+    "has 6,400 samples of sound, the model is the tiny one, and the corpus is that of the demo. "
+    "Compare rows with each other, not with the published numbers. Intervals: for one seed over "
+    "the test clips, for three seeds Student's t over the seeds."
 )
 
 
 def over_seeds(metrics: Sequence[Metric]) -> Metric:
-    """The mean of several seeds with the interval of Student's t; of one seed, as it is."""
+    """The mean of several seeds with the interval of Student's t; one seed stays as it is."""
     if len(metrics) == 1:
         return dict(metrics[0])
     values = [metric["value"] for metric in metrics]
@@ -59,7 +59,7 @@ def over_seeds(metrics: Sequence[Metric]) -> Metric:
 
 
 def measured(inputs: Inputs, answer: Answer) -> tuple[Any, int]:
-    """What a cell's runs measured, and by how many seeds; None when it has not been run."""
+    """The measured value of a cell, and from how many seeds; None if it has not been run."""
     found = [_look(runs.get(name), answer.path) for runs, name in _seeds(inputs, answer.run)]
     there = [value for value in found if value is not None]
     if not there or isinstance(there[0], int | float):
@@ -81,7 +81,7 @@ def _look(value: Any, path: Sequence[str]) -> Any:
 
 
 def study_table(number: int, inputs: Inputs) -> Table | None:
-    """A published table with ours in small under each row that has them; None without any run."""
+    """A published table with our scaled-down rows below its rows; None without any run."""
     scale = SCALES.get(inputs.metrics.get(STUDIES, {}).get("scale", ""))
     if scale is None:
         return None
@@ -97,7 +97,7 @@ def study_table(number: int, inputs: Inputs) -> Table | None:
             )
             rows.append(_ours(place, table, wanted, inputs))
     return Table(
-        title="Run in small, row by row",
+        title="Scaled down, row by row",
         headings=("", *(_heading(table, column) for column in table.columns)),
         rows=tuple(rows),
         remark=REMARK,
@@ -131,10 +131,10 @@ def _ours(place: int, table: PaperTable, wanted: Study, inputs: Inputs) -> Table
     stand_in = f"{STAND_INS[row][0]}, " if row in STAND_INS else ""
     note = f"mean of {len(SEEDS)} seeds" if len(SEEDS) in seeds else "one seed"
     if len(seeds) > 1:
-        note += ", of one where the others are not run"
+        note += ", one seed where the others have not been run"
     if all(cell.kind in ("none", "not_run") for cell in cells):
-        return TableRow("in small", tuple(cells), "not_run", "vattctl table runs it")
-    return TableRow("in small", tuple(cells), "ours", stand_in + note)
+        return TableRow("scaled down", tuple(cells), "not_run", "vattctl table runs it")
+    return TableRow("scaled down", tuple(cells), "ours", stand_in + note)
 
 
 def _cell(value: Any, answer: Answer) -> Cell:
@@ -151,7 +151,7 @@ def _cell(value: Any, answer: Answer) -> Cell:
 
 
 def backbone_table(inputs: Inputs) -> Table | None:
-    """Specific against agnostic: each measure, and the difference, paired by seed."""
+    """Specific against agnostic: each measure, and the difference paired by seed."""
     rows = []
     for column in COMPARED:
         words, path = STAND_INS[column]
@@ -180,8 +180,8 @@ def backbone_table(inputs: Inputs) -> Table | None:
         title="Modality-specific against modality-agnostic",
         headings=("", "specific", "agnostic", "difference"),
         rows=tuple(rows),
-        remark="The same steps on the same clips; three towers against one shared encoder of the "
-        "same size. The difference is paired by seed: specific less agnostic.",
+        remark="The same steps on the same clips: three towers against one shared encoder of the "
+        "same size. The difference is specific minus agnostic, paired by seed.",
     )
 
 
@@ -210,7 +210,8 @@ def drop_token_pictures(inputs: Inputs) -> list[Picture]:
             [(words, xs, ys) for words, ys in shown.items()],
             x_label=axis,
             y_label="%",
-            caption="The share of tokens dropped stands over the points; time at the median speed.",
+            caption="The numbers above the points are the share of dropped tokens. Time is "
+            "that of the median speed.",
             points=[f"{100 * rate:.0f} %" for rate in names],
         )
         for axis, xs in places.items()

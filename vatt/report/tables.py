@@ -1,4 +1,4 @@
-"""Numbers -> tables of text. A cell knows what it is: published, ours, chance, or not run."""
+"""Numbers -> tables of text. Each cell has a kind: published, ours, chance, not run, ..."""
 
 import re
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ NO_BREAK = "\u00a0"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A value as text; `detail` is its interval or reason, in smaller letters."""
+    """A value as text; `detail` is its interval or reason, in small print."""
 
     text: str
     kind: CellKind
@@ -24,7 +24,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """A line of a table; its kind colours the line."""
+    """A line of a table; its kind decides the colour."""
 
     head: str
     cells: tuple[Cell, ...]
@@ -35,26 +35,26 @@ class TableRow:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table with its caption; `remark` is said below it."""
+    """A table with its caption; `remark` is shown below it."""
 
     title: str
-    headings: tuple[str, ...]  # the first one is of the row heads
+    headings: tuple[str, ...]  # the first one is above the row heads
     rows: tuple[TableRow, ...]
     remark: str = ""
 
 
 def percent(share: float) -> str:
-    """0.6836 -> `68.4 %`, never broken over two lines."""
+    """0.6836 -> `68.4 %`, never split over two lines."""
     return f"{100 * share:.1f}{NO_BREAK}%"
 
 
 def number(value: Any) -> str:
-    """A published number, as it was printed."""
+    """A published number as printed in the paper."""
     return re.sub(r"(?<=\d)x(?=\d)", "×", str(value))
 
 
 def metric_cell(metric: dict[str, Any] | None, kind: CellKind = "ours", *, why: str = "") -> Cell:
-    """A share with its interval; `not run` and the reason when there is none."""
+    """A share with its interval; `not run` and the reason if there is no metric."""
     if metric is None:
         return Cell(NOT_RUN, "not_run", why)
     detail = f"{100 * metric['low']:.1f} – {100 * metric['high']:.1f}"
@@ -64,7 +64,7 @@ def metric_cell(metric: dict[str, Any] | None, kind: CellKind = "ours", *, why: 
 
 
 def main_measure(run: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What a classifier is judged by: top-1 accuracy, or mAP where clips have several labels."""
+    """The main measure of a classifier: top-1 accuracy, or mAP if clips have several labels."""
     return None if run is None else run.get("top_1", run.get("mean_ap"))
 
 
@@ -77,7 +77,7 @@ def rank_cell(metric: dict[str, Any] | None, kind: CellKind = "ours", *, why: st
 
 
 def plain_cell(metric: dict[str, Any] | None, kind: CellKind = "ours", *, why: str = "") -> Cell:
-    """A number that is no share (d') with its interval."""
+    """A number that is not a share (d') with its interval."""
     if metric is None:
         return Cell(NOT_RUN, "not_run", why)
     value, low, high = (f"{metric[key]:.3f}" for key in ("value", "low", "high"))
@@ -85,7 +85,7 @@ def plain_cell(metric: dict[str, Any] | None, kind: CellKind = "ours", *, why: s
 
 
 def difference_cell(metric: dict[str, Any] | None, *, why: str = "") -> Cell:
-    """A difference of shares in points, signed, with its interval."""
+    """A difference of shares, in points with sign and interval."""
     if metric is None:
         return Cell(NOT_RUN, "not_run", why)
     value, low, high = (100 * metric[key] for key in ("value", "low", "high"))
@@ -94,7 +94,7 @@ def difference_cell(metric: dict[str, Any] | None, *, why: str = "") -> Cell:
 
 
 def signed(points: float) -> str:
-    """A difference with its sign, as print sets it: `+8.4`, `−1.0`."""
+    """A difference with its sign, the minus sign as in print: `+8.4`, `−1.0`."""
     return f"{points:+.1f}".replace("-", "−")
 
 
@@ -106,18 +106,18 @@ def chance_cell(metric: dict[str, Any] | None, *, as_share: bool = True) -> Cell
 
 
 def published_cells(values: Sequence[Any]) -> tuple[Cell, ...]:
-    """Published numbers; a dash where the paper gives none."""
+    """Published numbers; a dash where the paper has no number."""
     return tuple(
         Cell("–", "none") if value is None else Cell(number(value), "published") for value in values
     )
 
 
 def verdict(metric: dict[str, Any] | None) -> str:
-    """What the interval of a difference allows to say."""
+    """What the interval of a difference shows, in words."""
     if metric is None:
         return ""
     if metric["low"] > 0:
-        return "better: the whole interval lies above 0"
+        return "better: the interval lies above 0"
     if metric["high"] < 0:
-        return "worse: the whole interval lies below 0"
-    return "not told apart: the interval holds 0"
+        return "worse: the interval lies below 0"
+    return "no significant difference: the interval contains 0"
