@@ -6,27 +6,28 @@ from pathlib import Path
 
 from vatt.config import load_params
 from vatt.evaluation.classification import choose
-from vatt.evaluation.evaluate import Measures, encode, flatten, measure, save_results
+from vatt.evaluation.evaluate import EvaluationRequest, encode, flatten, measure, save_results
 from vatt.evaluation.features import ProcessShare
 from vatt.process import run_stage
 from vatt.progress import progress
 from vatt.provenance import data_hash, stage_hash
 from vatt.tracking import mlflow
 from vatt.training import distributed
-from vatt.training.distributed import launch
 
 FEATURE_CACHE = Path("runs/feature-cache")  # by checkpoint and data; safe to delete
 
 
 def main() -> None:
-    """Measure retrieval, probes and fine-tuned accuracy; many processes encode, one measures."""
+    """Measure retrieval, probes and accuracy; all processes encode, the first measures."""
     params = load_params()
     paths, machine = params.paths, params.machine
-    chosen = choose(paths, params.finetune)
-    if (code := launch("stages.evaluate", machine)) is not None:
+    checkpoints = choose(paths, params.finetune)
+    if (code := distributed.launch("stages.evaluate", machine)) is not None:
         sys.exit(code)
     made_from, data = stage_hash("evaluate", params), data_hash(paths.shards)
-    asked = Measures(params.evaluate, chosen, params.finetune, paths.shards, machine, params.seed)
+    request = EvaluationRequest(
+        params.evaluate, checkpoints, params.finetune, paths.shards, machine, params.seed
+    )
     with ExitStack() as processes:
         processes.enter_context(distributed.process_group(machine))
         share = ProcessShare(distributed.rank(), distributed.world_size(),
@@ -35,10 +36,10 @@ def main() -> None:
             mlflow.run("evaluate", params, stage_hash=made_from, data_hash=data) as run,
             progress("evaluate", "clips", shown=share.rank == 0) as tick,
         ):
-            encoded = encode(asked, cache=FEATURE_CACHE, progress=tick, share=share)
-            processes.close()  # nobody waits for what the first one measures
-            if encoded is not None:
-                metrics, arrays = measure(encoded, asked)
+            outputs = encode(request, cache=FEATURE_CACHE, progress=tick, share=share)
+            processes.close()  # only the first one measures
+            if outputs is not None:
+                metrics, arrays = measure(outputs, request)
                 run.log(0, flatten(metrics))
                 file = paths.metrics / "evaluate.json"
                 save_results(metrics, arrays, file=file, folder=paths.evaluation)

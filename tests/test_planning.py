@@ -28,7 +28,7 @@ def test_plan_is_readable_and_ends_with_code_2_where_nothing_fits(project):  # n
 
 def test_an_unknown_device_is_refused_with_the_known_ones(project):  # noqa: F811
     done = vattctl(project, "plan", "--device", "h1000")
-    assert done.returncode == 2 and "there are: " in done.stderr and "h100-80gb" in done.stderr
+    assert done.returncode == 2 and "known devices: " in done.stderr and "h100-80gb" in done.stderr
 
 
 def test_pretrain_tells_its_memory_and_refuses_what_cannot_fit(project):  # noqa: F811

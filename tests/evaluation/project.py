@@ -13,7 +13,7 @@ from vatt.data.sharding.shards import write_shards
 from vatt.data.sources.demo import make_demo
 from vatt.evaluation import evaluate
 from vatt.evaluation.classification import Checkpoints
-from vatt.evaluation.evaluate import Measures, encode
+from vatt.evaluation.evaluate import EvaluationRequest, encode
 from vatt.evaluation.features import ALONE
 from vatt.model.vatt import VATT, Classifier
 
@@ -94,19 +94,19 @@ def measure(
     cache=None,
     workers=0,
     progress=None,
-    chosen=None,
+    checkpoints=None,
     evaluate_params=None,
     share=ALONE,
 ):
     params = settings()
-    asked = Measures(
+    request = EvaluationRequest(
         evaluate_params or params.evaluate,
-        chosen or both(project),
+        checkpoints or both(project),
         params.finetune,
         project / "shards",
         params.machine.model_copy(update={"workers": workers}),
         seed=0,
     )
     quiet = progress or (lambda done, total: None)
-    encoded = encode(asked, cache=cache, progress=quiet, share=share)
-    return None if encoded is None else evaluate.measure(encoded, asked)
+    outputs = encode(request, cache=cache, progress=quiet, share=share)
+    return None if outputs is None else evaluate.measure(outputs, request)

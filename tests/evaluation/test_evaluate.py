@@ -52,7 +52,7 @@ def test_everything_that_was_trained_is_measured_and_nothing_else(measured):
 
 def test_a_probe_without_its_label_says_why_it_is_absent(measured):
     assert measured[0]["skipped"] == {
-        "probe absent": "0 values of label 'species' in the train split"
+        "probe absent": "label 'species' has 0 values in the train split, at least 2 needed"
     }
 
 
@@ -95,7 +95,7 @@ def test_other_weights_or_clips_are_not_taken_from_the_cache(project, tmp_path):
     words = project / "shards" / "vocabulary.txt"
     checkpoint.save(VATT(model), model, tmp_path / "other", vocabulary=words)
     before = len(list(tmp_path.glob("*.npz")))
-    measure(project, cache=tmp_path, chosen=Checkpoints(tmp_path / "other"))
+    measure(project, cache=tmp_path, checkpoints=Checkpoints(tmp_path / "other"))
     assert len(list(tmp_path.glob("*.npz"))) == before + 3  # not the untrained encoder's
 
 
@@ -104,7 +104,7 @@ def test_a_checkpoint_without_words_is_measured_by_sound_alone_and_says_so(proje
     checkpoint.save(VATT(model), model, tmp_path / "wordless")
     folders = {"pretrained": tmp_path / "wordless", "finetuned": tmp_path / "none"}
     paths = settings().paths.model_copy(update=folders)
-    metrics, evidence = measure(project, chosen=choose(paths, settings().finetune))
+    metrics, evidence = measure(project, checkpoints=choose(paths, settings().finetune))
     assert metrics["retrieval"]["pretrained"].keys() == {"audio_to_video", "video_to_audio"}
     assert "import it with --vocab" in metrics["skipped"]["text"]
     assert metrics["probes"].keys() == {"digit"}
@@ -124,7 +124,7 @@ def test_a_classifier_that_numbers_its_classes_is_measured_alone(project, tmp_pa
         told = {"classifier": {"modality": "audio", "classes": classes}}
         checkpoint.save(whole, model, folder, extra=told)
         paths = settings().paths.model_copy(update={"pretrained": folder})
-        metrics, _ = measure(project, chosen=choose(paths, settings().finetune))
+        metrics, _ = measure(project, checkpoints=choose(paths, settings().finetune))
         assert metrics["retrieval"] == metrics["probes"] == {}
         found.append(metrics["classification"]["audio"]["pretrained"])
     assert found[0] == found[1]
@@ -147,7 +147,9 @@ def test_a_given_classifier_needs_one_task_of_its_kind(project):
     paths = settings().paths.model_copy(
         update={"pretrained": project / "finetuned" / "audio-scratch"}
     )
-    with pytest.raises(SettingsError, match=r"answers for audio, and finetune\.run has 0 tasks"):
+    with pytest.raises(
+        SettingsError, match=r"is a classifier of audio, and finetune\.run has 0 tasks"
+    ):
         choose(paths, finetune)
 
 
@@ -160,7 +162,9 @@ def test_without_any_checkpoint_it_says_how_to_give_one(tmp_path):
 
 def test_probes_learn_from_one_window_and_ask_several(project):
     four = settings().evaluate.model_copy(update={"clips": 4})
-    metrics, _ = measure(project, chosen=Checkpoints(project / "pretrained"), evaluate_params=four)
+    metrics, _ = measure(
+        project, checkpoints=Checkpoints(project / "pretrained"), evaluate_params=four
+    )
     assert metrics["probes"]["digit"]["svm"]["pretrained"]["n"] == 12
     assert "audio_to_video_similarities_averaged" in metrics["retrieval"]["pretrained"]
 

@@ -45,15 +45,15 @@ def test_tokens_of_different_widths_have_no_cosine():
     assert titles == ["Text and video, input space"]
 
 
-def test_a_shared_encoders_nodes_stand_in_one_order_and_own_encoders_in_their_own():
+def test_nodes_of_a_shared_encoder_have_one_order_and_those_of_separate_encoders_their_own():
     arrays = {"insides": insides()}
     shared = node_activations(Inputs(arrays=arrays, model={"model": {"backbone": "agnostic"}}))
     own = node_activations(Inputs(arrays=arrays, model={"model": {"backbone": "specific"}}))
     assert [p.title for p in shared] == ["MLP nodes, video", "MLP nodes, text"]
-    assert "by video" in shared[1].svg
-    assert "by their" in own[1].svg
+    assert "by activation on video" in shared[1].svg
+    assert "by activation<" in own[1].svg
     cells = [re.findall(r' d="([^"]*)"', picture.svg) for picture in (*shared, *own)]
-    assert cells[0] == cells[2]  # by either order the video's own picture is the same
+    assert cells[0] == cells[2]  # the chart of video is the same in both orders
     assert cells[1] != cells[3]
     assert node_activations(Inputs()) == []
 
@@ -85,6 +85,6 @@ def test_of_many_classes_the_worst_are_shown_and_the_rest_together():
     arrays = {"confusion": counts, "classes": np.array([f"class {i}" for i in range(40)])}
     (picture,) = confusions(Inputs(arrays={"predictions-many-pretrained": arrays}))
     assert picture.svg.count("<rect") == 17 * 17
-    assert "class 7 answered as class 3: 5 (36 %)" in picture.svg
+    assert "class 7 predicted as class 3: 5 (36 %)" in picture.svg
     assert f"of {counts.sum()} clips" in picture.alt
-    assert "Of 40 classes the 16" in picture.caption
+    assert "The 16 of 40 classes" in picture.caption

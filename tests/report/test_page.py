@@ -203,7 +203,7 @@ def test_thumbnails_stop_where_the_page_would_grow_too_large(tmp_path):
     assert read_inputs(place).thumbnails.keys() == {"a", "b"}
 
 
-def test_compute_energy_and_cost_are_told_where_they_are_known():
+def test_compute_energy_and_cost_are_shown_where_they_are_known():
     runs = {
         "pretrain": {"seconds": 7200, "device": "H100", "devices": 4, "kwh": 5.5},
         "evaluate": {"seconds": 1800, "device": "H100", "devices": 4},
@@ -211,12 +211,12 @@ def test_compute_energy_and_cost_are_told_where_they_are_known():
     known = dict(compute_facts(Inputs(runs=runs), 2.5))
     assert known["hours of a H100"] == "10"
     assert known["energy"] == "5.5 kWh (pretrain)"
-    assert known["cost"] == "25.00 at 2.5 an hour"
+    assert known["cost"] == "25.00 at 2.5 per hour"
     bare = {"pretrain": {"seconds": 3600, "device": "CPU core", "devices": 2}}
     unknown = dict(compute_facts(Inputs(runs=bare), None))
     assert unknown["hours of a CPU core"] == "2"
-    assert unknown["energy"] == "no device counts it here"
-    assert unknown["cost"].startswith("not stated")
+    assert unknown["energy"] == "no device measures it"
+    assert unknown["cost"].startswith("unknown")
     assert compute_facts(Inputs(), 2.5) == ()
 
 
@@ -245,7 +245,13 @@ def test_the_protocol_of_each_table_is_told_in_words():
     }
     inputs = Inputs(metrics={"evaluate": content})
     retrieval = retrieval_protocol(inputs)
-    for words in ("1,000 test clips", "20 captions per clip", "each a separate query", "4 windows", "12.5"):
+    for words in (
+        "1,000 test clips",
+        "20 captions per clip",
+        "each a separate query",
+        "4 windows",
+        "12.5",
+    ):
         assert words in retrieval
     probe = probe_protocol(inputs)
     for words in ("C = UV", "50,000 steps", "tested on 4 windows", "standard deviation"):

@@ -92,12 +92,14 @@ def test_the_difference_of_backbones_is_paired_by_seed() -> None:
     assert difference.detail == "+10.0 to +10.0"
 
 
-def test_a_row_says_that_some_of_its_cells_have_one_seed_alone() -> None:
+def test_a_row_says_that_some_of_its_cells_have_only_one_seed() -> None:
     seeds = {"base": run(0.4), "base_seed_1": run(0.5), "base_seed_2": run(0.6)}
     found = study_table(5, inputs(**seeds, drop_0=run(0.6)))
     assert found is not None
     assert found.rows[3].cells[1].text == "50.0\u00a0%"
-    assert found.rows[3].note.endswith("mean of 3 seeds, of one where the others are not run")
+    assert found.rows[3].note.endswith(
+        "mean of 3 seeds, one seed where the others have not been run"
+    )
 
 
 def test_drop_token_s_pictures_need_all_its_runs() -> None:

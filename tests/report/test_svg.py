@@ -80,7 +80,7 @@ def test_a_confusion_matrix_counts_and_shades_by_row():
     picture = matrix("answers", np.array([[3, 1], [0, 0]]), ["x", "y"])
     assert "75.0 % of 4 clips on the diagonal" in picture.alt
     assert picture.svg.count("<rect") == 4
-    assert "x answered as y: 1 (25 %)" in picture.svg
+    assert "x predicted as y: 1 (25 %)" in picture.svg
 
 
 def test_a_heat_map_shades_the_cells_that_are_not_zero_from_the_bottom_up():

@@ -1,4 +1,4 @@
-"""Fine-tuned classifiers on the test split, and which checkpoints are evaluated.
+"""Fine-tuned classifiers on the test split, and the choice of checkpoints to evaluate.
 
 n clips, V views a clip, C classes.
 """
@@ -35,7 +35,7 @@ TOP = (1, 5)
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """A classifier's answers for the labelled clips of a split."""
+    """The outputs of a classifier for the labelled clips of a split."""
 
     clip_ids: NDArray[np.str_]  # (n,)
     labels: NDArray[np.str_]  # (n,)
@@ -43,12 +43,12 @@ class Predictions:
     classes: tuple[str, ...]
 
     def targets(self) -> NDArray[np.int64]:
-        """The column of each clip's label; -1 for a label that training never showed."""
+        """The column of each clip's label; -1 for a label that was not in the train split."""
         columns = {name: column for column, name in enumerate(self.classes)}
         return np.asarray([columns.get(str(label), -1) for label in self.labels], dtype=np.int64)
 
     def truth(self) -> NDArray[np.bool_]:
-        """Which classes a clip has, where it may have several: (n, C)."""
+        """Which classes each clip has, if clips may have several: (n, C)."""
         several = [set(str(label).split(LABEL_SEPARATOR)) for label in self.labels]
         return np.asarray([[name in own for name in self.classes] for own in several])
 
@@ -57,12 +57,12 @@ class Predictions:
         return any(LABEL_SEPARATOR in str(label) for label in self.labels)
 
     def correct(self, k: int) -> NDArray[np.bool_]:
-        """Whether the label is among the k highest logits; an unknown label never is."""
+        """Whether the label is among the k highest logits; never for an unknown label."""
         targets = self.targets()
         return correct_at_k(self.logits, np.maximum(targets, 0), k) & (targets >= 0)
 
     def confusion(self) -> NDArray[np.int64]:
-        """Counts: rows are true classes, columns the answers (C, C)."""
+        """Counts: rows are true classes, columns predicted ones (C, C)."""
         counts = np.zeros((len(self.classes), len(self.classes)), dtype=np.int64)
         targets = self.targets()
         known = targets >= 0
@@ -81,9 +81,9 @@ def predict(
     progress: Callable[[int], None],
     share: ProcessShare = ALONE,
 ) -> Predictions | None:
-    """Answers for every clip that has the label; the logits of a clip's views are averaged.
+    """Predictions for every clip that has the label; logits are averaged over a clip's views.
 
-    Of several processes, the first gets the answers to all batches, the others nothing.
+    With several processes, the first returns the predictions of all batches, the others None.
     """
     classifier.eval()
     device = next(classifier.parameters()).device
@@ -123,9 +123,9 @@ def predict(
 def classification_metrics(
     predictions: Predictions, *, resamples: int, seed: int
 ) -> dict[str, Metric]:
-    """Top-1 and top-5 accuracy over the clips; chance is always naming the most frequent class.
+    """Top-1 and top-5 accuracy; chance is always predicting the most frequent class.
 
-    Where clips have several labels: mean average precision, AUC and d'.
+    If clips have several labels: mean average precision, AUC and d'.
     """
     if predictions.has_several():
         return measured_multi_label(
@@ -148,9 +148,9 @@ def classification_metrics(
 def compare(
     runs: Mapping[str, Predictions], *, resamples: int, seed: int
 ) -> dict[str, dict[str, Metric] | Metric]:
-    """Each start's metrics, and pre-trained minus scratch on the clips that both answered.
+    """The metrics of each start, and pre-trained minus scratch on the clips of both.
 
-    The difference is that of top-1 accuracy, or of mAP where clips have several labels.
+    The difference is in top-1 accuracy, or in mAP if clips have several labels.
     """
     found: dict[str, dict[str, Metric] | Metric] = {
         init: classification_metrics(answers, resamples=resamples, seed=seed)
@@ -177,16 +177,16 @@ Task = tuple[str, str]  # name, start
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
-    """An encoder, fine-tuned classifiers, or both; and why something cannot be measured."""
+    """An encoder, fine-tuned classifiers, or both, and the reasons for what is skipped."""
 
     encoder: Path | None
     classifiers: Mapping[Task, Path] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def named(self, answers: Predictions, known: Collection[str]) -> Predictions:
-        """The answers with classes called by the labels of the data, where they only have numbers.
+        """The predictions with the labels of the data in place of numbered classes.
 
-        The released checkpoints number them; their order is taken to be the alphabet's.
+        The released checkpoints only number their classes; they are taken in alphabetical order.
         """
         numbers = tuple(str(place) for place in range(len(answers.classes)))
         labels = sorted({name for one in known for name in one.split(LABEL_SEPARATOR)})
@@ -195,16 +195,16 @@ class Checkpoints:
         if len(labels) != len(numbers):
             raise DataError(
                 f"the checkpoint numbers {len(numbers)} classes, the clips have "
-                f"{len(labels)} labels: which is which cannot be told",
-                hint="write their names into classifier.classes of its config.json, in order",
+                f"{len(labels)} labels: the names of its classes are unknown",
+                hint="write the names of the classes, in order, into classifier.classes of its config.json",
             )
         return replace(answers, classes=tuple(labels))
 
 
 def choose(paths: PathsParams, finetune: FinetuneParams) -> Checkpoints:
-    """What lies at paths.pretrained, encoder or classifier, and what was fine-tuned from it.
+    """The checkpoint at paths.pretrained (encoder or classifier), and those fine-tuned from it.
 
-    Raises DataError when there is no checkpoint.
+    Raises DataError if there is no checkpoint.
     """
     found: dict[Task, Path] = {
         (task, init): paths.finetuned / f"{task}-{init}"
@@ -216,8 +216,8 @@ def choose(paths: PathsParams, finetune: FinetuneParams) -> Checkpoints:
     if not (start / WEIGHTS).exists():
         if not found:
             raise DataError(
-                f"no checkpoint is in {start}",
-                hint="run `vattctl pretrain`, or give one: `vattctl evaluate --from FOLDER`",
+                f"there is no checkpoint in {start}",
+                hint="run `vattctl pretrain`, or name a checkpoint: `vattctl evaluate --from FOLDER`",
             )
         return Checkpoints(None, found)
     given = load_config(start).get("classifier")
@@ -228,18 +228,18 @@ def choose(paths: PathsParams, finetune: FinetuneParams) -> Checkpoints:
 
 
 def _task_of(folder: Path, given: Mapping[str, Any], finetune: FinetuneParams) -> str:
-    """The task of finetune.run that a classifier was trained on: its inputs, label and views."""
-    told = given.get("label")
+    """The task in finetune.run on which a classifier was trained."""
+    label = given.get("label")
     tasks = [
         name
         for name in finetune.run
         if finetune.tasks[name].modality == given["modality"]
-        and told in (None, finetune.tasks[name].label)
+        and label in (None, finetune.tasks[name].label)
     ]
     if len(tasks) != 1:
         raise SettingsError(
-            f"{folder} answers for {given['modality']}, and finetune.run has {len(tasks)} tasks of "
-            f"it: {', '.join(tasks) or 'none'}",
-            hint="name the one that it was trained on, as --set finetune.run=[kinetics400]",
+            f"{folder} is a classifier of {given['modality']}, and finetune.run has {len(tasks)} tasks "
+            f"that fit: {', '.join(tasks) or 'none'}",
+            hint="name the task of its training, for example --set finetune.run=[kinetics400]",
         )
     return tasks[0]

@@ -1,7 +1,7 @@
-"""Two evaluations on the clips they share: each one's value and the paired difference.
+"""Two evaluations on their common clips: both values and the paired difference.
 
-n shared clips. Only what both runs measured is compared; a retrieval is asked again among the
-shared clips, because a rank depends on what is searched.
+n common clips. Only measures of both runs are compared. Retrieval is ranked again among the
+common clips, because a rank depends on the clips that are searched.
 """
 
 from pathlib import Path
@@ -25,8 +25,8 @@ from vatt.metrics import (
 )
 
 ClipArrays = dict[str, NDArray[Any]]
-Values = dict[str, NDArray[Any]]  # measure -> a value a clip (n,)
-Pair = tuple[NDArray[Any], NDArray[Any]]  # the same clips' values in both runs
+Values = dict[str, NDArray[Any]]  # measure -> a value for each clip (n,)
+Pair = tuple[NDArray[Any], NDArray[Any]]  # the values of the same clips in both runs
 SIMILARITIES, PREDICTIONS, PROBE = "similarities", "predictions-", "probe-"
 CLIPS, OWN = "/clip_ids", "/own"  # of a direction of retrieval
 
@@ -34,9 +34,9 @@ CLIPS, OWN = "/clip_ids", "/own"  # of a direction of retrieval
 def compare_evaluations(
     first: Path, second: Path, *, resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """A row a measure: `name`, `first`, `second` and `difference` (first - second), as metrics.
+    """A row for each measure: `name`, and `first`, `second`, `difference` (first - second).
 
-    Raises DataError when a folder holds no evaluation, or the two share nothing.
+    Raises DataError if a folder has no evaluation, or if the two have nothing in common.
     """
     ours, theirs = _load(first), _load(second)
     rows = []
@@ -60,7 +60,7 @@ def compare_evaluations(
             rows.append({"name": measure, "first": one, "second": other, "difference": difference})
     if not rows:
         raise DataError(
-            f"{first} and {second} share no measure on a common clip",
+            f"{first} and {second} have no measure in common on the same clips",
             hint="compare evaluations of the same test split",
         )
     return rows
@@ -72,7 +72,7 @@ def _load(folder: Path) -> dict[str, ClipArrays]:
         with np.load(path, allow_pickle=False) as file:
             found[path.stem] = dict(file)
     if not found:
-        raise DataError(f"{folder} holds no evaluation", hint="run `vattctl evaluate`")
+        raise DataError(f"there is no evaluation in {folder}", hint="run `vattctl evaluate`")
     return found
 
 
@@ -81,9 +81,9 @@ def _paired(name: str, ours: ClipArrays, theirs: ClipArrays) -> dict[str, Pair]:
     if name == SIMILARITIES:
         found: dict[str, Pair] = {}
         for key in (key for key in ours if key.endswith(CLIPS) and key in theirs):
-            found |= _retrieved(key.removesuffix(CLIPS), ours, theirs)
+            found |= _retrieval_values(key.removesuffix(CLIPS), ours, theirs)
         return found
-    for prefix, values_of in ((PREDICTIONS, _classified), (PROBE, _probed)):
+    for prefix, values_of in ((PREDICTIONS, _prediction_values), (PROBE, _probe_values)):
         if name.startswith(prefix):
             mine, their = _shared(ours, theirs)
             if not len(mine):
@@ -102,7 +102,7 @@ def _paired(name: str, ours: ClipArrays, theirs: ClipArrays) -> dict[str, Pair]:
 def _shared(
     ours: ClipArrays, theirs: ClipArrays
 ) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    """Rows of the clips that both have, with the same label."""
+    """Rows of the clips that both runs have with the same label."""
     _, mine, their = np.intersect1d(ours["clip_ids"], theirs["clip_ids"], return_indices=True)
     same = ours["labels"][mine] == theirs["labels"][their]
     return mine[same], their[same]
@@ -117,7 +117,7 @@ def _answers(run: ClipArrays, rows: NDArray[np.integer] | slice = slice(None)) -
     )
 
 
-def _classified(run: ClipArrays, rows: NDArray[np.integer]) -> Values:
+def _prediction_values(run: ClipArrays, rows: NDArray[np.integer]) -> Values:
     answers = _answers(run, rows)
     return {f"top_{k}": answers.correct(k) for k in TOP if k < len(answers.classes)}
 
@@ -125,7 +125,7 @@ def _classified(run: ClipArrays, rows: NDArray[np.integer]) -> Values:
 def _multi_label(
     name: str, ours: ClipArrays, theirs: ClipArrays, *, resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """A row for each of mAP, AUC and d', for the classes that both runs know."""
+    """A row each for mAP, AUC and d', over the classes that both runs know."""
     mine, their = _shared(ours, theirs)
     left, right = _answers(ours, mine), _answers(theirs, their)
     _, columns, others = np.intersect1d(left.classes, right.classes, return_indices=True)
@@ -147,11 +147,11 @@ def _multi_label(
     ]
 
 
-def _probed(run: ClipArrays, rows: NDArray[np.integer]) -> Values:
+def _probe_values(run: ClipArrays, rows: NDArray[np.integer]) -> Values:
     return {"accuracy": run["correct"][rows]}
 
 
-def _retrieved(direction: str, ours: ClipArrays, theirs: ClipArrays) -> dict[str, Pair]:
+def _retrieval_values(direction: str, ours: ClipArrays, theirs: ClipArrays) -> dict[str, Pair]:
     key = direction + CLIPS
     _, mine, their = np.intersect1d(ours[key], theirs[key], return_indices=True)
     if not len(mine):
@@ -172,13 +172,13 @@ def _retrieved(direction: str, ours: ClipArrays, theirs: ClipArrays) -> dict[str
 def _own_ranks(
     table: NDArray[Any], own: NDArray[np.integer] | None, rows: NDArray[np.integer]
 ) -> NDArray[np.floating]:
-    """Ranks among the clips `rows` alone, a row a clip: (n, k), NaN where it asked fewer."""
+    """Ranks among the clips `rows` only: (n, k), with NaN where a clip has fewer queries."""
     own = np.arange(len(table)) if own is None else own
     place = np.full(table.shape[1], -1)
     place[rows] = np.arange(len(rows))
-    asked = np.flatnonzero(place[own] >= 0)
-    owners = place[own[asked]]
-    return by_clip(ranks(table[np.ix_(asked, rows)], owners), owners, len(rows))
+    queries = np.flatnonzero(place[own] >= 0)
+    owners = place[own[queries]]
+    return by_clip(ranks(table[np.ix_(queries, rows)], owners), owners, len(rows))
 
 
 def _within(rank: NDArray[np.floating], k: int) -> NDArray[np.floating]:

@@ -1,7 +1,7 @@
-"""Everything measured on the test split: retrieval, probes and accuracy, in one pass.
+"""All measures on the test split: retrieval, probes and accuracy.
 
-The untrained encoder, of the same shape with its first random weights, is measured too. Examples of
-retrieval come with small moving pictures for the report.
+The untrained encoder (same shape, initial random weights) is measured too. Examples of retrieval
+come with small animated pictures for the report.
 """
 
 import io
@@ -37,98 +37,6 @@ from vatt.files import atomic_folder, atomic_write
 from vatt.metrics import ranks
 from vatt.progress import Progress
 
-EACH = 3  # best, middle and worst
-HITS = 3
-
-
-def retrieval_examples(
-    searches: Mapping[str, Search], vocabulary: Path | None, *, shown: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Text to video, from best to worst; clips are named by their labels in `shown`, or by id."""
-    if "text_to_video" not in searches or vocabulary is None:
-        return []
-    search, clips = searches["text_to_video"], searches["text_to_video"].clips
-    words = Vocabulary.load(vocabulary)
-    rank = ranks(search.table, search.own)
-    found = []
-    for query in _spread(np.argsort(rank, kind="stable")):
-        row = int(search.own[query])
-        said = (
-            clips.text[row] if search.caption is None else clips.text[row, [search.caption[query]]]
-        )
-        sentences = (words.decode(map(int, ids)) for ids in said)
-        nearest = np.argsort(-search.table[query], kind="stable")[:HITS]
-        found.append(
-            {
-                "clip_id": str(clips.clip_ids[row]),
-                "sentences": [sentence for sentence in sentences if sentence],
-                "shown": _name(clips, row, shown),
-                "rank": float(rank[query]) if rank[query] % 1 else int(rank[query]),
-                "pool": search.table.shape[1],
-                "hits": [
-                    {
-                        "clip_id": str(clips.clip_ids[hit]),
-                        "shown": _name(clips, hit, shown),
-                        "own": bool(hit == row),
-                    }
-                    for hit in nearest
-                ],
-            }
-        )
-    return found
-
-
-def _spread(order: NDArray[np.integer]) -> list[int]:
-    """The first, the middle and the last few, each once."""
-    middle = max(len(order) // 2 - EACH // 2, 0)
-    chosen = [*order[:EACH], *order[middle : middle + EACH], *order[-EACH:]]
-    return [int(row) for row in dict.fromkeys(chosen)]
-
-
-def _name(clips: FeatureSet, row: int, shown: Sequence[str]) -> str:
-    labels = [str(clips.labels[name][row]) for name in shown if name in clips.labels]
-    return " ".join(filter(None, labels)) or str(clips.clip_ids[row])
-
-
-FRAMES = 8
-HEIGHT, MOST_WIDTH = 72, 160  # pixels
-MILLISECONDS = 180  # a frame
-QUALITY = 45
-
-
-def thumbnails(shards: Path, clip_ids: Iterable[str], loading: Loading) -> dict[str, bytes]:
-    """A moving picture of each test clip that has one, whatever its length, in FRAMES frames."""
-    keys = sorted(set(clip_ids))
-    index = open_index(shards, loading, split="test", keys=keys)
-    reader, found = ShardReader(index), {}
-    try:
-        for row in index.rows:
-            if row.video is None:
-                continue
-            count = min(FRAMES, row.num_frames)
-            places = np.linspace(0, row.num_frames - 1, count).astype(int).tolist()
-            try:
-                found[row.key] = _moving(reader.frames(row, places))
-            except BrokenSampleError:  # the loader's ledger says so already
-                continue
-    finally:
-        reader.close()
-    return found
-
-
-def _moving(frames: np.ndarray) -> bytes:
-    """(T, H, W, C) -> a WebP that plays again and again."""
-    _, height, width, _ = frames.shape
-    size = (min(max(round(width * HEIGHT / height), 1), MOST_WIDTH), HEIGHT)
-    first, *others = (Image.fromarray(frame).resize(size) for frame in frames)
-    file = io.BytesIO()
-    first.save(
-        file, "WEBP", save_all=True, append_images=others,
-        duration=MILLISECONDS, loop=0, quality=QUALITY,
-    )  # fmt: skip
-    return file.getvalue()
-
-
 Metrics = dict[str, Any]
 Searches = Mapping[str, Mapping[str, Search]]  # encoder -> direction
 
@@ -143,11 +51,11 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
-class Measures:
-    """What is to be measured, on which clips."""
+class EvaluationRequest:
+    """What to measure, and on which clips."""
 
     params: EvaluateParams
-    chosen: Checkpoints
+    checkpoints: Checkpoints
     finetune: FinetuneParams
     shards: Path
     machine: MachineParams
@@ -155,8 +63,8 @@ class Measures:
 
 
 @dataclass(frozen=True, slots=True)
-class Encodings:
-    """What the checkpoints say of the clips: all that is computed with a model."""
+class ModelOutputs:
+    """The outputs of all checkpoints for the clips: everything that needs a model."""
 
     passes: dict[tuple[str, int], dict[str, FeatureSet]]  # split, windows -> encoder
     insides: dict[str, Array]
@@ -164,54 +72,64 @@ class Encodings:
 
 
 def encode(
-    asked: Measures, *, cache: Path | None, progress: Progress, share: ProcessShare = ALONE
-) -> Encodings | None:
-    """Show the clips to the chosen checkpoints, once.
+    request: EvaluationRequest,
+    *,
+    cache: Path | None,
+    progress: Progress,
+    share: ProcessShare = ALONE,
+) -> ModelOutputs | None:
+    """Run the checkpoints on the clips, once.
 
-    Of several processes, the first gets what all of them computed; the others return None.
+    With several processes, the first returns the outputs of all; the others return None.
     """
-    params, chosen, clips = asked.params, asked.chosen, splits_of(asked.shards)
-    encoder = chosen.encoder
+    params, checkpoints, clips = request.params, request.checkpoints, splits_of(request.shards)
+    encoder = checkpoints.encoder
     wanted = passes_for(params, clips) if encoder else []
-    total = sum(clips[split] for split, _ in wanted) + len(chosen.classifiers) * clips["test"]
-    setting = PassSettings(
-        params, asked.shards, cache, asked.machine, asked.seed, Counter(progress, total), share
+    total = sum(clips[split] for split, _ in wanted) + len(checkpoints.classifiers) * clips["test"]
+    settings = PassSettings(
+        params,
+        request.shards,
+        cache,
+        request.machine,
+        request.seed,
+        Counter(progress, total),
+        share,
     )
     passes, insides = {}, {}
     if encoder:
         passes = {
             (split, windows): encoder_features(
-                setting, encoder, split, windows=windows, clips=clips[split]
+                settings, encoder, split, windows=windows, clips=clips[split]
             )
             for split, windows in wanted
         }
-        insides = encoder_insides(setting, encoder)
+        insides = encoder_insides(settings, encoder)
     answers = {
         (task, init): classifier_predictions(
-            setting, folder, asked.finetune.tasks[task], clips=clips["test"]
+            settings, folder, request.finetune.tasks[task], clips=clips["test"]
         )
-        for (task, init), folder in chosen.classifiers.items()
+        for (task, init), folder in checkpoints.classifiers.items()
     }
     if share.rank > 0:
         return None
-    return Encodings(
+    return ModelOutputs(
         passes, insides, {task: one for task, one in answers.items() if one is not None}
     )
 
 
-def measure(encoded: Encodings, asked: Measures) -> tuple[Metrics, Evidence]:
-    """All numbers; what there is no checkpoint for is absent."""
-    params, chosen, finetune = asked.params, asked.chosen, asked.finetune
-    shards, seed = asked.shards, asked.seed
+def measure(outputs: ModelOutputs, request: EvaluationRequest) -> tuple[Metrics, Evidence]:
+    """All metrics; those without a checkpoint are absent."""
+    params, checkpoints, finetune = request.params, request.checkpoints, request.finetune
+    shards, seed = request.shards, request.seed
     predictions: dict[str, dict[str, Predictions]] = {}
-    for (task, init), answers in encoded.answers.items():
+    for (task, init), answers in outputs.answers.items():
         known = labels_of(shards, finetune.tasks[task].label)
-        predictions.setdefault(task, {})[init] = chosen.named(answers, known)
+        predictions.setdefault(task, {})[init] = checkpoints.named(answers, known)
     searches: Searches = {}
-    probed = ProbeResults()
-    if chosen.encoder:
-        features = encoded.passes["test", params.clips]
-        probed = run_probes(params, encoded.passes, seed=seed)
+    probes = ProbeResults()
+    if checkpoints.encoder:
+        features = outputs.passes["test", params.clips]
+        probes = run_probes(params, outputs.passes, seed=seed)
         searches = {
             name: similarities(
                 features[name], pool=params.retrieval_pool, caption_queries=params.caption_queries
@@ -230,30 +148,30 @@ def measure(encoded: Encodings, asked: Measures) -> tuple[Metrics, Evidence]:
         },
         "searches": {name: setup(one) for name, one in searches.get("pretrained", {}).items()},
         "classification": _classification(params, predictions, finetune, seed=seed),
-        "probes": probed.metrics,
-        "skipped": probed.skipped | chosen.skipped,
+        "probes": probes.metrics,
+        "skipped": probes.skipped | checkpoints.skipped,
     }
     arrays = {
-        f"predictions-{task}-{init}": _kept(answers)
+        f"predictions-{task}-{init}": _prediction_arrays(answers)
         for task, runs in predictions.items()
         for init, answers in runs.items()
     }
-    if not chosen.encoder:
+    if not checkpoints.encoder:
         return metrics, Evidence(arrays, [], {})
-    arrays |= probed.arrays | {
-        "insides": encoded.insides,
+    arrays |= probes.arrays | {
+        "insides": outputs.insides,
         "features": _features(features),
         "similarities": _similarities(searches["pretrained"]),
     }
-    words = vocabulary_of(chosen.encoder)
+    words = vocabulary_of(checkpoints.encoder)
     examples = retrieval_examples(searches["pretrained"], words, shown=params.class_labels)
     shown = [clip["clip_id"] for one in examples for clip in (one, *one["hits"])]
-    pictures = thumbnails(shards, shown, Loading.of(asked.machine)) if shown else {}
+    pictures = thumbnails(shards, shown, Loading.of(request.machine)) if shown else {}
     return metrics, Evidence(arrays, examples, pictures)
 
 
 def save_results(metrics: Metrics, evidence: Evidence, *, file: Path, folder: Path) -> None:
-    """Write the metrics as JSON and the arrays into a folder, each whole or not at all."""
+    """Write the metrics as JSON and the arrays into a folder, each completely or not at all."""
     with atomic_folder(folder) as temporary:
         for name, arrays in evidence.arrays.items():
             with (temporary / f"{name}.npz").open("wb") as handle:
@@ -311,7 +229,7 @@ def _classification(
 
 
 def _features(features: Mapping[str, FeatureSet]) -> dict[str, Array]:
-    """Clips in the order of the hash of their ids, so that the first so many are a fair sample."""
+    """Clips ordered by the hash of their ids, so that the first n are a random sample."""
     clips = features["pretrained"]
     order = draw_pool(clips.clip_ids, clips.has_video, len(clips.clip_ids))
     kept: dict[str, Array] = {"clip_ids": clips.clip_ids[order]}
@@ -343,7 +261,7 @@ def _similarities(searches: Mapping[str, Search]) -> dict[str, Array]:
     }
 
 
-def _kept(answers: Predictions) -> dict[str, Any]:
+def _prediction_arrays(answers: Predictions) -> dict[str, Any]:
     return {
         "clip_ids": answers.clip_ids,
         "labels": answers.labels,
@@ -351,3 +269,95 @@ def _kept(answers: Predictions) -> dict[str, Any]:
         "classes": np.asarray(answers.classes),
         "confusion": answers.confusion(),
     }
+
+
+EACH = 3  # examples from the best, from the middle and from the worst
+HITS = 3
+
+
+def retrieval_examples(
+    searches: Mapping[str, Search], vocabulary: Path | None, *, shown: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Text to video, from best to worst; a clip is named by its labels in `shown`, or by its id."""
+    if "text_to_video" not in searches or vocabulary is None:
+        return []
+    search, clips = searches["text_to_video"], searches["text_to_video"].clips
+    words = Vocabulary.load(vocabulary)
+    rank = ranks(search.table, search.own)
+    found = []
+    for query in _spread(np.argsort(rank, kind="stable")):
+        row = int(search.own[query])
+        said = (
+            clips.text[row] if search.caption is None else clips.text[row, [search.caption[query]]]
+        )
+        sentences = (words.decode(map(int, ids)) for ids in said)
+        nearest = np.argsort(-search.table[query], kind="stable")[:HITS]
+        found.append(
+            {
+                "clip_id": str(clips.clip_ids[row]),
+                "sentences": [sentence for sentence in sentences if sentence],
+                "shown": _name(clips, row, shown),
+                "rank": float(rank[query]) if rank[query] % 1 else int(rank[query]),
+                "pool": search.table.shape[1],
+                "hits": [
+                    {
+                        "clip_id": str(clips.clip_ids[hit]),
+                        "shown": _name(clips, hit, shown),
+                        "own": bool(hit == row),
+                    }
+                    for hit in nearest
+                ],
+            }
+        )
+    return found
+
+
+def _spread(order: NDArray[np.integer]) -> list[int]:
+    """The first, the middle and the last few, each once."""
+    middle = max(len(order) // 2 - EACH // 2, 0)
+    chosen = [*order[:EACH], *order[middle : middle + EACH], *order[-EACH:]]
+    return [int(row) for row in dict.fromkeys(chosen)]
+
+
+def _name(clips: FeatureSet, row: int, shown: Sequence[str]) -> str:
+    labels = [str(clips.labels[name][row]) for name in shown if name in clips.labels]
+    return " ".join(filter(None, labels)) or str(clips.clip_ids[row])
+
+
+FRAMES = 8
+HEIGHT, MOST_WIDTH = 72, 160  # pixels
+MILLISECONDS = 180  # per frame
+QUALITY = 45
+
+
+def thumbnails(shards: Path, clip_ids: Iterable[str], loading: Loading) -> dict[str, bytes]:
+    """An animated picture of each test clip that has video, in at most FRAMES frames."""
+    keys = sorted(set(clip_ids))
+    index = open_index(shards, loading, split="test", keys=keys)
+    reader, found = ShardReader(index), {}
+    try:
+        for row in index.rows:
+            if row.video is None:
+                continue
+            count = min(FRAMES, row.num_frames)
+            places = np.linspace(0, row.num_frames - 1, count).astype(int).tolist()
+            try:
+                found[row.key] = _animated(reader.frames(row, places))
+            except BrokenSampleError:  # it is in the loader's ledger already
+                continue
+    finally:
+        reader.close()
+    return found
+
+
+def _animated(frames: np.ndarray) -> bytes:
+    """(T, H, W, C) -> a WebP that repeats forever."""
+    _, height, width, _ = frames.shape
+    size = (min(max(round(width * HEIGHT / height), 1), MOST_WIDTH), HEIGHT)
+    first, *others = (Image.fromarray(frame).resize(size) for frame in frames)
+    file = io.BytesIO()
+    first.save(
+        file, "WEBP", save_all=True, append_images=others,
+        duration=MILLISECONDS, loop=0, quality=QUALITY,
+    )  # fmt: skip
+    return file.getvalue()

@@ -1,6 +1,6 @@
 """Model and evaluation batches -> arrays of features and embeddings, computed once and kept.
 
-Several processes encode whole batches each, and the first puts them together. n clips, V windows,
+Several processes encode complete batches each, and the first joins their results. n clips, V windows,
 K candidate texts, L words, D encoder width, E common-space width.
 """
 
@@ -27,15 +27,15 @@ _NOTHING = object()
 
 @dataclass(frozen=True, slots=True)
 class ProcessShare:
-    """Which process this is, and how processes talk."""
+    """This process among several, and how they exchange values."""
 
     rank: int
     world_size: int
-    gather: Callable[[Any], list[Any] | None]  # all processes' values, by rank; None but in rank 0
+    gather: Callable[[Any], list[Any] | None]  # all values by rank, in rank 0; None elsewhere
     from_rank_0: Callable[[Any], Any]
 
     def joined(self, parts: Sequence[Any]) -> list[Any] | None:
-        """The parts of all batches in the batches' order; None but in rank 0."""
+        """The parts of all batches in order, in rank 0; None elsewhere."""
         every = self.gather(list(parts))
         if every is None:
             return None
@@ -53,15 +53,15 @@ EncodedPart = tuple[
     list[str], dict[str, list[str]], dict[str, dict[str, Array]]
 ]  # ids, labels, encoded
 
-KEPT_FILES = 48  # in the cache; those used longest ago go first
+KEPT_FILES = 48  # in the cache; the least recently used are deleted
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureSet:
-    """What an encoder says of every clip of a split, with the clips' ids and labels."""
+    """The outputs of an encoder for every clip of a split, with the clips' ids and labels."""
 
     clip_ids: NDArray[np.str_]  # (n,)
-    labels: dict[str, NDArray[np.str_]]  # name -> (n,); "" where a clip has none
+    labels: dict[str, NDArray[np.str_]]  # name -> (n,); "" where a clip has no label
     video: Array  # (n, V, D)
     audio: Array  # (n, V, D)
     video_va: Array  # (n, V, E)
@@ -74,7 +74,7 @@ class FeatureSet:
     has_text: Array  # (n, K)
 
     def take(self, rows: NDArray[np.integer]) -> "FeatureSet":
-        """The same for some of the clips, in the order given."""
+        """The same for these clips, in this order."""
         labels = {name: values[rows] for name, values in self.labels.items()}
         arrays = {name: getattr(self, name)[rows] for name in ARRAYS}
         return FeatureSet(clip_ids=self.clip_ids[rows], labels=labels, **arrays)
@@ -92,9 +92,9 @@ def extract(
     total: int,
     share: ProcessShare = ALONE,
 ) -> dict[str, FeatureSet]:
-    """Show every batch to every encoder, so that clips are decoded once.
+    """Run every encoder on every batch, so that clips are decoded once.
 
-    The windows of a clip stand side by side in a batch. Of several processes, the first gets the
+    The windows of a clip are adjacent in a batch. With several processes, the first returns the
     features of all batches, the others nothing.
     """
     parts, clips = [], 0
@@ -130,14 +130,14 @@ def _together(name: str, parts: Sequence[EncodedPart]) -> FeatureSet:
 def _check_finite(name: str, parts: list[dict[str, Array]]) -> None:
     if not all(np.isfinite(array).all() for part in parts for array in part.values()):
         raise DataError(
-            f"the {name} encoder answers with numbers that are not finite",
+            f"the outputs of the {name} encoder are not finite",
             hint="its training diverged: lower pretrain.optimizer.learning_rate and run it again",
         )
 
 
 @torch.inference_mode()
 def _encode(encoder: VATT, batch: Batch) -> dict[str, Array]:
-    """What the encoder says of a batch; a modality that was not sampled has width 0."""
+    """The outputs of the encoder for a batch; a modality that was not sampled has width 0."""
     encoder.eval()
     here = batch.to(next(encoder.parameters()).device)
     video, audio, text = model_inputs(here)
@@ -148,31 +148,33 @@ def _encode(encoder: VATT, batch: Batch) -> dict[str, Array]:
     )
     has_text = (text != 0).any(dim=-1)
     embeddings = encoder.project(features, has_text=has_text)
-    nothing, nothing_said = here.has_video.new_zeros(len(video), 0).float(), here.text[..., :0]
+    absent, absent_text = here.has_video.new_zeros(len(video), 0).float(), here.text[..., :0]
     tensors = {
         "video": features.video,
         "audio": features.audio,
         "video_va": embeddings.video_va,
         "audio_va": embeddings.audio_va,
         "video_vt": embeddings.video_vt,
-        "text_vt": nothing_said.float() if embeddings.text_vt is None else embeddings.text_vt,
+        "text_vt": absent_text.float() if embeddings.text_vt is None else embeddings.text_vt,
         "text": text,
         "has_video": here.has_video,
         "has_audio": here.has_audio,
         "has_text": has_text,
     }
     return {
-        name: (nothing if tensor is None else tensor).cpu().numpy()
+        name: (absent if tensor is None else tensor).cpu().numpy()
         for name, tensor in tensors.items()
     }
 
 
 def _windows(clip_ids: list[str]) -> int:
-    """The number of adjacent rows that each clip has; a clip may not come back later."""
+    """The number of adjacent rows of each clip."""
     clips = len(dict.fromkeys(clip_ids))
     windows = len(clip_ids) // max(clips, 1)
     expected = [clip for clip in dict.fromkeys(clip_ids) for _ in range(windows)]
-    assert clip_ids == expected, "the windows of a clip must be adjacent and equally many"
+    assert clip_ids == expected, (
+        "the windows of a clip must be adjacent, and their number the same for every clip"
+    )
     return max(windows, 1)
 
 
@@ -181,7 +183,7 @@ def _stack(parts: list[dict[str, Array]], windows: int) -> dict[str, Array]:
     for name in ARRAYS:
         rows = np.concatenate([part[name] for part in parts])
         by_clip = rows.reshape(len(rows) // windows, windows, *rows.shape[1:])
-        # Windows differ in picture and sound; a clip's captions are those of its first.
+        # Windows differ in picture and sound; the captions are those of the first window.
         stacked[name] = by_clip if name in WINDOWED else by_clip[:, 0]
     return stacked
 
@@ -215,7 +217,7 @@ def cached_arrays(
     *,
     share: ProcessShare = ALONE,
 ) -> dict[str, Array]:
-    """Plain arrays by name, computed when there is no file under their key."""
+    """Plain arrays by name, computed if there is no file under their key."""
     if folder is None:
         return compute()
     file = folder / f"{key}.npz"
@@ -229,7 +231,7 @@ def cached_arrays(
 
 
 def cache_key(*parts: object) -> str:
-    """A name for features made from these weights, clips and settings, by the present code."""
+    """A name for the features of these weights, clips and settings, made by the present code."""
     digest = hashlib.sha256(repr((torch.__version__, *parts)).encode())
     package = Path(vatt.__file__).parent
     own = ("classification.py", "features.py", "passes.py")
@@ -276,7 +278,7 @@ def _save(arrays: Mapping[str, Any], file: Path) -> None:
 
 def _load(file: Path) -> dict[str, Array]:
     with np.load(file, allow_pickle=False) as stored:
-        file.touch()  # what is used is kept longest
+        file.touch()  # the least recently used are deleted first
         return dict(stored)
 
 

@@ -1,8 +1,8 @@
 """The passes over the shards: which encoder or classifier sees which clips.
 
-One of them looks inside the encoders for figures 3 and 4 of the paper: input tokens, and how active
-each node of the MLPs is. B clips of a batch, n in all, L words, N tokens, D encoder width, M hidden
-nodes of an MLP.
+One pass looks inside the encoders for figures 3 and 4 of the paper: at their input tokens and at the
+activations of the MLP nodes. B clips of a batch, n of all batches, L words, N tokens, D encoder
+width, M hidden nodes of an MLP.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -41,21 +41,207 @@ from vatt.evaluation.retrieval import draw_pool
 from vatt.model.vatt import MODALITIES, VATT, Classifier
 from vatt.progress import Progress
 
-CLIPS = 64  # that are looked at
+
+@dataclass(slots=True)
+class Counter:
+    """Joins the progress of several passes into one."""
+
+    report: Progress
+    total: int
+    before: int = 0
+
+    def add(self, clips: int) -> None:
+        self.before += clips
+        self.report(min(self.before, self.total), self.total)
+
+    def inside(self, done: int, _: int) -> None:
+        self.report(min(self.before + done, self.total), self.total)
+
+
+@dataclass(frozen=True, slots=True)
+class PassSettings:
+    """The settings that all passes share."""
+
+    params: EvaluateParams
+    shards: Path
+    cache: Path | None
+    machine: MachineParams
+    seed: int
+    counter: Counter
+    share: ProcessShare
+
+    def batches(
+        self,
+        split: str,
+        sampling: Sampling,
+        views: tuple[int, int],
+        keys: Collection[str] | None = None,
+    ) -> Iterator[Batch]:
+        """This process's batches of a split."""
+        # Each clip is used once: keeping it decoded would only cost memory.
+        loading = replace(Loading.of(self.machine), cache_gb=0.0)
+        return eval_batches(
+            open_index(self.shards, loading, split=split, keys=keys),
+            sampling,
+            batch_size=self.params.batch_size,
+            views=views,
+            rank=self.share.rank,
+            world_size=self.share.world_size,
+            loading=loading,
+        )
+
+    def data(self, sampling: Sampling, *more: object) -> tuple[object, ...]:
+        """The parts of a cache key that identify the batches."""
+        words = [] if sampling.vocabulary is None else [sampling.vocabulary]
+        plain = replace(sampling, vocabulary=None)
+        size, device = self.params.batch_size, _device().type
+        return (file_hash(self.shards / INDEX, *words), repr(plain), size, device, *more)
+
+
+def encoder_features(
+    settings: PassSettings, pretrained: Path, split: str, *, windows: int, clips: int
+) -> dict[str, FeatureSet]:
+    """The features of a split from both encoders, from the cache if they are there.
+
+    The windows of the test split include words; all other passes serve the probes only.
+    """
+    model = ModelParams.model_validate(load_config(pretrained)["model"])
+    sampling = Sampling.for_evaluation(model, settings.params, vocabulary=vocabulary_of(pretrained))
+    if (split, windows) != ("test", settings.params.clips):
+        sampling = _of_probes(sampling, settings.params)
+    data = settings.data(sampling, split, windows)
+    keys = {
+        "pretrained": cache_key("pretrained", _weights(pretrained), *data),
+        "untrained": cache_key("untrained", model.model_dump_json(), settings.seed, *data),
+    }
+
+    def compute(names: list[str]) -> dict[str, FeatureSet]:
+        encoders = {
+            name: _encoder(pretrained) if name == "pretrained" else untrained(model, settings.seed)
+            for name in names
+        }
+        batches = settings.batches(split, sampling, (windows, 1))
+        return extract(
+            encoders, batches, progress=settings.counter.inside, total=clips, share=settings.share
+        )
+
+    found = cached(settings.cache, keys, compute, share=settings.share)
+    settings.counter.add(clips)
+    return found
+
+
+def encoder_insides(settings: PassSettings, pretrained: Path) -> dict[str, Array]:
+    """Inputs and activations of the pre-trained encoder for some test clips."""
+    model = ModelParams.model_validate(load_config(pretrained)["model"])
+    sampling = Sampling.for_evaluation(model, settings.params, vocabulary=vocabulary_of(pretrained))
+    index = open_index(settings.shards, Loading.of(settings.machine), split="test")
+    keys = np.asarray([row.key for row in index.rows])
+    chosen = keys[draw_pool(keys, np.ones(len(keys), dtype=bool), CLIPS)].tolist()
+    key = cache_key("insides", _weights(pretrained), *settings.data(sampling, chosen))
+    return cached_arrays(
+        settings.cache,
+        key,
+        lambda: inner_views(
+            _encoder(pretrained),
+            settings.batches("test", sampling, (1, 1), chosen),
+            share=settings.share,
+        ),
+        share=settings.share,
+    )
+
+
+def vocabulary_of(pretrained: Path) -> Path | None:
+    """The vocabulary of the encoder; None if the checkpoint has no word list."""
+    path = pretrained / VOCABULARY
+    return path if path.exists() else None
+
+
+def _of_probes(sampling: Sampling, params: EvaluateParams) -> Sampling:
+    """The sampling without words and without modalities that no probe uses."""
+    used = {probe.modality for probe in params.probes.values()}
+    return replace(
+        sampling,
+        frames=sampling.frames if "video" in used else 0,
+        samples=sampling.samples if "audio" in used else 0,
+        candidates=0,
+        vocabulary=None,
+    )
+
+
+def _weights(folder: Path) -> str:
+    return file_hash(folder / WEIGHTS, folder / CONFIG)
+
+
+def _encoder(folder: Path) -> VATT:
+    model = load(folder)
+    assert isinstance(model, VATT), f"{folder} has a classifier"
+    return model.to(_device())
+
+
+def untrained(model: ModelParams, seed: int) -> VATT:
+    """The encoder before any training, with weights drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(model).eval().to(_device())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def classifier_predictions(
+    settings: PassSettings, folder: Path, task: FinetuneTaskParams, *, clips: int
+) -> Predictions | None:
+    """The predictions of a classifier for the test clips, in rank 0; None elsewhere."""
+    config = load_config(folder)
+    model = ModelParams.model_validate(config["model"])
+    classes = tuple(config["classifier"]["classes"])
+    # With the input sizes of the checkpoint: those of a released one may differ from the task's.
+    sizes = dict.fromkeys(("frames", "frame_size", "audio_samples"))
+    sampling = Sampling.for_task(model, task.model_copy(update=sizes))
+    views = (task.test_clips, task.test_crops)
+
+    def compute() -> dict[str, Array]:
+        classifier = load(folder)
+        assert isinstance(classifier, Classifier), f"{folder} has no classifier"
+        answers = predict(
+            classifier.to(_device()),
+            settings.batches("test", sampling, views),
+            modality=task.modality,
+            label=task.label,
+            classes=classes,
+            progress=settings.counter.add,
+            share=settings.share,
+        )
+        if answers is None:
+            return {}
+        return {name: getattr(answers, name) for name in ("clip_ids", "labels", "logits")}
+
+    key = cache_key(
+        "answers", _weights(folder), *settings.data(sampling, views, task.modality, task.label)
+    )
+    before = settings.counter.before
+    found = cached_arrays(settings.cache, key, compute, share=settings.share)
+    settings.counter.before = before
+    settings.counter.add(clips)
+    return Predictions(**found, classes=classes) if found else None
+
+
+CLIPS = 64  # of the look inside the encoders
 
 
 @dataclass(frozen=True, slots=True)
 class TowerActivity:
-    """What one tower was seen doing with a batch."""
+    """Inputs and activations of one tower for a batch."""
 
     clip_ids: list[str]
-    inputs: Array  # (B, D) mean token of each clip as the encoder receives it
+    inputs: Array  # (B, D) mean input token of each clip
     sums: Array  # (depth, M) activations summed over tokens
     tokens: int
 
 
 def watch(tower: Any, clip_ids: list[str], inputs: Tensor, counts: Tensor | None) -> TowerActivity:
-    """Run the tower; `counts` (B, 1 + N) is 0 for pads."""
+    """Run the tower and record it; `counts` (B, 1 + N) is 0 for padding."""
     entered: list[tuple[Tensor, ...]] = []
     active: list[Tensor] = []
 
@@ -68,13 +254,13 @@ def watch(tower: Any, clip_ids: list[str], inputs: Tensor, counts: Tensor | None
     try:
         tower(inputs)
         hooks += [block.mlp.activation.register_forward_hook(add) for block in encoder.blocks]
-        encoder(*entered[0])  # for every token; a tower asks for AGG's answer alone
+        encoder(*entered[0])  # with the outputs of all tokens; a tower computes only that of AGG
     finally:
         for hook in hooks:
             hook.remove()
     tokens = entered[0][0]
     whole = tokens.new_ones(tokens.shape[:2]) if counts is None else counts.to(tokens.dtype)
-    own = whole[:, 1:, None]  # AGG is no input
+    own = whole[:, 1:, None]  # AGG is not an input
     means = (tokens[:, 1:] * own).sum(1) / own.sum(1)
     return TowerActivity(
         clip_ids,
@@ -90,9 +276,10 @@ def inner_views(
 ) -> dict[str, Array]:
     """Mean input tokens and mean activations of the clips in `batches`, by modality.
 
-    `input/<modality>` (n, D) is the mean of a clip's tokens as the encoder receives them, with
-    `input/<modality>/clip_ids` (n,); `nodes/<modality>` (depth, M) the mean activation, after the
-    GELU, of every MLP node over all tokens. Pads count nowhere; of several texts, the first does.
+    `input/<modality>` (n, D) is the mean of a clip's input tokens, with
+    `input/<modality>/clip_ids` (n,); `nodes/<modality>` (depth, M) is the mean activation of every
+    MLP node after the GELU, over all tokens. Padding does not count; of several texts, the first is
+    used.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -124,188 +311,3 @@ def _watch_batch(model: VATT, batch: Batch) -> dict[str, TowerActivity]:
             own = None if counts is None else counts[present]
             found[name] = watch(getattr(model, name), ids, given[present], own)
     return found
-
-
-@dataclass(slots=True)
-class Counter:
-    """Turns the progress of several passes into one."""
-
-    report: Progress
-    total: int
-    before: int = 0
-
-    def add(self, clips: int) -> None:
-        self.before += clips
-        self.report(min(self.before, self.total), self.total)
-
-    def inside(self, done: int, _: int) -> None:
-        self.report(min(self.before + done, self.total), self.total)
-
-
-@dataclass(frozen=True, slots=True)
-class PassSettings:
-    """What all passes have in common."""
-
-    params: EvaluateParams
-    shards: Path
-    cache: Path | None
-    machine: MachineParams
-    seed: int
-    counter: Counter
-    share: ProcessShare
-
-    def batches(
-        self,
-        split: str,
-        sampling: Sampling,
-        views: tuple[int, int],
-        keys: Collection[str] | None = None,
-    ) -> Iterator[Batch]:
-        """This process's batches of a split."""
-        # A clip is shown once: keeping it decoded would only cost memory.
-        loading = replace(Loading.of(self.machine), cache_gb=0.0)
-        return eval_batches(
-            open_index(self.shards, loading, split=split, keys=keys),
-            sampling,
-            batch_size=self.params.batch_size,
-            views=views,
-            rank=self.share.rank,
-            world_size=self.share.world_size,
-            loading=loading,
-        )
-
-    def data(self, sampling: Sampling, *more: object) -> tuple[object, ...]:
-        """What names the batches in a cache's key."""
-        words = [] if sampling.vocabulary is None else [sampling.vocabulary]
-        plain = replace(sampling, vocabulary=None)
-        size, device = self.params.batch_size, _device().type
-        return (file_hash(self.shards / INDEX, *words), repr(plain), size, device, *more)
-
-
-def encoder_features(
-    setting: PassSettings, pretrained: Path, split: str, *, windows: int, clips: int
-) -> dict[str, FeatureSet]:
-    """Both encoders' features of a split, from the cache where they are known.
-
-    The test split's own windows are shown with words, everything else for the probes' sake only.
-    """
-    model = ModelParams.model_validate(load_config(pretrained)["model"])
-    sampling = Sampling.for_evaluation(model, setting.params, vocabulary=vocabulary_of(pretrained))
-    if (split, windows) != ("test", setting.params.clips):
-        sampling = _of_probes(sampling, setting.params)
-    data = setting.data(sampling, split, windows)
-    keys = {
-        "pretrained": cache_key("pretrained", _weights(pretrained), *data),
-        "untrained": cache_key("untrained", model.model_dump_json(), setting.seed, *data),
-    }
-
-    def compute(names: list[str]) -> dict[str, FeatureSet]:
-        encoders = {
-            name: _encoder(pretrained) if name == "pretrained" else untrained(model, setting.seed)
-            for name in names
-        }
-        batches = setting.batches(split, sampling, (windows, 1))
-        return extract(
-            encoders, batches, progress=setting.counter.inside, total=clips, share=setting.share
-        )
-
-    found = cached(setting.cache, keys, compute, share=setting.share)
-    setting.counter.add(clips)
-    return found
-
-
-def encoder_insides(setting: PassSettings, pretrained: Path) -> dict[str, Array]:
-    """A look inside the pre-trained encoder with some test clips (see py)."""
-    model = ModelParams.model_validate(load_config(pretrained)["model"])
-    sampling = Sampling.for_evaluation(model, setting.params, vocabulary=vocabulary_of(pretrained))
-    index = open_index(setting.shards, Loading.of(setting.machine), split="test")
-    keys = np.asarray([row.key for row in index.rows])
-    chosen = keys[draw_pool(keys, np.ones(len(keys), dtype=bool), CLIPS)].tolist()
-    key = cache_key("insides", _weights(pretrained), *setting.data(sampling, chosen))
-    return cached_arrays(
-        setting.cache,
-        key,
-        lambda: inner_views(
-            _encoder(pretrained),
-            setting.batches("test", sampling, (1, 1), chosen),
-            share=setting.share,
-        ),
-        share=setting.share,
-    )
-
-
-def vocabulary_of(pretrained: Path) -> Path | None:
-    """The words that the encoder learned; None when nobody gave them."""
-    path = pretrained / VOCABULARY
-    return path if path.exists() else None
-
-
-def _of_probes(sampling: Sampling, params: EvaluateParams) -> Sampling:
-    """No words, and what no probe asks for."""
-    asked = {probe.modality for probe in params.probes.values()}
-    return replace(
-        sampling,
-        frames=sampling.frames if "video" in asked else 0,
-        samples=sampling.samples if "audio" in asked else 0,
-        candidates=0,
-        vocabulary=None,
-    )
-
-
-def _weights(folder: Path) -> str:
-    return file_hash(folder / WEIGHTS, folder / CONFIG)
-
-
-def _encoder(folder: Path) -> VATT:
-    model = load(folder)
-    assert isinstance(model, VATT), f"{folder} holds a classifier"
-    return model.to(_device())
-
-
-def untrained(model: ModelParams, seed: int) -> VATT:
-    """The encoder before any training, its weights drawn from the seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build(model).eval().to(_device())
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def classifier_predictions(
-    setting: PassSettings, folder: Path, task: FinetuneTaskParams, *, clips: int
-) -> Predictions | None:
-    """A classifier's answers for the test clips; None but in the first process."""
-    config = load_config(folder)
-    model = ModelParams.model_validate(config["model"])
-    classes = tuple(config["classifier"]["classes"])
-    # The checkpoint's own input sizes: a released one need not have the task's.
-    sizes = dict.fromkeys(("frames", "frame_size", "audio_samples"))
-    sampling = Sampling.for_task(model, task.model_copy(update=sizes))
-    views = (task.test_clips, task.test_crops)
-
-    def compute() -> dict[str, Array]:
-        classifier = load(folder)
-        assert isinstance(classifier, Classifier), f"{folder} holds no classifier"
-        answers = predict(
-            classifier.to(_device()),
-            setting.batches("test", sampling, views),
-            modality=task.modality,
-            label=task.label,
-            classes=classes,
-            progress=setting.counter.add,
-            share=setting.share,
-        )
-        if answers is None:
-            return {}
-        return {name: getattr(answers, name) for name in ("clip_ids", "labels", "logits")}
-
-    key = cache_key(
-        "answers", _weights(folder), *setting.data(sampling, views, task.modality, task.label)
-    )
-    before = setting.counter.before
-    found = cached_arrays(setting.cache, key, compute, share=setting.share)
-    setting.counter.before = before
-    setting.counter.add(clips)
-    return Predictions(**found, classes=classes) if found else None

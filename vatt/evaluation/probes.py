@@ -1,8 +1,8 @@
-"""Linear probes on frozen features: how much of a label the encoder shows already.
+"""Linear probes on frozen features: how well a label can be read from them.
 
 n clips, F folds, V windows of a test clip, D encoder width, C classes. Two classifiers, as in the
 paper: a linear SVM, and the low-rank one, C = U V with 128 components, a tenth of which is sampled
-at each step. Both learn from one window of a clip.
+at each step. Both are trained on one window of each clip.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ from vatt.metrics import Booleans, Floats, majority_share, measured, measured_di
 REGULARISATIONS = (0.001, 0.01, 0.1, 1.0)  # C of the SVM, chosen on a fifth of the train clips
 HELD_OUT = 5
 
-COMPONENTS = 128  # paper, appendix: rank of the classifier,
-SAMPLED = 0.1  # the share of it that a step sees,
+COMPONENTS = 128  # paper, appendix: rank of the classifier
+SAMPLED = 0.1  # share of the components that a step uses
 LEARNING_RATE = 5e-4
 BATCH_SIZE = 64
 
@@ -33,7 +33,7 @@ BATCH_SIZE = 64
 def svm_correct(
     train: tuple[Array, NDArray[np.str_]], test: tuple[Array, NDArray[np.str_]]
 ) -> Booleans:
-    """Whether a linear SVM names each test clip's label: (n, D), (n,) and (m, V, D), (m,) -> (m,).
+    """Whether a linear SVM predicts each label: (n, D), (n,) and (m, V, D), (m,) -> (m,).
 
     The margins of a clip's windows are averaged.
     """
@@ -54,13 +54,13 @@ def svm_correct(
         ],
         axis=0,
     )
-    # Of two classes there is one margin, that of the second.
+    # With two classes there is only one margin, that of the second.
     answers = (margins > 0).astype(int) if margins.ndim == 1 else margins.argmax(axis=1)
     return np.asarray(model.classes_[answers] == test[1])
 
 
 def held_out_rows(rows: int) -> Booleans:
-    """A drawn fifth: every fifth row of a corpus made in turns would be of few classes."""
+    """A random fifth: in a corpus of alternating classes, every fifth row would miss some."""
     return np.random.default_rng(0).permutation(rows) % HELD_OUT == 0
 
 
@@ -69,7 +69,7 @@ def _svm(features: Floats, labels: NDArray[np.str_], c: float) -> LinearSVC:
 
 
 class LowRankClassifier(nn.Module):
-    """Features -> 128 components -> classes; a training step sees a tenth of the components."""
+    """Features -> 128 components -> classes; a training step uses a tenth of the components."""
 
     def __init__(self, dim: int, classes: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -85,12 +85,12 @@ class LowRankClassifier(nn.Module):
             return self.up(self.down(features))
         kept = torch.randperm(COMPONENTS, generator=self.generator)[: num_sampled()]
         components = nn.functional.linear(features, self.down.weight[kept])
-        components = components * (COMPONENTS / len(kept))  # as large as all of them
+        components = components * (COMPONENTS / len(kept))  # the expected sum of all components
         return nn.functional.linear(components, self.up.weight[:, kept], self.up.bias)
 
 
 def num_sampled() -> int:
-    """Components that a step sees."""
+    """The number of components that a step uses."""
     return round(SAMPLED * COMPONENTS)
 
 
@@ -135,7 +135,7 @@ Passes = Mapping[tuple[str, int], Mapping[str, FeatureSet]]  # split, windows ->
 
 @dataclass(slots=True)
 class ProbeResults:
-    """What the probes found."""
+    """Metrics and arrays by probe, and the reasons for those that were skipped."""
 
     metrics: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -144,17 +144,17 @@ class ProbeResults:
 
 @dataclass(frozen=True, slots=True)
 class Clips:
-    """The clips a probe may use: those that have its modality and label."""
+    """The clips that a probe can use: those with its modality and label."""
 
     clip_ids: NDArray[np.str_]  # (n,)
     labels: NDArray[np.str_]  # (n,)
-    folds: dict[str, tuple[Booleans, Booleans]]  # name -> learned from, asked: (n,) each
+    folds: dict[str, tuple[Booleans, Booleans]]  # name -> train clips, test clips: (n,) each
     centre: dict[str, Array]  # encoder -> (n, D), one window
     windows: dict[str, Array]  # encoder -> (n, V, D)
 
 
 def passes_for(params: EvaluateParams, splits: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Which splits must be shown with how many windows; the test split's own come first."""
+    """The splits to encode, and with how many windows; the test split comes first."""
     needed = [("test", params.clips)]
     if params.probes:
         needed.append(("train", 1))
@@ -164,11 +164,11 @@ def passes_for(params: EvaluateParams, splits: Mapping[str, int]) -> list[tuple[
 
 
 def run_probes(params: EvaluateParams, passes: Passes, *, seed: int) -> ProbeResults:
-    """Every probe that has something to learn and to ask; the others say why not."""
+    """Run every probe that has train and test clips; the others are skipped with a reason."""
     found = ProbeResults()
     for name, probe in params.probes.items():
         clips = _clips(probe, params, passes)
-        why = _cannot(probe, clips)
+        why = _why_not(probe, clips)
         if why:
             found.skipped[f"probe {name}"] = why
             continue
@@ -179,7 +179,7 @@ def run_probes(params: EvaluateParams, passes: Passes, *, seed: int) -> ProbeRes
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A split's clips that have the label, in both kinds of pass."""
+    """The clips of a split that have the label, in both kinds of pass."""
 
     split: str
     first: FeatureSet
@@ -192,11 +192,11 @@ class _Part:
 
 
 def _clips(probe: ProbeParams, params: EvaluateParams, passes: Passes) -> Clips:
-    """Train and test clips; those of all splits where folds say which is which."""
+    """Train and test clips; with folds, the clips of all splits."""
     splits = dict.fromkeys(split for split, _ in passes)
     parts = []
     for split in splits if probe.folds else [one for one in ("train", "test") if one in splits]:
-        # Without folds a clip is learned from or asked, and is shown for that alone.
+        # Without folds, a clip is used either for training or for testing, with one number of windows.
         centre = passes.get((split, 1)) or passes[split, params.clips]
         windows = passes.get((split, params.clips)) or passes[split, 1]
         first = centre["pretrained"]
@@ -204,7 +204,9 @@ def _clips(probe: ProbeParams, params: EvaluateParams, passes: Passes) -> Clips:
         named = first.labels.get(probe.label, np.full(len(present), "")) != ""
         parts.append(_Part(split, first, np.flatnonzero(present & named), centre, windows))
     where = np.concatenate([np.full(len(part.rows), part.split) for part in parts])
-    told = {name: np.concatenate([part.label(name) for part in parts]) for name in probe.folds}
+    fold_labels = {
+        name: np.concatenate([part.label(name) for part in parts]) for name in probe.folds
+    }
 
     def of(found: Mapping[str, FeatureSet], encoder: str, part: _Part) -> Array:
         return np.asarray(getattr(found[encoder], probe.modality)[part.rows])
@@ -212,61 +214,63 @@ def _clips(probe: ProbeParams, params: EvaluateParams, passes: Passes) -> Clips:
     return Clips(
         clip_ids=np.concatenate([part.first.clip_ids[part.rows] for part in parts]),
         labels=np.concatenate([part.label(probe.label) for part in parts]),
-        folds=official_folds(told) if told else {"": (where == "train", where == "test")},
+        folds=official_folds(fold_labels)
+        if fold_labels
+        else {"": (where == "train", where == "test")},
         centre={
             encoder: np.concatenate([of(part.centre, encoder, part)[:, 0] for part in parts])
             for encoder in ENCODERS
         },
         windows={
             encoder: np.concatenate(
-                _equally_many([of(part.windows, encoder, part) for part in parts])
+                _same_width([of(part.windows, encoder, part) for part in parts])
             )
             for encoder in ENCODERS
         },
     )
 
 
-def _equally_many(parts: Sequence[Array]) -> list[Array]:
-    """Clips that are only learned from stand in with their one window: nobody asks."""
+def _same_width(parts: Sequence[Array]) -> list[Array]:
+    """Train clips have one window: it is repeated to the width of the test clips."""
     most = max(part.shape[1] for part in parts)
     return [part if part.shape[1] == most else np.repeat(part, most, axis=1) for part in parts]
 
 
 def official_folds(
-    told: Mapping[str, NDArray[np.str_]],
+    fold_labels: Mapping[str, NDArray[np.str_]],
 ) -> dict[str, tuple[Booleans, Booleans]]:
-    """Labels -> the clips learned from and asked in each official split.
+    """Labels -> the train and test clips of each official split.
 
-    Several labels, or one of train and test: each is a split. One label of other values: each
-    value is asked once, the rest learned from.
+    Several labels, or one with the values train and test: each label is a split. One label with
+    other values: each value is the test part once, and the rest is for training.
     """
-    values, *more = told.values()
+    values, *more = fold_labels.values()
     if not more and not set(values.tolist()) & {"train", "test"}:
         return {
             value: ((values != value) & (values != ""), values == value)
             for value in sorted(set(values.tolist()) - {""})
         }
-    return {name: (values == "train", values == "test") for name, values in told.items()}
+    return {name: (values == "train", values == "test") for name, values in fold_labels.items()}
 
 
-def _cannot(probe: ProbeParams, clips: Clips) -> str:
-    """Why there is nothing to learn or to ask; empty when there is."""
+def _why_not(probe: ProbeParams, clips: Clips) -> str:
+    """Why the probe cannot be trained or tested; empty if it can."""
     if not clips.folds:
-        return f"no clip has a label of {', '.join(probe.folds)}"
+        return f"no clip has a label named {', '.join(probe.folds)}"
     for name, sides in clips.folds.items():
         for rows, needed, side in zip(sides, (2, 1), ("train", "test"), strict=True):
             values = len(set(clips.labels[rows].tolist()))
             if values < needed:
                 place = f"the {side} split" + (f" of {name}" if name else "")
-                return f"{values} values of label '{probe.label}' in {place}"
+                return f"label '{probe.label}' has {values} values in {place}, at least {needed} needed"
     return ""
 
 
 def _probe(
     probe: ProbeParams, params: EvaluateParams, clips: Clips, *, seed: int
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Both classifiers on both encoders, with the paired difference; and what each clip got."""
-    asked = np.logical_or.reduce([test for _, test in clips.folds.values()])
+    """Both classifiers on both encoders with the paired difference, and the result per clip."""
+    tested = np.logical_or.reduce([test for _, test in clips.folds.values()])
     kinds = ("svm", "low_rank") if params.low_rank_steps else ("svm",)
     found: dict[str, Any] = {}
     arrays: dict[str, dict[str, Any]] = {}
@@ -278,14 +282,14 @@ def _probe(
                     for fold in clips.folds.values()
                 ],
                 axis=1,
-            )[asked]
+            )[tested]
             for encoder in ENCODERS
         }
         found[kind] = _measured(correct, params, clips, seed=seed)
         ours = correct["pretrained"]
         arrays[kind] = {
-            "clip_ids": clips.clip_ids[asked],
-            "labels": clips.labels[asked],
+            "clip_ids": clips.clip_ids[tested],
+            "labels": clips.labels[tested],
             "correct": ours if len(clips.folds) > 1 else ours[:, 0].astype(bool),
         }
     return found, arrays
@@ -301,16 +305,16 @@ def _answers(
     *,
     seed: int,
 ) -> Floats:
-    """1 where a clip of the fold is named right, 0 where not, NaN where it was not asked: (n,)."""
+    """1 if the clip is predicted correctly, 0 if not, NaN if it is not a test clip: (n,)."""
     train, test = fold
     labels = np.where(train, clips.labels, "")
     rows = balanced(clips.clip_ids.tolist(), labels.tolist(), probe.train_labels)
-    learned = (clips.centre[encoder][rows], labels[rows])
-    asked = (clips.windows[encoder][test], clips.labels[test])
+    training = (clips.centre[encoder][rows], labels[rows])
+    testing = (clips.windows[encoder][test], clips.labels[test])
     correct = (
-        svm_correct(learned, asked)
+        svm_correct(training, testing)
         if kind == "svm"
-        else low_rank_correct(learned, asked, steps=params.low_rank_steps, seed=seed)
+        else low_rank_correct(training, testing, steps=params.low_rank_steps, seed=seed)
     )
     answers = np.full(len(clips.labels), np.nan)
     answers[test] = correct
@@ -320,7 +324,7 @@ def _answers(
 def _measured(
     correct: Mapping[str, Floats], params: EvaluateParams, clips: Clips, *, seed: int
 ) -> dict[str, Any]:
-    """Mean over the folds with its interval, and the deviation between them."""
+    """The mean over the folds with its interval, and the standard deviation between them."""
     names = list(clips.folds)
     how: dict[str, Any] = {"resamples": params.bootstrap, "seed": seed}
     how["statistic"] = over_folds(len(names))

@@ -1,7 +1,7 @@
-"""Zero-shot retrieval: words find their video, sound finds its video, and back.
+"""Zero-shot retrieval: from words to video, from sound to video, and back.
 
-n clips of the pool, q queries, K captions of a clip, V windows, E common-space width. Only a clip's
-own partner is a hit. During training it runs on the validation split.
+n clips of the pool, q queries, K captions of a clip, V windows, E common-space width. A query has
+one correct answer: the other modality of its own clip. During training, the val split is used.
 """
 
 import hashlib
@@ -25,22 +25,24 @@ from vatt.metrics import Floats, Metric, by_clip, measured, ranks
 from vatt.model.vatt import VATT
 
 RECALLS = (1, 5, 10)
-SIMILARITIES = "_similarities_averaged"  # ends the name of a direction measured so
+SIMILARITIES = "_similarities_averaged"  # suffix of a direction that averages cosines
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """The queries of one direction, what they are compared with, and which is each one's own."""
+    """Scores of all queries of one direction, and the correct column of each."""
 
     table: Floats  # (q, n)
     own: NDArray[np.integer]  # (q,) columns
-    caption: NDArray[np.integer] | None  # (q,) which of the clip's; None: a query is no caption
+    caption: (
+        NDArray[np.integer] | None
+    )  # (q,) its number in the clip; None: a query is not a caption
     clips: FeatureSet  # of the pool (n)
-    captions_per_clip: float | None  # where words are on either side
+    captions_per_clip: float | None  # if one side is text
 
 
 def draw_pool(clip_ids: NDArray[np.str_], usable: Array, size: int) -> NDArray[np.integer]:
-    """Rows of the clips searched: usable ones in the order of their id's hash, fixed for good."""
+    """Rows of the clips to search: usable ones, in the fixed order of the hash of their ids."""
     rows = np.flatnonzero(usable)
     order = sorted(rows, key=lambda row: hashlib.sha256(str(clip_ids[row]).encode()).digest())
     return np.asarray(order[:size], dtype=np.int64)
@@ -52,7 +54,7 @@ def cosine(queries: Array, targets: Array) -> Floats:
 
 
 def average_embeddings(left: Array, right: Array) -> Floats:
-    """Cosines of the means of several vectors: (n, K, E), (m, V, E) -> (n, m); NaN is absent."""
+    """Cosines of the means of several vectors: (n, K, E), (m, V, E) -> (n, m); NaN means absent."""
     return cosine(_mean(left), _mean(right))
 
 
@@ -63,7 +65,7 @@ def average_similarities(left: Array, right: Array) -> Floats:
 
 
 def similarities(features: FeatureSet, *, pool: int, caption_queries: str) -> dict[str, Search]:
-    """Every direction that there are clips for, with both ways of averaging where they differ."""
+    """Every direction for which there are clips, with both ways of averaging if they differ."""
     found: dict[str, Search] = {}
     usable = features.has_video & features.has_text.any(axis=1)
     if usable.any():
@@ -81,10 +83,10 @@ def similarities(features: FeatureSet, *, pool: int, caption_queries: str) -> di
 
 
 def _with_words(clips: FeatureSet, *, each: bool) -> dict[str, Search]:
-    """Text and video: a clip's captions are one query, or as many as they are.
+    """Text and video: the captions of a clip are one query together, or one query each.
 
-    Where each is a query, a video finds the clip of its nearest caption, as is usual for sets with
-    several captions a clip.
+    If each is a query, a video finds the clip of its nearest caption, as is usual for data sets with
+    several captions per clip.
     """
     spoken = clips.has_text
     per_clip = float(spoken.sum(axis=1).mean())
@@ -106,7 +108,7 @@ def _with_words(clips: FeatureSet, *, each: bool) -> dict[str, Search]:
 
 
 def _ways(left: Array, right: Array):  # type: ignore[no-untyped-def]
-    """Both averages, or one where nothing is averaged."""
+    """Both ways of averaging, or one if there is nothing to average."""
     several = max(left.shape[1], right.shape[1]) > 1
     return (("", average_embeddings), *((SIMILARITIES, average_similarities),) * several)
 
@@ -118,7 +120,7 @@ def retrieval_metrics(
     resamples: int,
     seed: int,
 ) -> dict[str, Metric]:
-    """Recall, median rank and class@1 of one direction, with the levels that chance reaches."""
+    """Recall, median rank and class@1 of one direction, with their chance levels."""
     size = search.table.shape[1]
     agree = _agreement(search.clips, class_labels)
 
@@ -136,14 +138,14 @@ def retrieval_metrics(
     metrics["median_rank"] = metric(own, chance=(size + 1) / 2, median=True)
     if agree is not None:
         best = search.table == search.table.max(axis=1, keepdims=True)
-        # Equally near hits share the place.
+        # Hits with the same score share the first place.
         hits = (agree[search.own] & best).sum(axis=1) / best.sum(axis=1)
         metrics["class_at_1"] = metric(hits, chance=agree.mean())
     return metrics
 
 
 def setup(search: Search) -> dict[str, int | float | None]:
-    """What was asked of what, for the report."""
+    """The sizes of a search, for the report."""
     return {
         "pool": search.table.shape[1],
         "queries": search.table.shape[0],
@@ -152,7 +154,7 @@ def setup(search: Search) -> dict[str, int | float | None]:
 
 
 def _agreement(clips: FeatureSet, class_labels: Sequence[str]) -> NDArray[np.bool_] | None:
-    """Whether two clips have the same classes: (n, n); None when the corpus has no such labels."""
+    """Whether two clips have the same classes: (n, n); None if the corpus lacks these labels."""
     if not class_labels or any(name not in clips.labels for name in class_labels):
         return None
     columns = [clips.labels[name] for name in class_labels]
@@ -162,13 +164,13 @@ def _agreement(clips: FeatureSet, class_labels: Sequence[str]) -> NDArray[np.boo
 
 
 def _mean(several: Array) -> Floats:
-    """(n, K, E) -> (n, E), without those that are NaN; each row has one that is not."""
+    """(n, K, E) -> (n, E), ignoring NaN; each row has at least one value."""
     return np.nanmean(several.astype(np.float64), axis=1)
 
 
 def _unit(vectors: Array) -> Floats:
     wide = vectors.astype(np.float64)
-    # The floor of the release: a zero vector stays zero instead of becoming NaN.
+    # The epsilon of the released code: a zero vector stays zero instead of becoming NaN.
     return wide / np.sqrt(np.maximum((wide**2).sum(axis=-1, keepdims=True), 1e-12))
 
 
@@ -182,12 +184,12 @@ Validation = Callable[[Mapping[str, Tensor]], dict[str, float]]
 def validation(
     model: ModelParams, params: PretrainParams, *, shards: Path, machine: MachineParams
 ) -> Validation | None:
-    """What measures weights on the same clips each time; None when `evaluate_every` is null."""
+    """A function that measures weights on a fixed set of clips; None if `evaluate_every` is null."""
     if params.evaluate_every is None:
         return None
     if not splits_of(shards).get(SPLIT):
         raise SettingsError(
-            "pretrain.evaluate_every is set, and no clip is in the val split",
+            "pretrain.evaluate_every is set, but the val split is empty",
             hint="set data.val_share=0.01, or pretrain.evaluate_every=null, and run it again",
         )
     rows = ShardIndex.load(shards, split=SPLIT).rows
@@ -211,7 +213,7 @@ def validation(
 
 
 def retrieval_scores(tables: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Recalls and median rank of each direction that there is, and the score over all."""
+    """Recalls and median rank of each direction, and the mean R@10 over all directions."""
     scores: dict[str, float] = {}
     for name in SCORED:
         if name in tables:

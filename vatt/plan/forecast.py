@@ -1,6 +1,6 @@
-"""What a pre-training will take: time, memory, energy; and the cheapest way to compute it.
+"""Forecasts of a pre-training (time, memory, energy) and the cheapest way to compute it.
 
-The seconds of a step come from a formula for a named GPU, from a trial for this machine.
+The seconds of a step come from a formula for a named GPU, or from a trial on this machine.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from vatt.plan.memory import (
 )
 from vatt.training.telemetry import GPUS, Device, named_like, pretraining_work
 
-# What the parts of a training step reach on a GPU in bf16, of the data sheet's figures: from the
+# What the parts of a training step reach on a GPU in bf16, relative to the data sheet: from the
 # profile of a step of 64 clips of VATT-MBS on an H200 (docs/benchmarks.md).
 DENSE_SHARE = 0.82  # of the peak, by the products of linear layers
 ATTENTION_SHARE = 0.17  # of the peak, by flash attention, forward and backward
@@ -31,35 +31,35 @@ COMPILED_BYTES = 300  # the same when torch.compile fuses them
 INPUT_BYTES = 450  # moved for each number of the pictures: colours and scaling
 COMMON_SHARE = 0.35  # of the peak, by whole steps of such models: for work that is not a step's
 FP32_SHARE = 0.5  # of the fp32 peak, by plain products
-MACHINE = 8  # GPUs in one
-UPDATE_BYTES = 28  # a weight: gradient, weight, two moments read; the last three written
-SCORE_TRAFFIC = 40  # bytes moved for each pair of clip and text, there and back
-HOST_UPDATE = 50e9  # bytes a second of the processors' Adam, with offload
+MACHINE = 8  # GPUs per machine
+UPDATE_BYTES = 28  # per weight: gradient, weight and two moments are read, the last three written
+SCORE_TRAFFIC = 40  # bytes moved for each pair of clip and text, forward and backward
+HOST_UPDATE = 50e9  # bytes per second of Adam on the CPU, with offload
 
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """A step's parts; the loader works beside the others."""
+    """The parts of a step; the loader works in parallel with the others."""
 
     compute: float
     loss: float
     update: float
     network: float
-    loader: float  # 0.0: not known
+    loader: float  # 0.0: unknown
 
     @property
     def busy(self) -> float:
-        """All but the loader, one after another: what could overlap is not counted as doing so."""
+        """All parts but the loader, one after another; overlap is not counted."""
         return self.compute + self.loss + self.update + self.network
 
     @property
     def total(self) -> float:
-        """A step."""
+        """Seconds of a step."""
         return max(self.busy, self.loader)
 
     @property
     def bound(self) -> str:
-        """The part that must become faster first."""
+        """The part that limits the speed."""
         if self.loader >= self.busy:
             return "loader"
         names = [field.name for field in fields(self) if field.name != "loader"]
@@ -67,25 +67,25 @@ class Seconds:
 
 
 class Speed(Protocol):
-    """What tells the time of a step."""
+    """Anything that knows the time of a step."""
 
     def __call__(self, setting: BatchSettings) -> Seconds:
         """The seconds of a step in this setting."""
 
 
 def gather_bytes(model: ModelParams, params: PretrainParams, processes: int) -> float:
-    """What a process receives and sends of features and their gradients, in one step.
+    """Bytes of features and their gradients that a process exchanges in one step.
 
-    All-gather of fp32 features: (n - 1) / n of all; their gradients by all-reduce: twice that.
+    All-gather of fp32 features: (n - 1) / n of all; all-reduce of their gradients: twice that.
     """
-    whole = params.batch_size * feature_values(model, params.text_candidates) * FP32
-    return 3 * (processes - 1) / processes * whole
+    features = params.batch_size * feature_values(model, params.text_candidates) * FP32
+    return 3 * (processes - 1) / processes * features
 
 
 def gradient_bytes(counts: Counts, setting: BatchSettings, *, passes: int = 2) -> float:
-    """What a process sends of gradients and weights: fp32, in a ring.
+    """Bytes of gradients and weights that a process sends: fp32, in a ring.
 
-    All-reduce, or reduce-scatter and all-gather: 2 (n - 1) / n. Stage 3 gathers the weights anew
+    All-reduce, or reduce-scatter and all-gather: 2 (n - 1) / n. Stage 3 gathers the weights again
     in every pass of every micro-batch instead.
     """
     once = (setting.processes - 1) / setting.processes * counts.trained * FP32
@@ -99,7 +99,7 @@ def network_seconds(
     counts: Counts,
     setting: BatchSettings,
 ) -> float:
-    """Features and gradients to the other GPUs, offloaded weights from the main memory."""
+    """Seconds for features and gradients between GPUs, and for offloaded weights from memory."""
     n, batch = setting.processes, params.batch_size
     rounds = -(-setting.rows(batch) // setting.at_once(batch))
     passes = (2 + int(setting.is_cached(batch))) * rounds
@@ -112,18 +112,18 @@ def network_seconds(
 
 @dataclass(frozen=True, slots=True)
 class GpuSpeed:
-    """A named GPU, by formula."""
+    """The speed of a named GPU, by formula."""
 
     device: Device
     model: ModelParams
     params: PretrainParams
     counts: Counts
-    loader: float | None = None  # samples a second of one machine, where it was measured
-    share: float | None = None  # of the peak, reached by the encoders; None: by counting
-    compiled: bool = True  # except where weights come and go (ZeRO stage 3)
+    loader: float | None = None  # samples per second of one machine, if measured
+    share: float | None = None  # of the peak that the encoders reach; None: counted
+    compiled: bool = True  # except at ZeRO stage 3, where weights are gathered and freed
 
     def __call__(self, setting: BatchSettings) -> Seconds:
-        """Operations over what they reach of the peak, bytes over bandwidths."""
+        """Operations divided by the speed that they reach, bytes divided by bandwidths."""
         params, device, n = self.params, self.device, setting.processes
         batch, rows = params.batch_size, setting.rows(params.batch_size)
         own = self.counts.trained / (n if setting.zero_stage > 0 else 1)
@@ -172,40 +172,40 @@ def video_values(model: ModelParams) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Seconds of a step's parts in one process."""
+    """Measured seconds of the parts of a step in one process."""
 
-    fixed: float  # of every step: the optimiser, starting and ending
+    fixed: float  # in every step: the optimiser, start and end
     clip: float  # forward and backward
     cached_clip: float  # forward twice, backward once
     losses: dict[int, float]  # heads and loss, by clips of the global batch
 
     def step(self, batch_size: int, *, rows: int, cached: bool) -> float:
-        """A step of `rows` clips of the global batch, without network and loader."""
+        """A step with `rows` clips of the global batch, without network and loader."""
         clip = self.cached_clip if cached else self.clip
         return self.fixed + rows * clip + self.loss(batch_size)
 
     def loss(self, batch_size: int) -> float:
-        """Heads and loss; the loss compares every clip with every other."""
+        """Heads and loss; the loss compares every clip with all others."""
         nearest = min(self.losses, key=lambda size: abs(size - batch_size))
         return self.losses[nearest] * (batch_size / nearest) ** 2
 
 
 @dataclass(frozen=True, slots=True)
 class TrialSpeed:
-    """This machine, from its trial."""
+    """The speed of this machine, from its trial."""
 
     trial: Trial
     params: PretrainParams
     loader: float | None = None
-    network: Callable[[BatchSettings], float] = lambda _: 0.0  # seconds, where they can be told
+    network: Callable[[BatchSettings], float] = lambda _: 0.0  # seconds, if known
 
     def __call__(self, setting: BatchSettings) -> Seconds:
-        """Clips times a clip's seconds, and what every step costs."""
+        """The seconds of all clips and the fixed part of a step."""
         batch, trial = self.params.batch_size, self.trial
         rows, cached = setting.rows(batch), setting.is_cached(batch)
         clip = trial.cached_clip if cached else trial.clip
         if setting.activation_checkpointing:
-            clip += trial.cached_clip - trial.clip  # a forward pass more
+            clip += trial.cached_clip - trial.clip  # one more forward pass
         return Seconds(
             compute=rows * clip,
             loss=trial.loss(batch),
@@ -216,9 +216,9 @@ class TrialSpeed:
 
 
 def loss_flops(model: ModelParams, params: PretrainParams) -> float:
-    """Heads and scores of the whole batch, which every process computes.
+    """Operations of heads and scores for the global batch, which every process computes.
 
-    Scores of all pairs in both directions: forward, again where blocks are, and backward.
+    Scores of all pairs in both directions: forward, again for blocks, and backward.
     """
     from vatt.checkpoint import feature_dims
 
@@ -230,27 +230,27 @@ def loss_flops(model: ModelParams, params: PretrainParams) -> float:
     return 3 * 2.0 * batch * heads + 4 * 2 * 2.0 * batch**2 * (va + candidates * vt)
 
 
-USABLE = 0.92  # of a device's memory: allocators leave gaps
+USABLE = 0.92  # share of a device's memory: allocators leave gaps
 HOST_WATTS = 100.0  # of processors, memory and fans, for each GPU
-CPU_WATTS = 100.0  # of a machine without GPUs, where nobody counts
+CPU_WATTS = 100.0  # assumed for a machine without GPUs
 HOURS, DAYS = 3600.0, 86400.0
 GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where it would run."""
+    """The machine of a forecast."""
 
     name: str
     memory: float  # bytes for each process
     watts: float  # for each process
     on_gpu: bool
-    device: Device | None = None  # the data sheet, where there is one
+    device: Device | None = None  # its data sheet, if there is one
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """One setting and what it takes."""
+    """A setting with its memory, time and energy."""
 
     setting: BatchSettings
     memory: MemoryPeak
@@ -262,17 +262,17 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        """Whether memory suffices."""
+        """Whether the memory is enough."""
         return self.memory.total <= self.limit
 
     @property
     def samples_per_second(self) -> float:
-        """Clips, all processes together."""
+        """Clips per second of all processes together."""
         return self.batch_size / self.seconds.total
 
     @property
     def days(self) -> float:
-        """From the first step to the last."""
+        """Days from the first step to the last."""
         return self.steps * self.seconds.total / DAYS
 
     @property
@@ -282,20 +282,20 @@ class Forecast:
 
     @property
     def kwh(self) -> float:
-        """At the boards' limit and a share for the machine around them."""
+        """Energy at the power limit of the boards, plus a share for the rest of the machine."""
         return self.device_hours * self.watts / 1000
 
 
 def named_place(name: str) -> Place:
     """A GPU by its name in the table."""
     if name not in GPUS:
-        raise SettingsError(f"no device '{name}'", hint=f"there are: {', '.join(GPUS)}")
+        raise SettingsError(f"unknown device '{name}'", hint=f"known devices: {', '.join(GPUS)}")
     device = GPUS[name]
     return Place(name, device.memory_gb * GIB, device.watts + HOST_WATTS, True, device)
 
 
 def this_place(params: Params) -> Place:
-    """The machine at hand: its GPU, or its main memory shared by the processes."""
+    """This machine: its GPU, or its main memory divided by the processes."""
     import psutil
     import torch
 
@@ -314,7 +314,7 @@ def _sheet(name: str, memory_bytes: int) -> Device | None:
 
 
 def as_set(params: Params, place: Place) -> BatchSettings:
-    """The setting that params.yaml asks for."""
+    """The setting in params.yaml."""
     machine = params.machine
     return BatchSettings(
         processes=machine.processes,
@@ -329,17 +329,17 @@ def as_set(params: Params, place: Place) -> BatchSettings:
 def forecast_memory(
     params: Params, setting: BatchSettings, place: Place, counts: Counts | None = None
 ) -> MemoryPeak:
-    """Memory with as many batches made ahead as the settings allow."""
+    """Memory with as many batches prepared in advance as the settings allow."""
     one = batch_bytes(params.model, params.pretrain, setting)
     ahead = max(1, min(AHEAD, int(params.machine.prefetch_gb * 1e9 / one)))
-    batches = 1 if place.on_gpu else 1 + ahead  # those made ahead wait in main memory
+    batches = 1 if place.on_gpu else 1 + ahead  # those prepared in advance wait in main memory
     return memory(params.model, params.pretrain, setting, counts, batches=batches)
 
 
 def forecast(
     params: Params, setting: BatchSettings, place: Place, speed: Speed, counts: Counts | None = None
 ) -> Forecast:
-    """All of it for one setting."""
+    """The forecast for one setting."""
     return Forecast(
         setting=setting,
         memory=forecast_memory(params, setting, place, counts),
@@ -354,7 +354,7 @@ def forecast(
 def largest_micro_batch(
     params: Params, setting: BatchSettings, place: Place, counts: Counts
 ) -> int | None:
-    """The most clips that a process can encode at a time; None when not even one fits."""
+    """The most clips that a process can encode at once; None if not even one fits."""
 
     def fits(size: int) -> bool:
         tried = replace(setting, micro_batch_size=size)
@@ -372,7 +372,7 @@ def largest_micro_batch(
 def cheapest(
     params: Params, processes: int, place: Place, speed: Speed, counts: Counts
 ) -> Forecast | None:
-    """The setting that fits and takes the least time; of equal ones the plainest."""
+    """The setting that fits and takes the least time; of equal ones the simplest."""
     tried = (
         forecast(params, setting, place, speed, counts)
         for setting in settings(params.pretrain.batch_size, processes, place)
@@ -382,7 +382,7 @@ def cheapest(
 
 
 def settings(batch_size: int, processes: int, place: Place) -> Iterator[BatchSettings]:
-    """All ways to compute a batch, the plainest first."""
+    """All ways to compute a batch, the simplest first."""
     ways = [(1, "none")]
     if place.on_gpu:
         ways += [(2, "none"), (3, "none"), (2, "optimizer"), (3, "all")]

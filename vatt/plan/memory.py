@@ -2,17 +2,17 @@
 
 n tokens of a clip (kept ones and AGG), D width, M width of the MLP, h heads, I heads x head_dim,
 c bytes of a computed number (2 in bf16, 4 in fp32). Weights, gradients and optimiser are fp32:
-bf16 is autocast.
+bf16 means autocast.
 
 An encoder block keeps for its backward pass, per clip:
-  norms      2 n D 4 + 4 n 4    their inputs, the residual stream, in fp32; mean and deviation
-  linears    n (2 D + I + M) c  their inputs: of q k v, the attention's out, the MLP's two
-  activation n M c              GELU's input
-  attention  3 n I c            q, k, v; its scores too, h n n c, where no fused operator is used
+  norms      2 n D 4 + 4 n 4    their inputs (the residual stream) in fp32; mean and deviation
+  linears    n (2 D + I + M) c  their inputs: of q k v, of the attention's output, of the MLP's two
+  activation n M c              the input of GELU
+  attention  3 n I c            q, k, v; also the scores, h n n c, if no fused operator is used
                                 and they are few enough to keep
-With dropout: a mask for each place where it acts. With activation checkpointing only its input
-(n D 4) stays, and one block at a time has all of it. The last block answers for AGG alone: its
-first norm, q k v and their keys and values are for all tokens, the rest is for one.
+Dropout adds a mask for each place where it acts. With activation checkpointing only the input of a
+block (n D 4) stays, and one block at a time has everything. Of the last block only the output of AGG
+is used: its first norm and q k v are computed for all tokens, the rest for one.
 """
 
 import math
@@ -24,20 +24,21 @@ from vatt.model.patches import audio_patch, num_kept
 from vatt.model.transformer import resolve
 
 FP32, INT64 = 4, 8
-COLOUR_FLOATS = (
-    20 / 3
-)  # copies of the pictures while vatt.data.loading.augment changes their colours
-ADAM_STATES, SGD_STATES = 2, 1  # numbers kept for a weight
-BUCKET = 50_000_000  # vatt.training.engine: numbers that ZeRO reduces at once
-FALLBACK_BUCKET = 500_000_000  # numbers that DeepSpeed joins to reduce at stage 0, also alone
-SCORE_BYTES = 6 * FP32 + 2  # of a pair: both directions, masked, their gradients; two masks
-RUNTIME = {False: 0.6e9, True: 1.0e9}  # Python, torch, DeepSpeed; on a GPU context and NCCL
-KERNELS = 44e6  # what oneDNN keeps for bf16 products with one number of clips; bench/plan.py
+COLOUR_FLOATS = 20 / 3  # copies of the frames while vatt.data.loading.augment changes colours
+ADAM_STATES, SGD_STATES = 2, 1  # numbers kept for each weight
+BUCKET = 50_000_000  # numbers that ZeRO reduces at once (vatt.training.engine)
+FALLBACK_BUCKET = 500_000_000  # numbers that DeepSpeed joins at stage 0, also in a single process
+SCORE_BYTES = 6 * FP32 + 2  # per pair: both directions, masked, with gradients; two masks
+RUNTIME = {
+    False: 0.6e9,
+    True: 1.0e9,
+}  # Python, torch, DeepSpeed; on a GPU also its context and NCCL
+KERNELS = 44e6  # kept by oneDNN for bf16 products of one number of clips (bench/plan.py)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSettings:
-    """How a batch is computed; it changes no result."""
+    """How a batch is computed; it does not change any result."""
 
     processes: int = 1
     micro_batch_size: int | None = None
@@ -51,16 +52,16 @@ class BatchSettings:
         return math.ceil(batch_size / self.processes)
 
     def is_cached(self, batch_size: int) -> bool:
-        """Whether a process's clips are computed in micro-batches, each twice."""
+        """Whether the clips of a process are computed in micro-batches, each twice."""
         return self.micro_batch_size is not None and self.micro_batch_size < self.rows(batch_size)
 
     def at_once(self, batch_size: int) -> int:
-        """Clips that are encoded at a time."""
+        """Clips that are encoded at once."""
         rows = self.rows(batch_size)
         return min(self.micro_batch_size or rows, rows)
 
     def clip_counts(self, batch_size: int) -> int:
-        """How many different numbers of clips the encoders see: cached, one clip comes first."""
+        """How many different numbers of clips are encoded at once; with a cache, one clip is first."""
         if not self.is_cached(batch_size):
             return 1
         rest, size = self.rows(batch_size) - 1, self.at_once(batch_size)
@@ -69,12 +70,12 @@ class BatchSettings:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Numbers in a model."""
+    """How many numbers a model has."""
 
     trained: int
     frozen: int
-    encoders: int  # trained ones that are not in the heads
-    linear: int  # in matrices, which are cast
+    encoders: int  # trained ones outside the heads
+    linear: int  # in the matrices of linear layers, which are cast
 
     @property
     def all(self) -> int:
@@ -84,7 +85,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPeak:
-    """What a process holds at its peak, in bytes."""
+    """The parts of a process's peak memory, in bytes."""
 
     weights: float
     gradients: float
@@ -96,12 +97,12 @@ class MemoryPeak:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 def count(model: ModelParams) -> Counts:
-    """The numbers of a model, without memory for them."""
+    """Count the weights of a model without allocating them."""
     import torch
     from torch import nn
 
@@ -124,17 +125,17 @@ def count(model: ModelParams) -> Counts:
 
 @dataclass(frozen=True, slots=True)
 class NumberKind:
-    """How numbers are computed."""
+    """How activations are computed and stored."""
 
-    number: int  # bytes
+    number: int  # bytes of a computed number
     dropout: float
     on_gpu: bool
     checkpointing: bool
-    clips: int  # at a time
+    clips: int  # at once
 
 
 def block_bytes(size: SizeParams, tokens: int, kind: NumberKind, *, masked: bool = False) -> int:
-    """What a block of an encoder keeps of one clip; `masked` attention has a bias."""
+    """What an encoder block keeps for one clip; `masked` attention has a bias."""
     inner = size.heads * size.head_dim
     kept = 2 * tokens * size.dim * FP32 + 4 * tokens * FP32
     kept += tokens * (2 * size.dim + inner + 2 * size.mlp_dim) * kind.number
@@ -146,7 +147,7 @@ def block_bytes(size: SizeParams, tokens: int, kind: NumberKind, *, masked: bool
 
 
 def attention_bytes(size: SizeParams, tokens: int, kind: NumberKind, *, masked: bool) -> int:
-    """Queries, keys, values, and scores where the operator keeps them."""
+    """Queries, keys and values, and the scores if the operator keeps them."""
     from vatt.model.operators import KEPT
 
     three, scores = 3 * tokens * size.heads * size.head_dim, size.heads * tokens**2
@@ -158,16 +159,16 @@ def attention_bytes(size: SizeParams, tokens: int, kind: NumberKind, *, masked: 
 
 
 def last_block_bytes(size: SizeParams, tokens: int, kind: NumberKind, *, masked: bool) -> int:
-    """What the last block keeps of one clip, the norm after it included."""
+    """What the last block keeps for one clip, including the norm after it."""
     inner = size.heads * size.head_dim
     norm = size.dim * FP32 + 2 * FP32
     of_all = norm + (size.dim + 3 * inner) * kind.number
-    of_agg = block_bytes(size, 1, kind, masked=masked)  # its share of the above included
+    of_agg = block_bytes(size, 1, kind, masked=masked)  # including its share of the above
     return tokens * of_all + of_agg
 
 
 def encoder_bytes(size: SizeParams, tokens: int, kind: NumberKind, *, masked: bool = False) -> int:
-    """What an encoder keeps of one clip, its last norm included."""
+    """What an encoder keeps for one clip, including its last norm."""
     block = block_bytes(size, tokens, kind, masked=masked)
     if kind.checkpointing:
         return size.depth * tokens * size.dim * FP32 + block
@@ -175,7 +176,7 @@ def encoder_bytes(size: SizeParams, tokens: int, kind: NumberKind, *, masked: bo
 
 
 def clip_bytes(model: ModelParams, params: PretrainParams, setting: BatchSettings) -> int:
-    """What the three towers keep of one clip between their forward and backward passes."""
+    """What the three towers keep for one clip from the forward to the backward pass."""
     number = 2 if params.precision == "bf16" else FP32
     kind = NumberKind(
         number,
@@ -192,7 +193,7 @@ def clip_bytes(model: ModelParams, params: PretrainParams, setting: BatchSetting
         size, kept = resolve(tower.size), num_kept(num_tokens, params.drop_rate)
         total += kept * values * number  # the patches, projected
         if params.drop_rate > 0:
-            total += kept * size.dim * INT64  # where their positions came from
+            total += kept * size.dim * INT64  # the indices of their positions
         if model.dropout > 0:
             total += kept * size.dim * (1 if setting.on_gpu else FP32)
         total += encoder_bytes(size, kept + 1, kind)
@@ -203,7 +204,7 @@ def clip_bytes(model: ModelParams, params: PretrainParams, setting: BatchSetting
 
 
 def signal_values(model: ModelParams) -> tuple[int, int]:
-    """Numbers of one clip's picture, and of its sound."""
+    """How many numbers the picture and the sound of a clip have."""
     size = model.video.frame_size
     height, width = size if isinstance(size, tuple) else (size, size)
     return model.video.frames * height * width * 3, model.audio.samples * (
@@ -215,7 +216,7 @@ def signal_values(model: ModelParams) -> tuple[int, int]:
 
 
 def feature_values(model: ModelParams, candidates: int) -> int:
-    """Numbers of one clip's features: video, audio, and each candidate text."""
+    """How many numbers the features of a clip have: video, audio, and each candidate text."""
     from vatt.checkpoint import feature_dims
 
     dims = feature_dims(model)
@@ -223,11 +224,11 @@ def feature_values(model: ModelParams, candidates: int) -> int:
 
 
 def loss_bytes(model: ModelParams, params: PretrainParams) -> int:
-    """Features of all processes, what the heads keep, and the scores of one block at work."""
+    """Features of all processes, what the heads keep, and the scores of the current block."""
     from vatt.losses import MAX_SCORES
 
     batch, candidates = params.batch_size, params.text_candidates
-    features = 2 * feature_values(model, candidates)  # and their gradient
+    features = 2 * feature_values(model, candidates)  # with their gradient
     # A projection keeps centred rows, scaled rows and a unit vector, each with a gradient.
     projected = 6 * (3 * model.va_dim + (1 + candidates) * model.vt_dim)
     # Blocks of anchors are computed again in the backward pass; one at a time has its scores.
@@ -239,7 +240,7 @@ def loss_bytes(model: ModelParams, params: PretrainParams) -> int:
 
 
 def optimizer_bytes(counts: Counts, params: PretrainParams, setting: BatchSettings) -> float:
-    """Adam's moments and the copy of the weights that ZeRO updates; shared out from stage 1."""
+    """Adam's moments and ZeRO's copy of the weights; divided over processes from stage 1."""
     states = ADAM_STATES if params.optimizer.name == "adam" else SGD_STATES
     if setting.offload != "none" and setting.on_gpu:
         return 0.0
@@ -249,7 +250,7 @@ def optimizer_bytes(counts: Counts, params: PretrainParams, setting: BatchSettin
 
 
 def weights_bytes(counts: Counts, setting: BatchSettings) -> float:
-    """The weights themselves; stage 3 shares them out."""
+    """The weights themselves; stage 3 divides them over the processes."""
     if setting.offload == "all" and setting.on_gpu:
         return 0.0
     shared = setting.processes if setting.zero_stage == 3 else 1
@@ -264,13 +265,12 @@ def memory(
     *,
     batches: int = 1,
 ) -> MemoryPeak:
-    """The parts at the step's peak, which is one of four moments.
+    """The parts at the peak of a step; `batches` are held at once, including the loader's.
 
-    `batches` are held at a time, the loader's included. When the forward pass ends: all that it
-    keeps, and its inputs as floats or the loss at work.
-    Where gradients are cached, also in the last second pass: the encoders' gradients, summed so
-    far, beside a micro-batch. When the optimiser begins: gradients and what ZeRO copies of them.
-    And while the colours of a micro-batch change.
+    The peak is one of four moments. At the end of the forward pass: all that it keeps, and either
+    its inputs as floats or the loss. With cached gradients, in the last second pass: the summed
+    gradients of the encoders and one micro-batch. At the start of the optimiser: the gradients and
+    ZeRO's copies. And while the colours of a micro-batch are changed.
     """
     counts = counts or count(model)
     clip, clips = clip_bytes(model, params, setting), setting.at_once(params.batch_size)
@@ -279,15 +279,15 @@ def memory(
     loss = loss_bytes(model, params)
     copies = counts.linear * 2 if params.precision == "bf16" else 0
     kept = clips * clip + copies
-    # The floats go when the encoders are done, before the loss begins.
+    # The floats are freed after the encoders, before the loss.
     forward = (0.0, kept, loss, 0.0) if loss > floats else (0.0, kept, 0.0, 1.0 * floats)
     moments = [forward, (update_bytes(counts, setting), 0.0, 0.0, 0.0)]
     if setting.is_cached(params.batch_size):
         encoders = counts.encoders * FP32
-        moments[0] = (0.0, clip + copies, loss, 0.0)  # without graph but for one clip
+        moments[0] = (0.0, clip + copies, loss, 0.0)  # only one clip has a graph
         moments.append((encoders, kept + clip, 0.0, 1.0 * floats))
         moments.append((2.0 * encoders, clip, 0.0, 0.0))
-    if changes_colour(params):  # before the encoders, in the second pass too
+    if changes_colour(params):  # before the encoders, also in the second pass
         summed = counts.encoders * FP32 * setting.is_cached(params.batch_size)
         moments.append((summed, copies, 0.0, COLOUR_FLOATS * clips * FP32 * picture))
     gradients, activations, loss_work, signals = max(moments, key=sum)
@@ -303,23 +303,23 @@ def memory(
 
 
 def kernels_bytes(params: PretrainParams, setting: BatchSettings) -> float:
-    """What the library of a CPU's bf16 products keeps beside its results."""
+    """What oneDNN keeps on a CPU for bf16 products, in addition to their results."""
     if setting.on_gpu or params.precision != "bf16":
         return 0.0
     return KERNELS * setting.clip_counts(params.batch_size)
 
 
 def changes_colour(params: PretrainParams) -> bool:
-    """Whether the training device changes colours."""
+    """Whether colours are changed on the training device."""
     change = params.augmentation
     return any((change.brightness, change.contrast, change.saturation, change.hue))
 
 
 def update_bytes(counts: Counts, setting: BatchSettings) -> float:
-    """Gradients as the optimiser finds them, and what DeepSpeed copies to reduce or update."""
+    """Gradients at the start of the optimiser, and DeepSpeed's copies to reduce and update."""
     gradient = counts.trained * FP32
     own = gradient / setting.processes
-    bucket = min(gradient, BUCKET * FP32) * (2 if setting.on_gpu else 0)  # two, used in turn
+    bucket = min(gradient, BUCKET * FP32) * (2 if setting.on_gpu else 0)  # two, used alternately
     if setting.zero_stage == 0:
         return gradient + min(gradient, FALLBACK_BUCKET * FP32)
     if setting.zero_stage == 1:
@@ -328,7 +328,7 @@ def update_bytes(counts: Counts, setting: BatchSettings) -> float:
 
 
 def batch_bytes(model: ModelParams, params: PretrainParams, setting: BatchSettings) -> float:
-    """A process's clips as the loader makes them: pictures in bytes, sound in two, words in 8."""
+    """The clips of a process as loaded: uint8 frames, int16 sound, int64 words."""
     picture, sound = signal_values(model)
     words = params.text_candidates * model.text.words * INT64
     return setting.rows(params.batch_size) * (picture + 2 * sound + words)

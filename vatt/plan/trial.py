@@ -1,6 +1,6 @@
-"""A short trial on the machine at hand: seconds and bytes of real steps on made-up clips.
+"""A short trial on this machine: seconds and bytes of real steps on random clips.
 
-Started as a process of its own (`run_trial`), so that its memory is its own and is given back.
+It runs in a process of its own, so that only its memory counts and is freed afterwards.
 """
 
 import ctypes
@@ -32,40 +32,40 @@ from vatt.training.engine import Engine, make_engine
 from vatt.training.pretrain import Pretraining, pretraining_inputs
 from vatt.training.telemetry import pretraining_work
 
-ROUNDS = 3  # the median counts
-SECONDS = 1.0  # aimed at for the larger of the two batches
-GUESS = 2e11  # operations a second, to choose the batches by
+ROUNDS = 3  # the result is their median
+SECONDS = 1.0  # target for the larger of the two batches
+GUESS = 2e11  # operations per second, to choose the size of the batches
 LARGEST = 32  # clips
 FEW = 4  # clips
-COLOUR = (0.1, 1.2, 0.8, 0.1)  # of a clip whose colours change
-LOADED = 32  # clips of a batch, to try the loader with
+COLOUR = (0.1, 1.2, 0.8, 0.1)  # a change of colours that does some work
+LOADED = 32  # clips of a batch in the trial of the loader
 LOADER_SECONDS = 3.0
-# Freed tensors go back to the system at once, so that the peak is what is in use.
+# Freed tensors return to the system at once, so that the peak is memory in use.
 EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """Whole steps of a setting."""
+    """Measured steps of a setting."""
 
     seconds: list[float]
-    peak: int  # bytes beyond what the process held before the model was built
+    peak: int  # bytes in addition to those held before the model was built
 
 
 def run_trial(params: Params) -> Trial:
-    """Try the settings' model on this machine, with their precision and ZeRO stage."""
+    """Try the model of the settings on this machine, with their precision and ZeRO stage."""
     found = _in_process("trial", params)
     losses = {int(size): seconds for size, seconds in found.pop("losses").items()}
     return Trial(**found, losses=losses)
 
 
 def run_step(params: Params, *, exact_memory: bool) -> TrialResult:
-    """Make whole steps with the settings as they are."""
+    """Measure complete steps with the settings as they are."""
     return TrialResult(**_in_process("step", params, EXACT_MALLOC if exact_memory else {}))
 
 
 def run_loader(params: Params) -> float:
-    """Samples a second that this machine's loader makes of the shards, each decoded anew."""
+    """Samples per second of the loader on this machine, each decoded from the shards."""
     return float(_in_process("loader", params)["samples_per_second"])
 
 
@@ -75,7 +75,7 @@ def _in_process(what: str, params: Params, environment: Mapping[str, str] | None
         input=params.model_dump_json(),
         capture_output=True,
         text=True,
-        # As many threads as each of the processes will have.
+        # The number of threads that each of the processes will have.
         env={
             **os.environ,
             "LOCAL_WORLD_SIZE": str(params.machine.processes),
@@ -84,10 +84,10 @@ def _in_process(what: str, params: Params, environment: Mapping[str, str] | None
         check=False,
     )
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise MachineError(
-            f"the trial ended with {done.returncode}: {last}",
-            hint="name a GPU with --device: that needs no trial",
+            f"the trial ended with exit code {done.returncode}: {last}",
+            hint="name a GPU with --device: then no trial is needed",
         )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -96,7 +96,7 @@ def _in_process(what: str, params: Params, environment: Mapping[str, str] | None
 
 
 def main() -> None:
-    """Read settings from stdin, print what was found as one line of JSON."""
+    """Read settings from stdin, print the result as one line of JSON."""
     what, params = sys.argv[1], Params.model_validate_json(sys.stdin.read())
     if what == "loader":
         found: Any = {"samples_per_second": loader_rate(params)}
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def loader_rate(params: Params) -> float:
-    """Samples over seconds, once the workers have begun."""
+    """Samples per second after the workers have started."""
     pretrain, size = params.pretrain, min(params.pretrain.batch_size, LOADED)
     loading = replace(Loading.of(params.machine), cache_gb=0.0)
     batches = train_batches(
@@ -127,7 +127,7 @@ def loader_rate(params: Params) -> float:
 
 
 def trial(params: Params) -> Trial:
-    """Two batches tell the fixed part and that of a clip; a cached one, what caching adds."""
+    """Fixed part and part per clip from two batch sizes; the cost of caching from a cached batch."""
     pretrain = params.pretrain
     flops = pretraining_work(params.model, pretrain).flops / pretrain.batch_size
     large = max(4, min(LARGEST, int(SECONDS * GUESS / flops)))
@@ -150,7 +150,7 @@ def trial(params: Params) -> Trial:
 
 
 def steps(params: Params) -> TrialResult:
-    """Whole steps on one batch that stays in memory."""
+    """Complete steps on one batch that stays in memory."""
     _warm_up(params)
     before = _held()
     batch = make_clips(params, params.pretrain.batch_size)
@@ -236,7 +236,7 @@ def _timed(step: Callable[[], None]) -> float:
 
 
 def _warm_up(params: Params) -> None:
-    """Load all code that a step needs, with two steps of few clips, then give memory back."""
+    """Load all code of a step with two steps of few clips, then free the memory."""
     engine, module = _engine(params.model, params.pretrain, params.machine)
     step = _step(engine, module, make_clips(params, FEW))
     step(), step()
@@ -246,12 +246,12 @@ def _warm_up(params: Params) -> None:
 
 
 def _held() -> int:
-    """Bytes held now: of the GPU's memory where there is one."""
+    """Bytes in use now, of the GPU's memory if there is one."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else _resident("VmRSS")
 
 
 def _peak() -> int:
-    """The most that was held since `_forget_peak`."""
+    """The most bytes in use since `_forget_peak`."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
 
 
