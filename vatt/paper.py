@@ -1,4 +1,4 @@
-"""The published numbers: the paper's tables 1 to 10, as they stand in `paper_tables.yaml`."""
+"""The published numbers: the paper's tables 1 to 10, as written in `paper_tables.yaml`."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -110,7 +110,7 @@ def _table(key: str, content: dict[str, Any]) -> PaperTable:
 
 
 def _extra_rows(number: int, content: dict[str, Any]) -> list[tuple[str, dict[str, Value]]]:
-    """Numbers given in the paper's text rather than in the table, as rows of it."""
+    """Numbers from the text of the paper, as extra rows of a table."""
     also = content.get("also", {})
     if number == 1:
         scratch = also["vatt_from_scratch_k400"]

@@ -1,7 +1,7 @@
 """The paper's tables as experiments: the runs that each cell needs, at full size and scaled down.
 
-The runs of `vattctl table` and the rows of the report follow from one list. Scaled down to the demo
-corpus, frames and frame sizes are the paper's divided by FACTOR, rounded to whole patches.
+The runs of `vattctl table` and the rows of the report come from one list. Scaled down to the demo
+corpus, frames and frame sizes are those of the paper divided by FACTOR, rounded to complete patches.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,10 +11,10 @@ from typing import Any, Literal
 from vatt.paper import PaperTable, paper_tables
 
 FACTOR = 3.5
-DEPTH, STORED = 4, 72  # frames of a patch; pixels of the demo's clips
+DEPTH, STORED = 4, 72  # frames per patch; height and width of the demo's clips in pixels
 SEEDS = (0, 1, 2)
 DROP_RATES = {"drop_75": 0.75, "drop_50": 0.5, "drop_25": 0.25, "drop_0": 0.0}
-STUDIES = "studies"  # the stem of the file that holds what the runs measured, among the metrics
+STUDIES = "studies"  # name of the metrics file with the results of the runs
 
 Settings = Mapping[str, Any]  # `pretrain.drop_rate`: 0.75
 ScaleName = Literal["demo", "paper"]
@@ -22,7 +22,7 @@ ScaleName = Literal["demo", "paper"]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A fine-tuning: the project's task `like`, with some of its settings changed."""
+    """A fine-tuning: the task `like` of the project with some settings changed."""
 
     name: str
     like: str
@@ -31,11 +31,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class StudyRun:
-    """One experiment: a pre-training, or what is done with another run's weights."""
+    """One experiment: a pre-training, or a use of the weights of another run."""
 
     name: str
     settings: Settings = field(default_factory=dict)
-    start: str | None = None  # the run whose weights it takes; None: it pre-trains
+    start: str | None = None  # the run whose weights it uses; None: it pre-trains
     data: str | None = None  # the data set whose clips it uses; None: the project's
     tasks: tuple[Task, ...] = ()
     inits: tuple[str, ...] = ("pretrained",)
@@ -44,7 +44,7 @@ class StudyRun:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Where a cell's number is found: a run, and a path in what it measured."""
+    """Where to find the number of a cell: a run, and a path in its results."""
 
     run: str
     path: tuple[str, ...]
@@ -52,7 +52,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """A table: its runs, and the answer to each cell (row, column) that they give."""
+    """A table: its runs, and the answer for each cell (row, column)."""
 
     number: int
     runs: tuple[StudyRun, ...]
@@ -75,7 +75,7 @@ class Scale:
         return round(pixels / FACTOR) if self.name == "demo" else pixels
 
     def crop(self, pixels: int) -> Settings:
-        """How much of a frame is shown in training: in small as much as in the test."""
+        """Settings for the part of a frame that training shows; scaled down, the same as in tests."""
         if self.name == "paper":
             return {}
         area = round(min(1.0, self.size(pixels) / STORED) ** 2, 2)
@@ -97,11 +97,11 @@ DEMO = Scale(
         },
     },
 )
-# Explorations were trained with batches of 512 (tables 5, 9 and 10).
+# The paper's explorations use batches of 512 (tables 5, 9 and 10).
 PAPER = Scale("paper", {"pretrain.drop_rate": 0.5, "pretrain.batch_size": 512})
 SCALES: dict[str, Scale] = {"demo": DEMO, "paper": PAPER}
 
-# What stands for a column of the paper on the demo corpus: words for the report, and the path.
+# What replaces a column of the paper on the demo corpus: words for the report, and the path.
 STAND_INS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ucf101": ("digit, probe on video", ("probes", "digit", "svm", "pretrained")),
     "hmdb51": ("who does what, probe on video", ("probes", "action", "svm", "pretrained")),
@@ -139,7 +139,7 @@ def dropping(rate: float) -> str:
 
 
 def with_seed(run: StudyRun, seed: int) -> StudyRun:
-    """The same run with another seed, under a name of its own; the first seed is the project's."""
+    """The same run with another seed and its own name; the first seed is that of the project."""
     if seed == SEEDS[0]:
         return run
     start = None if run.start is None else f"{run.start}-seed-{seed}"
@@ -147,7 +147,7 @@ def with_seed(run: StudyRun, seed: int) -> StudyRun:
     return replace(run, name=f"{run.name}-seed-{seed}", start=start, settings=settings, seed=seed)
 
 
-# On the paper's data sets a column's task or probe bears the set's name.
+# On the paper's data sets, the task or probe of a column has the name of the set.
 TASKS_OF = {
     "k400": "kinetics400",
     "k600": "kinetics600",
@@ -158,8 +158,8 @@ TASKS_OF = {
     "top1": "imagenet",
     "top5": "imagenet",
 }
-PROBED = ("ucf101", "hmdb51", "esc50")
-SEARCHED = ("youcook2", "msrvtt")
+PROBE_SETS = ("ucf101", "hmdb51", "esc50")
+RETRIEVAL_SETS = ("youcook2", "msrvtt")
 MEASURES = {"top1": "top_1", "top5": "top_5", "mean_ap": "mean_ap", "auc": "auc"}
 MEASURES |= {"d_prime": "d_prime"}
 
@@ -185,7 +185,7 @@ def _rows(number: int) -> dict[str, int]:
 
 
 def _pretraining(scale: Scale, name: str, settings: Settings | None = None) -> StudyRun:
-    """A pre-training that explores; those that are fine-tuned too bring their tasks."""
+    """A pre-training of an exploration; those that are fine-tuned have tasks."""
     tasks: tuple[Task, ...] = ()
     if scale.name == "demo" and name in (BASE, AGNOSTIC):
         tasks = tuple(Task(name, name) for name in ("action", "audio", "image"))
@@ -194,7 +194,7 @@ def _pretraining(scale: Scale, name: str, settings: Settings | None = None) -> S
 
 
 def _model(scale: Scale, model: str) -> StudyRun:
-    """A pre-training that tables 1 to 4 and 8 compare; in small there is one size."""
+    """A pre-training that tables 1 to 4 and 8 compare; scaled down, there is one size."""
     if scale.name == "paper":
         return StudyRun(model.lower(), MODELS[model])
     if model == "MA":
@@ -207,19 +207,19 @@ def _data_set(column: str) -> str:
     return TASKS_OF.get(name, name)
 
 
-def _asked(
+def _answer(
     run: StudyRun, column: str, scale: Scale, kind: str = "svm"
 ) -> tuple[StudyRun | None, Answer]:
-    """What answers a column about a pre-training: itself, or a run on the column's data set."""
+    """The answer to a column for a pre-training, and the extra run on the column's data set."""
     if scale.name == "demo" or column == "multimodal_gflops":
         path = tuple(kind if part == "svm" else part for part in STAND_INS[column][1])
         return None, Answer(run.name, path)
     data = _data_set(column)
     on = StudyRun(f"{run.name}-{data}", start=run.name, data=data)
-    if data in PROBED:
+    if data in PROBE_SETS:
         return on, Answer(on.name, ("probes", data, kind, "pretrained"))
     measure = column if column in MEASURES else column.partition("_")[2]
-    if data in SEARCHED:
+    if data in RETRIEVAL_SETS:
         path = ("retrieval", "pretrained", "text_to_video", SEARCH_MEASURES[measure])
         return on, Answer(on.name, path)
     on = replace(on, tasks=(Task(data, LIKE.get(data, data)),))
@@ -232,7 +232,7 @@ SEARCH_MEASURES = {"r10": "recall_at_10", "median_rank": "median_rank"}
 
 @dataclass
 class _Building:
-    """A study as it grows: shared runs once."""
+    """A study while it is put together; shared runs are added once."""
 
     number: int
     scale: Scale
@@ -246,15 +246,15 @@ class _Building:
     def ask(
         self, row: int, column: str, run: StudyRun, *, of: str | None = None, kind: str = "svm"
     ) -> None:
-        """The cell (row, column) shows what the run has of the measure `of`."""
+        """Let the cell (row, column) show the measure `of` of the run."""
         self.add(run)
-        on, answer = _asked(run, of or column, self.scale, kind)
+        on, answer = _answer(run, of or column, self.scale, kind)
         if on is not None:
             self.add(on)
         self.answers[row, column] = answer
 
     def known(self, column: str) -> bool:
-        """Whether this scale has something for a column of the paper."""
+        """Whether this scale has an answer for a column of the paper."""
         return column in STAND_INS if self.scale.name == "demo" else True
 
     def done(self) -> Study:
@@ -266,10 +266,10 @@ def _from_scratch(answer: Answer) -> Answer:
     return replace(answer, path=path)
 
 
-def _compared(
+def _comparison(
     number: int, rows: Mapping[str, str], columns: tuple[str, ...], scratch: str | None = None
 ) -> Callable[[Scale], Study]:
-    """A table whose rows are models: `rows` says which one each is."""
+    """A table whose rows are models: `rows` maps each row to a model."""
 
     def build(scale: Scale) -> Study:
         made, places = _Building(number, scale), _rows(number)
@@ -292,7 +292,7 @@ def _compared(
 
 
 IMAGES = 3
-SIZES_ONLY = {1: ("BBS", "LBS")}  # rows that differ in size alone, which in small is one
+SIZES_ONLY = {1: ("BBS", "LBS")}  # rows that differ only in size; scaled down, there is one size
 SCRATCH_COLUMNS = ("k400_top1", "k400_top5", "top1", "top5")
 
 
@@ -392,15 +392,15 @@ def _table_10(scale: Scale) -> Study:
 
 
 BUILDERS: dict[int, Callable[[Scale], Study]] = {
-    1: _compared(
+    1: _comparison(
         1,
         {"VATT-Base": "BBS", "VATT-Medium": "MBS", "VATT-Large": "LBS", "VATT-MA-Medium": "MA"},
         ("k400_top1", "k400_top5", "k600_top1", "k600_top5", "mit_top1", "mit_top5"),
         scratch="VATT from scratch (text)",
     ),
-    2: _compared(2, {"VATT-Base": "BBS", "VATT-MA-Medium": "MA"}, ("mean_ap", "auc", "d_prime")),
-    3: _compared(3, {"VATT-Base": "BBS"}, ("top1", "top5"), scratch="VATT-Base from scratch"),
-    4: _compared(
+    2: _comparison(2, {"VATT-Base": "BBS", "VATT-MA-Medium": "MA"}, ("mean_ap", "auc", "d_prime")),
+    3: _comparison(3, {"VATT-Base": "BBS"}, ("top1", "top5"), scratch="VATT-Base from scratch"),
+    4: _comparison(
         4,
         {"VATT-MBS": "MBS", "VATT-MA-Medium": "MA"},
         ("youcook2_r10", "youcook2_median_rank", "msrvtt_r10", "msrvtt_median_rank"),
@@ -415,7 +415,7 @@ BUILDERS: dict[int, Callable[[Scale], Study]] = {
 
 
 def study(number: int, scale: Scale) -> Study:
-    """A table's runs, shared ones under one name in every table, and its cells' answers."""
+    """The runs of a table and the answers of its cells; shared runs have one name in all tables."""
     return BUILDERS[number](scale)
 
 

@@ -31,7 +31,7 @@ Place = Callable[[str], tuple[str, ...]]  # pretrained, untrained or scratch -> 
 
 
 def percent(values: Sequence[float | None]) -> str:
-    """One number a seed."""
+    """One number for each seed."""
     return " / ".join("–" if value is None else f"{100 * value:.1f}" for value in values)
 
 
@@ -48,14 +48,14 @@ def row(
     path: Place,
     sides: tuple[str, str],
 ) -> str:
-    """A line of the README's table: a measure on both sides, and its chance."""
+    """A line of the table in the README: a measure on both sides, and its chance level."""
     ours, theirs = ([look(results, *path(side), "value") for results in seeds] for side in sides)
     chance = look(seeds[0], *path(sides[0]), "chance")
     return f"| {name} | {percent(ours)} | {percent(theirs)} | {100 * chance:.1f} |"
 
 
 def readme(seeds: Sequence[Results], labels: dict[str, int | None]) -> list[str]:
-    """Pre-trained against untrained or from scratch, a number a seed."""
+    """Pre-trained against untrained or from scratch, a number for each seed."""
 
     def found(direction: str, measure: str) -> Place:
         return lambda side: ("retrieval", side, direction, measure)
@@ -86,7 +86,7 @@ def readme(seeds: Sequence[Results], labels: dict[str, int | None]) -> list[str]
 
 
 def differences(seeds: Sequence[Results], numbers: Sequence[int]) -> list[str]:
-    """Fine-tuning from pre-trained weights less from scratch, with its interval, seed by seed."""
+    """Fine-tuning from pre-trained weights minus from scratch, with intervals, for each seed."""
     head = " | ".join(f"seed {number}" for number in numbers)
     lines = [f"| | {head} |", "|---" * (len(seeds) + 1) + "|"]
     for name, words in TASKS.items():
@@ -156,7 +156,7 @@ def main() -> None:
         "",
         *short,
         "",
-        "What pre-training brings to fine-tuning, in points, with the 95 % interval of the paired",
+        "What pre-training adds to fine-tuning, in points, with the 95 % interval of the paired",
         "difference over the test clips:",
         "",
         *differences(seeds, numbers),
