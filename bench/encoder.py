@@ -1,4 +1,4 @@
-"""Speed of the encoder beside other implementations of the same Transformer, as ratios.
+"""Speed of the encoder compared with other implementations of the same Transformer, as ratios.
 
 On a CPU: forward + backward of the base video tower (784 tokens, width 768, 12 layers) against
 Hugging Face's VideoMAE and ViViT, timm's blocks and torch.nn.TransformerEncoder; the forward pass
@@ -7,12 +7,12 @@ against torch's own. On a GPU (--gpu): the share of the measured bf16 matrix pea
 step of the medium and large towers reaches with DropToken 50 % and flash attention, plain and
 compiled.
 
-    pip install transformers timm     # in a throwaway environment beside this project
+    pip install transformers timm     # in a separate, temporary environment
     python bench/encoder.py --dtype bf16 fp32 --batch 1 4 --threads 2
 
-All candidates run in turn within each round, so that a busy machine slows all of them. A ratio is
-taken within a round, of each one's second step in a row; shown are its median, lowest and highest
-over the rounds.
+All candidates alternate within each round, so that a busy machine slows all of them. A ratio is taken
+within a round, from the second step of each candidate; its median, lowest and highest value over the
+rounds are printed.
 """
 
 import argparse
@@ -41,7 +41,7 @@ Step = Callable[[], Any]
 
 
 def video_tower(size: str, frames: int, *, dropout: float = 0.0) -> nn.Module:
-    """Our video tower: raw frames -> AGG's answer."""
+    """Our video tower: raw frames -> the output of AGG."""
     params = ModelParams(
         recipe="paper",
         backbone="specific",
@@ -58,7 +58,7 @@ def video_tower(size: str, frames: int, *, dropout: float = 0.0) -> nn.Module:
 
 
 def competitors(batch: int) -> dict[str, tuple[nn.Module, Tensor]]:
-    """Others' models of the same size with an input of each; those not installed are left out."""
+    """Other models of the same size, each with an input; those not installed are left out."""
     layer = nn.TransformerEncoderLayer(
         WIDTH, HEADS, MLP, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
     )
@@ -103,17 +103,17 @@ def competitors(batch: int) -> dict[str, tuple[nn.Module, Tensor]]:
 
 
 def answer(output: Any) -> Tensor:
-    """The tensor in a model's answer."""
+    """The tensor in the output of a model."""
     return output if isinstance(output, Tensor) else output.last_hidden_state
 
 
 def precision(dtype: str, device: str = "cpu") -> Any:
-    """The context in which a type is used."""
+    """The context of computing in a type."""
     return torch.autocast(device, torch.bfloat16) if dtype == "bf16" else nullcontext()
 
 
 def training_step(model: nn.Module, *inputs: Tensor | None, dtype: str) -> Step:
-    """Forward + backward, gradients thrown away."""
+    """Forward + backward; gradients are discarded."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def step() -> None:
@@ -125,7 +125,7 @@ def training_step(model: nn.Module, *inputs: Tensor | None, dtype: str) -> Step:
 
 
 def forward_step(model: nn.Module, inputs: Tensor, *, dtype: str) -> Step:
-    """Forward alone, in eval mode, in the weights' type: both call the fast path."""
+    """Only the forward pass, in eval mode, in the weights' type: both call the fast path."""
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     model, inputs = copy.deepcopy(model).to(kind).eval(), inputs.to(kind)
 
@@ -147,11 +147,11 @@ def without_choice(step: Step) -> Step:
 
 
 def compare(title: str, steps: dict[str, Step], rounds: int) -> dict[str, Any]:
-    """Times of all steps, taken in turn, beside those of the first one."""
+    """Times of all steps, measured alternately, relative to the first one."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            step()  # memory is as the step itself leaves it, not as another candidate did
+            step()  # so that the memory is as this step leaves it, not another candidate
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)
@@ -242,7 +242,7 @@ def forward_operations(size: str) -> float:
 
 
 def matrix_peak(size: int = 8192, rounds: int = 20) -> float:
-    """Operations a second of a large bf16 matrix product on this GPU."""
+    """Operations per second of a large bf16 matrix product on this GPU."""
     left = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
     for _ in range(3):
         left @ left

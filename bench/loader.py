@@ -1,16 +1,16 @@
-"""Speed of loading beside bare decoding of the same clips, and what it costs in memory.
+"""Speed of loading compared with bare decoding of the same clips, and its memory.
 
     python bench/loader.py                      # speed: both stored forms, in turn, several rounds
     python bench/loader.py --memory 20000       # the same, then memory over so many samples
 
-A sample is the paper's: 3.2 s of a stored clip of 10 s, 32 frames of short side 256, a part of
-them cut out and resized to 224 x 224, mirrored half of the time, 153,600 samples of sound, the five
+A sample is that of the paper: 3.2 s of a stored clip of 10 s, 32 frames of short side 256, a crop
+of them resized to 224 x 224, mirrored half of the time, 153,600 samples of sound, the five
 nearest captions. Clips are drawn shapes that move under noise, made by ffmpeg so that their size is
 that of real video (about 350 kB of H.264 in 10 s), and stored by the project's own preprocessing.
 
-"bare" decodes the frames of the same windows of the same clips, one after the other, and throws
-them away: to the decoder's own frames, and to RGB arrays, which every loader needs. Everything
-takes turns within a round, so that a busy machine slows all of it; one thread a process.
+"bare" only decodes the frames of the same windows of the same clips, one after the other: to the
+decoder's own frames, and to RGB arrays, which every loader needs. All candidates alternate within a
+round, so that a busy machine slows all of them; one thread per process.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def make_corpus(folder: Path, count: int, params: Params) -> None:
 
 
 class Bare:
-    """The windows of clips, decoded and thrown away."""
+    """Bare decoding of windows of clips."""
 
     def __init__(self, shards: Path, sampling: Sampling) -> None:
         self.index = ShardIndex.load(shards, split="train")
@@ -109,7 +109,7 @@ class Bare:
         self.step = 0
 
     def windows(self, count: int) -> Iterator[tuple[bytes | list[bytes], list[int]]]:
-        """What is stored of random clips, and the frames of a random window of each."""
+        """The stored bytes of random clips, and the frames of a random window of each."""
         for _ in range(count):
             self.step += 1
             draw = generator_for(1, self.step)
@@ -136,7 +136,7 @@ class Bare:
                 self.decode_h264(data, wanted, rgb=rgb)
 
     def decode_h264(self, data: bytes, wanted: list[int], *, rgb: bool) -> None:
-        """PyAV as its documentation shows it, but with one thread and one converter."""
+        """PyAV as in its documentation, but with one thread and one converter."""
         scaler = VideoReformatter()
         with av.open(io.BytesIO(data), format="mp4") as container:
             stream = container.streams.video[0]
@@ -154,7 +154,7 @@ class Bare:
 
 
 def batches(shards: Path, sampling: Sampling, workers: int) -> Iterator[Batch]:
-    """An endless training."""
+    """Batches of a training without end."""
     return train_batches(
         ShardIndex.load(shards, split="train"),
         sampling,
@@ -166,14 +166,14 @@ def batches(shards: Path, sampling: Sampling, workers: int) -> Iterator[Batch]:
 
 
 def rate(count: int, work: Callable[[], object]) -> float:
-    """Samples a second."""
+    """Samples per second."""
     began = time.perf_counter()
     work()
     return count / (time.perf_counter() - began)
 
 
 def loader_rate(shards: Path, sampling: Sampling, workers: int, count: int) -> float:
-    """Samples a second once it runs, with all of its memory made: the consumer waits."""
+    """Samples per second after the start, with all memory allocated: the consumer waits."""
     source = batches(shards, sampling, workers)
     for _ in islice(source, AHEAD + 4):
         pass
@@ -183,7 +183,7 @@ def loader_rate(shards: Path, sampling: Sampling, workers: int, count: int) -> f
 
 
 def with_colour(shards: Path, sampling: Sampling, count: int) -> float:
-    """The same in this process, with the colours changed and the scaling done on the CPU too."""
+    """The same in this process, with colours changed and values scaled on the CPU too."""
     source = batches(shards, sampling, 0)
     next(source)
     found = rate(count, lambda: [model_inputs(batch) for batch in islice(source, count // BATCH)])
@@ -216,7 +216,7 @@ def speed(folder: Path, sampling: Sampling, rounds: int, count: int) -> None:
         shards = folder / FORMS[name]
         rows = ShardIndex.load(shards, split="train").rows
         size = statistics.mean(row.video[1] for row in rows if row.video)
-        print(f"\n{name}, {size / 1e3:.0f} kB of picture a clip of {SECONDS} s; samples a second")
+        print(f"\n{name}, {size / 1e3:.0f} kB of video per clip of {SECONDS} s; samples per second")
         for case, values in group.items():
             print(
                 f"  {case:26} median {statistics.median(values):7.1f}"
@@ -253,13 +253,13 @@ def memory(shards: Path, sampling: Sampling, total: int) -> None:
         if seen >= total:
             break
     source.close()
-    print(f"  {total / (time.perf_counter() - began):.1f} samples a second")
+    print(f"  {total / (time.perf_counter() - began):.1f} samples per second")
     print(f"  growth after the first 2,000: {max(sizes[1:]) - sizes[0]:+.0f} MB at most, "
           f"{sizes[-1] - sizes[0]:+.0f} MB at the end")  # fmt: skip
 
 
 def seeks() -> None:
-    """Jumps on the disk in the order of training, beside a shuffle of everything."""
+    """Jumps on the disk in the order of training, compared with a shuffle of everything."""
     shards, rows = 400, 1000
     order = TrainingOrder([str(row // rows) for row in range(shards * rows)], seed=0)
     taken = np.array([order.row_at(position) for position in range(shards * rows)])

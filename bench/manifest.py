@@ -1,9 +1,9 @@
-"""Memory and time of a large manifest: made-up clips written, sampled, split, hashed, counted.
+"""Memory and time of a large manifest: synthetic clips written, sampled, split, hashed, counted.
 
     python bench/manifest.py                          # 10 million clips, JSON lines
     python bench/manifest.py --clips 1000000 --format parquet
 
-Prints seconds and the process's peak memory after each step, as JSON with --json.
+Prints seconds and the peak memory of the process after each step; --json prints JSON.
 """
 
 import argparse
@@ -29,7 +29,7 @@ A_VIDEO = 10  # clips
 
 
 def made_up(count: int) -> Iterator[Clip]:
-    """Clips of ten seconds, ten of each video, a sentence with each."""
+    """Clips of ten seconds, ten of each video, each with a sentence."""
     for number in range(count):
         url = f"https://www.youtube.com/watch?v={number // A_VIDEO:011d}"
         start = 10.0 * (number % A_VIDEO)
@@ -47,16 +47,16 @@ def made_up(count: int) -> Iterator[Clip]:
 
 
 def peak_mb() -> float:
-    """The most memory that this process has had, in MB."""
+    """The peak memory of this process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
-    """Run the steps in turn."""
+    """Run the steps one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=int, default=10_000_000)
     parser.add_argument("--format", choices=["jsonl", "parquet"], default="jsonl")
-    parser.add_argument("--share", type=float, default=0.1, help="of the clips, for the sample")
+    parser.add_argument("--share", type=float, default=0.1, help="share of the clips in the sample")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

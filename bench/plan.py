@@ -1,13 +1,13 @@
 """Forecasts against measurements: peak memory by formula, step time from a short trial.
 
-    python bench/plan.py --memory       any time: every setting in a process of its own
-    python bench/plan.py --time         on a machine that does nothing else
+    python bench/plan.py --memory       any time: each setting in its own process
+    python bench/plan.py --time         on an idle machine
 
-Memory is the peak of resident memory beyond what the process held before the model was built, after
-two steps of four clips had loaded all code; freed tensors go back to the system at once (two
-settings of glibc's malloc), and beside it what glibc's defaults make of it. Time is the median of
-three steps on a batch that stays in memory; the forecast comes from one trial a model, of at most
-32 clips. One JSON line a setting, then a table for docs/benchmarks.md.
+Memory is the peak of resident memory, without what the process held before the model was built
+(after two steps of four clips had loaded all code). Freed tensors return to the system at once (two
+settings of glibc's malloc); a second number is measured with glibc's defaults. Time is the median of
+three steps on a batch that stays in memory; the forecast comes from one trial per model, of at most
+32 clips. Prints a JSON line for each setting, then a table for docs/benchmarks.md.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def name(case: dict[str, Any]) -> str:
 
 
 def measure_memory(case: dict[str, Any]) -> dict[str, float]:
-    """Megabytes: formula, peak, peak with glibc's defaults."""
+    """Megabytes by formula, the peak, and the peak with glibc's defaults."""
     params = settings(case)
     setting = BatchSettings(
         micro_batch_size=params.machine.micro_batch_size,
@@ -100,11 +100,11 @@ def measure_time(case: dict[str, Any], trials: dict[Any, Any]) -> dict[str, floa
 
 
 def main() -> None:
-    """Measure what was asked for and print the table."""
+    """Measure memory, time or both, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--time", action="store_true")
-    parser.add_argument("--only", help="cases whose name holds this")
+    parser.add_argument("--only", help="cases whose name contains this")
     options = parser.parse_args()
     trials: dict[Any, Any] = {}
     for what in ("memory", "time"):

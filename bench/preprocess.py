@@ -1,13 +1,13 @@
-"""Seconds of 720p video that preprocessing turns into shards, a second and core.
+"""Seconds of 720p video that preprocessing turns into shards in a second on one core.
 
     python bench/preprocess.py                       # about four minutes
-    python bench/preprocess.py --source film.mp4     # of a film of your own
+    python bench/preprocess.py --source film.mp4     # with your own film
 
-Beside it, in turns: one plain ffmpeg command that decodes once and cuts by split and trim, and one
-ffmpeg command a clip. All write the same clips (settings of presets/paper.yaml: ten seconds, 10
-frames a second, short side 256, H.264, sound as 48 kHz mono PCM). One core each, then two processes
-on two cores; the ratios are medians over the rounds. The film is made with ffmpeg: a test picture
-with noise at 2.5 Mbit/s, 30 frames a second, with a tone.
+Compared, alternately, with one plain ffmpeg command that decodes once and cuts by split and trim, and
+with one ffmpeg command per clip. All write the same clips (settings of presets/paper.yaml: ten seconds,
+10 frames per second, short side 256, H.264, sound as 48 kHz mono PCM). First one core each, then two
+processes on two cores; ratios are medians over the rounds. The film is made with ffmpeg: a test
+picture with noise at 2.5 Mbit/s, 30 frames per second, with a tone.
 """
 
 import argparse
@@ -57,13 +57,13 @@ def spans(seconds: float, params: Params) -> list[tuple[float, float]]:
 
 
 def encoder(params: Params) -> tuple[str, ...]:
-    """What both peers encode with: what our settings say."""
+    """The encoder settings of both peers: the same as ours."""
     how = params.preprocess
     return (*X264, "-crf", str(how.crf), "-g", str(how.gop))
 
 
 def split_and_trim(film: Path, folder: Path, cuts: Sequence[tuple[float, float]], params: Params):
-    """One command: decode, scale, then split and trim; so also the sound."""
+    """One command: decode, scale, then split and trim, also for the sound."""
     how = params.preprocess
     count = len(cuts)
     pictures = "".join(f"[v{k}]" for k in range(count))
@@ -95,7 +95,7 @@ def one_call_a_clip(film: Path, folder: Path, cuts: Sequence[tuple[float, float]
 
 
 def ours(films: Sequence[Path], folder: Path, params: Params, seconds: float) -> None:
-    """All of the stage: plan, probe, cut, tars, index and ledger; a process a film."""
+    """The complete stage: plan, probe, cut, tars, index and ledger; one process per film."""
     clips = [
         Clip(f"film{k}", "bench", f"folder:{film.name}", 0.0, None, "train", {}, (), None)
         for k, film in enumerate(films)
@@ -121,7 +121,7 @@ def ours(films: Sequence[Path], folder: Path, params: Params, seconds: float) ->
 
 
 def timed(work: Callable[[Path], Any], cores: Sequence[int]) -> float:
-    """Seconds of work on some cores, in a folder of its own."""
+    """Seconds of work on these cores, in its own folder."""
     os.sched_setaffinity(0, cores)
     with tempfile.TemporaryDirectory() as name:
         begun = time.perf_counter()
@@ -139,9 +139,9 @@ def at_once(work: Callable[[Path], Any], folder: Path) -> None:
 
 
 def main() -> None:
-    """Measure in turns and print."""
+    """Measure alternately and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", type=Path, help="a film; default: one is made")
+    parser.add_argument("--source", type=Path, help="a film; default: a generated one")
     parser.add_argument("--seconds", type=int, default=120, help="of the film")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file too")
@@ -169,7 +169,7 @@ def main() -> None:
             "vattctl, 2 processes": (2 * length, lambda to: ours(films, to, params, length), cores),
             "plain, 2 processes": (2 * length, lambda to: at_once(plain, to), cores),
         }  # fmt: skip
-        timed(rows["vattctl, 2 processes"][1], cores)  # starts the server of workers, fills caches
+        timed(rows["vattctl, 2 processes"][1], cores)  # starts the worker server and fills caches
         speeds: dict[str, list[float]] = {row: [] for row in rows}
         for _ in range(options.rounds):
             for row, (work_seconds, work, where) in rows.items():
@@ -178,7 +178,7 @@ def main() -> None:
 
 
 def report(speeds: dict[str, list[float]], file: Path | None) -> None:
-    """A line each: median, least and most; then the ratios, round by round."""
+    """A line for each: median, lowest and highest; then the ratios, round by round."""
     for row, values in speeds.items():
         print(
             f"{row:22} {statistics.median(values):6.2f} s/s  ({min(values):.2f}-{max(values):.2f})"

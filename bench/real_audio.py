@@ -1,13 +1,13 @@
-"""What pre-training on the demo's made corpus is worth on real sound: prints a Markdown table.
+"""Does pre-training on the generated corpus of the demo help on real sound? Prints a table.
 
     python bench/real_audio.py --fsdd DIR --esc10 DIR --from DIR... --seeds 0 1 2
 
-DIR of --fsdd holds recordings/<digit>_<speaker>_<take>.wav (Free Spoken Digit Dataset); of --esc10
-audio/ and meta/esc50.csv in ESC-50's layout. Each --from is a checkpoint; the seeds take them in
-turn. Everything trained goes the way of one's own data: a csv, then `vattctl finetune csv`.
+DIR of --fsdd contains recordings/<digit>_<speaker>_<take>.wav (Free Spoken Digit Dataset); DIR of
+--esc10 contains audio/ and meta/esc50.csv in the layout of ESC-50. Each --from is a checkpoint; the
+seeds use them in turn. All training uses the way for one's own data: a csv, then `vattctl finetune csv`.
 
-A log-mel spectrogram of the same 0.8 s window and logistic regression (its strength chosen on the
-train clips) is what the encoder has to beat.
+The baseline is a log-mel spectrogram of the same 0.8 s window with logistic regression, whose
+regularisation is chosen on the train clips.
 """
 
 import argparse
@@ -39,10 +39,10 @@ HZ, WINDOW, BINS = 8000, 6400, 40
 FOLDS = 4  # of the choice of a strength; no class has fewer train clips
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 TEST_TAKES = 5  # of a speaker and digit: the official test
-FEW = 100  # labels, ten a digit
+FEW = 100  # labels, ten for each digit
 PARTS = 3  # of ESC-10's fold 4: a class has recordings of three sources at least
 RESAMPLES = 1000
-MACHINE = {"machine.threads": 1, "machine.workers": 0}  # so small a model gains nothing by more
+MACHINE = {"machine.threads": 1, "machine.workers": 0}  # such a small model is not faster with more
 SETS = {"fsdd": (600, None), "fsdd-few": (200, FEW), "esc10": (0, None)}  # steps, labels
 TITLES = {
     "fsdd": "FSDD, 2,700 labels",
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def write_list(folder: Path, rows: list[dict[str, str]], *, name: str) -> Path:
-    """A csv beside the files, as `vattctl finetune csv` takes it."""
+    """A csv next to the files, in the format of `vattctl finetune csv`."""
     path = folder / f"{name}.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -93,7 +93,7 @@ def write_list(folder: Path, rows: list[dict[str, str]], *, name: str) -> Path:
 
 
 def spoken_digits(source: Path, folder: Path) -> Path:
-    """The official split: takes 0 to 4 of each speaker and digit are the test."""
+    """The official split: takes 0 to 4 of each speaker and digit are for testing."""
     shutil.copytree(source / "recordings", folder / "recordings", dirs_exist_ok=True)
     rows = []
     for path in sorted((folder / "recordings").glob("*.wav")):
@@ -105,7 +105,7 @@ def spoken_digits(source: Path, folder: Path) -> Path:
 
 
 def sounds(source: Path, folder: Path) -> list[Path]:
-    """The 80 clips of fold 4, each third tested once; no two thirds share a source recording."""
+    """The 80 clips of fold 4, each third tested once; no recording is in two of them."""
     shutil.copytree(source / "audio", folder / "audio", dirs_exist_ok=True)
     with (source / "meta" / "esc50.csv").open(newline="", encoding="utf-8") as file:
         clips = [row for row in csv.DictReader(file) if row["fold"] == "4"]
@@ -131,7 +131,7 @@ def sounds(source: Path, folder: Path) -> list[Path]:
 
 
 def run(data: Path, name: str, start: Path, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """An experiment by the ordinary command; its metrics."""
+    """Run an experiment by the usual command; returns its metrics."""
     command = [sys.executable, "-m", "vattctl.cli", "-q", "finetune", "csv", "--data", str(data)]
     command += ["--from", str(start), "--name", name, "--init", "pretrained", "--init", "scratch"]
     for key, value in {"seed": seed, **MACHINE, **settings}.items():
@@ -161,7 +161,7 @@ def tuned(data: Path, name: str, start: Path, seed: int) -> dict[str, Metric]:
 
 
 def probed(lists: list[Path], start: Path, seed: int) -> dict[str, Metric]:
-    """Probes on the sounds, each third asked once: all 80 clips together."""
+    """Probes on the sounds; each third is tested once, so all 80 clips count."""
     found = [
         probes_of(run(part, f"esc10-{part.stem}-{seed}", start, seed, {"finetune.run": []}))
         for part in lists
@@ -179,7 +179,7 @@ def probes_of(found: dict[str, Any]) -> dict[str, Metric]:
 
 
 def pooled(metrics: list[Metric]) -> Metric:
-    """Accuracies on parts that are asked once each -> that on all clips."""
+    """Accuracies on parts that are tested once each -> the accuracy on all clips."""
     sizes = [int(one["n"] or 0) for one in metrics]
     rights = [round(float(one["value"] or 0) * n) for one, n in zip(metrics, sizes, strict=True)]
     hits = [np.arange(size) < right for right, size in zip(rights, sizes, strict=True)]
@@ -210,7 +210,7 @@ def features(list_file: Path) -> tuple[np.ndarray, list[Clip]]:
 
 
 def answers(x: np.ndarray, y: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Of a logistic regression whose strength is chosen on the clips that it learns from."""
+    """Results of a logistic regression; its regularisation is chosen on the train clips."""
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
     strengths = {"logisticregression__C": STRENGTHS}
     search = GridSearchCV(model, strengths, cv=StratifiedKFold(FOLDS))
@@ -218,7 +218,7 @@ def answers(x: np.ndarray, y: np.ndarray, asked: np.ndarray) -> np.ndarray:
 
 
 def baseline(list_file: Path, labels: int | None) -> Metric:
-    """On the list's split, with all labels or the few that fine-tuning sees."""
+    """Results on the split of the list, with all labels or only those of fine-tuning."""
     x, clips = features(list_file)
     y = np.asarray([clip.labels["label"] for clip in clips])
     train = [place for place, clip in enumerate(clips) if clip.split == "train"]
@@ -233,14 +233,14 @@ def baseline(list_file: Path, labels: int | None) -> Metric:
 
 
 def table(title: str, found: list[dict[str, Metric]], base: Metric) -> list[Row]:
-    """The rows of a data set: every way of ours over the seeds, then the baseline."""
+    """The rows of a data set: each of our methods over the seeds, then the baseline."""
     rows: list[Row] = [(title, way, [one[way] for one in found]) for way in found[0]]
     return [*rows, (title, "log-mel + logistic regression", [base])]
 
 
 def show(rows: list[Row], seeds: list[int]) -> None:
     """Markdown; per cent with the 95 % interval of each seed's bootstrap over the test clips."""
-    print(f"| data | way | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |")
+    print(f"| data | method | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |")
     print("|---|---|" + "---|" * (len(seeds) + 1))
     for data, way, values in rows:
         cells = [cell(value) for value in values]

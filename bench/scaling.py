@@ -1,11 +1,11 @@
-"""The scaling study on paper: what more GPUs do to a step of the paper's pre-training.
+"""A calculation of scaling: a step of the paper's pre-training on more and more GPUs.
 
-    python bench/scaling.py --loader        # a clip's CPU time and bytes, measured on this machine
+    python bench/scaling.py --loader        # measure CPU time and bytes of a clip on this machine
     python bench/scaling.py --clip-ms 20 --clip-kb 1300 [--device h100-80gb --mfu 0.4 ...]
 
 Operations, weights, features and traffic are counted from presets/paper.yaml, by the formulas of
-`vattctl plan`; for each number of GPUs its cheapest setting that fits. Everything that is assumed
-is an option, and printed. Nothing is hidden behind anything else unless --overlap says so.
+`vattctl plan`; for each number of GPUs, the cheapest setting that fits is used. Every assumption
+is an option, and is printed. Nothing overlaps unless --overlap is given.
 """
 
 import argparse
@@ -37,13 +37,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 PAPER = Path(__file__).parents[1] / "presets" / "paper.yaml"
-FEATURE_COLLECTIVES = 9  # three features there and back, three flags
+FEATURE_COLLECTIVES = 9  # three features forward and backward, three flags
 HALF = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """GpuSpeed, with what its formula leaves out: latency, and traffic behind the backward pass."""
+    """GpuSpeed with two more terms: latency, and traffic that overlaps with the backward pass."""
 
     speed: GpuSpeed
     latency: float  # seconds of a collective, for each doubling of the processes
@@ -83,13 +83,13 @@ def plans(
 
 
 def with_batch(params: Params, batch_size: int) -> Params:
-    """The paper's settings with another batch."""
+    """The settings of the paper with another batch size."""
     pretrain = params.pretrain.model_copy(update={"batch_size": batch_size})
     return params.model_copy(update={"pretrain": pretrain})
 
 
 def study(params: Params, options: argparse.Namespace) -> None:
-    """The table of one batch, and where it stops scaling."""
+    """Print the table of one batch size and the limits of its scaling."""
     batch = params.pretrain.batch_size
     counts = count(params.model)
     picture, sound = signal_values(params.model)
@@ -130,7 +130,7 @@ def study(params: Params, options: argparse.Namespace) -> None:
 
 
 def limits(params: Params, options: argparse.Namespace) -> str:
-    """Where more GPUs stop helping, among the powers of two."""
+    """The numbers of GPUs (powers of two) from which more GPUs help less."""
     powers = [2**power for power in range(int(math.log2(params.pretrain.batch_size)) + 1)]
     found = dict(plans(params, powers, options))
     alone = next(iter(found.values())).seconds.total * next(iter(found))
@@ -150,7 +150,7 @@ def limits(params: Params, options: argparse.Namespace) -> str:
 
 
 def assumptions(params: Params, options: argparse.Namespace) -> None:
-    """Everything that was not counted or measured."""
+    """Print everything that was counted, measured or assumed."""
     device = GPUS[options.device]
     counts = count(params.model)
     link, network = options.link or device.link / 1e9, options.network or device.network / 1e9
@@ -165,7 +165,7 @@ def assumptions(params: Params, options: argparse.Namespace) -> None:
 
 
 def loader(clips: int, samples: int) -> None:
-    """CPU milliseconds of a sample of the paper's, and bytes of a stored clip."""
+    """CPU milliseconds of a sample as in the paper, and bytes of a stored clip."""
     import sys
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -190,18 +190,18 @@ def loader(clips: int, samples: int) -> None:
             spent = (time.process_time() - began) / (samples // 8 * 8)
             source.close()
             assert len(index.rows) == clips
-            print(f"{form}: {1e3 * spent:.1f} ms of one core and {stored / 1e3:.0f} kB a clip")
+            print(f"{form}: {1e3 * spent:.1f} ms of one core and {stored / 1e3:.0f} kB per clip")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--loader", action="store_true", help="measure a clip's cost here")
-    parser.add_argument("--clip-ms", type=float, help="of one core, to make a sample")
-    parser.add_argument("--clip-kb", type=float, help="read from the shards for a sample")
+    parser.add_argument("--loader", action="store_true", help="measure the cost of a clip here")
+    parser.add_argument("--clip-ms", type=float, help="CPU milliseconds of a sample")
+    parser.add_argument("--clip-kb", type=float, help="kB read from the shards for a sample")
     parser.add_argument("--device", choices=[*GPUS], default="h100-80gb")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the bf16 peak")
     parser.add_argument("--link", type=float, help="GB/s in a machine; default: data sheet")
-    parser.add_argument("--network", type=float, help="GB/s for each GPU; default: usual")
+    parser.add_argument("--network", type=float, help="GB/s for each GPU; default: a usual value")
     parser.add_argument("--latency-us", type=float, default=20.0)
     parser.add_argument("--overlap", type=float, default=0.0, help="share of gradients' traffic")
     parser.add_argument("--batch", type=int, nargs="+", default=[2048])

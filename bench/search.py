@@ -20,7 +20,7 @@ TOP = 10
 
 
 def main() -> None:
-    """Print medians, the slowest search, and the ratio of the two ways, which run in turns."""
+    """Print medians, the slowest search, and the ratio of the two methods, which alternate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--moments", type=int, default=100_000)
     parser.add_argument("--queries", type=int, default=200)
@@ -50,14 +50,14 @@ def main() -> None:
 
 
 def by_numpy(vector: np.ndarray, vectors: np.ndarray) -> list[int]:
-    """The same by a product and a partial sort."""
+    """The same search by a matrix product and a partial sort."""
     cosines = vectors @ vector
     top = np.argpartition(-cosines, TOP)[:TOP]
     return top[np.argsort(-cosines[top])].tolist()
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that it took, and what came out."""
+    """The seconds of a call, and its result."""
     start = time.perf_counter()
     found = work()
     return time.perf_counter() - start, found

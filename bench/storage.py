@@ -1,11 +1,11 @@
-"""What each stored form takes on disk, how near it is to the source, and how fast it is read.
+"""Size, quality and reading speed of each stored form.
 
-    python bench/storage.py --films FOLDER           # of videos
-    python bench/storage.py --films FOLDER --tile    # of small ones: four become one large picture
+    python bench/storage.py --films FOLDER           # a folder of videos
+    python bench/storage.py --films FOLDER --tile    # small videos: four become one large picture
 
-Films are cut as presets/paper.yaml says (ten seconds, 10 frames a second, short side 256, sound of
-48 kHz), once in each form. Then windows of 3.2 seconds (crops of 224 x 224 in the middle) are read
-by the shards' own reader, at drawn places, the forms in turns: one core, one thread. PSNR is
+Films are cut with the settings of presets/paper.yaml (ten seconds, 10 frames per second, short side
+256, sound of 48 kHz), once in each form. Then windows of 3.2 seconds (centre crops of 224 x 224) are
+read by the project's reader at random places, alternating between the forms: one core, one thread. PSNR is
 against frames stored with a crf of 1.
 """
 
@@ -47,7 +47,7 @@ TILE, TILED_SECONDS = (284, 160), 30
 
 
 def tile(films: Sequence[Path], folder: Path) -> list[Path]:
-    """Four films, over and over, as one of 568 x 320: as much detail as a film of that size has."""
+    """Four films, repeated, as one of 568 x 320: with the detail of a film of that size."""
     folder.mkdir()
     size = "{}:{}".format(*TILE)
     shrunk = f"fps=30,scale={size}:force_original_aspect_ratio=increase,crop={size},setsar=1"
@@ -74,7 +74,7 @@ def tile(films: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def store(films: Sequence[Path], folder: Path, params: Params, **how: Any) -> ShardReader:
-    """Write the films' clips in a form."""
+    """Write the clips of the films in one form."""
     clips, entries = [], {}
     for number, film in enumerate(films):
         name = f"film{number:03d}"
@@ -119,19 +119,19 @@ def psnr(reader: ShardReader, reference: ShardReader, params: Params) -> float:
 
 
 def speeds(work: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """Windows a second, the forms in turns."""
+    """Windows per second, alternating between the forms."""
     found: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(rounds + 1):
         for name, read in work.items():
             begun = time.perf_counter()
             count = read()
-            if turn:  # the first one fills caches
+            if turn:  # the first turn fills caches
                 found[name].append(count / (time.perf_counter() - begun))
     return found
 
 
 def reading(reader: ShardReader, params: Params, *, sound: bool) -> Callable[[], int]:
-    """Reads a window of every clip, at the same drawn places in every form."""
+    """Reads a window of every clip, at the same random places in every form."""
     how, rows = params.preprocess, whole(reader, params)
     frames, side = params.model.video.frames, params.model.video.frame_size
     assert isinstance(side, int)
