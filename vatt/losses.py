@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 _NEVER = -1e30  # the score of a pair that takes no part; finite, so that no gradient is NaN
-MAX_SCORES = 2**20  # scores held at a time, in each direction: a few tens of MB
+MAX_SCORES = 2**20  # scores in memory at once, in each direction: a few tens of MB
 
 # Scores (b, B, K) of the anchors' videos with all texts and of their texts with all videos, the
-# anchors' places in the batch (b,), the candidates there are (B, K) -> a loss of each anchor (b,).
+# positions of the anchors in the batch (b,), which candidates exist (B, K) -> the loss of each
+# anchor (b,).
 Form = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class EmbeddingsLike(Protocol):
-    """What the losses read: unit vectors in the common spaces."""
+    """The inputs of the losses: unit vectors in the common spaces."""
 
     @property
     def video_va(self) -> Tensor | None: ...  # (B, E)
@@ -45,8 +46,8 @@ class Losses:
 def paper_form(row: Tensor, column: Tensor, own: Tensor, valid: Tensor) -> Tensor:
     """log[sum_l e^s_iil + sum_{j!=i,l} (e^s_ijl + e^s_jil)] - log sum_l e^s_iil.
 
-    The positive counts once, the negatives come both ways; a candidate that is not there leaves
-    all sums, and a clip without any leaves them as a negative too.
+    The positive counts once, the negatives in both directions. An absent candidate is in no sum; a
+    clip without candidates is not a negative either.
     """
     row = row.masked_fill(~valid, _NEVER)
     is_own = own[:, None] == torch.arange(len(valid), device=own.device)
@@ -58,14 +59,14 @@ def paper_form(row: Tensor, column: Tensor, own: Tensor, valid: Tensor) -> Tenso
 def release_form(row: Tensor, column: Tensor, own: Tensor, valid: Tensor) -> Tensor:
     """log[sum_jl e^s_ijl + sum_jl e^s_jil] - log sum_l e^s_iil: positives count twice.
 
-    Candidates of a clip without text leave the first sum; its video stays in the second.
+    The candidates of a clip without text are not in the first sum; its video is in the second.
     """
     row = row.masked_fill(~valid.any(1)[:, None], _NEVER)
     return torch.logaddexp(_log_sum(row), _log_sum(column)) - _positive(row, own)
 
 
 def symmetric_form(row: Tensor, column: Tensor, own: Tensor, valid: Tensor) -> Tensor:
-    """The release's variant: the two directions are two losses."""
+    """The variant of the release: the two directions are separate losses."""
     row = row.masked_fill(~valid.any(1)[:, None], _NEVER)
     return _log_sum(row) + _log_sum(column) - 2 * _positive(row, own)
 
@@ -85,8 +86,8 @@ def pretraining_loss(
 ) -> Losses:
     """NCE(video, audio) + weight x MIL-NCE(video, texts) over the given, global batch.
 
-    has_video, has_audio (B,) and has_text (B, K) are bool: a clip leaves a loss for which it lacks
-    a modality. The release halves the total, which its optimiser, Adam, does not notice.
+    has_video, has_audio (B,) and has_text (B, K) are bool: a clip without a modality takes
+    no part in the losses that need it. The release halves the total; Adam makes this irrelevant.
     """
     assert embeddings.video_va is not None and embeddings.audio_va is not None
     assert embeddings.video_vt is not None and embeddings.text_vt is not None
@@ -115,7 +116,7 @@ def nce(
     valid: Tensor | None = None,
     form: Form = paper_form,
 ) -> Tensor:
-    """NCE of (B, E) and (B, E): MIL-NCE with one candidate; `valid` (B,) names clips."""
+    """NCE of (B, E) and (B, E): MIL-NCE with one candidate; `valid` (B,) marks the clips to use."""
     valid = None if valid is None else valid[:, None]
     return mil_nce(video, audio[:, None], temperature, valid=valid, form=form)
 
@@ -131,9 +132,9 @@ def mil_nce(
 ) -> Tensor:
     """MIL-NCE of (B, E) and (B, K, E): the mean of `form` over the clips with a candidate, or 0.
 
-    `valid` (B, K) names the candidates there are. Anchors are taken in blocks of at most
-    `max_scores` scores, and a block is computed again in the backward pass, so memory does not
-    grow with B x B x K.
+    `valid` (B, K) marks the candidates that exist. Anchors are computed in blocks of at most
+    `max_scores` scores, and each block again in the backward pass, so that memory does not grow with
+    B x B x K.
     """
     video, texts = (
         part.to(torch.promote_types(part.dtype, torch.float32)) for part in (video, texts)
@@ -155,7 +156,7 @@ def mil_nce(
 def _block_loss(
     video: Tensor, texts: Tensor, valid: Tensor, own: Tensor, temperature: float, form: Form
 ) -> Tensor:
-    """The sum of the losses of the anchors `own`; one without a candidate has none."""
+    """The sum of the losses of the anchors `own`; an anchor without a candidate adds 0."""
     row = torch.einsum("ie,jle->ijl", video[own], texts) / temperature
     column = torch.einsum("ile,je->ijl", texts[own], video) / temperature
     return torch.where(valid.any(1)[own], form(row, column, own, valid), 0.0).sum()
