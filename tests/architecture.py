@@ -159,7 +159,7 @@ def draw() -> str:
         f'aria-label="The rooms of vattctl and the imports between them"><style>{STYLE}</style>',
         f'<rect class="board" width="{WIDE:g}" height="{HIGH:g}" rx="10"/>',
         *(_head(group) for group in sorted({room.group for room in ROOMS.values()})),
-        _band(16, {"stages": "one file a DVC stage", "vattctl": "the command line",
+        _band(16, {"stages": "one file per DVC stage", "vattctl": "the command line",
                   "vatt.load": "the model in Python"}, "may import every room below", BOX + 19),
         _band(HIGH - BOX - 16, {name.removeprefix("vatt."): about for name, about in EVERYWHERE.items()},
               "every room may import these", -10),

@@ -1,5 +1,6 @@
 """Imports point one way, and the map in the docs shows what the code does."""
 
+import ast
 import re
 from collections import Counter
 
