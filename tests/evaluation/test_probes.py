@@ -125,7 +125,7 @@ def test_without_folds_train_and_test_are_the_one_split():
 
 def test_a_fold_without_its_label_says_so():
     found = run_probes(settings(("fold",)), passes(9, lambda seed, n: {}), seed=0)
-    assert found.skipped == {"probe pets": "no clip has a label of fold"}
+    assert found.skipped == {"probe pets": "no clip has a label named fold"}
 
 
 def test_the_passes_are_those_that_the_probes_need_and_no_more():
