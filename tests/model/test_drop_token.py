@@ -1,11 +1,38 @@
 """DropToken keeps int(keep rate x tokens), drawn anew for each step and sample."""
 
+import hashlib
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
+from tests.model.golden import DEVICES
 from vatt.model.patches import draw_kept, drop_tokens, num_kept
+
+
+def mixed(number):
+    """The integer hash of vatt/model/patches.py on one Python number."""
+    number ^= number >> 16
+    number = number * 0x21F0AAAD % 2**32
+    number ^= number >> 15
+    number = number * 0x735A2D97 % 2**32
+    return number ^ number >> 15
+
+
+def naive(tokens, kept, *, seed, step, sample, stream):
+    """One row, token by token."""
+    key = hashlib.blake2b(f"{seed}/{step}/{stream}/{tokens}".encode(), digest_size=8).digest()
+    first = mixed(sample ^ int.from_bytes(key[:4], "big"))
+    second = mixed(first ^ int.from_bytes(key[4:], "big"))
+    numbers = [mixed((mixed(index ^ first) + second) % 2**32) for index in range(tokens)]
+    return sorted(sorted(range(tokens), key=numbers.__getitem__)[:kept])
+
+
+def uniformly(counts):
+    """Whether a chi-square test finds nothing against equal chances; it is wrong 1 in 10,000."""
+    return stats.chisquare(counts).pvalue > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -16,6 +43,18 @@ def test_counts_are_the_papers(tokens, rate, kept):
     assert num_kept(tokens, rate) == kept
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("tokens", "rate"), [(1568, 0.5), (1200, 0.75), (7, 0.0), (1, 0.9)])
+def test_a_row_equals_the_same_hash_token_by_token_on_every_device(tokens, rate, device):
+    samples, kept = [0, 1, 2047, 10**6], num_kept(tokens, rate)
+    drawn = draw_kept(
+        tokens, rate, seed=3, step=499_999, stream="video", samples=torch.tensor(samples).to(device)
+    )
+    assert drawn.device.type == device
+    for row, sample in zip(drawn.tolist(), samples, strict=True):
+        assert row == naive(tokens, kept, seed=3, step=499_999, sample=sample, stream="video")
+
+
 @given(tokens=st.integers(1, 60), rate=st.floats(0, 0.99), samples=st.lists(st.integers(0, 99)))
 def test_kept_tokens_are_different_ones_that_exist(tokens, rate, samples):
     samples = [0, *samples]
@@ -23,7 +62,7 @@ def test_kept_tokens_are_different_ones_that_exist(tokens, rate, samples):
     assert kept.shape == (len(samples), num_kept(tokens, rate))
     assert kept.min() >= 0 and kept.max() < tokens
     for row in kept.tolist():
-        assert len(set(row)) == len(row)
+        assert row == sorted(set(row))
 
 
 def test_a_draw_depends_on_seed_step_sample_and_stream_and_on_nothing_else():
@@ -37,9 +76,41 @@ def test_a_draw_depends_on_seed_step_sample_and_stream_and_on_nothing_else():
         assert not torch.equal(both[:1], other)
 
 
-def test_every_token_is_kept_about_as_often():
-    counts = draw_kept(20, 0.5, seed=0, step=0, samples=list(range(2000))).flatten().bincount()
-    assert counts.min() > 900 and counts.max() < 1100
+@given(cut=st.integers(1, 63), step=st.integers(0, 10**6))
+def test_a_batch_in_two_parts_keeps_what_it_keeps_whole(cut, step):
+    def draw(first, last):
+        return draw_kept(40, 0.5, seed=1, step=step, samples=torch.arange(first, last))
+
+    assert torch.equal(torch.cat([draw(0, cut), draw(cut, 64)]), draw(0, 64))
+
+
+@pytest.mark.parametrize("vary", ["sample", "step"])
+def test_every_token_and_every_pair_of_tokens_is_kept_with_the_same_chance(vary):
+    rows, tokens = 4000, 20
+    if vary == "sample":
+        kept = draw_kept(tokens, 0.5, seed=0, step=0, samples=range(rows))
+    else:
+        draws = (draw_kept(tokens, 0.5, seed=0, step=step, samples=[7]) for step in range(rows))
+        kept = torch.cat(list(draws))
+    is_kept = torch.zeros(rows, tokens).scatter_(1, kept, 1.0)
+    # Counts of a draw without replacement vary less than the test assumes: it errs on one side.
+    assert uniformly(is_kept.sum(0).numpy())
+    together = is_kept.T @ is_kept
+    first, second = torch.triu_indices(tokens, tokens, offset=1)
+    assert uniformly(together[first, second].numpy())
+
+
+def test_neighbouring_rows_are_independent():
+    """Rows of neighbouring samples share half of their tokens, as unrelated ones do."""
+    rows, tokens = 4000, 64
+    kept = draw_kept(tokens, 0.5, seed=0, step=0, samples=range(rows))
+    is_kept = torch.zeros(rows, tokens).scatter_(1, kept, 1.0)
+    for distance in (1, 2, 4, 64, 1024):
+        shared = (is_kept[distance:] * is_kept[:-distance]).sum(1)
+        # The number of shared tokens is hypergeometric: mean 16, variance 64 / 16 x 64 / 63.
+        error = (4 * 64 / 63 / len(shared)) ** 0.5
+        assert abs(shared.mean().item() - 16) < 4 * error
+        assert shared.var().item() == pytest.approx(4 * 64 / 63, rel=0.1)
 
 
 def test_dropping_takes_each_clips_own_rows_in_order():

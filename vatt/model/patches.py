@@ -147,8 +147,13 @@ def audio_patch(params: AudioParams) -> tuple[int, ...]:
     return (params.patch,) if isinstance(params.patch, int) else params.patch
 
 
+# --- DropToken ------------------------------------------------------------------------------------
+
+_LOW = 0xFFFFFFFF  # 32 bits
+
+
 def num_kept(num_tokens: int, drop_rate: float) -> int:
-    """How many of `num_tokens` go on: int(keep rate x tokens), at least one."""
+    """How many of `num_tokens` are kept: int(keep rate x tokens), at least one."""
     return max(1, int(round((1 - drop_rate) * num_tokens, 6)))
 
 
@@ -158,23 +163,44 @@ def draw_kept(
     *,
     seed: int,
     step: int,
-    samples: list[int],
+    samples: Tensor | Sequence[int],
     stream: str = "",
 ) -> Tensor:
-    """Indices (B, K) of the tokens to keep, fresh for each step and sample.
+    """Indices (B, K) of the tokens to keep, ascending in each row.
 
-    `samples` are positions in the global batch, so the draw does not depend on how the batch is
-    spread over processes; the release's one draw for a whole batch is sample 0 for all. `stream`
-    keeps draws of the same shape apart ("video", "audio").
+    `samples` (B,) are the clips' places in the global batch, and `stream` ("video", "audio") keeps
+    draws of the same shape apart. A row depends on seed, step, stream, number of tokens and its own
+    sample, so it is the same on every device and for any number of processes. Where `samples` is a
+    tensor, all work is done on its device.
     """
-    kept = num_kept(num_tokens, drop_rate)
-    rows = []
-    for sample in samples:
-        key = f"{seed}/{step}/{sample}/{stream}/{num_tokens}".encode()
-        number = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
-        generator = torch.Generator().manual_seed(number)
-        rows.append(torch.randperm(num_tokens, generator=generator)[:kept])
-    return torch.stack(rows)
+    samples = torch.as_tensor(samples, dtype=torch.long)
+    name = f"{seed}/{step}/{stream}/{num_tokens}".encode()
+    key = hashlib.blake2b(name, digest_size=8).digest()
+    low, high = (int.from_bytes(key[place : place + 4], "big") for place in (0, 4))
+    # A counter-based draw: 64 bits of key for each row encrypt each token's index into 32 bits.
+    # Different indices become different numbers, so no two tokens of a row tie.
+    first = _mix(samples[:, None] ^ low)
+    second = _mix(first ^ high)
+    numbers = _mix(torch.arange(num_tokens, device=samples.device) ^ first)
+    numbers += second
+    numbers &= _LOW
+    kept = _mix(numbers).topk(num_kept(num_tokens, drop_rate), largest=False, sorted=False)
+    return kept.indices.sort().values
+
+
+def _mix(numbers: Tensor) -> Tensor:
+    """Scatter 32-bit numbers one to one, in place: each output bit depends on every input bit.
+
+    Multipliers and numbers have 31 and 32 bits, so that no product overflows the 64-bit integers.
+    """
+    numbers ^= numbers >> 16
+    numbers *= 0x21F0AAAD
+    numbers &= _LOW
+    numbers ^= numbers >> 15
+    numbers *= 0x735A2D97
+    numbers &= _LOW
+    numbers ^= numbers >> 15
+    return numbers
 
 
 def drop_tokens(tokens: Tensor, kept: Tensor) -> Tensor:  # (B, N, D), (B, K) -> (B, K, D)

@@ -210,9 +210,8 @@ def finetuning_inputs(
         inputs, targets = mix(inputs, own, partners), mix(targets, own, partners)
     kept = None
     if params.drop_rate > 0:
-        kept = draw_kept(
-            model.num_tokens, params.drop_rate, seed=seed, step=step, samples=samples
-        ).to(inputs.device)
+        places = torch.tensor(samples, device=inputs.device)
+        kept = draw_kept(model.num_tokens, params.drop_rate, seed=seed, step=step, samples=places)
     return inputs, kept, targets
 
 

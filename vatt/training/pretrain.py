@@ -126,16 +126,16 @@ def pretraining_inputs(
     """A batch as `Pretraining.forward` takes it, with the tokens that DropToken keeps."""
     batch = batch.to(distributed.device())
     first = distributed.rank() * len(batch.clip_ids)
-    samples = list(range(first, first + len(batch.clip_ids)))
+    samples = torch.arange(first, first + len(batch.clip_ids), device=batch.video.device)
     if model.drops_alike:
-        samples = [0] * len(samples)
+        samples = torch.zeros_like(samples)
 
     def kept(num_tokens: int, stream: str) -> Tensor | None:
         if drop_rate == 0:
             return None
         return draw_kept(
             num_tokens, drop_rate, seed=seed, step=step, samples=samples, stream=stream
-        ).to(distributed.device())
+        )
 
     kept_video = kept(model.num_video_tokens, "video")
     kept_audio = kept(model.num_audio_tokens, "audio")
