@@ -13,10 +13,16 @@ from vatt.data.clips.manifest import Clip
 from vatt.data.sources.audioset import read_audioset
 from vatt.data.sources.demo import make_demo, serve
 from vatt.data.sources.folder import placed, scan
-from vatt.data.sources.folds import read_esc50, read_hmdb51, read_ucf101
 from vatt.data.sources.howto100m import read_howto100m
 from vatt.data.sources.imagenet import read_imagenet
-from vatt.data.sources.labelled import read_kinetics, read_moments, read_vggsound
+from vatt.data.sources.labelled import (
+    read_esc50,
+    read_hmdb51,
+    read_kinetics,
+    read_moments,
+    read_ucf101,
+    read_vggsound,
+)
 from vatt.data.sources.retrieval import read_msrvtt, read_youcook2
 from vatt.data.sources.urls import read_urls
 from vatt.progress import Progress
