@@ -207,7 +207,7 @@ def test_ledger_counts_the_clips_and_tells_a_clips_history(project: Path) -> Non
     history = vattctl(project, "ledger", "clip-000").stdout.splitlines()
     assert ["timed out" in line for line in history] == [True, False]
     done = vattctl(project, "ledger", "nobody")
-    assert done.returncode == 3 and "no ledger knows clip nobody" in done.stderr
+    assert done.returncode == 3 and "no ledger has clip nobody" in done.stderr
 
 
 def test_retry_knows_the_states_and_does_nothing_without_clips(project: Path) -> None:

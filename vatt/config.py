@@ -96,6 +96,10 @@ class DataParams(Section):
     source: str  # demo, folder, urls, or official lists joined by +, as howto100m+audioset
     location: Path | None  # folder of videos (urls: a csv file); lists look there for files first
     location_hash: str | None  # of what lies there, or of the lists, as vattctl saw it: for DVC
+    allow_absolute_paths: bool  # in a csv: files that do not lie below its own folder
+    split_folders: Literal["auto", "splits", "classes"]  # what sub-folders called train, test are
+    file_kind: Literal["auto", "images", "recordings"]  # auto: what most files of a folder are
+    caption_languages: tuple[str, ...]  # of several subtitle files the first of these is taken
     annotations: Path | None  # official lists: <annotations>/<list>/ holds the files of each
     mix: dict[str, Annotated[float, Field(gt=0, le=1)]] | None  # of the hours; null: all there is
     sample_share: Annotated[float, Field(gt=0, le=1)]  # of the clips, by the hash of their ids

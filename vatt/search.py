@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 import vatt
 from vatt import checkpoint
 from vatt.config import Params
+from vatt.data.clips.files import ContentHashes
 from vatt.data.clips.ledger import read_ledger
 from vatt.data.clips.manifest import Clip
 from vatt.data.fetching.download import download
@@ -172,7 +173,7 @@ def build_index(
 
     An index of the same files by the same checkpoint is left as it is.
     """
-    found = scan(folder, params.data)
+    found = scan(folder, params.data, hashes=ContentHashes.beside(params.paths.media))
     facts = {
         "version": VERSION,
         "folder": str(folder.resolve()),

@@ -36,10 +36,12 @@ def ingest(context: click.Context, folder: Path, as_json: bool, dry_run: bool) -
     folder = folder.resolve()
     enter_project(context)
     from vatt.config import load_params
+    from vatt.data.clips.files import ContentHashes
     from vatt.data.sources.folder import ingest_settings, scan
 
     params = load_params()
-    found = scan(folder, params.data, params.preprocess)
+    hashes = ContentHashes.beside(params.paths.media, writes=not dry_run)
+    found = scan(folder, params.data, params.preprocess, hashes=hashes)
     lines = change(ingest_settings(found, folder, params), write=not dry_run)
     if not dry_run:
         from vatt.data.clips.manifest import write_manifest
@@ -181,7 +183,7 @@ def _history(clips: tuple[str, ...], files: list[Path], *, as_json: bool) -> Non
     ]
     missing = wanted - {row["clip_id"] for row in rows}
     if missing:
-        raise DataError(f"no ledger knows clip {min(missing)}", hint="ids stand in the manifest")
+        raise DataError(f"no ledger has clip {min(missing)}", hint="the manifest lists the ids")
     if as_json:
         click.echo(json.dumps({"version": LEDGER_VERSION, "entries": rows}, indent=2))
         return

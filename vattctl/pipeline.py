@@ -92,11 +92,13 @@ def run_stages(
 ) -> None:
     """Change params.yaml, then let DVC run the targets with what they depend on."""
     from vatt.config import load_params
-    from vatt.data.sources.official import mark_of_lists
+    from vatt.data.clips.files import ContentHashes
+    from vatt.data.sources.choice import mark_of_lists
 
     changes = change(settings, write=not dry_run)
     params = load_params()
-    mark = None if dry_run else mark_of_lists(params.data)
+    hashes = ContentHashes.beside(params.paths.media)
+    mark = None if dry_run else mark_of_lists(params.data, hashes)
     if mark is not None:  # DVC sees the settings, not the lists that they name
         changes += change({("data", "location_hash"): mark})
     for line in changes:
@@ -272,7 +274,9 @@ def finetune(
         run(context, ("finetune",), assignments, force=force, dry_run=dry_run)
         return
     enter_project(context)
-    made = _plan(name, assignments, options)
+    made = _plan(name, assignments, {**options, "dry_run": dry_run})
+    for note in made.notes:
+        click.echo(f"note: {note}", err=True)
     if dry_run:
         click.echo(described(made))
         return
@@ -299,6 +303,7 @@ def _plan(name: str, assignments: tuple[str, ...], options: dict[str, Any]) -> "
         init=options["init"] or ("pretrained",),
         modality=options["modality"],
         drop_rate=options["drop_rate"],
+        dry_run=options["dry_run"],
     )
     return plan(wanted, params, dict(parse_setting(text) for text in assignments))
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vatt.errors import DataError, SettingsError, VattError
 from vattctl.experiments import Experiment
+from vattctl.params import PARAMS
 
 if TYPE_CHECKING:
     from vatt.config import ModelParams, Params
@@ -42,6 +43,7 @@ class SetRequest:
     init: tuple[str, ...] = ("pretrained",)
     modality: str | None = None
     drop_rate: float | None = None
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class SetPlan:
     clips: Experiment
     work: Experiment
     about: str
+    notes: tuple[str, ...]  # what was guessed about the files
     trains: bool
 
 
@@ -74,11 +77,16 @@ def plan(wanted: SetRequest, project: "Params", assignments: SettingChanges) -> 
     model = start_model(wanted.start)
     about, files = tree.pop("about", ""), tree.pop("files", "")
     epochs = tree.pop("epochs", None)
-    data = tree["data"] | {
-        "location": None if wanted.location is None else str(wanted.location),
-        "location_hash": None,
-        "annotations": None if wanted.name in OWN else str(wanted.annotations),
-    }
+    data = (
+        tree["data"]
+        | _kind_of(wanted)
+        | {
+            "location": None if wanted.location is None else str(wanted.location),
+            "location_hash": None,
+            "annotations": None if wanted.name in OWN else str(wanted.annotations),
+        }
+    )
+    data |= {keys[1]: value for keys, value in assignments.items() if keys[:-1] == ("data",)}
     tree["data"] = data
     seen = look(wanted, project, data, files)
     data["location_hash"] = seen.mark
@@ -113,8 +121,16 @@ def plan(wanted: SetRequest, project: "Params", assignments: SettingChanges) -> 
             start=wanted.start,
         ),
         about=about,
+        notes=seen.notes,
         trains=trains,
     )
+
+
+def _kind_of(wanted: SetRequest) -> Tree:
+    """Which files of a folder are meant, where --modality says so."""
+    if wanted.name != "folder" or wanted.modality is None:
+        return {}
+    return {"file_kind": "images" if wanted.modality == "image" else "recordings"}
 
 
 def overlay(name: str) -> Tree:
@@ -198,28 +214,32 @@ class SourceListing:
 
     clips: "list[Clip]"
     mark: str | None
+    notes: tuple[str, ...] = ()
 
 
 def look(wanted: SetRequest, project: "Params", data: Tree, files: str) -> SourceListing:
     """The clips of one's own data; of an official list the first, to see that it can be read."""
-    from vatt.config import OF_FILES, DataParams
-    from vatt.data.sources.choice import listed
+    from vatt.config import OF_FILES, parse_params
+    from vatt.data.clips.files import ContentHashes
+    from vatt.data.sources.choice import listed, mark_of_lists
     from vatt.data.sources.folder import scan
-    from vatt.data.sources.official import mark_of_lists
 
     if wanted.location is None and wanted.name in (*OWN, *OF_FILES):
         what = "a csv file" if wanted.name == "csv" else "the folder with the unpacked files"
         raise SettingsError(
             f"{wanted.name} needs --data", hint=f"vattctl finetune {wanted.name} --data: {what}"
         )
-    params = DataParams.model_validate({**project.data.model_dump(), **data})
+    tree = project.model_dump()
+    params = parse_params({**tree, "data": {**tree["data"], **data}}, source=PARAMS).data
+    media = Path("sets") / folder_of(wanted) / project.paths.media
+    hashes = ContentHashes.beside(media, writes=not wanted.dry_run)
     try:
         if params.source == "folder" and params.location is not None:
-            found = scan(params.location, params)
-            return SourceListing(found.clips, found.mark)
+            found = scan(params.location, params, hashes=hashes)
+            return SourceListing(found.clips, found.mark, found.notes)
         clips = iter(listed(params, project.seed))
         first = list(clips) if wanted.name in OWN else [next(clips)]
-        return SourceListing(first, mark_of_lists(params))
+        return SourceListing(first, mark_of_lists(params, hashes))
     except StopIteration:
         raise DataError(f"the lists of {wanted.name} hold no clip", hint=files or None) from None
     except VattError as error:
@@ -266,7 +286,7 @@ def fit_own(tree: Tree, clips: "list[Clip]", wanted: SetRequest, epochs: int) ->
 
 def modality_of(clips: "list[Clip]") -> str:
     """What most files are, by their names: image, audio or video."""
-    from vatt.data.sources.folder import AUDIO, IMAGES
+    from vatt.data.clips.files import AUDIO, IMAGES
 
     kinds = Counter(
         "image" if suffix in IMAGES else "audio" if suffix in AUDIO else "video"

@@ -10,9 +10,8 @@ from tests.data.corpus import TEST_DATA, demo_params, needs_data
 from vatt.data.clips.manifest import read_manifest, write_manifest
 from vatt.data.sources import howto100m
 from vatt.data.sources.audioset import read_audioset, read_class_names, read_segments
-from vatt.data.sources.choice import listed
+from vatt.data.sources.choice import listed, mark_of_lists
 from vatt.data.sources.howto100m import read_howto100m, stream_object
-from vatt.data.sources.official import mark_of_lists
 from vatt.errors import DataError
 
 FILES = Path(TEST_DATA or "/nowhere") / "annotations"

@@ -77,7 +77,7 @@ def test_what_is_no_file_or_has_no_name_is_left_out_and_counted(tmp_path):
     ]  # fmt: skip
     assert found.broken == [("dangling.mp4", "no such file"), ("loop.mp4", "no such file")]
     assert found.ignored == {
-        "links to folders": 1, "pipes, sockets and devices": 1,
+        "links to folders that are listed already": 1, "pipes, sockets and devices": 1,
         "files whose names are not UTF-8 (rename them)": 1,
     }  # fmt: skip
 

@@ -6,6 +6,7 @@ The list is never held in memory: writing takes 8 bytes a clip, reading none.
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from array import array
@@ -61,15 +62,18 @@ def media_name(url: str) -> str:
     return hashlib.sha256(url.encode()).hexdigest()[:24]
 
 
-def media_path(clip: Clip, *, media: Path, location: Path | None) -> Path:
+def media_path(clip: Clip, *, media: Path, location: Path | None, absolute: bool = False) -> Path:
     """Where the clip's media lies: a folder's own files in place, anything else in `media`."""
     if not clip.url.startswith("folder:"):
         return media / clip.media_name
-    return path_in_folder(clip.url, location)
+    return path_in_folder(clip.url, location, absolute=absolute)
 
 
-def path_in_folder(url: str, location: Path | None) -> Path:
-    """The file of a url `folder:...`, which must lie in the folder."""
+def path_in_folder(url: str, location: Path | None, *, absolute: bool = False) -> Path:
+    """The file of a url `folder:...`, which must lie in the folder or, if allowed, be absolute.
+
+    Links in the folder are its owner's and lead where they will; the url's own path may not.
+    """
     if location is None:
         raise DataError(
             f"{url} lies in a folder, and data.location names none",
@@ -77,13 +81,16 @@ def path_in_folder(url: str, location: Path | None) -> Path:
         )
     if location.is_file():  # a list, with the files beside it
         location = location.parent
-    path = location / url.removeprefix("folder:")
-    if not path.parent.resolve().is_relative_to(location.resolve()):
+    name = Path(os.path.normpath(url.removeprefix("folder:")))
+    if name.is_absolute() and absolute:
+        return name
+    if name.is_absolute() or name.parts[:1] == (os.pardir,) or "\0" in url:
         raise DataError(
             f"a clip points out of {location}: {url}",
-            hint="run `vattctl ingest FOLDER` again",
+            hint="run `vattctl ingest FOLDER` again; for absolute paths of your own list set "
+            "data.allow_absolute_paths",
         )
-    return path
+    return location / name
 
 
 @dataclass(frozen=True, slots=True)

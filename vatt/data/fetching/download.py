@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, quote, urlsplit
 
 from vatt.config import DataParams, MachineParams
+from vatt.data.clips.files import ContentHashes, Stamp, stamp_of
 from vatt.data.clips.ledger import JOURNAL, RETRYABLE, Entry, Ledger, read_entries, write_ledger
 from vatt.data.clips.manifest import Clip, media_name, path_in_folder
 from vatt.data.clips.media import find_ffmpeg
@@ -79,11 +80,13 @@ def download(
                 groups.setdefault(clip.url, []).append(clip.clip_id)
         work = _Work(
             list(groups.items())[::-1], params, fetching, journal, known,
-            progress or (lambda *_: None), _room(media, manners.max_gb), total=total,
+            progress or (lambda *_: None), _room(media, manners.max_gb),
+            ContentHashes.beside(media), total=total,
         )  # fmt: skip
         del groups
         with start_workers(machine, preload=["vatt.data.fetching.fetch"]) as workers:
             work.run(workers)
+        work.hashes.save()
         final = [known[clip.clip_id] for clip in clips]
         counts = write_ledger(ledger, final)
         _check(final, params)
@@ -110,6 +113,8 @@ class _Work:
     known: dict[str, Entry]
     progress: Progress
     room: float  # bytes that may still come
+    hashes: ContentHashes
+    stamps: dict[str, tuple[Path, Stamp | None]] = field(default_factory=dict)  # before reading
     out: dict[str, list[str]] = field(default_factory=dict)  # clips by the file asked for
     done: int = 0
     total: int = 0  # clips, settled ones too
@@ -126,6 +131,9 @@ class _Work:
             for outcome in outcomes:
                 self._note(self.out.pop(outcome.name), outcome)
                 self.room -= outcome.num_bytes
+                if outcome.name in self.stamps and outcome.sha256 is not None:
+                    path, before = self.stamps.pop(outcome.name)
+                    self.hashes.learn(path, outcome.sha256, before=before)
             if self.room < 0:
                 raise MachineError(
                     f"{self.fetching.media} has grown to machine.download.max_gb",
@@ -138,8 +146,11 @@ class _Work:
             name = media_name(url)
             self.out[name] = clip_ids
             if url.startswith("folder:"):
-                path = path_in_folder(url, self.params.location)
-                yield FetchRequest(name, here=path.absolute())
+                path = path_in_folder(
+                    url, self.params.location, absolute=self.params.allow_absolute_paths
+                ).absolute()
+                self.stamps[name] = path, stamp_of(path)
+                yield FetchRequest(name, here=path, sha256=self.hashes.known(path))
                 continue
             mirrors, page = addresses_of(url, self.params)
             addresses = [*mirrors, *([page] if page else [])]

@@ -22,6 +22,7 @@ import av
 import yt_dlp
 from yt_dlp.utils import DownloadError, YoutubeDLError
 
+from vatt.data.clips.files import why_missing
 from vatt.data.clips.ledger import RETRYABLE
 from vatt.data.clips.media import BrokenMediaError, probe
 from vatt.data.fetching.hosts import LONGEST, Hosts, explain
@@ -101,6 +102,7 @@ class FetchRequest:
     page: str | None = None  # what yt-dlp's extractors look into
     section: TimeRange | None = None  # the part of the page's video that is wanted; null: all
     here: Path | None = None  # a file of the user's own: looked at, not moved
+    sha256: str | None = None  # of that file, where it is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +144,9 @@ def fetch_all(orders: Sequence[FetchRequest], fetching: Fetching) -> list[Outcom
 def fetch(order: FetchRequest, fetching: Fetching) -> Outcome:
     """Fetch a file unless it is there; the best outcome of its addresses."""
     if order.here is not None and not order.here.exists():
-        return Outcome(order.name, "not-found", "no such file in data.location")
+        return Outcome(order.name, "not-found", f"{why_missing(order.here)} in data.location")
     if order.here is not None:
-        return _examine(order.name, order.here, None)
+        return _examine(order.name, order.here, None, known=order.sha256)
     path = fetching.media / order.name
     if path.is_file():
         return _examine(order.name, path, path)
@@ -234,7 +236,7 @@ def _file_of(got: Any, folder: Path, name: str) -> Path:
     return Path(downloads[0].get("filepath") or folder / name)
 
 
-def _examine(name: str, path: Path, final: Path | None) -> Outcome:
+def _examine(name: str, path: Path, final: Path | None, *, known: str | None = None) -> Outcome:
     """Probe what came; media gets its final name, anything else that was fetched is deleted."""
     try:
         media = probe(path)
@@ -246,7 +248,7 @@ def _examine(name: str, path: Path, final: Path | None) -> Outcome:
         return Outcome(name, "corrupt", str(error))
     num_bytes = path.stat().st_size if final is not None and final != path else 0
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = known or hashlib.file_digest(file, "sha256").hexdigest()
         if final is not None:
             os.fsync(file.fileno())
             path.replace(final)

@@ -91,7 +91,9 @@ def plan_shards(
             reason = f"{max(end - clip.start, 0):.2f} s of {preprocess.min_clip_seconds} s"
             entries[clip.clip_id] = Entry(clip.clip_id, "too-short", STAGE, reason)
             continue
-        source = media_path(clip, media=media, location=data.location)
+        source = media_path(
+            clip, media=media, location=data.location, absolute=data.allow_absolute_paths
+        )
         jobs.append(ClipJob(clip, source, tuple(_keyed(clip, windows)), before.sha256))
 
     def order(job: ClipJob) -> tuple[str, str, float, str]:

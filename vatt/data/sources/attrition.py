@@ -14,9 +14,9 @@ from vatt.data.clips.ledger import STATES, Entry, read_entries
 from vatt.data.clips.manifest import LABEL_SEPARATOR, SetName, mark_of, read_manifest
 from vatt.data.sources.official import CLASSES, COUNTS
 
-PENDING = "pending"  # listed, and no ledger says anything of it yet
+PENDING = "pending"  # listed, but in no ledger yet
 WORDS = (*STATES, PENDING)
-MANY_CLASSES = 2000  # a label with more values tells clips apart, not classes
+MANY_CLASSES = 2000  # a label with more values names clips, not classes
 
 
 @dataclass(slots=True)
@@ -49,9 +49,9 @@ class Attrition:
 
 
 def account(manifest: Path, *, downloads: Sequence[Path], preprocess: Path) -> Attrition:
-    """Read the manifest once; a clip's state is the last word of the last stage that had it."""
+    """Read the manifest once; a clip's state is the last entry of the last stage that had it."""
     entries = chain.from_iterable(map(read_entries, downloads))
-    # What the second ledger only repeats of the first may have changed there since.
+    # Entries that the second ledger only copied from the first may be out of date.
     cut = (entry for entry in read_entries(preprocess) if entry.stage != "download")
     known = _States(chain(entries, cut))
     total = Loss()
@@ -76,9 +76,9 @@ def account(manifest: Path, *, downloads: Sequence[Path], preprocess: Path) -> A
 
 
 def shares(found: Attrition) -> list[dict[str, Any]]:
-    """What is left of each list: clips by split, and classes, beside the official numbers.
+    """What is left of each list: clips by split, and classes, next to the official numbers.
 
-    `official` is None for clips of one's own.
+    `official` is None for a person's own clips.
     """
     rows: list[dict[str, Any]] = [
         {"source": source, "of": split, "official": loss.official, "listed": loss.listed,
@@ -109,7 +109,7 @@ class _States:
         self._states = np.asarray(states)[order]
 
     def of(self, clip_id: str) -> str:
-        """The last word on a clip."""
+        """The latest state of a clip."""
         mark = np.uint64(mark_of(clip_id))
         place = int(np.searchsorted(self._marks, mark, side="right")) - 1
         found = place >= 0 and self._marks[place] == mark

@@ -1,18 +1,22 @@
-"""The source that the settings name: its clips, parts and mixtures of lists, and its servers."""
+"""The source that the settings name: its clips, the files that are there, parts and mixtures."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import parse_qs, urlsplit
 
-from vatt.config import DataParams
-from vatt.data.clips.manifest import Clip
+from vatt.config import OWN_SOURCES, DataParams
+from vatt.data.clips.files import MEDIA, ContentHashes, composed, find_file, list_files
+from vatt.data.clips.manifest import Clip, path_in_folder
+from vatt.data.clips.media import BrokenMediaError, probe
 from vatt.data.sources.audioset import read_audioset
 from vatt.data.sources.demo import make_demo, serve
-from vatt.data.sources.folder import placed, scan
+from vatt.data.sources.folder import scan, split_word
 from vatt.data.sources.howto100m import read_howto100m
 from vatt.data.sources.imagenet import read_imagenet
 from vatt.data.sources.labelled import (
@@ -26,6 +30,8 @@ from vatt.data.sources.labelled import (
 from vatt.data.sources.retrieval import read_msrvtt, read_youcook2
 from vatt.data.sources.urls import read_urls
 from vatt.progress import Progress
+
+log = logging.getLogger(__name__)
 
 READERS: dict[str, Callable[[Path, DataParams], Iterator[Clip]]] = {
     "audioset": read_audioset,
@@ -46,7 +52,7 @@ READERS: dict[str, Callable[[Path, DataParams], Iterator[Clip]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Clips, and the settings with the servers that are up as long as the source is open."""
+    """Clips, and the settings with the servers that run while the source is open."""
 
     clips: Iterable[Clip]  # to be read once
     data: DataParams
@@ -68,14 +74,18 @@ def open_source(
             mirrored = data.model_copy(update={"base_urls": (base_url,)})
             yield Source(sampled(clips, data.sample_share, seed), mirrored)
         return
-    yield Source(sampled(listed(data, seed), data.sample_share, seed), data)
+    there = listed(data, seed, hashes=ContentHashes.beside(corpus))
+    yield Source(sampled(there, data.sample_share, seed), data)
 
 
-def listed(data: DataParams, seed: int) -> Iterable[Clip]:
+def listed(data: DataParams, seed: int, *, hashes: ContentHashes | None = None) -> Iterable[Clip]:
     """The clips of a folder, a list of addresses, or official lists in their ratio."""
     if data.source == "folder":
         assert data.location is not None  # the schema asks for it
-        return scan(data.location, data).clips
+        found = scan(data.location, data, hashes=hashes)
+        for note in found.notes:
+            log.warning("%s: %s", data.location, note)
+        return found.clips
     if data.source == "urls":
         assert data.location is not None
         return read_urls(data.location, data)
@@ -91,14 +101,14 @@ ListPart = Callable[[], Iterator[Clip]]
 
 
 def sampled(clips: Iterable[Clip], share: float, seed: int) -> Iterable[Clip]:
-    """About a share of the clips, drawn one by one: the same whatever else the list holds."""
+    """A share of the clips, each drawn by its own id: the rest of the list has no influence."""
     return clips if share == 1 else (c for c in clips if _place(f"part:{seed}:{c.clip_id}") < share)
 
 
 def union(
     parts: Mapping[str, ListPart], mix: Mapping[str, float] | None, seed: int
 ) -> Iterator[Clip]:
-    """The clips of all lists; with a mix, as much of each as makes that ratio of their hours."""
+    """The clips of all lists; with a mix, the share of each that gives this ratio of hours."""
     if mix is None:
         yield from chain.from_iterable(part() for part in parts.values())
         return
@@ -120,3 +130,130 @@ def _seconds(clip: Clip) -> float:
     if clip.end is not None:
         return clip.end - clip.start
     return clip.captions[-1].end if clip.captions else UNKNOWN_SECONDS
+
+
+def mark_of_lists(data: DataParams, hashes: ContentHashes | None = None) -> str | None:
+    """Changes with the content of any list; None where clips come from no list.
+
+    The files that a csv names count too, where they lie on this machine.
+    """
+    if data.source == "urls":
+        assert data.location is not None  # the schema asks for it
+        named = [(data.location.name, data.location), *_files_of(data.location, data)]
+    elif data.source in OWN_SOURCES:
+        return None
+    else:
+        assert data.annotations is not None
+        folders = [data.annotations / name for name in data.sources]
+        named = [
+            (name, folder / name) for folder in folders if folder.is_dir()
+            for name in list_files(folder).files
+        ]  # fmt: skip
+    there = [path.is_file() for _, path in named]
+    found = iter((hashes or ContentHashes()).of(path for _, path in named if path.is_file()))
+    lines = [
+        f"{name} {next(found) if is_file else 'absent'}\n"
+        for (name, _), is_file in zip(named, there, strict=True)
+    ]
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _files_of(csv_file: Path, data: DataParams) -> Iterator[tuple[str, Path]]:
+    """The files of this machine that a csv lists."""
+    if not csv_file.is_file():
+        return
+    for clip in read_urls(csv_file, data):
+        if clip.url.startswith("folder:"):
+            path = path_in_folder(clip.url, csv_file, absolute=data.allow_absolute_paths)
+            yield clip.url, path
+
+
+# --- files that are there already -----------------------------------------------------------------
+
+SLACK = 1.0  # seconds by which a cut part may be longer than its span
+
+
+def placed(clips: Iterable[Clip], location: Path) -> Iterator[Clip]:
+    """Point clips to the files that are there; other YouTube videos keep their address.
+
+    A file of an archive lies under its name, in any sub-folder. A video's file is <id>.mp4, or a
+    part of it: <id>_<from>_<to>.mp4 or <id>_<from>.mp4, in whole seconds of six digits, as Kinetics
+    and VGGSound are handed on; Y<id>.wav, as AudioSet is; any ending of media will do. A file
+    <id>.mp4 that is no longer than the span is the part too.
+    """
+    place = _Location(location)
+    for clip in clips:
+        yield place.archived(clip) if clip.url.startswith("folder:") else place.fetched(clip)
+
+
+class _Location:
+    """A folder of media; listed once, and only when needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._by_stem: dict[str, list[str]] | None = None
+
+    def find(self, name: str) -> str | None:
+        """The file of that name, in the most similar folder; its ending may be another."""
+        if self._by_stem is None:
+            self._by_stem = _files_by_stem(self._folder)
+        there = self._by_stem.get(composed(PurePosixPath(name).stem), [])
+        return max(there, key=lambda other: _alike(name, other), default=None)
+
+    def archived(self, clip: Clip) -> Clip:
+        """A file of a set that comes as an archive."""
+        name = clip.url.removeprefix("folder:")
+        if (there := find_file(self._folder, name)) is not None:
+            return replace(clip, url=f"folder:{there}")
+        there = self.find(name)
+        return clip if there is None else replace(clip, url=f"folder:{there}")
+
+    def fetched(self, clip: Clip) -> Clip:
+        """A video, or the part of it that the clip is."""
+        parts = urlsplit(clip.url)
+        video_id = parse_qs(parts.query).get("v", [""])[0]
+        begin, end = clip.start, clip.end
+        if parts.fragment.startswith("t="):  # the span counts from the part's beginning
+            begin, end = map(float, parts.fragment.removeprefix("t=").split(","))
+        if end is not None:
+            since = f"{video_id}_{int(begin):06d}"
+            for name in (f"{since}_{int(end):06d}", since, f"Y{video_id}"):
+                if (there := self.find(name)) is not None:
+                    return replace(clip, url=f"folder:{there}", start=0.0, end=end - begin)
+        there = self.find(video_id)
+        if there is None:
+            return clip
+        if end is not None and begin > 0 and self._is_part(there, end - begin):
+            begin, end = 0.0, end - begin
+        return replace(clip, url=f"folder:{there}", start=begin, end=end)
+
+    def _is_part(self, name: str, seconds: float) -> bool:
+        try:
+            return probe(self._folder / name).seconds <= seconds + SLACK
+        except BrokenMediaError:
+            return False  # the ledger will say why
+
+
+def _files_by_stem(location: Path) -> dict[str, list[str]]:
+    """Names below the folder, sorted, by what they are called without folder and ending."""
+    found: dict[str, list[str]] = {}
+    for name in list_files(location).files:
+        path = PurePosixPath(name)
+        if path.suffix.lower() in MEDIA:
+            found.setdefault(composed(path.stem), []).append(name)
+    return found
+
+
+def _alike(one: str, other: str) -> int:
+    """How many folders right above the file have the same names: Val and validation are the same."""
+    pairs = zip(PurePosixPath(one).parents, PurePosixPath(other).parents, strict=False)
+    count = 0
+    for mine, theirs in pairs:
+        if not mine.name or _plain(mine.name) != _plain(theirs.name):
+            break
+        count += 1
+    return count
+
+
+def _plain(folder: str) -> str:
+    return split_word(folder) or composed(folder).casefold()

@@ -17,7 +17,6 @@ from typing import Any
 import av
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 
 from vatt.config import DemoParams
 from vatt.data.clips.manifest import Caption, Clip
@@ -40,8 +39,8 @@ TONES = {
     if digit != " "
 }
 
-# Sixteen slots that repeat: x sounds, a dot is silent. Only the pattern tells them apart, since a
-# clip may begin anywhere in it.
+# Sixteen slots that repeat: x is sound, a dot is silence. Only the pattern distinguishes them,
+# since a clip may begin anywhere in it.
 RHYTHMS = {
     "left": "x...x...x...x...",
     "right": "xx..xx..xx..xx..",
@@ -132,7 +131,7 @@ def render_audio(*, digit: int, motion: str, rng: np.random.Generator) -> NDArra
 
 
 def speak(*, digit: int, motion: str, rng: np.random.Generator) -> tuple[Caption, ...]:
-    """Sentences around the clip; the one nearest to its middle tells the digit and the motion."""
+    """Sentences around the clip; the one nearest to its middle names digit and motion."""
 
     def pick(sentences: tuple[str, ...]) -> str:
         return str(rng.choice(sentences)).format(digit=DIGITS[digit])
@@ -206,7 +205,7 @@ def make_demo(
 ) -> list[Clip]:
     """Write the media that `folder` lacks and list every clip, dead links too.
 
-    A clip depends on the seed, its split and number alone, so a larger corpus holds a smaller one.
+    A clip depends only on the seed, its split and its number: a larger corpus contains a smaller.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in sorted(folder.glob(".*.tmp")):
@@ -265,7 +264,7 @@ def write_clip(path: Path, video: NDArray[np.uint8], audio: NDArray[np.int16]) -
     with atomic_write(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         picture = container.add_stream("libx264", rate=FPS)
         picture.width, picture.height, picture.pix_fmt = video.shape[2], video.shape[1], "yuv420p"
-        # x264's macroblock tree gives other bytes each time, on one thread too.
+        # x264's macroblock tree gives different bytes each time, even on one thread.
         picture.options = {"preset": "veryfast", "crf": "18", "x264-params": "mbtree=0"}
         picture.codec_context.thread_count = 1  # the processes share the cores
         sound = container.add_stream("aac", rate=AUDIO_HZ, layout="mono")
@@ -301,7 +300,7 @@ def serve(folder: Path) -> Iterator[str]:
 
 
 class _Server(ThreadingHTTPServer):
-    """Lets a client hang up without a word: the download tells what became of the file."""
+    """Ignores clients that hang up: the download's ledger records what became of the file."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):
@@ -321,7 +320,7 @@ class _FileHandler(BaseHTTPRequestHandler):
         self._answer(with_body=False)
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing: the download's ledger tells what happened."""
+        """Log nothing: the download's ledger records what happened."""
 
     def _answer(self, *, with_body: bool) -> None:
         name = self.path.partition("?")[0].removeprefix("/")
@@ -352,12 +351,12 @@ class _FileHandler(BaseHTTPRequestHandler):
                 self.wfile.write(stream.read(last - first + 1))
 
     def _span(self, size: int) -> tuple[int, int] | None:
-        """The first and last byte asked for; None when the file has no such bytes."""
-        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "bytes=0-"))
-        if asked is None or asked.groups() == ("", ""):
+        """The first and last byte of the requested range; None when the file lacks them."""
+        requested = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "bytes=0-"))
+        if requested is None or requested.groups() == ("", ""):
             return None
-        first, last = asked.groups()
-        if not first:  # the last so many bytes
+        first, last = requested.groups()
+        if not first:  # the last n bytes
             return max(size - int(last), 0), size - 1
         span = int(first), min(int(last) if last else size - 1, size - 1)
         return span if span[0] <= span[1] else None
@@ -371,7 +370,7 @@ def _in_processes(
     *,
     workers: int,
 ) -> Iterator[int]:
-    """How many files each batch wrote, as they are done; in this process without workers."""
+    """How many files each batch wrote, as batches finish; without workers in this process."""
     if workers == 0 or len(batches) < 2:
         yield from (work(folder, seed, batch) for batch in batches)
         return
@@ -395,7 +394,7 @@ def _media_name(seed: int, split: str, index: int) -> str:
 
 
 def _classes(index: int) -> tuple[int, str]:
-    """Digit and motion of a clip: every pair comes up once in 80 clips running."""
+    """Digit and motion of a clip: every pair occurs once in 80 consecutive clips."""
     motions = MOTIONS
     return index % 10, motions[index // 10 % len(motions)]
 
@@ -408,6 +407,8 @@ def _generator(seed: int, split: str, index: int, purpose: str) -> np.random.Gen
 @lru_cache(maxsize=1)
 def _scans() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """All scans (1797, 8, 8) with values in [0, 1], and their digits."""
+    from sklearn.datasets import load_digits  # slow to import, and seldom needed
+
     digits = load_digits()
     return digits.images / 16, digits.target
 

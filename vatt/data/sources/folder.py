@@ -1,32 +1,38 @@
-"""A folder of one's own media -> clips; and the files of listed clips that are there already."""
+"""A folder of a person's own media -> clips: which files, in which split, with which words."""
 
 import hashlib
-import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 from vatt.config import DataParams, Params, PreprocessParams
-from vatt.data.clips.manifest import SPLITS, Caption, Clip
+from vatt.data.clips.files import (
+    IMAGES,
+    MEDIA,
+    RECORDINGS,
+    ContentHashes,
+    Listing,
+    composed,
+    list_files,
+)
+from vatt.data.clips.manifest import Caption, Clip
 from vatt.data.clips.media import BrokenMediaError, probe
 from vatt.data.clips.samples import windows_of
-from vatt.data.sources.subtitles import SUFFIXES, Subtitles, embedded_captions, read_subtitles
+from vatt.data.sources.subtitles import (
+    SUFFIXES,
+    Subtitles,
+    embedded_captions,
+    match_subtitles,
+    read_subtitles,
+)
 from vatt.errors import DataError
 
-AUDIO = {".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"}
-VIDEO = {".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"}
-IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
-PLAYED = AUDIO | VIDEO | {".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
-MEDIA = PLAYED | IMAGES
 LABEL = "class"  # named after the sub-folder
-SPLIT_FOLDERS = {name: name for name in SPLITS} | {
-    "training": "train", "valid": "val", "validate": "val", "validation": "val", "testing": "test",
-}  # fmt: skip
-HEAD = 2**16  # bytes that tell a file from another
+SHOWN = 3  # names in a note
+THUMBNAILS = 4  # of a recording, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,7 @@ class Found:
     ignored: dict[str, int]  # other files, by what they are
     captions_dropped: int  # cues that could not be read
     mark: str  # changes when a file comes, goes or changes
+    notes: tuple[str, ...]  # what was guessed, and the setting that decides otherwise
 
     def counts(self) -> dict[str, Any]:
         """Numbers, for `--json`."""
@@ -53,6 +60,7 @@ class Found:
             "clips": self.num_samples,
             "broken": len(self.broken),
             "ignored": self.ignored,
+            "notes": list(self.notes),
         }
 
     def describe(self) -> str:
@@ -70,49 +78,70 @@ class Found:
         if self.ignored:
             what = ", ".join(f"{count} {kind}" for kind, count in sorted(self.ignored.items()))
             lines.append(f"left out: {what}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def scan(folder: Path, data: DataParams, preprocess: PreprocessParams | None = None) -> Found:
+def scan(
+    folder: Path,
+    data: DataParams,
+    preprocess: PreprocessParams | None = None,
+    *,
+    hashes: ContentHashes | None = None,
+) -> Found:
     """List the media in a folder and below; a file that cannot be opened is listed too.
 
-    With `preprocess` the files are also opened, to tell how many clips they will give.
+    With `preprocess` the files are also opened, to count the clips that they will give.
     """
-    files, ignored = _files(folder)
+    listing = list_files(folder)
+    ignored = listing.skipped
+    files, texts = _sorted_out(folder, listing)
+    files, notes = _of_one_kind(files, data.file_kind, ignored)
     if not files:
         raise DataError(
             f"no video, sound or image in {folder}",
             hint=f"known file names end in {', '.join(sorted(MEDIA))}",
         )
-    subtitles = _subtitles_of(folder, ignored)
-    read = {name: _captions(folder / name, subtitles.get(_stem(name), [])) for name in files}
-    spoken = [name for name in files if read[name].captions]
-    mute = [name for name in files if not read[name].captions]
-    held_out = _held_out(folder, spoken, data) | _held_out(folder, mute, data)
-    clips = [_clip(name, read[name].captions, held_out.get(name, "train")) for name in files]
-    broken: list[tuple[str, str]] = []
-    num_samples = 0
-    for name in files:
-        if preprocess is None:
-            break
-        try:
-            num_samples += len(windows_of(0.0, probe(folder / name).seconds, preprocess))
-        except BrokenMediaError as error:
-            broken.append((name, str(error)))
-    for stem in sorted(set(subtitles) - {_stem(name) for name in files}):
-        for path in subtitles[stem]:
-            is_json = path.suffix.lower() == ".json"
-            ignored[".json files" if is_json else "subtitles of no video"] += 1
-    dropped = sum(subtitles.dropped for subtitles in read.values())
+    layout = read_layout(files, data.split_folders)
+    subtitles = match_subtitles(files, texts, data.caption_languages)
+    read = {name: _captions(folder, name, subtitles.of.get(name, [])) for name in files}
+    digests = dict(
+        zip(files, (hashes or ContentHashes()).of(folder / name for name in files), strict=True)
+    )
+    held_out = _held_out(digests, layout, data, spoken={n for n in files if read[n].captions})
+    clips = [
+        _clip(
+            name, read[name].captions, layout.split_of(name) or held_out.get(name, "train"), layout
+        )
+        for name in files
+    ]
+    num_samples, broken = _count_samples(folder, files, preprocess)
+    for name in subtitles.unmatched:
+        ignored[".json files" if name.lower().endswith(".json") else "subtitles of no video"] += 1
     return Found(
         clips,
-        len(spoken),
-        broken,
-        num_samples,
-        dict(+ignored),
-        dropped,
-        _mark_of_all(folder, files, clips),
+        with_captions=sum(bool(subtitles.captions) for subtitles in read.values()),
+        broken=broken,
+        num_samples=num_samples,
+        ignored=dict(+ignored),
+        captions_dropped=sum(subtitles.dropped for subtitles in read.values()),
+        mark=_mark(digests, clips),
+        notes=(*notes, *layout.notes(), *subtitles.notes, *_doubts(clips, digests, files)),
     )
+
+
+def _count_samples(
+    folder: Path, files: Sequence[str], preprocess: PreprocessParams | None
+) -> tuple[int, list[tuple[str, str]]]:
+    """Clips that can be cut, and the files that cannot be opened with the reason."""
+    broken: list[tuple[str, str]] = []
+    count = 0
+    for name in files if preprocess is not None else ():
+        assert preprocess is not None
+        try:
+            count += len(windows_of(0.0, probe(folder / name).seconds, preprocess))
+        except BrokenMediaError as error:
+            broken.append((name, str(error)))
+    return count, broken
 
 
 def ingest_settings(found: Found, folder: Path, params: Params) -> dict[tuple[str, ...], Any]:
@@ -132,11 +161,8 @@ def ingest_settings(found: Found, folder: Path, params: Params) -> dict[tuple[st
 
 
 def _label_settings(found: Found, params: Params) -> dict[tuple[str, ...], Any]:
-    """Tasks learn the sub-folders' names; where there are not two to tell apart, there is none."""
-    labels = {
-        split: {clip.labels.get(LABEL, "") for clip in found.clips if clip.split == split} - {""}
-        for split in ("train", "test")
-    }
+    """Tasks learn the names of the sub-folders; without two of them there are no tasks."""
+    labels = {split: _classes(found.clips, split) for split in ("train", "test")}
     if len(labels["train"]) < 2 or not labels["test"]:
         return {
             ("finetune", "run"): [],
@@ -148,95 +174,218 @@ def _label_settings(found: Found, params: Params) -> dict[tuple[str, ...], Any]:
     return tasks | probes | {("evaluate", "class_labels"): [LABEL]}
 
 
-def _files(folder: Path) -> tuple[list[str], Counter[str]]:
-    """The media below a folder, as sorted relative names, and what else there is."""
-    names = []
-    ignored: Counter[str] = Counter()
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        why = _why_not(path, name)
-        if why is None:
-            names.append(name)
-        elif why:
-            ignored[why] += 1
-    return _without_covers(names, ignored), ignored
+def _classes(clips: Iterable[Clip], split: str) -> set[str]:
+    return {clip.labels[LABEL] for clip in clips if clip.split == split and clip.labels}
 
 
-def _without_covers(names: list[str], ignored: Counter[str]) -> list[str]:
-    """Images are media where there is nothing else; beside videos they are thumbnails."""
-    played = [name for name in names if Path(name).suffix.lower() in PLAYED]
-    if not played:
-        return names
-    suffixes = (Path(name).suffix.lower() for name in names)
-    ignored.update(f"{suffix} files" for suffix in suffixes if suffix in IMAGES)
-    return played
+# --- which files ----------------------------------------------------------------------------------
+
+COVERS = {
+    "albumart", "artist", "back", "backdrop", "banner", "cover", "disc", "fanart", "folder",
+    "front", "landscape", "logo", "movie", "poster", "thumb", "thumbnail",
+}  # fmt: skip
 
 
-def _why_not(path: Path, name: str) -> str | None:
-    """What a path is that is no medium; "" when that need not be told, None for a medium."""
-    suffix = path.suffix.lower()
-    if path.is_dir():
-        if path.is_symlink():
-            return "links to folders"
-        return "folders named like a video" if suffix in MEDIA else ""
-    if any(part.startswith(".") for part in Path(name).parts):
-        return "hidden files"
+def _sorted_out(folder: Path, listing: Listing) -> tuple[list[str], list[str]]:
+    """The media and the subtitle files; anything else is counted as what it is."""
+    files, texts = [], []
+    for name in listing.files:
+        suffix = _suffix(name)
+        why = _why_not(folder / name, suffix)
+        if why is not None:
+            listing.skipped[why] += 1
+        elif suffix in SUFFIXES:
+            texts.append(name)
+        else:
+            files.append(name)
+    named = sum(_suffix(name) in MEDIA for name in listing.folders)
+    listing.skipped["folders named like a video"] += named
+    return files, texts
+
+
+def _why_not(path: Path, suffix: str) -> str | None:
+    """What a path is if it is neither media nor subtitles."""
     if path.exists() and not path.is_file():
         return "pipes, sockets and devices"  # opening one may wait for ever
     if suffix in (".part", ".ytdl"):
         return "unfinished downloads"
     if suffix in MEDIA:
-        return None if _is_text(name) else "files whose names are not UTF-8 (rename them)"
+        return None if _is_text(path.name) else "files whose names are not UTF-8 (rename them)"
+    if path.is_symlink() and not path.exists():
+        return "links to nothing"
     if suffix in SUFFIXES:
-        return ""
+        return None
     return f"{suffix} files" if suffix else "files without an ending"
 
 
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
 def _is_text(name: str) -> bool:
-    """Whether a file's name is made of characters: on most disks any bytes will do."""
+    """Whether a file's name is made of characters: most disks allow any bytes."""
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
-def _subtitles_of(folder: Path, ignored: Counter[str]) -> dict[str, list[Path]]:
-    """Subtitle files by the name, without ending and language, of the video they belong to."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not name.startswith("."):
-            stem = re.sub(r"\.[A-Za-z]{2,3}(-[A-Za-z]+)?$", "", _stem(name))
-            found.setdefault(stem, []).append(path)
+def _of_one_kind(names: list[str], rule: str, ignored: Counter[str]) -> tuple[list[str], list[str]]:
+    """Images or recordings, whichever are more, and a note if others are left out.
+
+    A .gif is the one or the other, as its neighbours are. Thumbnails of recordings do not count.
+    """
+    images = [name for name in names if _suffix(name) in IMAGES]
+    gifs = [name for name in names if _suffix(name) == ".gif"]
+    recordings = [name for name in names if _suffix(name) in RECORDINGS and name not in set(gifs)]
+    stems = {composed(str(PurePosixPath(name).with_suffix(""))) for name in recordings}
+    thumbnails = sum(_is_thumbnail(name, stems) for name in images) if recordings else 0
+    pictures = len(images) - min(thumbnails, THUMBNAILS * len(recordings))
+    stills = pictures + (len(gifs) if len(gifs) < pictures else 0)
+    use_images = stills > len(recordings) + len(gifs) * (len(gifs) >= pictures)
+    if rule != "auto":
+        use_images = rule == "images"
+    kept = set(gifs) | set(images if use_images else recordings)
+    left = [name for name in names if name not in kept]
+    ignored.update(f"{_suffix(name)} files" for name in left)
+    if not left:
+        return names, []
+    used, other = ("images", "recordings") if use_images else ("recordings", "images")
+    note = f"the {len(kept)} {used} are used, the {len(left)} {other} beside them are not"
+    return [name for name in names if name in kept], [_with_setting(note, "file_kind", other)]
+
+
+def _is_thumbnail(name: str, stems: set[str]) -> bool:
+    """Whether an image belongs to a recording: talk.jpg or talk-thumb.jpg to talk.mp4, or a cover."""
+    path = PurePosixPath(composed(name))
+    stem = str(path.with_suffix(""))
+    shorter = re.sub(r"[ ._-]+[^/ ._-]*$", "", stem)
+    return bool({stem, shorter} & stems) or path.stem.lower() in COVERS
+
+
+def _with_setting(note: str, key: str, value: str) -> str:
+    return f"{note}; data.{key}: {value} decides otherwise"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+# --- splits and labels ----------------------------------------------------------------------------
+
+SPLIT_WORDS = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validate": "val", "validation": "val", "dev": "val",
+    "development": "val",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+_SPLIT_NAME = re.compile(
+    rf"({'|'.join(SPLIT_WORDS)})([ _.-]*(set|data|split|images|videos|clips|files))?"
+    r"([ _.-]*\d{4})?"
+)
+ROOT = PurePosixPath(".")
+
+
+def split_word(name: str) -> str | None:
+    """The split that a folder's name speaks of: Train, TEST, Validation, val2017, "test set"."""
+    match = _SPLIT_NAME.fullmatch(composed(name).strip().lower())
+    return SPLIT_WORDS[match[1]] if match else None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the sub-folders mean."""
+
+    splits: Mapping[PurePosixPath, str]
+    classes: tuple[str, ...]  # folders called like a split that are taken for classes
+    are_below_classes: bool  # cat/train and dog/train, not train/cat and train/dog
+
+    def split_of(self, name: str) -> str | None:
+        """The split that a folder above the file decides."""
+        above = PurePosixPath(name).parents
+        return next((self.splits[folder] for folder in above if folder in self.splits), None)
+
+    def label_of(self, name: str) -> str:
+        """The class: the folder that holds the file, or the one around its split folders."""
+        folder = PurePosixPath(name).parent
+        if folder in self.splits:
+            folder = folder.parent if self.are_below_classes else ROOT
+        return composed(folder.name)
+
+    def notes(self) -> list[str]:
+        """What was taken for what."""
+        notes = []
+        if self.splits:
+            meanings = sorted(
+                {f"{folder.name} is {split}" for folder, split in self.splits.items()}
+            )
+            note = f"folders decide the split: {_some(meanings)}"
+            notes.append(_with_setting(note, "split_folders", "classes"))
+        if self.classes:
+            note = f"taken for classes, as they lie beside classes: {_some(self.classes)}"
+            notes.append(_with_setting(note, "split_folders", "splits"))
+        return notes
+
+
+def read_layout(names: Iterable[str], rule: str) -> Layout:
+    """Which folders are splits: by their names and, with the rule `auto`, by what lies where."""
+    inside: dict[PurePosixPath, set[PurePosixPath]] = {}
+    for folder in {PurePosixPath(name).parent for name in names}:
+        for child in (folder, *folder.parents):
+            if child != ROOT:
+                inside.setdefault(child.parent, set()).add(child)
+    splits: dict[PurePosixPath, str] = {}
+    classes: list[str] = []
+    waiting = [ROOT]
+    while waiting:
+        children = inside.get(waiting.pop(), set())
+        named = {child: word for child in children if (word := split_word(child.name))}
+        if rule == "splits" or (rule == "auto" and _are_splits(named, children, inside)):
+            splits |= named
+            waiting += children - named.keys()
+        else:
+            classes += map(str, named)
+            waiting += children
+    are_below_classes = len({folder.parent for folder in splits}) > 1
+    return Layout(splits, tuple(sorted(classes)) if rule == "auto" else (), are_below_classes)
+
+
+def _are_splits(
+    named: Mapping[PurePosixPath, str],
+    siblings: set[PurePosixPath],
+    inside: Mapping[PurePosixPath, set[PurePosixPath]],
+) -> bool:
+    """A class may be called train: one folder of that name that holds no folders, beside others."""
+    alone = len(named) == len(siblings)
+    return alone or len(set(named.values())) > 1 or any(child in inside for child in named)
+
+
+def _held_out(
+    digests: Mapping[str, str], layout: Layout, data: DataParams, *, spoken: set[str]
+) -> dict[str, str]:
+    """Files for test and val, drawn among those with words and those without; a split that folders
+    give is not drawn again."""
+    given = set(layout.splits.values())
+    test_share = 0.0 if "test" in given else data.test_share
+    val_share = 0.0 if "val" in given else data.val_share
+    free = [name for name in digests if layout.split_of(name) is None]
+    found: dict[str, str] = {}
+    for part in ([n for n in free if n in spoken], [n for n in free if n not in spoken]):
+        found |= _drawn({name: digests[name] for name in part}, test_share, val_share)
     return found
 
 
-def _stem(name: str) -> str:
-    return str(Path(name).with_suffix(""))
-
-
-def _captions(path: Path, beside: list[Path]) -> Subtitles:
-    """From the files beside a video, else from a track inside it."""
-    dropped = 0
-    for file in beside:
-        read = read_subtitles(file)
-        dropped += read.dropped
-        if read.captions:
-            return Subtitles(read.captions, dropped)
-    return Subtitles(embedded_captions(path).captions, dropped)
-
-
-def _held_out(folder: Path, files: list[str], data: DataParams) -> dict[str, str]:
+def _drawn(digests: Mapping[str, str], test_share: float, val_share: float) -> dict[str, str]:
     """About a share of the files to test and one to validate, not less, and at least one of each.
 
     By content: copies stay together, and nearly every file stays on its side when others come.
     """
     groups: dict[str, list[str]] = {}
-    for name in files:
-        if _split_of(name) is None:
-            groups.setdefault(_mark(folder / name), []).append(name)
+    for name, digest in digests.items():
+        groups.setdefault(digest, []).append(name)
     marks = sorted(groups)
-    tests = _first(marks, data.test_share)
+    tests = _first(marks, test_share)
     vals = 0
-    if data.val_share > 0 and len(marks) > tests + 1:
-        vals = max(_first(marks, data.test_share + data.val_share) - tests, 1)
+    if val_share > 0 and len(marks) > tests + 1:
+        vals = max(_first(marks, test_share + val_share) - tests, 1)
     splits = ["test"] * tests + ["val"] * vals
     return {
         name: split for mark, split in zip(marks, splits, strict=False) for name in groups[mark]
@@ -250,129 +399,63 @@ def _first(marks: list[str], share: float) -> int:
     return max(int(share * len(marks)), 1, sum(int(m[:12], 16) < share * 16**12 for m in marks))
 
 
-def _split_of(name: str) -> str | None:
-    """The split that a sub-folder of that name decides."""
-    folders = Path(name).parts[:-1]
-    return next((SPLIT_FOLDERS[part] for part in folders if part in SPLIT_FOLDERS), None)
+def _doubts(clips: Sequence[Clip], digests: Mapping[str, str], files: Sequence[str]) -> list[str]:
+    """What a person may not have meant."""
+    notes = []
+    unknown = sorted(_classes(clips, "test") - _classes(clips, "train"))
+    if unknown and _classes(clips, "train"):
+        notes.append(f"{len(unknown)} classes of test are not in train: {_some(unknown)}")
+    if not any(clip.split == "test" for clip in clips):
+        same = len(files) > 1 and len(set(digests.values())) == 1
+        why = " as all files are copies of one" if same else ""
+        notes.append(
+            f"nothing is left to test on{why}: add files, raise data.test_share or name a folder test"
+        )
+    splits: dict[str, set[str]] = {}
+    for name, clip in zip(files, clips, strict=True):
+        splits.setdefault(digests[name], set()).add(clip.split)
+    shared = sum({"train", "test"} <= found for found in splits.values())
+    if shared:
+        notes.append(f"{shared} files of test are copies of files of train")
+    forms: dict[str, set[str]] = {}
+    for folder in {PurePosixPath(name).parent.name for name in files}:
+        forms.setdefault(composed(folder), set()).add(folder)
+    twice = sorted(name for name, found in forms.items() if len(found) > 1)
+    if twice:
+        notes.append(f"written in two Unicode forms and taken for one class: {_some(twice)}")
+    return notes
 
 
-def _mark(path: Path) -> str:
-    """Equal for equal content, without reading all of it."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEAD)
-        return hashlib.sha256(head + str(path.stat().st_size).encode()).hexdigest()
-    except OSError:
-        return hashlib.sha256(str(path).encode()).hexdigest()
-
-
-def _mark_of_all(folder: Path, files: list[str], clips: list[Clip]) -> str:
+def _mark(digests: Mapping[str, str], clips: Sequence[Clip]) -> str:
     """The names, contents and captions of all files, in short."""
-    marks = [f"{name} {_mark(folder / name)}" for name in files]
+    marks = [f"{name} {digest}" for name, digest in digests.items()]
     marks += [repr(clip.captions) for clip in clips]
     return hashlib.sha256("\n".join(marks).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _clip(name: str, captions: tuple[Caption, ...], split: str) -> Clip:
-    path = Path(name)
-    label = path.parent.name if path.parent.name not in SPLIT_FOLDERS else ""
-    readable = re.sub(r"[^A-Za-z0-9_]+", "-", path.stem).strip("-")[:40] or "clip"
+def _clip(name: str, captions: tuple[Caption, ...], split: str, layout: Layout) -> Clip:
+    readable = re.sub(r"[^A-Za-z0-9_]+", "-", PurePosixPath(name).stem).strip("-")[:40] or "clip"
     short = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:10]
+    label = layout.label_of(name)
     return Clip(
         clip_id=f"{readable}-{short}",
         source="folder",
         url=f"folder:{name}",
         start=0.0,
         end=None,
-        split=_split_of(name) or split,
+        split=split,
         labels={LABEL: label} if label else {},
         captions=captions,
         licence=None,
     )
 
 
-SLACK = 1.0  # seconds by which a cut part may be longer than its span
-
-
-def placed(clips: Iterable[Clip], location: Path) -> Iterator[Clip]:
-    """Point clips to the files that are there; those of YouTube videos else keep their address.
-
-    A file of an archive lies under its name, in whatever sub-folder. A video's is <id>.mp4, or a
-    part of it: <id>_<from>_<to>.mp4 or <id>_<from>.mp4, in whole seconds of six digits, as Kinetics
-    and VGGSound are handed on; Y<id>.wav, as AudioSet is; any media ending will do. A file <id>.mp4
-    that is no longer than the span is the part too.
-    """
-    place = _Location(location)
-    for clip in clips:
-        yield place.archived(clip) if clip.url.startswith("folder:") else place.fetched(clip)
-
-
-class _Location:
-    """A folder of media; gone through once, and only when that is needed."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._by_stem: dict[str, list[str]] | None = None
-
-    def find(self, name: str) -> str | None:
-        """The file of that name, in the most similar folder; its ending may be another."""
-        if self._by_stem is None:
-            self._by_stem = _files_by_stem(self._folder)
-        there = self._by_stem.get(Path(name).stem, [])
-        return max(there, key=lambda other: _alike(name, other), default=None)
-
-    def archived(self, clip: Clip) -> Clip:
-        """A file of a set that comes as an archive."""
-        name = clip.url.removeprefix("folder:")
-        if (self._folder / name).is_file():
-            return clip
-        there = self.find(name)
-        return clip if there is None else replace(clip, url=f"folder:{there}")
-
-    def fetched(self, clip: Clip) -> Clip:
-        """A video, or the part of it that the clip is."""
-        parts = urlsplit(clip.url)
-        video_id = parse_qs(parts.query).get("v", [""])[0]
-        begin, end = clip.start, clip.end
-        if parts.fragment.startswith("t="):  # the span counts from the part's beginning
-            begin, end = map(float, parts.fragment.removeprefix("t=").split(","))
-        if end is not None:
-            since = f"{video_id}_{int(begin):06d}"
-            for name in (f"{since}_{int(end):06d}", since, f"Y{video_id}"):
-                if (there := self.find(name)) is not None:
-                    return replace(clip, url=f"folder:{there}", start=0.0, end=end - begin)
-        there = self.find(video_id)
-        if there is None:
-            return clip
-        if end is not None and begin > 0 and self._is_part(there, end - begin):
-            begin, end = 0.0, end - begin
-        return replace(clip, url=f"folder:{there}", start=begin, end=end)
-
-    def _is_part(self, name: str, seconds: float) -> bool:
-        try:
-            return probe(self._folder / name).seconds <= seconds + SLACK
-        except BrokenMediaError:
-            return False  # the ledger will say why
-
-
-def _files_by_stem(location: Path) -> dict[str, list[str]]:
-    """Names below the folder, sorted, by what they are called without folder and ending."""
-    found: dict[str, list[str]] = {}
-    for folder, folders, names in os.walk(location):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(folder, name)
-            if path.suffix.lower() in MEDIA:
-                found.setdefault(path.stem, []).append(path.relative_to(location).as_posix())
-    return found
-
-
-def _alike(one: str, other: str) -> int:
-    """How many folders right above the file have the same names."""
-    pairs = zip(PurePosixPath(one).parents, PurePosixPath(other).parents, strict=False)
-    count = 0
-    for mine, theirs in pairs:
-        if mine.name != theirs.name or not mine.name:
-            break
-        count += 1
-    return count
+def _captions(folder: Path, name: str, beside: Sequence[str]) -> Subtitles:
+    """From the files beside a video, else from a track inside it."""
+    dropped = 0
+    for text in beside:
+        read = read_subtitles(folder / text)
+        dropped += read.dropped
+        if read.captions:
+            return Subtitles(read.captions, dropped)
+    return Subtitles(embedded_captions(folder / name).captions, dropped)

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vatt.config import DataParams
+from vatt.data.clips.files import IMAGES, skipped_as
 from vatt.data.clips.manifest import LABEL_SEPARATOR, Clip
-from vatt.data.sources.folder import IMAGES
 from vatt.data.sources.official import MANGLED, Faults, csv_rows, file_clip, open_text
 from vatt.errors import DataError
 
@@ -125,19 +125,33 @@ def _number(name: str, path: Path, line: int) -> int:
 
 
 def _folder(location: Path, split: str) -> Path | None:
-    places = (location / base / name for base in BASES for name in FOLDERS[split])
-    return next((place for place in places if place.is_dir()), None)
+    """The folder of a split, in whatever letters its name is written."""
+    places = (
+        path
+        for base in BASES
+        for name in FOLDERS[split]
+        for path in _entries(location / base)
+        if path.name.lower() == name.lower() and path.is_dir()
+    )
+    return next(places, None)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder, less what systems leave there; nothing where there is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if skipped_as(path.name) is None)
 
 
 def _images(location: Path, place: Path, classes: dict[str, str]) -> Iterator[tuple[str, str]]:
     """Synsets and names of the images in a folder with one folder a class."""
-    for folder in sorted(path for path in place.iterdir() if path.is_dir()):
+    for folder in filter(Path.is_dir, _entries(place)):
         if folder.name not in classes:
             raise DataError(
                 f"{folder} is named like no class of ImageNet",
                 hint="move it away, or use `vattctl finetune folder` for classes of your own",
             )
-        for path in sorted(folder.iterdir()):
+        for path in _entries(folder):
             if path.suffix.lower() in IMAGES:
                 yield folder.name, path.relative_to(location).as_posix()
 
@@ -146,7 +160,7 @@ def _val_images(
     folder: Path, location: Path, place: Path, classes: dict[str, str]
 ) -> Iterator[tuple[str, str]]:
     """In folders by class, or flat with a file that tells the classes."""
-    if any(_SYNSET.fullmatch(path.name) for path in place.iterdir()):
+    if any(_SYNSET.fullmatch(path.name) for path in _entries(place)):
         yield from _images(location, place, classes)
         return
     told = read_val(folder)

@@ -1,14 +1,13 @@
-"""What the readers of published lists share; the published counts; when a list has changed."""
+"""What the readers of published lists share; the published counts."""
 
 import csv
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from vatt.config import OWN_SOURCES, DataParams
+from vatt.data.clips.files import skipped_as
 from vatt.data.clips.manifest import Clip
 from vatt.errors import DataError
 
@@ -142,8 +141,8 @@ def file_clip(name: str, source: str, split: str, labels: dict[str, str]) -> Cli
 
 
 def listed_files(folder: Path, pattern: str) -> list[Path]:
-    """Files of a pattern, in order; none is an error."""
-    found = sorted(folder.glob(pattern))
+    """Files of a pattern, in order; it is an error if there are none."""
+    found = sorted(path for path in folder.glob(pattern) if skipped_as(path.name) is None)
     if not found:
         raise DataError(
             f"no {pattern} in {folder}", hint="docs/data-sources.md says where to get it"
@@ -171,38 +170,3 @@ def youtube_span(
         raise ValueError(f"the span from {start:g} to {end:g} is empty")
     url = youtube_url(video_id)
     return (f"{url}#t={start:g},{end:g}", 0.0, end - start) if sections else (url, start, end)
-
-
-ENDS = 2**16  # bytes at the beginning and the end that tell a file from another
-
-
-def mark_of_lists(data: DataParams) -> str | None:
-    """By names, sizes, beginnings and ends; None where clips come from no list."""
-    if data.source == "urls":
-        assert data.location is not None  # the schema asks for it
-        files = [data.location]
-    elif data.source in OWN_SOURCES:
-        return None
-    else:
-        assert data.annotations is not None
-        folders = [data.annotations / name for name in data.sources]
-        files = sorted(path for folder in folders for path in folder.glob("[!.]*"))
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name} {_content(path)}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _content(path: Path) -> str:
-    """A folder counts by the number of its files: there may be a million."""
-    if path.is_dir():
-        return str(sum(1 for _ in os.scandir(path)))
-    if not path.is_file():
-        return "absent"
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        digest = hashlib.sha256(file.read(ENDS))
-        file.seek(max(size - ENDS, 0))
-        digest.update(file.read(ENDS))
-    return f"{size} {digest.hexdigest()}"

@@ -4,16 +4,18 @@ licence if there are any; every other column is a label."""
 import csv
 import hashlib
 import math
+import os
 import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from vatt.config import DataParams
+from vatt.data.clips.files import composed, find_file
 from vatt.data.clips.manifest import CLIP_ID, SPLITS, Caption, Clip, drawn_split, mark_of
 from vatt.data.sources.official import Faults
 from vatt.errors import DataError
@@ -37,7 +39,7 @@ def read_urls(path: Path, data: DataParams) -> Iterator[Clip]:
     marks = array("Q")
     for line, row in _rows(path):
         try:
-            clip = _clip(row, path.parent, mirrored=bool(data.base_urls))
+            clip = _clip(row, path.parent, data)
         except ValueError as error:
             faults.add(line, str(error))
             continue
@@ -59,7 +61,7 @@ def _add_twins(path: Path, data: DataParams, marks: "array[int]", faults: Faults
     first: dict[str, int] = {}
     for line, row in _rows(path) if twins else ():
         try:
-            name = _clip(row, path.parent, mirrored=bool(data.base_urls)).clip_id
+            name = _clip(row, path.parent, data).clip_id
         except ValueError:
             continue
         if mark_of(name) in twins and first.setdefault(name, line) != line:
@@ -100,8 +102,8 @@ def _header(fields: list[str], path: Path) -> list[str]:
     )
 
 
-def _clip(row: dict[str, str], home: Path, *, mirrored: bool) -> Clip:
-    url = _url(row, home, mirrored=mirrored)
+def _clip(row: dict[str, str], home: Path, data: DataParams) -> Clip:
+    url = _url(row, home, data)
     start = _time(row.get("start", ""), "start") or 0.0
     end = _time(row.get("end", ""), "end")
     if start < 0 or (end is not None and end <= start):
@@ -121,13 +123,13 @@ def _clip(row: dict[str, str], home: Path, *, mirrored: bool) -> Clip:
         start=start,
         end=end,
         split=split,
-        labels={key: value for key, value in row.items() if key not in KNOWN and value},
+        labels={key: composed(value) for key, value in row.items() if key not in KNOWN and value},
         captions=(Caption(start, end if end is not None else start + 1.0, text),) if text else (),
         licence=row.get("licence") or None,
     )
 
 
-def _url(row: dict[str, str], home: Path, *, mirrored: bool) -> str:
+def _url(row: dict[str, str], home: Path, data: DataParams) -> str:
     """An address; a path is a file beside the list, or else on a mirror where there are any."""
     if row.get("youtube_id"):
         if not re.fullmatch(r"[\w-]{1,64}", row["youtube_id"], re.ASCII):
@@ -139,10 +141,27 @@ def _url(row: dict[str, str], home: Path, *, mirrored: bool) -> str:
             raise ValueError(f"'{row['url']}' is no http or https address")
         return row["url"]
     if row.get("path"):
-        name = row["path"].lstrip("/")
-        here = not mirrored or (home / name).is_file()
-        return f"folder:{name}" if here else f"urls:{name}"
+        return _path_url(row["path"], home, data)
     raise ValueError("no address in it")
+
+
+def _path_url(name: str, home: Path, data: DataParams) -> str:
+    """A file by its path, which counts from the list's folder; others only where that is set."""
+    path = Path(os.path.normpath(home.absolute() / name))
+    base = next((b for b in (home.absolute(), home.resolve()) if path.is_relative_to(b)), None)
+    outside = base is None or bool(PureWindowsPath(name).drive)
+    if outside and data.allow_absolute_paths:
+        return f"folder:{path}"
+    if base is None or outside:
+        raise ValueError(
+            f"the path {name} does not lie below {home}, from where paths count: "
+            "move the list, or set data.allow_absolute_paths: true"
+        )
+    name = path.relative_to(base).as_posix()
+    there = find_file(home, name)
+    if there is None and data.base_urls:
+        return f"urls:{name}"
+    return f"folder:{there or name}"
 
 
 def _time(value: str, column: str) -> float | None:
