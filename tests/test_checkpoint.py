@@ -1,15 +1,19 @@
 """A checkpoint's folder alone rebuilds the model, or says why not."""
 
 import json
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import vatt
+from tests.data.corpus import TEST_DATA, needs_data
 from tests.model.small import small_inputs, small_params, spectrogram_params
 from vatt import checkpoint
+from vatt.config import ModelParams
 from vatt.errors import DataError
 from vatt.model.vatt import VATT, Classifier
 
@@ -118,3 +122,88 @@ def test_importing_vatt_imports_nothing_heavy():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def model_folder(tmp_path, config):
+    params = small_params()
+    checkpoint.save(VATT(params), params, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    whole = json.loads(file.read_text())
+    file.write_text(config(whole) if callable(config) else config)
+    return tmp_path / "model"
+
+
+def changed(place, value):
+    """config.json with one value changed; `place` is its path of keys."""
+
+    def change(config):
+        section = config
+        for key in place[:-1]:
+            section = section.setdefault(key, {})
+        section[place[-1]] = value
+        return json.dumps(config)
+
+    return change
+
+
+TASK = {"modality": "audio", "classes": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("[" * 100_000, "recursion limit"),
+        ("[]", "describes no model"),
+        ('{"model": ' + "9" * 5000 + "}", "config.json"),
+        (" " * 17_000_000, "larger than 16 MB"),
+        (changed(["version"], 2), "version"),
+        (changed(["model", "va_dim"], 10**9), r"model\.va_dim"),
+        (changed(["model", "va_dim"], "wide"), r"model\.va_dim"),
+        (changed(["model", "dropout"], float("nan")), r"model\.dropout"),
+        (changed(["model", "video", "frames"], 8 * 10**7), r"model\.video\.frames"),
+        (changed(["model", "video", "size"], {"depth": 10**5, "dim": 8, "mlp_dim": 8, "heads": 1,
+                                              "head_dim": 8}), r"SizeParams\.depth"),
+        (changed(["model", "text", "vocabulary"], 10**9), "model of .* GB, but"),
+        (changed(["model", "audio", "samples"], 10**9), "model of .* GB, but"),
+        (changed(["classifier"], "x"), "classifier"),
+        (changed(["classifier"], {}), r"classifier\.(modality|classes)"),
+        (changed(["classifier"], TASK | {"classes": 7}), r"classifier\.classes"),
+        (changed(["classifier"], TASK | {"modality": "smell"}), r"classifier\.modality"),
+        (changed(["classifier"], TASK | {"head_dropout": "x"}), r"classifier\.head_dropout"),
+    ],
+)  # fmt: skip
+def test_a_damaged_config_is_one_clear_error_before_memory_is_taken(tmp_path, config, message):
+    folder = model_folder(tmp_path, config)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=message) as error:
+        vatt.load(folder)
+    assert str(folder) in error.value.problem
+    with pytest.raises(DataError):
+        checkpoint.load_config(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+def test_weights_of_another_type_are_named(tmp_path):
+    weights = VATT(small_params()).state_dict()
+    weights["video.agg_token"] = weights["video.agg_token"].to(torch.int8)
+    with pytest.raises(DataError, match=r"video\.agg_token: .* of whole numbers instead of"):
+        checkpoint.load_weights(VATT(small_params()), weights)
+
+
+@needs_data
+@pytest.mark.parametrize(
+    "name", sorted(path.name for path in Path(TEST_DATA or ".").glob("attack/ck-*"))
+)
+def test_attacks_on_a_checkpoint_are_clear_errors(tmp_path, name):
+    attack = Path(TEST_DATA) / "attack" / name
+    params = ModelParams.model_validate(
+        json.loads((attack.parent / "ck-s" / "config.json").read_text())["model"]
+    )
+    checkpoint.save(VATT(params), params, tmp_path / "model")
+    for file in attack.iterdir():
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    if name in ("ck-frames800", "ck-frames80000"):  # a longer video: its table is resized
+        assert vatt.load(tmp_path / "model").params.video.frames == int(name[9:])
+    else:
+        with pytest.raises(DataError, match=str(tmp_path / "model")):
+            vatt.load(tmp_path / "model")

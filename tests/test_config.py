@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.data.corpus import TEST_DATA, needs_data
 from tests.test_architecture import ROOT
 from vatt.config import Params, fingerprint, known_keys, load_params, parse_params
 from vatt.errors import SettingsError
@@ -110,3 +111,86 @@ def test_sources_say_what_they_need(
 ) -> None:
     raw["data"] |= change
     assert message in problem(raw)
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "line 5: .* when aliases are expanded"),
+        ("seed: " + "[" * 3000, "line 1: .* levels of nesting"),
+        ("- " * 40 + "x", "levels of nesting"),
+        ("seed: &s [1, *s]", r"line 1: \*s contains itself"),
+        ("seed: 0\nx: &x {y: *x}", r"line 2: \*x contains itself"),
+        ("seed: *nowhere", "unknown"),
+        ("seed: 1\npaths: {}\nseed: 2", "line 3: seed is in this section twice"),
+        ("seed: 1\n? [a, b]\n: 2", "a key is not a word"),
+        ("seed: 0\nx: " + "9" * 5000, "line 2: "),
+        ("seed: 2026-13-45", "line 1: '2026-13-45'"),
+        ("seed: !!python/object/apply:os.system [ls]", "python/object"),
+        ("seed: \x07", "cannot be read"),
+        ("#" * 1_100_000, "larger than 1000 kB"),
+        ("seed: [" + "1, " * 30_000 + "]", "more than 20000 values"),
+    ],
+)
+def test_a_hostile_file_is_refused_by_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=message) as caught:
+        load_params(file)
+    assert str(file) in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_bytes_that_are_no_text_and_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes(b"seed: \xff\xfe")
+    for path in (tmp_path / "params.yaml", tmp_path):
+        with pytest.raises(SettingsError, match="cannot be read"):
+            load_params(path)
+
+
+def test_an_alias_that_repeats_a_section_is_fine(tmp_path: Path) -> None:
+    text = (ROOT / "params.yaml").read_text()
+    assert "seed: 0" in text
+    file = tmp_path / "params.yaml"
+    file.write_text(
+        text.replace("seed: 0", "seed: &zero 0").replace("dropout: 0.0", "dropout: *zero")
+    )
+    assert load_params(file).model.dropout == 0
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("pretrain", "steps", 10**30),
+        ("pretrain", "batch_size", 10**12),
+        ("pretrain", "temperature", float("inf")),
+        ("pretrain", "temperature", float("nan")),
+        ("pretrain", "fps", 1e300),
+        ("machine", "cache_gb", 1e300),
+        ("model", "va_dim", 10**9),
+    ],
+)
+def test_absurd_numbers_are_named(raw: dict[str, Any], section: str, key: str, value: Any) -> None:
+    raw[section][key] = value
+    assert f"{section}.{key}" in problem(raw)
+
+
+def test_a_value_of_any_size_is_shown_in_short(raw: dict[str, Any]) -> None:
+    raw["report"]["title"] = [["x" * 10_000] * 10] * 10
+    raw["machine"] |= {f"key{number}": 1 for number in range(1000)}
+    text = problem(raw)
+    assert len(text) < 5000 and "more problems" in text
+
+
+@needs_data
+@pytest.mark.parametrize(
+    "name", sorted(path.name for path in Path(TEST_DATA or ".").glob("attack/params-*"))
+)
+def test_attacks_on_settings_are_clear_errors(name: str) -> None:
+    with pytest.raises(SettingsError, match=rf"{name} cannot be read: line \d+: "):
+        load_params(Path(TEST_DATA or ".") / "attack" / name)

@@ -8,15 +8,16 @@ import json
 import shutil
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import from_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vatt.config import ModelParams
+from vatt.config import ModelParams, Rate
 from vatt.errors import DataError
 from vatt.files import atomic_folder
 from vatt.model.positions import fit_tables
@@ -31,7 +32,11 @@ from vatt.model.vatt import (
 from vatt.release.model import release_parts, release_towers
 
 WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocabulary.txt"
-VERSION = 1
+VERSION: Literal[1] = 1
+CONFIG_BYTES = 16 * 10**6
+# How much larger than its file a model may be: weights may be stored in 16 bits, and position
+# tables may grow.
+GROWTH, SLACK = 3, 256 * 10**6
 
 
 def build(params: ModelParams) -> VATT:
@@ -106,35 +111,69 @@ def load_config(folder: Path | str) -> dict[str, Any]:
     """config.json of a folder."""
     path = Path(folder) / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > CONFIG_BYTES:
+            raise ValueError(f"it is larger than {CONFIG_BYTES // 10**6} MB")
+        config: dict[str, Any] = from_json(path.read_bytes())
+        model = from_config(config, source=path)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read: {error}",
             hint="a checkpoint is a folder with model.safetensors and config.json",
         ) from None
-    if not isinstance(config, dict) or "model" not in config:
-        raise DataError(f"{path} describes no model", hint="make the checkpoint again")
+    weights = Path(folder) / WEIGHTS
+    if weights.exists():
+        needed = sum(4 * tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+        if needed > GROWTH * weights.stat().st_size + SLACK:
+            raise DataError(
+                f"{path} describes a model of {needed / 1e9:.1f} GB, but {weights} has "
+                f"{weights.stat().st_size / 1e9:.3f} GB",
+                hint="use the config.json that was written with these weights",
+            )
     return config
 
 
-def from_config(config: dict[str, Any]) -> VATT | Classifier:
+class ClassifierConfig(BaseModel):
+    """What config.json says of a classifier."""
+
+    modality: ClassifierInput
+    classes: Annotated[list[str], Field(min_length=1)]
+    head_dropout: Rate = 0.0
+
+
+class CheckpointConfig(BaseModel):
+    """config.json, as far as it builds the model; there may be more in it."""
+
+    version: Literal[1] = VERSION
+    model: ModelParams
+    classifier: ClassifierConfig | None = None
+
+
+def from_config(config: dict[str, Any], *, source: Path | str = CONFIG) -> VATT | Classifier:
     """The model that a config.json describes, without memory for its weights."""
     try:
-        params = ModelParams.model_validate(config["model"])
+        described = CheckpointConfig.model_validate(config)
+        params, task = described.model, described.classifier
+        with torch.device("meta"):
+            if task is None:
+                return build(params)
+            return build_classifier(
+                params,
+                modality=task.modality,
+                num_classes=len(task.classes),
+                head_dropout=task.head_dropout,
+            )
     except ValidationError as error:
+        problem = max(error.errors(), key=lambda one: len(one["loc"]))  # the most specific one
+        place = ".".join(map(str, problem["loc"])) or "the file"
         raise DataError(
-            f"config.json describes no model: {error}", hint="make the checkpoint again"
+            f"{source} describes no model: {place}: {problem['msg']}",
+            hint="make the checkpoint again",
         ) from None
-    task = config.get("classifier")
-    with torch.device("meta"):
-        if task is None:
-            return build(params)
-        return build_classifier(
-            params,
-            modality=task["modality"],
-            num_classes=len(task["classes"]),
-            head_dropout=task.get("head_dropout", 0.0),
-        )
+    except (RuntimeError, ValueError, ArithmeticError) as error:  # sizes that do not fit together
+        raise DataError(
+            f"{source} describes no model that can be built: {error}",
+            hint="make the checkpoint again",
+        ) from None
 
 
 def load_weights(
@@ -148,19 +187,23 @@ def load_weights(
     state = fit_tables(state, model)
     expected = model.state_dict()
     wrong = [
-        f"{name}: {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+        f"{name}: {_form(state[name])} instead of {_form(tensor)}"
         for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
+        if name in state and _form(state[name]) != _form(tensor)
     ]
     missing = sorted(expected.keys() - state.keys())
     unknown = sorted(state.keys() - expected.keys())
     if wrong or missing or unknown:
         raise DataError(
             f"the weights in {source} do not fit the model: missing {missing[:5]}, "
-            f"unknown {unknown[:5]}, of another shape {wrong[:5]}",
+            f"unknown {unknown[:5]}, in another form {wrong[:5]}",
             hint="use the settings that the weights were trained with",
         )
     model.load_state_dict(state, assign=any(tensor.is_meta for tensor in expected.values()))
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}" + ("" if tensor.is_floating_point() else " of whole numbers")
 
 
 def shared_names(model: nn.Module) -> dict[str, str]:

@@ -7,6 +7,8 @@ section it needs. The schema has no default for anything an experiment varies: t
 import difflib
 import hashlib
 import json
+import reprlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,10 +17,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -26,19 +24,30 @@ from pydantic import (
 from vatt.errors import SettingsError
 
 PARAMS_FILE = Path("params.yaml")
+YAML_BYTES, YAML_DEPTH, YAML_NODES = 10**6, 32, 20_000  # far more than any settings need
+SHOWN = 20  # problems of a settings file, at most
 
 SizeName = Literal["tiny", "small", "base", "medium", "large"]
 Modality = Literal["video", "audio", "text"]
 Precision = Literal["fp32", "bf16"]  # of matrix products; weights, norms and losses are fp32
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
-Rate = Annotated[float, Field(ge=0, lt=1)]  # a share that leaves something, e.g. of tokens dropped
+MOST = 10**9  # of anything: a larger number is a mistake
+PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
+PositiveFloat = Annotated[float, Field(gt=0, le=MOST)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=MOST)]
+Layers = Annotated[int, Field(gt=0, le=1000)]
+Width = Annotated[int, Field(gt=0, le=2**16)]
+Frames = Annotated[int, Field(gt=0, le=10**5)]
+Pixels = Annotated[int, Field(gt=0, le=2**14)]
+Rate = Annotated[float, Field(ge=0, lt=1)]  # a share below 1, e.g. of tokens that are dropped
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
     """A part of params.yaml; frozen, and a key it does not know is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 # --- where things lie -----------------------------------------------------------------------------
@@ -177,22 +186,22 @@ class PreprocessParams(Section):
 
 
 class SizeParams(Section):
-    """A Transformer's dimensions, when it is none of the named sizes."""
+    """A Transformer's dimensions, where no named size fits."""
 
-    depth: PositiveInt
-    dim: PositiveInt
-    mlp_dim: PositiveInt
-    heads: PositiveInt
-    head_dim: PositiveInt
+    depth: Layers
+    dim: Width
+    mlp_dim: Width
+    heads: Width
+    head_dim: Width
 
 
 class VideoParams(Section):
     """The video tower's input."""
 
     size: SizeName | SizeParams
-    frames: PositiveInt  # T, per clip
-    frame_size: PositiveInt | tuple[PositiveInt, PositiveInt]  # H = W, or (H, W), pixels
-    patch: tuple[PositiveInt, PositiveInt, PositiveInt]  # t, h, w
+    frames: Frames  # T, per clip
+    frame_size: Pixels | tuple[Pixels, Pixels]  # H = W, or (H, W), pixels
+    patch: tuple[Frames, Pixels, Pixels]  # t, h, w
 
 
 class AudioParams(Section):
@@ -221,15 +230,15 @@ class TextParams(Section):
     """The text tower's input."""
 
     size: SizeName | SizeParams
-    words: PositiveInt  # L, at most
+    words: Width  # L, at most
     vocabulary: PositiveInt  # rows of the embedding table
 
 
 class ReleaseParams(Section):
     """What only the released models have; an imported checkpoint says it, params.yaml need not."""
 
-    word_dim: PositiveInt = 300  # width of the frozen word table
-    post_dim: PositiveInt = 1024  # agnostic: width of the features
+    word_dim: Width = 300  # width of the frozen word table
+    post_dim: Width = 1024  # agnostic: width of the features
     scrambled_spectrogram: bool = False  # the release's position order
 
 
@@ -241,8 +250,8 @@ class ModelParams(Section):
     video: VideoParams
     audio: AudioParams
     text: TextParams
-    va_dim: PositiveInt  # common space of video and audio
-    vt_dim: PositiveInt  # common space of video and text
+    va_dim: Width  # common space of video and audio
+    vt_dim: Width  # common space of video and text
     dropout: Rate
     release: ReleaseParams = ReleaseParams()  # read by recipe: release
 
@@ -312,9 +321,9 @@ class FinetuneTaskParams(Section):
     modality: Literal["video", "audio", "image"]
     label: str  # name of the label in the manifest
     train_labels: PositiveInt | None  # labelled train clips used, balanced; null: all
-    frames: PositiveInt | None  # video only; an image is repeated to one voxel's depth
+    frames: Frames | None  # video only; an image is repeated to one voxel's depth
     fps: PositiveFloat | None
-    frame_size: PositiveInt | None
+    frame_size: Pixels | None
     audio_samples: PositiveInt | None
     audio_hz: PositiveInt | None
     batch_size: PositiveInt
@@ -422,7 +431,7 @@ class MachineParams(Section):
 class Params(Section):
     """All of params.yaml."""
 
-    seed: NonNegativeInt
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     paths: PathsParams
     data: DataParams
     preprocess: PreprocessParams
@@ -437,14 +446,81 @@ class Params(Section):
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Read and check the settings; a wrong key or value names the file, the key and a remedy."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path)
     except FileNotFoundError:
         raise SettingsError(
             f"{path} is missing", hint="run `vattctl config use demo` in the project's root"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path} cannot be read: {error}", hint="it must be YAML") from None
     return parse_params(raw, source=path)
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file written by a person: its size, depth and aliases are limited, keys are unique."""
+    try:
+        if path.stat().st_size > YAML_BYTES:
+            raise ValueError(f"it is larger than {YAML_BYTES // 1000} kB")
+        text = path.read_text(encoding="utf-8")
+        _limit_expansion(yaml.parse(text, yaml.SafeLoader))
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_node(node, loader)
+        return loader.construct_document(node)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SettingsError(
+            f"{path} cannot be read: {error}", hint="mend it, or take a preset again"
+        ) from None
+
+
+def _limit_expansion(events: Iterable[Any]) -> None:
+    """Refuse nesting and aliases that would become far more than the file shows."""
+    total, sizes, open_ = 0, dict[str | None, int](), list[tuple[str | None, int]]()
+    for event in events:
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:  # it has one once its end was read
+                raise ValueError(f"line {line}: *{event.anchor} contains itself or is unknown")
+            total += sizes[event.anchor]
+        elif isinstance(event, yaml.NodeEvent):
+            total += 1
+            if isinstance(event, yaml.ScalarEvent):
+                sizes[event.anchor] = 1
+            else:
+                open_.append((event.anchor, total))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_.pop()
+            sizes[anchor] = total - before + 1
+        if len(open_) > YAML_DEPTH or total > YAML_NODES:
+            raise ValueError(
+                f"line {line}: more than {YAML_DEPTH} levels of nesting, or more than "
+                f"{YAML_NODES} values when aliases are expanded"
+            )
+
+
+def _check_node(node: yaml.Node, loader: yaml.SafeLoader) -> None:
+    """Refuse values that cannot be read and keys that occur twice in a section."""
+    line = node.start_mark.line + 1
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            loader.construct_object(node)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"line {line}: {reprlib.repr(node.value)}: {error}") from None
+    elif isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            _check_node(child, loader)
+    else:
+        known: set[str] = set()
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"line {line}: a key is not a word")
+            if key.value in known:
+                line = key.start_mark.line + 1
+                raise ValueError(f"line {line}: {key.value} is in this section twice")
+            known.add(key.value)
+            _check_node(value, loader)
 
 
 def parse_params(raw: Any, *, source: Path) -> Params:
@@ -488,7 +564,7 @@ def _section_of(annotation: Any) -> Any:
 
 def _explain(error: ValidationError, raw: dict[str, Any], source: Path) -> str:
     lines = []
-    for problem in error.errors():
+    for problem in error.errors()[:SHOWN]:
         keys = tuple(str(part) for part in problem["loc"])
         dotted = ".".join(keys) or "the file"
         place = f"{source}:{_line_of(source, keys)}" if keys else str(source)
@@ -500,8 +576,11 @@ def _explain(error: ValidationError, raw: dict[str, Any], source: Path) -> str:
             lines.append(f"{place}: {dotted} is missing; presets/ shows a value")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+            given = problem["input"]
+            got = "" if isinstance(given, dict) else f", got {reprlib.repr(given)}"
             lines.append(f"{place}: {dotted}: {message}{got}")
+    if error.error_count() > SHOWN:
+        lines.append(f"{source}: and {error.error_count() - SHOWN} more problems")
     return "\n".join(dict.fromkeys(lines))
 
 
