@@ -10,9 +10,9 @@ compiled.
     pip install transformers timm     # in a separate, temporary environment
     python bench/encoder.py --dtype bf16 fp32 --batch 1 4 --threads 2
 
-All candidates alternate within each round, so that a busy machine slows all of them. A ratio is taken
-within a round, from the second step of each candidate; its median, lowest and highest value over the
-rounds are printed.
+All candidates alternate within each round, so that a busy machine slows all of them. A ratio is
+taken within a round, from the second step of each candidate; its median, lowest and highest value
+over the rounds are printed.
 """
 
 import argparse

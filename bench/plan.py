@@ -5,9 +5,9 @@
 
 Memory is the peak of resident memory, without what the process held before the model was built
 (after two steps of four clips had loaded all code). Freed tensors return to the system at once (two
-settings of glibc's malloc); a second number is measured with glibc's defaults. Time is the median of
-three steps on a batch that stays in memory; the forecast comes from one trial per model, of at most
-32 clips. Prints a JSON line for each setting, then a table for docs/benchmarks.md.
+settings of glibc's malloc); a second number is measured with glibc's defaults. Time is the median
+of three steps on a batch that stays in memory; the forecast comes from one trial per model, of at
+most 32 clips. Prints a JSON line for each setting, then a table for docs/benchmarks.md.
 """
 
 import argparse

@@ -3,11 +3,11 @@
     python bench/preprocess.py                       # about four minutes
     python bench/preprocess.py --source film.mp4     # with your own film
 
-Compared, alternately, with one plain ffmpeg command that decodes once and cuts by split and trim, and
-with one ffmpeg command per clip. All write the same clips (settings of presets/paper.yaml: ten seconds,
-10 frames per second, short side 256, H.264, sound as 48 kHz mono PCM). First one core each, then two
-processes on two cores; ratios are medians over the rounds. The film is made with ffmpeg: a test
-picture with noise at 2.5 Mbit/s, 30 frames per second, with a tone.
+Compared, alternately, with one plain ffmpeg command that decodes once and cuts by split and trim,
+and with one ffmpeg command per clip. All write the same clips (settings of presets/paper.yaml: ten
+seconds, 10 frames per second, short side 256, H.264, sound as 48 kHz mono PCM). First one core
+each, then two processes on two cores; ratios are medians over the rounds. The film is made with
+ffmpeg: a test picture with noise at 2.5 Mbit/s, 30 frames per second, with a tone.
 """
 
 import argparse

@@ -4,7 +4,8 @@
 
 DIR of --fsdd contains recordings/<digit>_<speaker>_<take>.wav (Free Spoken Digit Dataset); DIR of
 --esc10 contains audio/ and meta/esc50.csv in the layout of ESC-50. Each --from is a checkpoint; the
-seeds use them in turn. All training uses the way for one's own data: a csv, then `vattctl finetune csv`.
+seeds use them in turn. All training uses the way for one's own data: a csv, then `vattctl finetune
+csv`.
 
 The baseline is a log-mel spectrogram of the same 0.8 s window with logistic regression, whose
 regularisation is chosen on the train clips.

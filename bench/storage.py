@@ -4,9 +4,9 @@
     python bench/storage.py --films FOLDER --tile    # small videos: four become one large picture
 
 Films are cut with the settings of presets/paper.yaml (ten seconds, 10 frames per second, short side
-256, sound of 48 kHz), once in each form. Then windows of 3.2 seconds (centre crops of 224 x 224) are
-read by the project's reader at random places, alternating between the forms: one core, one thread. PSNR is
-against frames stored with a crf of 1.
+256, sound of 48 kHz), once in each form. Then windows of 3.2 seconds (centre crops of 224 x 224)
+are read by the project's reader at random places, alternating between the forms: one core, one
+thread. PSNR is against frames stored with a crf of 1.
 """
 
 import argparse

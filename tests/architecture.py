@@ -161,7 +161,8 @@ def draw() -> str:
         *(_head(group) for group in sorted({room.group for room in ROOMS.values()})),
         _band(16, {"stages": "one file per DVC stage", "vattctl": "the command line",
                   "vatt.load": "the model in Python"}, "may import every room below", BOX + 19),
-        _band(HIGH - BOX - 16, {name.removeprefix("vatt."): about for name, about in EVERYWHERE.items()},
+        _band(HIGH - BOX - 16, {name.removeprefix("vatt."): about
+                                for name, about in EVERYWHERE.items()},
               "every room may import these", -10),
     ]  # fmt: skip
     parts += [_arrow(room, to, arrows) for room, to in arrows]

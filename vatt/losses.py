@@ -133,8 +133,8 @@ def mil_nce(
     """MIL-NCE of (B, E) and (B, K, E): the mean of `form` over the clips with a candidate, or 0.
 
     `valid` (B, K) marks the candidates that exist. Anchors are computed in blocks of at most
-    `max_scores` scores, and each block again in the backward pass, so that memory does not grow with
-    B x B x K.
+    `max_scores` scores, and each block again in the backward pass, so that memory does not grow
+    with B x B x K.
     """
     video, texts = (
         part.to(torch.promote_types(part.dtype, torch.float32)) for part in (video, texts)

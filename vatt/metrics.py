@@ -42,7 +42,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The 95 % interval of a statistic of per-clip values; clips are drawn with replacement.
 
-    A clip may have several values (n, k), with NaN where it has fewer; it is drawn with all of them.
+    A clip may have several values (n, k), with NaN where it has fewer; it is drawn with all of
+    them.
     """
     return interval(_resampled(np.asarray(values, dtype=np.float64), resamples, seed, statistic))
 

@@ -1,7 +1,8 @@
 """The paper's tables as experiments: the runs that each cell needs, at full size and scaled down.
 
 The runs of `vattctl table` and the rows of the report come from one list. Scaled down to the demo
-corpus, frames and frame sizes are those of the paper divided by FACTOR, rounded to complete patches.
+corpus, frames and frame sizes are those of the paper divided by FACTOR, rounded to complete
+patches.
 """
 
 from collections.abc import Callable, Mapping
@@ -75,7 +76,7 @@ class Scale:
         return round(pixels / FACTOR) if self.name == "demo" else pixels
 
     def crop(self, pixels: int) -> Settings:
-        """Settings for the part of a frame that training shows; scaled down, the same as in tests."""
+        """Settings for the part of a frame in training; scaled down, the same as in tests."""
         if self.name == "paper":
             return {}
         area = round(min(1.0, self.size(pixels) / STORED) ** 2, 2)

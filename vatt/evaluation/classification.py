@@ -196,7 +196,7 @@ class Checkpoints:
             raise DataError(
                 f"the checkpoint numbers {len(numbers)} classes, the clips have "
                 f"{len(labels)} labels: the names of its classes are unknown",
-                hint="write the names of the classes, in order, into classifier.classes of its config.json",
+                hint="write their names, in order, into classifier.classes of its config.json",
             )
         return replace(answers, classes=tuple(labels))
 
@@ -217,7 +217,7 @@ def choose(paths: PathsParams, finetune: FinetuneParams) -> Checkpoints:
         if not found:
             raise DataError(
                 f"there is no checkpoint in {start}",
-                hint="run `vattctl pretrain`, or name a checkpoint: `vattctl evaluate --from FOLDER`",
+                hint="run `vattctl pretrain`, or name one: `vattctl evaluate --from FOLDER`",
             )
         return Checkpoints(None, found)
     given = load_config(start).get("classifier")
@@ -238,8 +238,8 @@ def _task_of(folder: Path, given: Mapping[str, Any], finetune: FinetuneParams) -
     ]
     if len(tasks) != 1:
         raise SettingsError(
-            f"{folder} is a classifier of {given['modality']}, and finetune.run has {len(tasks)} tasks "
-            f"that fit: {', '.join(tasks) or 'none'}",
+            f"{folder} is a classifier of {given['modality']}, and finetune.run has {len(tasks)} "
+            f"tasks that fit: {', '.join(tasks) or 'none'}",
             hint="name the task of its training, for example --set finetune.run=[kinetics400]",
         )
     return tasks[0]

@@ -1,7 +1,7 @@
 """Model and evaluation batches -> arrays of features and embeddings, computed once and kept.
 
-Several processes encode complete batches each, and the first joins their results. n clips, V windows,
-K candidate texts, L words, D encoder width, E common-space width.
+Several processes encode complete batches each, and the first joins their results. n clips, V
+windows, K candidate texts, L words, D encoder width, E common-space width.
 """
 
 import hashlib

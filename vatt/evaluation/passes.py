@@ -1,7 +1,7 @@
 """The passes over the shards: which encoder or classifier sees which clips.
 
-One pass looks inside the encoders for figures 3 and 4 of the paper: at their input tokens and at the
-activations of the MLP nodes. B clips of a batch, n of all batches, L words, N tokens, D encoder
+One pass looks inside the encoders for figures 3 and 4 of the paper: at their input tokens and at
+the activations of the MLP nodes. B clips of a batch, n of all batches, L words, N tokens, D encoder
 width, M hidden nodes of an MLP.
 """
 

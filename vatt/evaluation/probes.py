@@ -196,7 +196,7 @@ def _clips(probe: ProbeParams, params: EvaluateParams, passes: Passes) -> Clips:
     splits = dict.fromkeys(split for split, _ in passes)
     parts = []
     for split in splits if probe.folds else [one for one in ("train", "test") if one in splits]:
-        # Without folds, a clip is used either for training or for testing, with one number of windows.
+        # Without folds, a clip is either for training or for testing, and has one pass.
         centre = passes.get((split, 1)) or passes[split, params.clips]
         windows = passes.get((split, params.clips)) or passes[split, 1]
         first = centre["pretrained"]
@@ -262,7 +262,7 @@ def _why_not(probe: ProbeParams, clips: Clips) -> str:
             values = len(set(clips.labels[rows].tolist()))
             if values < needed:
                 place = f"the {side} split" + (f" of {name}" if name else "")
-                return f"label '{probe.label}' has {values} values in {place}, at least {needed} needed"
+                return f"label '{probe.label}' has {values} values in {place}, {needed} needed"
     return ""
 
 

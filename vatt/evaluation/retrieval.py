@@ -85,8 +85,8 @@ def similarities(features: FeatureSet, *, pool: int, caption_queries: str) -> di
 def _with_words(clips: FeatureSet, *, each: bool) -> dict[str, Search]:
     """Text and video: the captions of a clip are one query together, or one query each.
 
-    If each is a query, a video finds the clip of its nearest caption, as is usual for data sets with
-    several captions per clip.
+    If each is a query, a video finds the clip of its nearest caption, as is usual for data sets
+    with several captions per clip.
     """
     spoken = clips.has_text
     per_clip = float(spoken.sum(axis=1).mean())
@@ -184,7 +184,7 @@ Validation = Callable[[Mapping[str, Tensor]], dict[str, float]]
 def validation(
     model: ModelParams, params: PretrainParams, *, shards: Path, machine: MachineParams
 ) -> Validation | None:
-    """A function that measures weights on a fixed set of clips; None if `evaluate_every` is null."""
+    """A function that measures weights on fixed clips; None if `evaluate_every` is null."""
     if params.evaluate_every is None:
         return None
     if not splits_of(shards).get(SPLIT):

@@ -11,8 +11,8 @@ An encoder block keeps for its backward pass, per clip:
   attention  3 n I c            q, k, v; also the scores, h n n c, if no fused operator is used
                                 and they are few enough to keep
 Dropout adds a mask for each place where it acts. With activation checkpointing only the input of a
-block (n D 4) stays, and one block at a time has everything. Of the last block only the output of AGG
-is used: its first norm and q k v are computed for all tokens, the rest for one.
+block (n D 4) stays, and one block at a time has everything. Only the output of AGG is used of the
+last block: its first norm and q k v are computed for all tokens, the rest for one.
 """
 
 import math
@@ -61,7 +61,7 @@ class BatchSettings:
         return min(self.micro_batch_size or rows, rows)
 
     def clip_counts(self, batch_size: int) -> int:
-        """How many different numbers of clips are encoded at once; with a cache, one clip is first."""
+        """How many different numbers of clips are encoded at once; cached, one clip is first."""
         if not self.is_cached(batch_size):
             return 1
         rest, size = self.rows(batch_size) - 1, self.at_once(batch_size)

@@ -127,7 +127,7 @@ def loader_rate(params: Params) -> float:
 
 
 def trial(params: Params) -> Trial:
-    """Fixed part and part per clip from two batch sizes; the cost of caching from a cached batch."""
+    """Fixed part and part per clip from two batch sizes, caching from a cached batch."""
     pretrain = params.pretrain
     flops = pretraining_work(params.model, pretrain).flops / pretrain.batch_size
     large = max(4, min(LARGEST, int(SECONDS * GUESS / flops)))

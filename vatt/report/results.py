@@ -312,8 +312,8 @@ def probe_protocol(inputs: Inputs) -> str:
         )
     if protocol.get("low_rank_steps"):
         sentences.append(
-            "Low-rank: C = UV with 128 components, of which 13 are drawn at each step; Adam 0.0005, "
-            f"batch 64, {protocol['low_rank_steps']:,} steps; probabilities are averaged."
+            "Low-rank: C = UV with 128 components, of which 13 are drawn at each step; Adam "
+            f"0.0005, batch 64, {protocol['low_rank_steps']:,} steps; probabilities are averaged."
         )
     if any("folds" in kind["pretrained"] for kind in _kinds(inputs)):
         sentences.append("With several official splits: their mean ± their standard deviation.")

@@ -41,9 +41,9 @@ STUDENT_T = {2: 12.706, 3: 4.303}  # 97.5 % of Student's t, by the number of see
 COMPARED = ("ucf101", "hmdb51", "esc50", "youcook2_r10", "msrvtt_r10", "k400_top1", "mean_ap")
 REMARK = (
     f"Scaled down: frame sizes and numbers of frames are those of the paper divided by {FACTOR}, "
-    "rounded to pixels and down to complete patches. Patches are not scaled (4x16x16 stays), a clip "
-    "has 6,400 samples of sound, the model is the tiny one, and the corpus is that of the demo. "
-    "Compare rows with each other, not with the published numbers. Intervals: for one seed over "
+    "rounded to pixels and down to complete patches. Patches are not scaled (4x16x16 stays), a "
+    "clip has 6,400 samples of sound, the model is the tiny one, and the corpus is that of the "
+    "demo. Compare rows with each other, not with the published numbers. Intervals: for one seed over "
     "the test clips, for three seeds Student's t over the seeds."
 )
 
