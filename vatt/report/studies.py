@@ -43,8 +43,8 @@ REMARK = (
     f"Scaled down: frame sizes and numbers of frames are those of the paper divided by {FACTOR}, "
     "rounded to pixels and down to complete patches. Patches are not scaled (4x16x16 stays), a "
     "clip has 6,400 samples of sound, the model is the tiny one, and the corpus is that of the "
-    "demo. Compare rows with each other, not with the published numbers. Intervals: for one seed over "
-    "the test clips, for three seeds Student's t over the seeds."
+    "demo. Compare rows with each other, not with the published numbers. Intervals: for one seed "
+    "over the test clips, for three seeds Student's t over the seeds."
 )
 
 
