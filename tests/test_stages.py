@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,28 +204,71 @@ def test_a_stop_signal_to_vattctl_saves_and_ends_with_75(
         process.send_signal(number)
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
-    # The stage ended by itself: nobody stopped its launcher before all processes had saved.
-    assert "exited with 75" in errors
     last = max(states.glob("step-*")).name.removeprefix("step-")
     assert f"stopped after step {int(last)} of 2000; the state is saved" in errors
 
 
-def make_kill(stage: str) -> Callable[[Path], None]:
-    """Wait until the stage's own process runs, let it work a little, kill it outright."""
+def signal_stage(stage: str, project: Path, number: signal.Signals) -> None:
+    """Wait until the stage's own process runs, let it work a little, send it the signal."""
+    import psutil
 
-    def kill(project: Path) -> None:
-        import psutil
+    for _ in range(600):
+        for process in psutil.process_iter(["cmdline", "cwd"]):
+            words = process.info["cmdline"] or []
+            if f"stages.{stage}" in words[:3] and process.info["cwd"] == str(project):
+                time.sleep({"report": 0, "pretrain": 4.5}.get(stage, 2.5))
+                process.send_signal(number)
+                return
+        time.sleep(0.1)
 
-        for _ in range(600):
-            for process in psutil.process_iter(["cmdline", "cwd"]):
-                words = process.info["cmdline"] or []
-                if f"stages.{stage}" in words and process.info["cwd"] == str(project):
-                    time.sleep(4.5 if stage == "pretrain" else 2.5)
-                    process.send_signal(signal.SIGKILL)
-                    return
-            time.sleep(0.1)
 
-    return kill
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    "stage", ["download", "preprocess", "pretrain", "finetune", "evaluate", "report"]
+)
+def test_a_signal_to_any_stage_stops_it_with_its_code_and_it_goes_on(
+    stage: str, number: signal.Signals, code: int, finished: Path, tmp_path: Path
+) -> None:
+    project = tmp_path / "copy"
+    shutil.copytree(finished, project, symlinks=True)
+    target = "finetune@audio-scratch" if stage == "finetune" else stage
+    with subprocess.Popen(
+        [sys.executable, "-m", "vattctl.cli", "repro", target, "--force"],
+        cwd=project, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        signal_stage(stage, project, number)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert errors.count("error: ") == 1
+    assert "Traceback" not in errors
+    vattctl(project, "repro", target)
+    if stage != "report":
+        file = target.replace("@", "-")
+        assert metrics(project, file) == metrics(finished, file)
+
+
+def test_a_batch_that_does_not_divide_ends_with_2_and_one_message(
+    finished: Path, tmp_path: Path
+) -> None:
+    project = tmp_path / "copy"
+    shutil.copytree(finished, project, symlinks=True)
+    odd = {"pretrain.batch_size": 15, "machine.processes": 2}
+    done = vattctl(project, "pretrain", *sets(odd), check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "pretrain.batch_size 15 does not divide by 2 processes" in done.stderr
+
+
+def test_a_folder_that_may_not_be_written_ends_with_4(finished: Path, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    project = tmp_path / "copy"
+    shutil.copytree(finished, project, symlinks=True)
+    (project / "reports/metrics").chmod(0o555)
+    done = vattctl(project, "report", "--force", check=False)
+    assert done.returncode == 4, done.stderr
+    assert "no permission: " in done.stderr
 
 
 @pytest.mark.parametrize("stage", ["download", "preprocess", "pretrain", "finetune", "evaluate"])
@@ -247,7 +289,7 @@ def test_a_killed_stage_goes_on_with_nothing_lost_or_doubled(
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        make_kill(stage)(project)
+        signal_stage(stage, project, signal.SIGKILL)
         _, errors = process.communicate(timeout=120)
     assert process.returncode != 0, errors
     vattctl(project, "repro", target)

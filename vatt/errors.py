@@ -1,5 +1,7 @@
 """Errors a user can fix: what is wrong, the thing by name, what to do next."""
 
+import errno
+
 
 class VattError(Exception):
     """A problem with a remedy; `exit_code` is what the process ends with."""
@@ -37,3 +39,23 @@ class Stopped(VattError):
     """Asked to stop (SIGTERM, SIGUSR1); the state is saved and a rerun continues."""
 
     exit_code = 75
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def machine_error(error: OSError) -> MachineError | None:
+    """A full disk or a place that may not be written or read, as such an error; else None."""
+    place = error.filename or "a file"
+    if error.errno in FULL:
+        return MachineError(
+            f"the disk is full: {place}",
+            hint="free some space, then run it again: it continues where it stopped",
+        )
+    if error.errno in READ_ONLY:
+        return MachineError(
+            f"no permission: {place}: {error.strerror}",
+            hint="change the permissions, or name another place in `paths` of params.yaml",
+        )
+    return None

@@ -44,16 +44,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on an output; a second writer is told so instead of let in."""
+def lock(path: Path, *, shared: bool = False, busy: str | None = None) -> Iterator[None]:
+    """Hold a lock: a shared one waits for its turn, an exclusive one is refused when it is taken.
+
+    `busy` is the error of a refused one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise MachineError(
-                f"another process is writing what {path} guards",
-                hint="wait for it, or end it (a killed `dvc` leaves its stage running)",
+                busy or f"busy: another process holds {path}",
+                hint="wait until it has ended, or stop it",
             ) from None
         yield
 

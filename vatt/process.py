@@ -1,10 +1,10 @@
 """A stage's process: its rank under Slurm, whether it lives, and how it ends.
 
-A stage leaves an exit code and one clear message in a file: DVC answers 255 for any failed stage,
-and `vattctl` reads the file and exits with the stage's own code.
+DVC ends with 255 whatever stage failed and why. So a stage leaves its exit code and one clear
+message in a file; `vattctl` prints the message and ends with the code.
 """
 
-import errno
+import contextlib
 import json
 import logging
 import os
@@ -12,6 +12,8 @@ import re
 import signal
 import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -19,18 +21,22 @@ from types import FrameType
 
 import psutil
 
-from vatt.errors import MachineError, Stopped, VattError
+from vatt.errors import Stopped, VattError, machine_error
 from vatt.files import atomic_write, lock
 
 FOLDER = Path(".vattctl")  # in the project's root; locks, the last outcome, the last traceback
 OUTCOME = FOLDER / "outcome.json"
 TRACEBACK = FOLDER / "traceback.txt"
+SETTINGS_LOCK = FOLDER / "settings.lock"  # shared by what reads params.yaml while it runs
 DEBUG_VARIABLE = "VATTCTL_DEBUG"  # set by `vattctl --debug`
 VERBOSE_VARIABLE = "VATTCTL_VERBOSE"  # set by `vattctl --verbose`
+DVC_VARIABLE = "VATTCTL_DVC"  # the DVC process that vattctl started, as `myself` names it
 LAUNCHED_VARIABLE = "VATT_LAUNCHED"  # set by vatt.training.distributed for the processes it starts
 
 BUG = 101
 INTERRUPTED = 130
+STOPS = (signal.SIGTERM, signal.SIGUSR1)
+WATCH_SECONDS = 1.0  # between two looks at the DVC that started this stage
 
 
 def run_stage(stage: str, main: Callable[[], None]) -> None:
@@ -41,31 +47,64 @@ def run_stage(stage: str, main: Callable[[], None]) -> None:
 def _run(stage: str, main: Callable[[], None]) -> int:
     level = logging.INFO if os.environ.get(VERBOSE_VARIABLE) else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s")
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # training replaces these by its own
-        signal.signal(number, _stop)
-    join_step()
+    for number in STOPS:  # training replaces these by its own
+        signal.signal(number, stop)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOPS, signal.SIGINT))  # vattctl blocks them
+        join_step()
         if is_first_process() and LAUNCHED_VARIABLE not in os.environ:
-            with lock(FOLDER / f"{stage}.lock"):
+            _stop_without_dvc()
+            busy = f"busy: another process runs the stage {stage} in this project"
+            with lock(SETTINGS_LOCK, shared=True), lock(FOLDER / f"{stage}.lock", busy=busy):
                 main()
         else:  # whoever launched this process holds the lock
             main()
-    except VattError as error:
-        return _leave_known(stage, error)
-    except KeyboardInterrupt:
-        return _leave(stage, INTERRUPTED, "interrupted; run it again to continue")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            full = MachineError(
-                f"the disk is full: {error.filename or Path.cwd()}",
-                hint="free some space, then run it again: it continues where it stopped",
-            )
-            return _leave_known(stage, full)
-        return _leave_bug(stage, error)
-    except Exception as error:  # noqa: BLE001 - the last line of defence, with its traceback kept
-        stopped = _stop_under(error)
-        return _leave_bug(stage, error) if stopped is None else _leave_known(stage, stopped)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last line of defence
+        _ignore_signals()
+        return _leave_with(stage, error)
     return 0
+
+
+def _leave_with(stage: str, error: BaseException) -> int:
+    """The code for what ended the stage; a fault of our own keeps its traceback."""
+    if isinstance(error, OSError):
+        error = machine_error(error) or error
+    reason = _stop_under(error) or error
+    if isinstance(reason, KeyboardInterrupt):
+        return _leave(stage, INTERRUPTED, "interrupted; run it again to continue")
+    if isinstance(reason, VattError):
+        return _leave(stage, reason.exit_code, str(reason))
+    return _leave_bug(stage, error)
+
+
+def _ignore_signals() -> None:
+    """Whoever sends a signal twice gets the same clean end as with one."""
+    for number in (*STOPS, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _stop_without_dvc() -> None:
+    """Stop as on SIGTERM once the DVC that started this stage has died."""
+    name = os.environ.get(DVC_VARIABLE) or _dvc_above()
+    if name is None:  # started by hand
+        return
+
+    def watch() -> None:
+        while not is_dead(name):
+            time.sleep(WATCH_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="watch DVC", daemon=True).start()
+
+
+def _dvc_above() -> str | None:
+    """The DVC that runs this stage; not the parent, where a shell stands between them."""
+    if "DVC_STAGE" not in os.environ:  # DVC sets it
+        return None
+    for process in psutil.Process().parents():
+        if any(Path(word).name == "dvc" for word in process.cmdline()[:3]):
+            return name_of(process)
+    return None
 
 
 def is_first_process() -> bool:
@@ -82,19 +121,22 @@ def read_outcome(project: Path = Path()) -> tuple[int, str] | None:
         return None
 
 
-def _stop(signum: int, frame: FrameType | None) -> None:
-    """What is on disk is complete at any moment, so a stage without steps just stops."""
+REPEAT_SECONDS = 2.0  # queues signal every process: one signal may come by several ways
+_stopped: list[float] = []  # when, in this process
+
+
+def stop(signum: int, frame: FrameType | None) -> None:
+    """Signal handler: what is on disk is complete at any moment, so it can stop anywhere."""
+    if _stopped and time.monotonic() - _stopped[-1] < REPEAT_SECONDS:
+        return
+    _stopped.append(time.monotonic())
     raise Stopped("stopped by a signal", hint="run it again: it continues where it stopped")
 
 
-def _leave_known(stage: str, error: VattError) -> int:
-    return _leave(stage, error.exit_code, str(error))
-
-
-def _stop_under(error: BaseException) -> Stopped | None:
+def _stop_under(error: BaseException) -> BaseException | None:
     """The stop that a library took for a failure of its own, as MLflow's database does."""
     under: BaseException | None = error
-    while under is not None and not isinstance(under, Stopped):
+    while under is not None and not isinstance(under, Stopped | KeyboardInterrupt):
         under = under.__cause__ or under.__context__
     return under
 
@@ -104,41 +146,55 @@ def _leave_bug(stage: str, error: BaseException) -> int:
     if os.environ.get(DEBUG_VARIABLE):
         sys.stderr.write(text)
     else:
-        FOLDER.mkdir(exist_ok=True)
-        TRACEBACK.write_text(text, encoding="utf-8")
+        with contextlib.suppress(OSError), atomic_write(TRACEBACK) as path:
+            path.write_text(text, encoding="utf-8")
     summary = traceback.format_exception_only(error)[-1].strip()
     return _leave(
         stage,
         BUG,
-        f"a fault of vattctl's own: {summary}\n  -> please report it with {TRACEBACK}; "
+        f"a bug in vattctl: {summary}\n  -> please report it with {TRACEBACK}; "
         "--debug shows the traceback",
     )
 
 
 def _leave(stage: str, code: int, message: str) -> int:
-    if is_first_process():
-        sys.stderr.write(f"{stage}: {message}\n")
-        try:
-            with atomic_write(OUTCOME) as path:
-                path.write_text(json.dumps({"stage": stage, "code": code, "message": message}))
-        except OSError:  # a full disk must not hide the message above
+    # Of several processes one may fail, and its launcher stop the others: its reason counts.
+    is_stop = code in (Stopped.exit_code, INTERRUPTED)
+    if _has_an_outcome() or (is_stop and not is_first_process()):
+        return code
+    outcome = {"stage": stage, "code": code, "message": message}
+    try:
+        with atomic_write(OUTCOME) as path:
+            path.write_text(json.dumps(outcome), encoding="utf-8")
+        if DVC_VARIABLE in os.environ:  # vattctl reads the file and prints it
             return code
+    except OSError:  # a full disk must not hide the message
+        pass
+    sys.stderr.write(f"{stage}: {message}\n")
     return code
+
+
+def _has_an_outcome() -> bool:
+    """Whether one of this stage's processes has left already."""
+    try:
+        return OUTCOME.stat().st_mtime > psutil.Process().create_time()
+    except FileNotFoundError:
+        return False
 
 
 FIRST_PORT, PORTS = 20_000, 20_000
 
 
 def join_step() -> None:
-    """Inside `srun` with several tasks, set the variables by which torch's processes find another.
+    """Inside `srun` with several tasks, set the variables by which torch's processes find each other.
 
-    What is set already stays: MASTER_ADDR and MASTER_PORT may be chosen by the job's script.
+    Variables that are set already stay: a job's script may choose MASTER_ADDR and MASTER_PORT.
     """
     step = os.environ
     if "RANK" in step or int(step.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return
     job = int(step.get("SLURM_JOB_ID", "0"))
-    told = {
+    variables = {
         "RANK": step["SLURM_PROCID"],
         "LOCAL_RANK": step["SLURM_LOCALID"],
         "WORLD_SIZE": step["SLURM_STEP_NUM_TASKS"],
@@ -146,7 +202,7 @@ def join_step() -> None:
         "MASTER_ADDR": first_host(step["SLURM_STEP_NODELIST"]),
         "MASTER_PORT": str(FIRST_PORT + job % PORTS),
     }
-    for name, value in told.items():
+    for name, value in variables.items():
         step.setdefault(name, value)
 
 
@@ -167,12 +223,16 @@ CLOCK_SECONDS = 2.0  # a start time is derived from the boot time, which may be 
 
 def myself() -> str:
     """A name for this process that no other process ever has."""
-    process = psutil.Process()
+    return name_of(psutil.Process())
+
+
+def name_of(process: psutil.Process) -> str:
+    """A process's host, id and start."""
     return json.dumps([socket.gethostname(), process.pid, round(process.create_time(), 2)])
 
 
 def is_dead(name: str) -> bool:
-    """Whether the process so named is surely gone; of another machine's nothing is known."""
+    """Whether this process has certainly ended; never for one of another machine."""
     try:
         host, pid, started = json.loads(name)
     except ValueError:

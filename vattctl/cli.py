@@ -1,6 +1,7 @@
 """The command line: the click group, its global options, errors to messages and exit codes."""
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,17 +10,22 @@ from typing import Any
 import click
 
 from vatt import __version__
-from vatt.errors import SettingsError, VattError
+from vatt.errors import SettingsError, VattError, machine_error
+from vatt.process import BUG, INTERRUPTED, stop
 from vattctl import data, models, params, pipeline, planning, runs, tables
-
-BUG, INTERRUPTED = 101, 130
 
 
 class InOrder(click.Group):
-    """Lists commands as the pipeline has them, not by the alphabet."""
+    """Lists commands in the order of the pipeline."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Whole sentences on several lines, where click would cut them off."""
+        rows = [(name, one.get_short_help_str(limit=200)) for name, one in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 @click.group(
@@ -27,8 +33,8 @@ class InOrder(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 Examples:
-  vattctl demo                               the whole pipeline on a small made corpus
-  vattctl pretrain --size large              set the size, then run what is needed for it
+  vattctl demo                               the whole pipeline on a small generated corpus
+  vattctl pretrain --size large              set the size, then run what it needs
   vattctl pretrain --set pretrain.steps=2000
   vattctl ingest ~/videos                    your own videos instead
   vattctl status                             what has run, what has changed, what it cost
@@ -41,7 +47,7 @@ Examples:
     help="The project's folder, instead of the nearest parent with dvc.yaml.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print results and errors only.")
-@click.option("-v", "--verbose", is_flag=True, help="Say more about what is done.")
+@click.option("-v", "--verbose", is_flag=True, help="Log more.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.pass_context
 def cli(
@@ -49,7 +55,7 @@ def cli(
 ) -> None:
     """VATT (Video-Audio-Text Transformer), reproducible end to end.
 
-    Each stage runs through DVC with what it depends on, and is a run in MLflow.
+    DVC runs each stage after the stages it depends on; MLflow records each as a run.
     """
     if debug:
         os.environ["VATTCTL_DEBUG"] = "1"  # the stages read these two
@@ -68,7 +74,6 @@ for command in (
     *pipeline.COMMANDS,
     *tables.COMMANDS,
     *runs.COMMANDS,
-    runs.compare,
     params.config,
     models.import_command,
     models.export_command,
@@ -85,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(argv: list[str]) -> int:
+    signal.signal(signal.SIGTERM, stop)
     try:
         result: Any = cli.main(args=argv, prog_name="vattctl", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -101,10 +107,14 @@ def _run(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        known = machine_error(error) if isinstance(error, OSError) else None
+        if known is not None:
+            click.echo(f"error: {known}", err=True)
+            return known.exit_code
         if "--debug" in argv:
             raise
         click.echo(
-            f"a fault of vattctl's own: {type(error).__name__}: {error}\n"
+            f"a bug in vattctl: {type(error).__name__}: {error}\n"
             "  -> please report it; --debug shows the traceback",
             err=True,
         )

@@ -1,18 +1,52 @@
-"""DVC as a subprocess, run from here only: stages run, what changed, signals passed on."""
+"""DVC as a subprocess, run from here only: start it, stop it, repair what a kill left torn.
 
+`run_dvc` starts this module as `python -m vattctl.dvc ...`, which runs DVC's own command line and
+watches over it in a thread. Signals go to the running stage, so that it can save; when vattctl
+dies, the stage is stopped in the same way. Without this, DVC would ignore SIGINT while a stage
+runs, and would leave the stage behind on SIGTERM.
+"""
+
+import contextlib
+import fcntl
 import json
+import logging
 import os
+import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from _thread import interrupt_main
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vatt.errors import MachineError, VattError
+import click
+
+from vatt.errors import MachineError, SettingsError, Stopped, VattError
+from vatt.files import atomic_write, lock
+from vatt.process import (
+    CLOCK_SECONDS,
+    DVC_VARIABLE,
+    FOLDER,
+    INTERRUPTED,
+    OUTCOME,
+    SETTINGS_LOCK,
+    is_dead,
+    myself,
+    read_outcome,
+)
 
 STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate", "report")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+VATTCTL_VARIABLE = "VATTCTL_PROCESS"  # who started DVC, as `myself` names a process
+WATCH_SECONDS, LOOK_SECONDS, PATIENCE_SECONDS, LOCK_SECONDS = 1.0, 0.2, 5.0, 3.0
+CONFIG_ERROR, DVC_INTERRUPTED = 251, 252  # DVC's exit codes
+FINAL_INTERRUPT = 3  # this many Ctrl-C do not wait for the stage
 
 
 class StageFailed(VattError):
@@ -24,79 +58,120 @@ class StageFailed(VattError):
 
 
 def stages_here() -> list[str]:
-    """The stages that this project runs itself, in their order: an experiment lacks some."""
+    """The stages of this project in their order; an experiment has only some of them."""
     import yaml
 
     declared = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
     return [name for name in STAGES if name in declared]
 
 
-def run_dvc(arguments: list[str], *, quiet: bool) -> None:
-    """Run dvc with this interpreter first on PATH; raise a failed stage's own code and message."""
-    from vatt.process import OUTCOME, read_outcome
+# --- running DVC ----------------------------------------------------------------------------------
 
-    here = Path.cwd()  # an experiment's stage may wait for one of the project above it
+
+def run_dvc(arguments: list[str], *, quiet: bool) -> None:
+    """Run DVC in this folder; when a stage fails, raise its own code and message."""
+    here = Path.cwd()  # an experiment's stage may need a stage of the project above it
     projects = [folder for folder in (here, *here.parents) if (folder / "dvc.yaml").is_file()]
     for project in projects:
         (project / OUTCOME).unlink(missing_ok=True)
+    repair(here)
+    for project in projects:
+        _keep_copy(project / "dvc.lock")
+    command = [*arguments, *(["--quiet"] if quiet else [])]
+    with lock(SETTINGS_LOCK, shared=True):
+        code = _wait_for(command)
+        if code and not _outcome(projects) and remove_broken_caches():
+            code = _wait_for(command)
+    for project in projects:
+        _keep_copy(project / "dvc.lock")
+    if code:
+        raise _failure(arguments[0], code, projects)
+
+
+def _wait_for(arguments: list[str]) -> int:
+    """DVC's exit code. Signals are handed on to it; it sends them to the stage."""
     folder = str(Path(sys.executable).parent)
     environment = {
         **os.environ,
         "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}",
         "DVC_NO_ANALYTICS": "1",
-        "VATTCTL": "1",
+        VATTCTL_VARIABLE: myself(),
     }
-    # dvc's own talk is progress, not a result, so its stdout goes to stderr
-    command = [sys.executable, "-m", "dvc", *arguments, *(["--quiet"] if quiet else [])]
-    with subprocess.Popen(command, env=environment, stdout=sys.stderr.fileno()) as process:
-        forward_signals(process.pid)
+    process: subprocess.Popen[bytes] | None = None
+    signals: list[int] = []
+
+    def hand_on(signum: int, frame: FrameType | None) -> None:
+        signals.append(signum)
+        if process is None:
+            return
+        if signals.count(signal.SIGINT) >= FINAL_INTERRUPT:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.send_signal(signum)
+
+    handlers = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    try:
+        # A process group of its own: Ctrl-C in a terminal reaches vattctl alone, and the stage
+        # gets it once. What DVC prints is progress, so its stdout goes to stderr.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vattctl.dvc", *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno(),
+            process_group=0,
+        )
+        for signum in signals[:]:  # those that came before there was a process
+            process.send_signal(signum)
         code = process.wait()
-    if code == 0:
-        return
-    for project in projects:
-        if (outcome := read_outcome(project)) is not None:
-            raise StageFailed(*outcome)
-    if code in (-signal.SIGINT, 128 + signal.SIGINT):
-        raise KeyboardInterrupt
-    raise MachineError(
-        f"dvc {arguments[0]} ended with {code}",
-        hint="its message is above; the same command continues where it stopped",
-    )
+        while code < 0 and _group_lives(process.pid):  # DVC was killed; its stage saves and ends
+            time.sleep(0.1)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return code
 
 
-def forward_signals(parent: int) -> None:
-    """Hand SIGTERM and SIGUSR1 to the stage: dvc itself would die and leave it as an orphan.
-
-    To the stage alone: its launcher and its processes get them from it, in the right order.
-    """
-
-    def forward(signum: int, frame: FrameType | None) -> None:
-        import psutil
-
-        for child in psutil.Process(parent).children(recursive=True):  # parents come first
-            try:
-                if _is_stage(child.cmdline()):
-                    child.send_signal(signum)
-                    return
-            except psutil.Error:  # it ended while we looked
-                continue
-
-    signal.signal(signal.SIGTERM, forward)
-    signal.signal(signal.SIGUSR1, forward)
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
-def _is_stage(command: list[str]) -> bool:
-    """Whether this is `python -m stages.<name>`: not a shell or a launcher that names it."""
-    return command[1:2] == ["-m"] and command[2:3] != [] and command[2].startswith("stages.")
+def _outcome(projects: Sequence[Path]) -> tuple[int, str] | None:
+    return next(filter(None, map(read_outcome, projects)), None)
+
+
+def _failure(command: str, code: int, projects: Sequence[Path]) -> VattError:
+    """Why DVC failed: the stage's own reason, a signal, or DVC's own error, printed above."""
+    outcome = _outcome(projects)
+    if outcome is not None:
+        return StageFailed(*outcome)
+    if code in (INTERRUPTED, -signal.SIGINT, DVC_INTERRUPTED):
+        return StageFailed(INTERRUPTED, "interrupted; run it again to continue")
+    if code in (Stopped.exit_code, -signal.SIGTERM, -signal.SIGUSR1):
+        return StageFailed(Stopped.exit_code, "stopped by a signal; run it again to continue")
+    if code == CONFIG_ERROR:
+        return SettingsError(
+            "DVC cannot read its settings; its message is above",
+            hint="restore .dvc/config with `git checkout .dvc/config`; "
+            "write .dvc/config.local anew, or delete it",
+        )
+    if code == -signal.SIGKILL:
+        return MachineError("DVC was killed", hint="the same command continues where it stopped")
+    return MachineError(f"dvc {command} ended with {code}", hint="its message is above")
 
 
 def changed_stages(files: Sequence[Path] = (Path("dvc.yaml"),)) -> dict[str, list[str]]:
-    """What DVC finds changed, by stage, in these of the repository's dvc.yaml that exist."""
+    """What DVC finds changed, by stage, in those of the repository's dvc.yaml files that exist."""
     there = [str(file) for file in files if file.exists()]
     if not there:
         return {}
+    repair(Path.cwd())
     command = [sys.executable, "-m", "dvc", "status", "--json", *there]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 and remove_broken_caches():
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         raise MachineError(f"dvc status failed: {lines[-1] if lines else done.returncode}")
@@ -107,7 +182,7 @@ def changed_stages(files: Sequence[Path] = (Path("dvc.yaml"),)) -> dict[str, lis
 
 
 def _leaves(changes: list[Any]) -> list[tuple[str, str]]:
-    """dvc's nested answer as (what happened, to what)."""
+    """DVC's nested answer as (what happened, to what)."""
     found = []
     for change in changes:
         if isinstance(change, str):
@@ -118,3 +193,277 @@ def _leaves(changes: list[Any]) -> list[tuple[str, str]]:
                 nested = kind if isinstance(kind, dict) else {name: kind}
                 found += [(str(value), str(key)) for key, value in nested.items()]
     return found
+
+
+# --- repairing what a killed DVC left -------------------------------------------------------------
+
+LOCK_FILES = ("dvc.lock", "*/dvc.lock", "*/*/dvc.lock")  # the project's and its experiments'
+STAGE_ENTRY = re.compile(r"^  \S.*:\s*$", re.MULTILINE)
+
+
+def repair(project: Path) -> None:
+    """Repair a torn dvc.lock or rwlock, which would stop every later command; report each repair.
+
+    DVC writes both in place, so a kill may leave them empty or cut off.
+    """
+    folders = (project, *project.parents)
+    repository = next((folder for folder in folders if (folder / ".dvc").is_dir()), None)
+    if repository is None:
+        return
+    rwlock = repository / ".dvc/tmp/rwlock"
+    locks = [file for pattern in LOCK_FILES for file in sorted(repository.glob(pattern))]
+    if not _is_stale(rwlock) and not any(map(_is_torn, locks)):
+        return
+    with _dvc_locked(rwlock.parent):  # look again: now nobody is writing
+        for file in filter(_is_torn, locks):
+            click.echo(f"repaired {file}: {_restore(file)}", err=True)
+        if _is_stale(rwlock):
+            _refuse_beside_dvc(repository, rwlock)
+            rwlock.unlink()
+            click.echo(f"repaired {rwlock}: removed what a killed DVC had left", err=True)
+
+
+@contextlib.contextmanager
+def _dvc_locked(folder: Path) -> Iterator[None]:
+    """Hold the two locks under which DVC writes its files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        for name in ("lock", "rwlock.lock"):
+            handle = stack.enter_context((folder / name).open("a", encoding="utf-8"))
+            deadline = time.monotonic() + LOCK_SECONDS
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise MachineError(
+                            f"another DVC holds {folder / name}", hint="wait until it has ended"
+                        ) from None
+                    time.sleep(0.1)
+        yield
+
+
+def _is_stale(rwlock: Path) -> bool:
+    """Whether DVC's list of paths in use cannot be read, or all processes that it names are gone."""
+    try:
+        written = rwlock.stat().st_mtime
+        content = json.loads(rwlock.read_text(encoding="utf-8"))
+        readers = [info for infos in content.get("read", {}).values() for info in infos]
+        owners = {int(info["pid"]) for info in [*readers, *content.get("write", {}).values()]}
+    except FileNotFoundError:
+        return False
+    except (ValueError, AttributeError, TypeError, KeyError):
+        return True
+    return bool(owners) and not any(_was_alive(pid, written) for pid in owners)
+
+
+def _was_alive(pid: int, moment: float) -> bool:
+    """Whether this process runs and ran then; a later one has only got the same number."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).create_time() <= moment + CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _names_dvc(command: list[str]) -> bool:
+    return any(Path(word).name in ("dvc", "vattctl.dvc", "dvc.exe") for word in command[:3])
+
+
+def _refuse_beside_dvc(repository: Path, rwlock: Path) -> None:
+    """Without a readable list, a DVC that waits for its stage is known by its folder only."""
+    import psutil
+
+    for process in psutil.process_iter(["pid", "cmdline", "cwd"]):
+        folder = process.info["cwd"]
+        inside = folder is not None and Path(folder).is_relative_to(repository)
+        if inside and _names_dvc(process.info["cmdline"] or []) and process.pid != os.getpid():
+            raise MachineError(
+                f"{rwlock} is damaged, and DVC (process {process.pid}) is at work in {repository}",
+                hint="wait until it has ended; the same command then repairs the file",
+            )
+
+
+def _copy_of(file: Path) -> Path:
+    return file.parent / FOLDER / file.name
+
+
+def _keep_copy(file: Path) -> None:
+    """A copy of a complete dvc.lock, for the day when it is torn."""
+    text = _read(file)
+    if text != _read(_copy_of(file)) and _stages_in(text) is not None:
+        with contextlib.suppress(OSError), atomic_write(_copy_of(file)) as path:
+            path.write_text(text, encoding="utf-8")
+
+
+def _is_torn(file: Path) -> bool:
+    """Whether a dvc.lock was cut off while it was written."""
+    text, copy = _read(file), _read(_copy_of(file))
+    if text == copy:
+        return False
+    if "\n<<<<<<< " in f"\n{text}":
+        raise SettingsError(
+            f"{file} holds an unfinished git merge",
+            hint=f"take one side: git checkout --theirs {file.name} (or --ours), then run it again",
+        )
+    return copy.startswith(text) or _stages_in(text) is None
+
+
+def _restore(file: Path) -> str:
+    """Complete stages of the torn file; the others as the copy, or else git, last had them."""
+    import yaml
+
+    text, source = _read(file), "its last copy"
+    known = _stages_in(_read(_copy_of(file)))
+    if known is None:
+        command = ["git", "show", f"HEAD:./{file.name}"]
+        shown = subprocess.run(command, cwd=file.parent, capture_output=True, check=False)
+        known, source = _stages_in(shown.stdout.decode(errors="replace")), "the last commit"
+    ends = [match.start() for match in STAGE_ENTRY.finditer(text)][1:]
+    whole = next(filter(None, (_stages_in(text[:end]) for end in reversed(ends))), {})
+    stages = {**(known or {}), **whole}
+    if not stages:
+        file.unlink()
+        return "it was damaged and nothing of it was left, so every stage counts as changed"
+    with atomic_write(file) as path:
+        content = {"schema": "2.0", "stages": stages}
+        path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    others = f"are those of {source}" if known else "count as changed"
+    return f"it was cut off; the stages that it lacked {others}"
+
+
+def _stages_in(text: str) -> dict[str, Any] | None:
+    """The stages of a dvc.lock; None when it is damaged."""
+    import yaml
+
+    try:
+        content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        stages: dict[str, Any] = content["stages"]
+        whole = all(
+            isinstance(stage["cmd"], str)
+            and all(
+                isinstance(item["path"], str)
+                for key in ("deps", "outs")
+                for item in stage.get(key, [])
+            )
+            for stage in stages.values()
+        )
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return None
+    return stages if whole and stages else None
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def remove_broken_caches() -> bool:
+    """Remove DVC's SQLite caches that are damaged; DVC makes them again."""
+    site = Path(os.environ.get("DVC_SITE_CACHE_DIR", "/var/tmp/dvc"))
+    removed = False
+    for file in [*site.glob("repo/*/**/*.db"), *Path(".dvc/tmp").glob("**/*.db")]:
+        if _is_broken(file):
+            shutil.rmtree(file.parent, ignore_errors=True)
+            click.echo(f"repaired {file}: removed a damaged cache of DVC", err=True)
+            removed = True
+    return removed
+
+
+def _is_broken(database: Path) -> bool:
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as opened:
+            return opened.execute("PRAGMA quick_check(1)").fetchone() != ("ok",)
+    except sqlite3.OperationalError:  # locked, or not ours to read
+        return False
+    except sqlite3.DatabaseError:
+        return True
+
+
+# --- inside DVC's process -------------------------------------------------------------------------
+
+
+class Watch(threading.Thread):
+    """Waits for signals and for vattctl's end; either stops the stage, then DVC."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.signum: int | None = None  # the one that stops
+        self.vattctl = os.environ.get(VATTCTL_VARIABLE)
+
+    def run(self) -> None:
+        while True:
+            found = signal.sigtimedwait(SIGNALS, WATCH_SECONDS)
+            if found is not None:
+                self.stop(found.si_signo)
+            elif self.vattctl is not None and is_dead(self.vattctl):
+                self.stop(signal.SIGTERM)
+
+    def stop(self, signum: int) -> None:
+        """Send the signal to the stage; to each one that starts later, too. Never returns."""
+        self.signum = signum
+        sent: set[int] = set()
+        patience = time.monotonic()
+        while True:
+            stage = _running_stage()
+            if stage is not None and stage.pid not in sent:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(stage.pid, signum)
+                sent.add(stage.pid)
+            # Without a stage DVC itself is at work, and ends as on Ctrl-C. It ignores SIGINT
+            # while a stage starts, and ends by itself after one that was stopped.
+            is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            if stage is not None:
+                patience = time.monotonic() + PATIENCE_SECONDS
+            elif not is_ignored and time.monotonic() >= patience:
+                interrupt_main()
+                patience = time.monotonic() + PATIENCE_SECONDS
+            again = signal.sigtimedwait(SIGNALS, LOOK_SECONDS)
+            if again is not None:
+                sent.clear()
+
+
+def _running_stage() -> Any:
+    """The stage's process: not the shell that started it, nor a process that it launched."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):  # parents come first
+        with contextlib.suppress(psutil.Error):  # it ended while we looked
+            if child.cmdline()[1:2] == ["-m"] and child.cmdline()[2].startswith("stages."):
+                return child
+    return None
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what vattctl reports itself: an interruption, a stage that gave its reason."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, KeyboardInterrupt):
+        return False
+    while error is not None and type(error).__name__ != "StageCmdFailedError":
+        error = error.__cause__
+    return error is None or read_outcome() is None
+
+
+def _run_watched(arguments: list[str]) -> int:
+    """DVC's command line in this process, under watch."""
+    # Blocked, the signals wait for the watch; a stage unblocks them when it is ready for them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    os.environ[DVC_VARIABLE] = myself()
+    watch = Watch()
+    watch.start()
+    from dvc.cli import main  # type: ignore[import-untyped]  # noqa: TID251 - its own process
+
+    for handler in logging.getLogger("dvc").handlers:
+        handler.addFilter(_is_news)
+    code = int(main(arguments))
+    if watch.signum is None or code == 0:
+        return code
+    return INTERRUPTED if watch.signum == signal.SIGINT else Stopped.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(_run_watched(sys.argv[1:]))
