@@ -21,6 +21,7 @@ from vatt.data.clips.text import Vocabulary
 from vatt.data.loading.batches import labels_of
 from vatt.data.loading.loader import Loading, open_index
 from vatt.data.loading.reader import BrokenSampleError, ShardReader
+from vatt.errors import DataError
 from vatt.evaluation.classification import Checkpoints, Predictions, Task, compare
 from vatt.evaluation.features import ALONE, Array, FeatureSet, ProcessShare
 from vatt.evaluation.passes import (
@@ -83,6 +84,11 @@ def encode(
     With several processes, the first returns the outputs of all; the others return None.
     """
     params, checkpoints, clips = request.params, request.checkpoints, splits_of(request.shards)
+    if "test" not in clips:
+        raise DataError(
+            f"{request.shards} holds no clip of the test split: nothing can be measured",
+            hint="add clips or raise data.test_share, then run it again",
+        )
     encoder = checkpoints.encoder
     wanted = passes_for(params, clips) if encoder else []
     total = sum(clips[split] for split, _ in wanted) + len(checkpoints.classifiers) * clips["test"]
