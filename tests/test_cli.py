@@ -1,7 +1,9 @@
 """The command line: help, settings, errors by message and code. DVC runs are in test_stages.py."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import yaml
 
 from tests.evaluation.test_comparison import write as write_evaluation
 from tests.test_architecture import ROOT
+from tests.test_dvc import processes, wait_until
 
 
 @pytest.fixture
@@ -51,12 +54,12 @@ def test_set_keeps_comments_and_prints_the_change(project: Path) -> None:
     assert "-> 1234" in done.stderr
     assert settings(project) == settings(ROOT)  # a dry run writes nothing
 
-    from vattctl.params import change, parse_setting
+    from vattctl.params import edit, parse_setting
 
     key, value = parse_setting("pretrain.steps=1234")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project)
-        change({key: value})
+        edit({key: value}).write()
     before = (ROOT / "params.yaml").read_text().splitlines()
     after = (project / "params.yaml").read_text().splitlines()
     different = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
@@ -214,4 +217,27 @@ def test_retry_knows_the_states_and_does_nothing_without_clips(project: Path) ->
     done = vattctl(project, "download", "--retry", "gone")
     assert done.returncode == 2 and "no such state: gone" in done.stderr
     done = vattctl(project, "download", "--retry", "retryable")
-    assert done.returncode == 0 and "0 clips to be tried again" in done.stderr
+    assert done.returncode == 0 and "0 clips will be tried again" in done.stderr
+
+
+SERVE = """
+import subprocess, sys
+from pathlib import Path
+from vattctl.runs import serve
+child = "import time; time.sleep(100)"
+server = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+sys.exit(serve([sys.executable, "-c", server]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_of_a_server_outlives_vattctl(tmp_path: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    wait_until(lambda: len(processes(tmp_path)) >= 4)  # vattctl, guard, server and its child
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    wait_until(lambda: processes(tmp_path) == [], seconds=10)
+    assert number != signal.SIGINT or (process.returncode, errors) == (0, "")

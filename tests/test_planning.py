@@ -2,7 +2,15 @@
 
 import json
 
+import pytest
+
+from tests.test_architecture import ROOT
 from tests.test_cli import project, settings, vattctl  # noqa: F401 - a fixture
+from vatt.config import load_params
+from vatt.data.clips.samples import INDEX, IndexRow, write_index
+from vatt.data.clips.storage import Storage
+from vatt.errors import DataError
+from vattctl.planning import check_clips
 
 
 def test_plan_for_a_named_gpu_is_json(project):  # noqa: F811
@@ -40,3 +48,47 @@ def test_pretrain_tells_its_memory_and_refuses_what_cannot_fit(project):  # noqa
     assert "try --set machine.micro_batch_size=" in done.stderr and "--force" in done.stderr
     assert "params.yaml:" not in done.stderr  # nothing was changed yet
     assert "are needed" not in vattctl(project, *huge, "--force").stderr
+
+
+def row(number, split, **labels):
+    return IndexRow(
+        f"key{number}", f"clip{number}", f"m{number}", split, "0.tar", labels, (0, 1), (0, 1), (0, 1),
+        10, 8, 8, 100,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([("train", {})] * 5, ["0 clips of the test split"]),
+        ([("train", {}), ("test", {}), ("test", {})], ["1 clips of the train split"]),
+        (
+            [("train", {"a": "x"}), ("train", {"a": "x"}), ("test", {"a": "x"}), ("test", {})],
+            ["task t: 1 values of label 'a' in the train split"],
+        ),
+        (
+            [("train", {"a": "x"}), ("train", {"a": "y"}), ("test", {}), ("test", {})],
+            ["task t: no test clip with label 'a'"],
+        ),
+        ([("train", {"a": "x"}), ("train", {"a": "y"}), ("test", {"a": "x"}), ("test", {})], []),
+    ],
+)
+def test_what_later_stages_lack_is_refused_before_the_pretraining(tmp_path, rows, words):
+    params = load_params(ROOT / "params.yaml")
+    task = params.finetune.tasks["action"].model_copy(update={"label": "a"})
+    params = params.model_copy(
+        update={
+            "paths": params.paths.model_copy(update={"shards": tmp_path}),
+            "finetune": params.finetune.model_copy(update={"run": ("t",), "tasks": {"t": task}}),
+        }
+    )
+    shown = [row(number, split, **labels) for number, (split, labels) in enumerate(rows)]
+    write_index(tmp_path / INDEX, shown, storage=Storage(10, 100, "h264", "flac"))
+    if not words:
+        check_clips(params)
+        return
+    with pytest.raises(DataError) as error:
+        check_clips(params)
+    assert error.value.exit_code == 3
+    assert all(word in str(error.value) for word in words)
+    assert "data.test_share" in str(error.value)

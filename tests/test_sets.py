@@ -231,7 +231,7 @@ def test_what_is_missing_is_said_with_its_remedy(inside, name, made, message):
 def test_one_class_is_nothing_to_learn(inside, tmp_path):
     (tmp_path / "x" / "cat").mkdir(parents=True)
     (tmp_path / "x" / "cat" / "a.wav").write_bytes(b"x")
-    with pytest.raises(DataError, match="nothing to tell apart"):
+    with pytest.raises(DataError, match="a classifier needs two"):
         plan(wanted("folder", inside, location=tmp_path / "x"), load_params(), {})
 
 

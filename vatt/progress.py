@@ -18,7 +18,7 @@ class Tick(Protocol):
 
 
 def describe(done: int, total: int, seconds: float, unit: str, *, first: int = 0) -> str:
-    """`120/700 steps, 6.3/s, 1 min 32 s left`; what was there at the start counts for no rate."""
+    """`120/700 steps, 6.3/s, 1 min 32 s left`; work done before the start is left out of the rate."""
     rate = (done - first) / seconds if seconds > 0 else 0.0
     text = f"{done}/{total} {unit}"
     if rate > 0 and done < total:
@@ -29,7 +29,7 @@ def describe(done: int, total: int, seconds: float, unit: str, *, first: int = 0
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: `48 s`, `3 min 20 s`, `2 h 5 min`."""
+    """Seconds in words: `48 s`, `3 min 20 s`, `2 h 5 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

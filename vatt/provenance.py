@@ -18,8 +18,8 @@ LOCK_FILE = Path("dvc.lock")
 def stage_hash(stage: str, params: Params, **item: str) -> str:
     """The sha256 of a stage's resolved params and deps, as dvc.yaml declares them.
 
-    What earlier stages made counts by its hash in dvc.lock, also inside a folder that is the dep
-    and also when another project of the repository made it; a source file counts by its content.
+    Outputs of earlier stages count by their hash in dvc.lock, also when they lie inside a dep or
+    were made by another project of the repository; a source file counts by its content.
     `item` names the variant of a stage with a matrix.
     """
     declared = yaml.safe_load(PIPELINE_FILE.read_text(encoding="utf-8"))["stages"][stage]
@@ -41,7 +41,7 @@ def stage_hash(stage: str, params: Params, **item: str) -> str:
 
 
 def _hashes_of_outputs(deps: list[str]) -> dict[str, str]:
-    """What dvc.lock says here and in the folders above each dep; paths count from here."""
+    """The hashes in dvc.lock, here and in the folders above each dep, by path from here."""
     here = Path.cwd()
     above = {parent for dep in deps for parent in Path(os.path.normpath(here / dep)).parents}
     hashes = {}
@@ -55,7 +55,7 @@ def _hashes_of_outputs(deps: list[str]) -> dict[str, str]:
 
 
 def _hash_of_file(path: Path) -> str:
-    """Of a folder of code: of its files, less what Python leaves beside them."""
+    """For a folder, of all its files; compiled Python is left out."""
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".pyc")
         lines = [f"{file.relative_to(path).as_posix()}:{_hash_of_file(file)}\n" for file in files]

@@ -7,26 +7,25 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vatt.errors import SettingsError
-from vattctl.params import change, enter_project
+from vattctl.params import JSON_VERSION, Settings, edit, enter_project
 from vattctl.pipeline import machines_options, machines_settings, run, stage_options
 
 if TYPE_CHECKING:
     from vatt.config import Params
     from vatt.data.sources.attrition import Attrition, Loss
 
-LEDGER_VERSION = 1
 WORST = 15  # classes shown
 
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--dry-run", is_flag=True, help="Look and count; change nothing.")
+@click.option("--dry-run", is_flag=True, help="Count the files; change nothing.")
 @click.pass_context
 def ingest(context: click.Context, folder: Path, as_json: bool, dry_run: bool) -> None:
-    """Use your own videos: a FOLDER of them, with subtitle files beside them if there are any.
+    """Use your own videos: a FOLDER of them, and their subtitle files if there are any.
 
-    Files in sub-folders named like classes get that name as their label. Writes the manifest and
+    A file in a sub-folder named like a class gets that name as its label. Writes the manifest and
     points params.yaml to the folder; the videos stay where they are.
 
     \b
@@ -42,7 +41,8 @@ def ingest(context: click.Context, folder: Path, as_json: bool, dry_run: bool) -
     params = load_params()
     hashes = ContentHashes.beside(params.paths.media, writes=not dry_run)
     found = scan(folder, params.data, params.preprocess, hashes=hashes)
-    lines = change(ingest_settings(found, folder, params), write=not dry_run)
+    changed = edit(ingest_settings(found, folder, params))
+    lines = changed.lines if dry_run else changed.write()
     if not dry_run:
         from vatt.data.clips.manifest import write_manifest
 
@@ -53,6 +53,12 @@ def ingest(context: click.Context, folder: Path, as_json: bool, dry_run: bool) -
     for line in lines:
         click.echo(f"params.yaml: {line}", err=True)
     click.echo(found.describe())
+    if not any(clip.split == "test" for clip in found.clips):
+        click.echo(
+            "no clip is left to test on: nothing can be measured\n"
+            "  -> add videos, or set data.test_share; `vattctl pretrain` alone needs none",
+            err=True,
+        )
     click.echo("next: vattctl repro")
 
 
@@ -60,8 +66,8 @@ def ingest(context: click.Context, folder: Path, as_json: bool, dry_run: bool) -
 @click.option(
     "--retry",
     metavar="STATES",
-    help="Try clips in these states again: retryable, which every run tries, or names joined by "
-    "commas.",
+    help="Try clips in these states again: `retryable` (those that every run tries), or states "
+    "joined by commas.",
 )
 @machines_options
 @stage_options
@@ -71,7 +77,7 @@ def download(
     retry: str | None,
     executor: str | None,
     address: str | None,
-    assignments: tuple[str, ...],
+    settings: Settings,
     force: bool,
     dry_run: bool,
 ) -> None:
@@ -80,18 +86,18 @@ def download(
     \b
     Examples:
       vattctl download --set data.source=demo
-      vattctl download --retry retryable          what the network or throttling cost
+      vattctl download --retry retryable          what was lost to the network or throttling
       vattctl download --retry geo,needs-login --set machine.cookies=cookies.txt
     """
     more = machines_settings(executor, address)
-    if retry is None:
-        run(context, ("download",), assignments, force=force, dry_run=dry_run, more=more)
-        return
     enter_project(context)
+    if retry is None:
+        run(context, ("download",), edit(more | settings), force=force, dry_run=dry_run)
+        return
     count = _forget(retry, write=not dry_run)
-    click.echo(f"{count} clips to be tried again", err=True)
+    click.echo(f"{count} clips will be tried again", err=True)
     if count:
-        run(context, ("download",), assignments, force=True, dry_run=dry_run, more=more)
+        run(context, ("download",), edit(more | settings), force=True, dry_run=dry_run)
 
 
 @click.command()
@@ -102,7 +108,7 @@ def preprocess(
     context: click.Context,
     executor: str | None,
     address: str | None,
-    assignments: tuple[str, ...],
+    settings: Settings,
     force: bool,
     dry_run: bool,
 ) -> None:
@@ -114,7 +120,8 @@ def preprocess(
       vattctl preprocess --executor ray --address 10.0.0.1:6379
     """
     more = machines_settings(executor, address)
-    run(context, ("preprocess",), assignments, force=force, dry_run=dry_run, more=more)
+    enter_project(context)
+    run(context, ("preprocess",), edit(more | settings), force=force, dry_run=dry_run)
 
 
 def _forget(retry: str, *, write: bool) -> int:
@@ -185,7 +192,7 @@ def _history(clips: tuple[str, ...], files: list[Path], *, as_json: bool) -> Non
     if missing:
         raise DataError(f"no ledger has clip {min(missing)}", hint="the manifest lists the ids")
     if as_json:
-        click.echo(json.dumps({"version": LEDGER_VERSION, "entries": rows}, indent=2))
+        click.echo(json.dumps({"version": JSON_VERSION, "entries": rows}, indent=2))
         return
     for row in rows:
         known = ("time", "clip_id", "stage", "state", "reason", "has", "seconds", "tools")
@@ -203,7 +210,7 @@ def _as_json(found: "Attrition") -> dict[str, Any]:
         return {"official": loss.official, "listed": loss.listed, "states": loss.counts()}
 
     return {
-        "version": LEDGER_VERSION,
+        "version": JSON_VERSION,
         "hash": {"listed": found.listed_hash, "kept": found.kept_hash},
         "total": row(found.total),
         "splits": [

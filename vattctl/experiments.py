@@ -3,7 +3,7 @@
 An experiment is the project it stands in with some settings changed. It runs some of the stages
 itself; what the others make it takes from the project (or from another experiment). One git and
 DVC repository holds them all, so DVC knows that an experiment's pre-training waits for the
-project's shards, a killed stage goes on where it stopped, what two experiments share is run once,
+project's shards, a killed stage continues where it stopped, what two experiments share is run once,
 and nothing of the project is overwritten. In the project's folder::
 
     wide = Experiment(
@@ -19,7 +19,7 @@ and nothing of the project is overwritten. In the project's folder::
         settings={("data", "source"): "ucf101", ("finetune", "tasks"): {"ucf101": {...}}},
         start=Path("imported/mbs"),  # a checkpoint's folder, anywhere
     )
-    run_experiment(ucf101, ("finetune",), upstream=False)  # never trains `start` anew
+    run_experiment(ucf101, ("finetune",), upstream=False)  # never trains `start` again
 
 Afterwards `cd experiments/wide && dvc repro` and `vattctl --project experiments/wide status` work
 as in any project. `.gitignore` leaves the three files of a folder in `experiments/` or `sets/` to
@@ -30,20 +30,19 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vatt.errors import SettingsError
 from vattctl.dvc import STAGES, run_dvc
-from vattctl.params import PARAMS, edited, yaml_plain
+from vattctl.params import PARAMS, Edit, edit
 
 if TYPE_CHECKING:
     from vatt.config import Params
 
 PIPELINE = Path("dvc.yaml")
 HERE = Path()
-MADE_BY = {  # of the paths in params.yaml; whoever lacks the stage takes them from elsewhere
+MADE_BY = {  # of the paths in params.yaml; an experiment without the stage takes them from elsewhere
     "download": ("manifest", "download_ledger", "media"),
     "preprocess": ("shards", "preprocess_ledger"),
     "pretrain": ("pretrained",),
@@ -95,8 +94,10 @@ def write_experiment(experiment: Experiment) -> None:
     }
     stages = {name: _moved(stage, experiment) for name, stage in own.items()}
     plain = yaml.safe_dump({"stages": stages}, sort_keys=False, width=4096)
+    edited = _edit(experiment)
+    _ = edited.params  # raises when a setting is wrong
     header = HEADER.format(parent=_from(experiment.folder, PARAMS))
-    _write(experiment.folder / PARAMS, header + _settings_text(experiment))
+    _write(experiment.folder / PARAMS, header + edited.text())
     _write(experiment.folder / PIPELINE, header + plain)
 
 
@@ -110,7 +111,7 @@ def run_experiment(
 ) -> None:
     """Write the experiment, then let DVC run the targets (all its stages) and what they need.
 
-    Without `upstream`, what other projects make is taken as it is, up to date or not.
+    Without `upstream`, outputs of other projects are used as they are, up to date or not.
     """
     write_experiment(experiment)
     dry = ["--dry"] if dry_run else []
@@ -138,23 +139,13 @@ def inside(folder: Path) -> Iterator[None]:
 
 def settings_of(experiment: Experiment) -> "Params":
     """The experiment's settings, whether it has been written or not."""
-    from vatt.config import parse_params
-
-    document = _edited(experiment)[1]
-    return parse_params(yaml_plain(document), source=experiment.folder / PARAMS)
+    return _edit(experiment).params
 
 
-def _edited(experiment: Experiment) -> tuple[Any, Any, list[str]]:
-    return edited({**_places(experiment, _read(PARAMS)), **experiment.settings})
-
-
-def _settings_text(experiment: Experiment) -> str:
-    """The project's settings, comments too, with the experiment's and its places changed."""
-    settings_of(experiment)  # raises when one is wrong
-    yaml, document, _ = _edited(experiment)
-    text = StringIO()
-    yaml.dump(document, text)
-    return text.getvalue()
+def _edit(experiment: Experiment) -> Edit:
+    """The project's settings with the experiment's own and its paths."""
+    settings = {**_places(experiment, _read(PARAMS)), **experiment.settings}
+    return edit(settings, source=experiment.folder / PARAMS)
 
 
 def _places(experiment: Experiment, known: Any) -> dict[tuple[str, ...], Any]:
@@ -183,7 +174,7 @@ def _places(experiment: Experiment, known: Any) -> dict[tuple[str, ...], Any]:
 
 
 def _moved(stage: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
-    """A stage as it stands in the experiment's folder: its code lies elsewhere."""
+    """A stage for the experiment's folder: the paths of its code are changed."""
     deps = [
         dep if str(dep).startswith("${") else _from(experiment.folder, Path(dep))
         for dep in stage["deps"]
@@ -206,7 +197,7 @@ def _from(folder: Path, path: Path) -> str:
 
 
 def _whole(path: Path) -> Path:
-    """From the root on; a link stays one, as DVC names what is behind it by the link."""
+    """The absolute path; links are kept, as DVC goes by the path of a link."""
     return Path(os.path.normpath(Path.cwd() / path))
 
 
@@ -223,9 +214,11 @@ def _read(file: Path) -> Any:
 
 
 def _write(file: Path, text: str) -> None:
-    from vatt.files import atomic_write
+    from vatt.files import atomic_write, lock
+    from vatt.process import SETTINGS_LOCK
 
     if file.exists() and file.read_text(encoding="utf-8") == text:
         return
-    with atomic_write(file) as temporary:
+    busy = f"busy: {file} cannot be changed while a stage of {file.parent} runs"
+    with lock(file.parent / SETTINGS_LOCK, busy=busy), atomic_write(file) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 import click
 
 from vatt.errors import DataError, SettingsError
-from vattctl.params import enter_project, print_rich
+from vattctl.params import JSON_VERSION, enter_project, print_rich
 
 if TYPE_CHECKING:
     from vatt.release.convert import ImportReport
     from vatt.verify.row import Check
 
-VERSION = 1
 SHOWN_KEYS = 20  # of each kind of mismatch
 
 
@@ -51,7 +50,7 @@ Examples:
 @click.option(
     "--heads",
     metavar="N | TOWER=N,...",
-    help="Attention heads, where a head is not 64 wide: one number for the only encoder, or "
+    help="Attention heads, unless each is 64 wide: one number for the only encoder, or "
     "video=N,audio=N,text=N.",
 )
 @click.option(
@@ -59,11 +58,9 @@ Examples:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The word list, copied into the folder.",
 )
-@click.option(
-    "--allow-partial", is_flag=True, help="Convert what fits, leave the rest newly initialised."
-)
+@click.option("--allow-partial", is_flag=True, help="Convert what fits; initialise the rest.")
 @click.option("--force", is_flag=True, help="Overwrite --out.")
-@click.option("--dry-run", is_flag=True, help="Recognise and account, write nothing.")
+@click.option("--dry-run", is_flag=True, help="Check every key; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def import_command(
     prefix: str,
@@ -78,7 +75,7 @@ def import_command(
     """Convert a released TensorFlow checkpoint.
 
     PREFIX is the part of its file names before `.index`, or an address (https, gs, s3). Every key
-    is accounted for; a checkpoint that matches in part is refused. TensorFlow is not needed.
+    is checked; a checkpoint that matches only in part is refused. TensorFlow is not needed.
     """
     from vatt.progress import progress
     from vatt.release.convert import import_checkpoint
@@ -104,14 +101,14 @@ def import_command(
         shutil.rmtree(downloads)
     written = None if dry_run else str(out)
     if as_json:
-        content = {"version": VERSION, **asdict(imported), "source": prefix, "out": written}
+        content = {"version": JSON_VERSION, **asdict(imported), "source": prefix, "out": written}
         click.echo(json.dumps(content, indent=2))
     else:
         click.echo(_describe(imported, written))
 
 
 def _refuse_existing(out: Path, *, force: bool) -> None:
-    """An empty folder or an earlier import may be written over, anything else must be meant."""
+    """Without --force, only an empty folder or an earlier import is overwritten."""
     if out.exists() and not out.is_dir():
         raise SettingsError(f"{out} is a file, not a folder")
     if force or not out.exists() or not any(out.iterdir()):
@@ -123,7 +120,7 @@ def _refuse_existing(out: Path, *, force: bool) -> None:
         is_import = False
     if not is_import:
         raise SettingsError(
-            f"{out} exists and is no imported checkpoint",
+            f"{out} exists and is not an imported checkpoint",
             hint="give another --out, or --force to overwrite it",
         )
 
@@ -182,16 +179,13 @@ def export_command(folder: Path, to: str, out: Path, force: bool, as_json: bool)
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
     if as_json:
         rows = [asdict(comparison) for comparison in comparisons]
-        content = {"version": VERSION, "form": to, "out": str(out), "files": files}
+        content = {"version": JSON_VERSION, "form": to, "out": str(out), "files": files}
         click.echo(json.dumps({**content, "tolerance": TOLERANCE, "compared": rows}, indent=2))
         return
     for row in comparisons:
         click.echo(f"{row.graph} {row.output}, {row.clips} clips: differs by {row.difference:.1e}")
     for name, size in files.items():
         click.echo(f"{size:>13,} bytes  {out / name}")
-
-
-VERIFY_VERSION = 1
 
 
 @click.command(
@@ -217,7 +211,7 @@ def verify_command(context: click.Context, as_json: bool, failed: bool) -> None:
         rows = verify(tick)
     shown = [row for row in rows if row.state != "pass"] if failed else rows
     if as_json:
-        content = {"version": VERIFY_VERSION, "rows": [asdict(row) for row in shown]}
+        content = {"version": JSON_VERSION, "rows": [asdict(row) for row in shown]}
         click.echo(json.dumps(content, indent=2))
     else:
         _print(shown)
@@ -251,7 +245,7 @@ def _number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.7g}"
 
 
-KEPT = Path("runs/search")  # indices, by folder; safe to delete
+INDICES = Path("runs/search")  # indices, by folder; safe to delete
 
 _checkpoint = click.option(
     "--checkpoint",
@@ -282,9 +276,9 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the whole vectors.")
 @click.pass_context
 def embed(context: click.Context, file: Path, checkpoint: Path | None, as_json: bool) -> None:
-    """Print where the moments of a video FILE lie in the video-text space.
+    """Print the embeddings of a video FILE's moments in the video-text space.
 
-    Each vector is of length 1: a product of two is their cosine.
+    Each vector has length 1, so the dot product of two is their cosine.
     """
     file, checkpoint = file.resolve(), checkpoint and checkpoint.resolve()
     enter_project(context)
@@ -294,12 +288,12 @@ def embed(context: click.Context, file: Path, checkpoint: Path | None, as_json: 
 
     params = load_params()
     embedder = _embedder(checkpoint, params.paths.pretrained)
-    KEPT.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=KEPT) as work, progress("cut", "clips") as tick:
+    INDICES.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=INDICES) as work, progress("cut", "clips") as tick:
         found = embed_file(embedder, file, params, work=Path(work), progress=tick)
     if as_json:
         rows = [{**asdict(moment), "vector": vector.tolist()} for moment, vector in found]
-        click.echo(json.dumps({"version": VERSION, "space": "video_vt", "moments": rows}))
+        click.echo(json.dumps({"version": JSON_VERSION, "space": "video_vt", "moments": rows}))
         return
     for moment, vector in found:
         first = " ".join(f"{value:+.3f}" for value in vector[:6])
@@ -318,7 +312,7 @@ Examples:
     "place",
     required=True,
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A folder of videos, or an index made of one.",
+    help="A folder of videos, or its index.",
 )
 @_checkpoint
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1), help="Moments shown.")
@@ -334,7 +328,7 @@ def search(
 ) -> None:
     """Find the moments of your own videos that fit the words of QUERY.
 
-    A folder is indexed once and again when its files or the checkpoint have changed.
+    A folder is indexed once, and again when its files or the checkpoint change.
     """
     place, checkpoint = place.resolve(), checkpoint and checkpoint.resolve()
     enter_project(context)
@@ -347,16 +341,16 @@ def search(
     embedder = _embedder(checkpoint, params.paths.pretrained)
     index = place
     if not is_index(place):
-        index = KEPT / hashlib.sha256(str(place).encode()).hexdigest()[:12]
+        index = INDICES / hashlib.sha256(str(place).encode()).hexdigest()[:12]
         with progress("index", "videos") as tick:
             facts = build_index(embedder, place, params, out=index, progress=tick)
         if facts["left_out"]:
             ledger = index.with_name(f".{index.name}.work") / "preprocess.ledger.jsonl"
-            click.echo(f"{facts['left_out']} files show nothing: {ledger} says why", err=True)
+            click.echo(f"{facts['left_out']} files could not be indexed: see {ledger}", err=True)
     hits = find(embedder, index, query, count=top)
     if as_json:
         rows = [{**asdict(hit.moment), "cosine": hit.cosine} for hit in hits]
-        content = {"version": VERSION, "query": query, "index": str(index), "moments": rows}
+        content = {"version": JSON_VERSION, "query": query, "index": str(index), "moments": rows}
         click.echo(json.dumps(content, indent=2, ensure_ascii=False))
         return
     for hit in hits:

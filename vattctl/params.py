@@ -5,7 +5,10 @@ import difflib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,14 @@ import click
 
 from vatt.errors import SettingsError
 
+if TYPE_CHECKING:
+    from vatt.config import Params
+
+PARAMS = Path("params.yaml")
+PRESETS = Path("presets")
+Settings = dict[tuple[str, ...], Any]  # ("pretrain", "steps") -> 1000
+SIZES = ("tiny", "small", "base", "medium", "large")
+JSON_VERSION = 1  # of what --json prints; it rises when a field changes its meaning
 PIPED_WIDTH = 300  # columns; a pipe has no width, and a name that is cut off there is lost
 
 
@@ -26,14 +37,6 @@ def print_rich(*parts: Any) -> None:
     for part in parts:
         # the terminal breaks long lines itself, so that they can be copied whole
         console.print(part, highlight=False, soft_wrap=isinstance(part, str))
-
-
-if TYPE_CHECKING:
-    from vatt.config import Params
-
-PARAMS = Path("params.yaml")
-PRESETS = Path("presets")
-SIZES = ("tiny", "small", "base", "medium", "large")
 
 
 def enter_project(context: click.Context) -> Path:
@@ -69,7 +72,7 @@ def parse_setting(text: str) -> tuple[tuple[str, ...], Any]:
     return tuple(key.strip().split(".")), parsed
 
 
-def size_settings(size: str, backbone: str) -> dict[tuple[str, ...], Any]:
+def size_settings(size: str, backbone: str) -> Settings:
     """What `--size X` means: video X, audio Base, text Small for base and above; else X for all."""
     if backbone == "agnostic" or size in ("tiny", "small"):
         sizes = {"video": size, "audio": size, "text": size}
@@ -78,32 +81,64 @@ def size_settings(size: str, backbone: str) -> dict[tuple[str, ...], Any]:
     return {("model", tower, "size"): value for tower, value in sizes.items()}
 
 
-def change(settings: dict[tuple[str, ...], Any], *, write: bool = True) -> list[str]:
-    """Write settings into params.yaml with its comments kept; returns a line per real change."""
-    from io import StringIO
+def parse_settings(
+    context: click.Context, parameter: click.Parameter, assignments: Iterable[str]
+) -> Settings:
+    """The settings of all `--set` options; of two for the same key the later."""
+    return dict(map(parse_setting, assignments))
 
-    from vatt.config import parse_params
-    from vatt.files import atomic_write
 
-    yaml, document, lines = edited(settings)
-    parse_params(yaml_plain(document), source=PARAMS)
-    if lines and write:
+def set_option(description: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option --set; the command gets `settings`, parsed."""
+    return click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=parse_settings,
+        help=description,
+    )
+
+
+@dataclass
+class Edit:
+    """params.yaml with some settings changed, comments kept; `write` puts it on disk."""
+
+    yaml: Any
+    document: Any
+    source: Path  # named in errors
+    lines: list[str] = field(default_factory=list)  # one for each real change
+
+    @cached_property
+    def params(self) -> "Params":
+        """All settings, checked."""
+        from vatt.config import parse_params
+
+        return parse_params(yaml_plain(self.document), source=self.source)
+
+    def set(self, keys: tuple[str, ...], value: Any) -> None:
+        """Change one more setting."""
+        line = _set(self.document, keys, value)
+        if line is not None:
+            self.lines.append(line)
+            self.__dict__.pop("params", None)
+
+    def text(self) -> str:
+        """What the file will hold."""
         text = StringIO()
-        yaml.dump(document, text)
-        with atomic_write(PARAMS) as path:
-            path.write_text(text.getvalue(), encoding="utf-8")
-    return lines
+        self.yaml.dump(self.document, text)
+        return text.getvalue()
+
+    def write(self) -> list[str]:
+        """Check all settings, then replace params.yaml if one changes; returns the lines."""
+        _ = self.params  # raises when one is wrong
+        if self.lines:
+            _write(self.text())
+        return self.lines
 
 
-def preview(settings: dict[tuple[str, ...], Any]) -> "Params":
-    """The settings as they would be after `change`; nothing is written."""
-    from vatt.config import parse_params
-
-    return parse_params(yaml_plain(edited(settings)[1]), source=PARAMS)
-
-
-def edited(settings: Mapping[tuple[str, ...], Any]) -> tuple[Any, Any, list[str]]:
-    """A YAML writer, the document of params.yaml changed, and a line per real change."""
+def edit(settings: Mapping[tuple[str, ...], Any], *, source: Path = PARAMS) -> Edit:
+    """Read params.yaml and change settings in it; nothing is written."""
     from ruamel.yaml import YAML
 
     yaml = YAML()
@@ -115,8 +150,22 @@ def edited(settings: Mapping[tuple[str, ...], Any]) -> tuple[Any, Any, list[str]
         document = yaml.load(PARAMS.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SettingsError(f"{PARAMS} is missing", hint="run `vattctl config use demo`") from None
-    lines = [line for keys, value in settings.items() if (line := _set(document, keys, value))]
-    return yaml, document, lines
+    edited = Edit(yaml, document, source)
+    for keys, value in settings.items():
+        edited.set(keys, value)
+    return edited
+
+
+def _write(text: str) -> None:
+    """Replace params.yaml, unless a stage is running that was started with the old one."""
+    from vatt.files import atomic_write, lock
+    from vatt.process import SETTINGS_LOCK
+
+    with (
+        lock(SETTINGS_LOCK, busy="busy: params.yaml cannot be changed while a stage runs"),
+        atomic_write(PARAMS) as path,
+    ):
+        path.write_text(text, encoding="utf-8")
 
 
 def _null(representer: Any, value: None) -> Any:
@@ -181,10 +230,7 @@ def use_preset(name: str) -> list[str]:
     if current is not None and current not in known:
         shutil.copyfile(PARAMS, "params.yaml.bak")
         lines.append("your edited settings are kept in params.yaml.bak")
-    from vatt.files import atomic_write
-
-    with atomic_write(PARAMS) as path:
-        path.write_text(wanted, encoding="utf-8")
+    _write(wanted)
     return lines
 
 

@@ -16,17 +16,19 @@ from vattctl.dvc import STAGES, run_dvc, stages_here
 from vattctl.experiments import Experiment, inside, run_experiment, write_experiment
 from vattctl.params import (
     SIZES,
-    change,
+    Edit,
+    Settings,
+    edit,
     enter_project,
-    parse_setting,
-    preview,
+    set_option,
     size_settings,
     use_preset,
 )
-from vattctl.planning import check_memory
+from vattctl.planning import check_clips, check_memory
 from vattctl.runs import summary
 
 if TYPE_CHECKING:
+    from vatt.config import PathsParams
     from vattctl.sets import SetPlan
 
 FOLDER = click.Path(path_type=Path, resolve_path=True)
@@ -41,25 +43,19 @@ def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--dry-run", is_flag=True, help="Print what would change and run; do nothing."
         ),
         click.option("-f", "--force", is_flag=True, help="Run even when nothing has changed."),
-        click.option(
-            "--set",
-            "assignments",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="Change a setting in params.yaml first; may be repeated.",
-        ),
+        set_option("Change a setting in params.yaml first; may be repeated."),
     ):
         command = option(command)
     return command
 
 
 def machines_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a stage whose work spreads over machines."""
+    """The options of a stage that can use several machines."""
     for option in (
         click.option(
             "--address",
             metavar="HOST:PORT",
-            help="Of the Ray cluster (machine.ray_address); without one, it is started here.",
+            help="Address of a Ray cluster (machine.ray_address); default: start one here.",
         ),
         click.option(
             "--executor",
@@ -71,63 +67,78 @@ def machines_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def machines_settings(executor: str | None, address: str | None) -> dict[tuple[str, ...], Any]:
+def machines_settings(executor: str | None, address: str | None) -> Settings:
     """The settings that these options stand for."""
     if address is not None and executor == "local":
-        raise SettingsError("--address is for --executor ray", hint="leave one of them out")
-    settings: dict[tuple[str, ...], Any] = {}
+        raise SettingsError("--address needs --executor ray", hint="leave out one of them")
+    settings: Settings = {}
     if executor is not None or address is not None:
         settings["machine", "executor"] = executor or "ray"
         settings["machine", "ray_address"] = address
     return settings
 
 
-def run_stages(
+def run(
+    context: click.Context,
     targets: tuple[str, ...],
-    settings: dict[tuple[str, ...], Any],
+    changed: Edit,
     *,
     force: bool,
     dry_run: bool,
-    quiet: bool,
 ) -> None:
     """Change params.yaml, then let DVC run the targets with what they depend on."""
-    from vatt.config import load_params
     from vatt.data.clips.files import ContentHashes
     from vatt.data.sources.choice import mark_of_lists
 
-    changes = change(settings, write=not dry_run)
-    params = load_params()
-    hashes = ContentHashes.beside(params.paths.media)
+    quiet, params = context.obj["quiet"], changed.params
+    hashes = ContentHashes.beside(params.paths.media, writes=not dry_run)
     mark = None if dry_run else mark_of_lists(params.data, hashes)
     if mark is not None:  # DVC sees the settings, not the lists that they name
-        changes += change({("data", "location_hash"): mark})
-    for line in changes:
-        click.echo(f"params.yaml: {line}", err=True)
-    has_tasks = bool(params.finetune.run)
-    dry = ["--dry"] if dry_run else []
-    if force and targets:  # the target itself, on top of what is up to date before it
-        before = stage_before(targets[0], has_tasks=has_tasks)
-        if before is not None:
-            run_dvc(["repro", *dry, before], quiet=quiet)
-        run_dvc(["repro", *dry, "--force", "--single-item", *targets], quiet=quiet)
-    else:
-        run_dvc(["repro", *dry, *(["--force"] if force else []), *targets], quiet=quiet)
+        changed.set(("data", "location_hash"), mark)
     if not dry_run:
-        click.echo(closing_lines(targets))
+        changed.write()
+    for line in changed.lines:
+        click.echo(f"params.yaml: {line}", err=True)
+    repro = ["repro", *(["--dry"] if dry_run else [])]
+    if not dry_run and _needs_clips(targets, params.paths):
+        run_dvc(["repro", "preprocess"], quiet=quiet)
+        check_clips(params)
+    if force and targets:  # the targets alone, after what they need has been brought up to date
+        before = stage_before(targets[0], has_tasks=bool(params.finetune.run))
+        if before is not None:
+            run_dvc([*repro, before], quiet=quiet)
+        run_dvc([*repro, "--force", "--single-item", *targets], quiet=quiet)
+    else:
+        run_dvc([*repro, *(["--force"] if force else []), *targets], quiet=quiet)
+    if not dry_run:
+        click.echo(closing_lines(targets, params.paths))
+
+
+def _needs_clips(targets: tuple[str, ...], paths: "PathsParams") -> bool:
+    """Whether a pre-training may run whose results a later stage uses, on clips not checked yet."""
+    here = stages_here()
+    if not {"preprocess", "pretrain"} <= set(here):
+        return False
+    last = max((STAGES.index(target.partition("@")[0]) for target in targets), default=len(STAGES))
+    if last <= STAGES.index("pretrain"):
+        return False
+    evaluated = paths.metrics / "evaluate.json"
+    sources = (Path("params.yaml"), paths.manifest, paths.shards / "index.jsonl")
+    if not evaluated.exists():
+        return True
+    checked = evaluated.stat().st_mtime
+    return any(not file.exists() or file.stat().st_mtime > checked for file in sources)
 
 
 def stage_before(target: str, *, has_tasks: bool) -> str | None:
-    """The stage that a target builds on; fine-tuning is passed over where there are no tasks."""
+    """The stage before a target; fine-tuning is left out where there are no tasks."""
     stages = [name for name in stages_here() if has_tasks or name != "finetune"]
     place = stages.index(target.partition("@")[0])
     return stages[place - 1] if place else None
 
 
-def closing_lines(targets: tuple[str, ...]) -> str:
+def closing_lines(targets: tuple[str, ...], paths: "PathsParams") -> str:
     """What came out, where it lies, its MLflow run and the next command."""
-    from vatt.config import load_params
-
-    paths = load_params().paths
     last = targets[-1] if targets else "report"
     places = {
         "download": (paths.manifest, "vattctl preprocess"),
@@ -145,23 +156,10 @@ def closing_lines(targets: tuple[str, ...]) -> str:
     return "\n".join([*lines, f"next: {following}"])
 
 
-def run(
-    context: click.Context,
-    targets: tuple[str, ...],
-    assignments: tuple[str, ...],
-    *,
-    force: bool,
-    dry_run: bool,
-    more: dict[tuple[str, ...], Any] | None = None,
-) -> None:
-    """Change settings, then run the targets with what they depend on."""
-    enter_project(context)
-    settings = {**(more or {}), **dict(parse_setting(text) for text in assignments)}
-    run_stages(targets, settings, force=force, dry_run=dry_run, quiet=context.obj["quiet"])
-
-
 @click.command()
-@click.option("--size", type=click.Choice(SIZES), help="Video tower's size; the others follow it.")
+@click.option(
+    "--size", type=click.Choice(SIZES), help="Size of the video tower; the others follow."
+)
 @click.option(
     "--backbone", type=click.Choice(["specific", "agnostic"]), help="Three towers or one."
 )
@@ -172,7 +170,7 @@ def pretrain(
     context: click.Context,
     size: str | None,
     backbone: str | None,
-    assignments: tuple[str, ...],
+    settings: Settings,
     force: bool,
     dry_run: bool,
     launcher_arguments: tuple[str, ...],
@@ -187,30 +185,28 @@ def pretrain(
       vattctl pretrain --set pretrain.steps=2000 --set machine.processes=2
       vattctl pretrain --size base -- --hostfile hosts.txt
     """
-    from vatt.config import load_params
-
     enter_project(context)
-    now = load_params().model
-    more: dict[tuple[str, ...], Any] = {}
+    more: Settings = {}
     if backbone is not None:
         more[("model", "backbone")] = backbone
-    if size is not None or (backbone == "agnostic" and now.backbone != "agnostic"):
+    now = edit({}).params.model if size or backbone else None
+    if now and (size is not None or (backbone == "agnostic" and now.backbone != "agnostic")):
         chosen = size or now.video.size
         if not isinstance(chosen, str):
             raise SettingsError("model.video.size is not a named size", hint="add --size")
         more |= size_settings(chosen, backbone or now.backbone)
     if launcher_arguments:
         more[("machine", "launcher_arguments")] = list(launcher_arguments)
-    wanted = {**more, **dict(parse_setting(text) for text in assignments)}
+    wanted = {**more, **settings}
     if pretrain_as_rank(wanted, quiet=context.obj["quiet"]):
         return
-    check_memory(preview(wanted), force=force)
-    run(context, ("pretrain",), assignments, force=force, dry_run=dry_run, more=more)
+    changed = edit(wanted)
+    check_memory(changed.params, force=force)
+    run(context, ("pretrain",), changed, force=force, dry_run=dry_run)
 
 
-def pretrain_as_rank(settings: dict[tuple[str, ...], Any], *, quiet: bool) -> bool:
-    """Take part in the stage: rank 0 by driving DVC, the others at once. False when alone."""
-
+def pretrain_as_rank(settings: Settings, *, quiet: bool) -> bool:
+    """Take part in the stage: rank 0 runs DVC, the others the stage. False for a single process."""
     join_step()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return False
@@ -221,7 +217,7 @@ def pretrain_as_rank(settings: dict[tuple[str, ...], Any], *, quiet: bool) -> bo
         )
     if os.environ["RANK"] != "0":
         os.execv(sys.executable, [sys.executable, "-m", "stages.pretrain"])
-    # Whatever DVC thinks of it, the stage must run: the others wait in it.
+    # Even if DVC finds it up to date, the stage must run: the other processes wait in it.
     run_dvc(["repro", "--force", "--single-item", "pretrain"], quiet=quiet)
     return True
 
@@ -239,22 +235,30 @@ Examples:
   vattctl finetune msrvtt --data ~/msrvtt              retrieval: measured, nothing is trained"""
 )
 @click.argument("name", metavar="[SET]", required=False)
-@click.option("--data", "location", type=FOLDER, help="The files you have; csv: the list.")
-@click.option("--annotations", type=FOLDER, help="Folder with SET/ and the official lists in it.")
-@click.option("--from", "start", type=FOLDER, help="A checkpoint: a run's, or an imported one.")
+@click.option("--data", "location", type=FOLDER, help="Folder of your files; for csv, the list.")
+@click.option("--annotations", type=FOLDER, help="Folder that holds SET/ with the official lists.")
+@click.option("--from", "start", type=FOLDER, help="Checkpoint to start from, trained or imported.")
 @click.option(
     "--init",
     multiple=True,
     type=click.Choice(["pretrained", "scratch"]),
-    help="Its weights (default), or its shape alone; may be repeated.",
+    help="Start from its weights (default), or from new ones; may be repeated.",
 )
-@click.option("--modality", type=click.Choice(["video", "audio", "image"]), help="folder, csv.")
-@click.option("--drop-rate", type=click.FloatRange(0, 1, max_open=True), help="DropToken's.")
-@click.option("--name", "experiment", help="Of the experiment; default: the set's.")
+@click.option(
+    "--modality",
+    type=click.Choice(["video", "audio", "image"]),
+    help="What a folder or csv holds; default: by file names.",
+)
+@click.option(
+    "--drop-rate",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of tokens that DropToken drops.",
+)
+@click.option("--name", "experiment", help="Name of the experiment; default: SET.")
 @stage_options
 @click.pass_context
 def finetune(
-    context: click.Context, /, name: str | None, assignments: tuple[str, ...], force: bool,
+    context: click.Context, /, name: str | None, settings: Settings, force: bool,
     dry_run: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Fine-tune, from pre-trained weights or from scratch.
@@ -271,19 +275,20 @@ def finetune(
                 f"{given[0].replace('location', 'data').replace('start', 'from')} needs a SET",
                 hint="e.g. vattctl finetune folder --data DIR; vattctl finetune --help lists them",
             )
-        run(context, ("finetune",), assignments, force=force, dry_run=dry_run)
+        enter_project(context)
+        run(context, ("finetune",), edit(settings), force=force, dry_run=dry_run)
         return
     enter_project(context)
-    made = _plan(name, assignments, {**options, "dry_run": dry_run})
+    made = _set_plan(name, settings, {**options, "dry_run": dry_run})
     for note in made.notes:
         click.echo(f"note: {note}", err=True)
     if dry_run:
-        click.echo(described(made))
+        click.echo(describe_plan(made))
         return
-    _run(made, force=force, quiet=context.obj["quiet"])
+    _run_set(made, force=force, quiet=context.obj["quiet"])
 
 
-def _plan(name: str, assignments: tuple[str, ...], options: dict[str, Any]) -> "SetPlan":
+def _set_plan(name: str, settings: Settings, options: dict[str, Any]) -> "SetPlan":
     from vatt.config import load_params
     from vattctl.sets import SetRequest, plan
 
@@ -292,7 +297,7 @@ def _plan(name: str, assignments: tuple[str, ...], options: dict[str, Any]) -> "
     experiment = options["experiment"] or name
     if Path(experiment).name != experiment or experiment.startswith("."):
         raise SettingsError(
-            f"--name {experiment} is no name of a folder", hint="letters, digits, - and _"
+            f"--name {experiment} cannot be the name of a folder", hint="letters, digits, - and _"
         )
     wanted = SetRequest(
         name=name,
@@ -305,10 +310,10 @@ def _plan(name: str, assignments: tuple[str, ...], options: dict[str, Any]) -> "
         drop_rate=options["drop_rate"],
         dry_run=options["dry_run"],
     )
-    return plan(wanted, params, dict(parse_setting(text) for text in assignments))
+    return plan(wanted, params, settings)
 
 
-def described(made: "SetPlan") -> str:
+def describe_plan(made: "SetPlan") -> str:
     """What would run where, and every setting that differs from the project's."""
     lines = [made.about] if made.about else []
     for experiment in (made.clips, made.work):
@@ -327,14 +332,17 @@ def _shown(key: str, value: Any) -> list[str]:
     return [f"  {key}: {json.dumps(value)}"]
 
 
-def _run(made: "SetPlan", *, force: bool, quiet: bool) -> None:
+def _run_set(made: "SetPlan", *, force: bool, quiet: bool) -> None:
+    from vatt.config import load_params
+
     run_experiment(made.clips, quiet=quiet)
     run_experiment(made.work, upstream=False, quiet=quiet)
     if force:
         with inside(made.work.folder):
             run_dvc(["repro", "--force", "--single-item", *made.work.stages], quiet=quiet)
     with inside(made.work.folder):
-        lines = closing_lines(made.work.stages).splitlines()
+        paths = load_params().paths
+        lines = closing_lines(made.work.stages, paths).splitlines()
     place = made.work.folder
     click.echo("\n".join(line.replace("see ", f"see {place}/", 1) for line in lines[:-1]))
     click.echo(f"next: vattctl --project {place} status")
@@ -346,21 +354,21 @@ def _run(made: "SetPlan", *, force: bool, quiet: bool) -> None:
     "given",
     metavar="FOLDER",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A checkpoint, encoder or classifier, as `vattctl import --out` writes one.",
+    help="A checkpoint's folder, as `vattctl import --out` writes it: encoder or classifier.",
 )
 @stage_options
 @click.pass_context
 def evaluate(
     context: click.Context,
     given: Path | None,
-    assignments: tuple[str, ...],
+    settings: Settings,
     force: bool,
     dry_run: bool,
 ) -> None:
     """Measure probes, fine-tuned accuracy and zero-shot retrieval.
 
-    With --from nothing is trained and nothing of the project is replaced: metrics and report lie
-    in experiments/evaluate-NAME, a project of its own that uses this one's clips.
+    With --from, nothing is trained or replaced: metrics and report go to
+    experiments/evaluate-NAME, a project of its own that uses the clips of this one.
 
     \b
     Examples:
@@ -369,7 +377,8 @@ def evaluate(
       vattctl evaluate --from runs/mbs
     """
     if given is None:
-        run(context, ("evaluate",), assignments, force=force, dry_run=dry_run)
+        enter_project(context)
+        run(context, ("evaluate",), edit(settings), force=force, dry_run=dry_run)
         return
     given = given.resolve()
     for name in ("model.safetensors", "config.json"):
@@ -380,7 +389,6 @@ def evaluate(
             )
     enter_project(context)
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", given.name).strip("-") or "checkpoint"
-    settings = dict(parse_setting(text) for text in assignments)
     experiment = Experiment(EXPERIMENTS / f"evaluate-{name}", MEASURING, settings, start=given)
     quiet = context.obj["quiet"]
     if "preprocess" in stages_here():
@@ -389,7 +397,7 @@ def evaluate(
         write_experiment(experiment)
         with inside(experiment.folder):
             run_dvc(["repro", "--force", "--single-item", *MEASURING], quiet=quiet)
-    else:  # before a first run there are no metrics, and DVC sees no report in them
+    else:  # without metrics, as before a first run, DVC cannot plan the report
         targets = MEASURING[:1] if dry_run else MEASURING
         run_experiment(experiment, targets, upstream=False, dry_run=dry_run, quiet=quiet)
     if not dry_run:
@@ -405,10 +413,9 @@ def _stage_command(name: str, summary: str, example: str) -> click.Command:
     @click.command(name, help=f"{summary}\n\n\b\nExample:\n  {example}")
     @stage_options
     @click.pass_context
-    def command(
-        context: click.Context, assignments: tuple[str, ...], force: bool, dry_run: bool
-    ) -> None:
-        run(context, (name,), assignments, force=force, dry_run=dry_run)
+    def command(context: click.Context, settings: Settings, force: bool, dry_run: bool) -> None:
+        enter_project(context)
+        run(context, (name,), edit(settings), force=force, dry_run=dry_run)
 
     return command
 
@@ -420,7 +427,7 @@ def _stage_command(name: str, summary: str, example: str) -> click.Command:
 def repro(
     context: click.Context,
     targets: tuple[str, ...],
-    assignments: tuple[str, ...],
+    settings: Settings,
     force: bool,
     dry_run: bool,
 ) -> None:
@@ -433,23 +440,25 @@ def repro(
     for target in targets:
         if target.partition("@")[0] not in STAGES:
             raise SettingsError(f"no stage '{target}'", hint=f"stages: {', '.join(STAGES)}")
-    run(context, targets, assignments, force=force, dry_run=dry_run)
+    enter_project(context)
+    run(context, targets, edit(settings), force=force, dry_run=dry_run)
 
 
 @click.command()
 @stage_options
 @click.pass_context
-def demo(context: click.Context, assignments: tuple[str, ...], force: bool, dry_run: bool) -> None:
-    """Run the whole pipeline on a small made corpus: minutes on two CPU cores.
+def demo(context: click.Context, settings: Settings, force: bool, dry_run: bool) -> None:
+    """Run the whole pipeline on a small generated corpus: minutes on two CPU cores.
 
     The same as `vattctl config use demo` and `vattctl repro`, with a summary at the end.
     """
     enter_project(context)
     for line in use_preset("demo") if not dry_run else []:
         click.echo(line, err=True)
-    run(context, (), assignments, force=force, dry_run=dry_run)
+    changed = edit(settings)
+    run(context, (), changed, force=force, dry_run=dry_run)
     if not dry_run:
-        click.echo(summary())
+        click.echo(summary(changed.params.paths))
 
 
 COMMANDS = (

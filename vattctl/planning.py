@@ -1,22 +1,32 @@
-"""What a pre-training takes, before it starts: plan, and the check that `pretrain` begins with."""
+"""Before a pre-training starts: what it takes, whether it fits, what later stages will lack."""
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vatt.errors import SettingsError
-from vattctl.params import SIZES, enter_project, parse_setting, preview, print_rich, size_settings
+from vatt.errors import DataError, SettingsError
+from vattctl.params import (
+    JSON_VERSION,
+    SIZES,
+    Settings,
+    edit,
+    enter_project,
+    print_rich,
+    set_option,
+    size_settings,
+)
 
 if TYPE_CHECKING:
-    from vatt.config import Params
+    from vatt.config import FinetuneTaskParams, Params
+    from vatt.data.clips.samples import IndexRow
     from vatt.plan.forecast import Forecast, Place
     from vatt.plan.memory import BatchSettings
 
-PLAN_VERSION = 1
 PARTS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -38,11 +48,13 @@ Examples:
   vattctl plan --json""",
 )
 @click.option("--device", help="A GPU type, e.g. h100-80gb, a100-40gb, rtx4090; default: here.")
-@click.option("--gpus", type=click.IntRange(min=1), help="How many; default: machine.processes.")
-@click.option("--price", type=click.FloatRange(min=0), help="Of one device for one hour.")
+@click.option(
+    "--gpus", type=click.IntRange(min=1), help="Number of GPUs; default: machine.processes."
+)
+@click.option("--price", type=click.FloatRange(min=0), help="Price of one device for an hour.")
 @click.option("--size", type=click.Choice(SIZES), help="As in `vattctl pretrain`.")
-@click.option("--batch", type=click.IntRange(min=1), help="Clips of the global batch.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Another setting.")
+@click.option("--batch", type=click.IntRange(min=1), help="Clips in the global batch.")
+@set_option("Forecast with another setting; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def plan_command(
@@ -52,23 +64,23 @@ def plan_command(
     price: float | None,
     size: str | None,
     batch: int | None,
-    assignments: tuple[str, ...],
+    settings: Settings,
     as_json: bool,
 ) -> None:
     """Forecast memory, time, energy and cost of the pre-training in params.yaml.
 
-    Nothing is changed or started but a short trial, and with --device not even that: then all is
-    formula, with a GPU at 40 % of its peak. Exit code 2 when the settings do not fit.
+    Only a short trial is run. With --device there is no trial: all is computed, with a GPU at 40 %
+    of its peak. Exit code 2 when the settings do not fit.
     """
     enter_project(context)
-    changes = dict(parse_setting(text) for text in assignments)
+    changes = dict(settings)
     if batch is not None:
         changes["pretrain", "batch_size"] = batch
     if gpus is not None:
         changes["machine", "processes"] = gpus
     if size is not None:
-        changes |= size_settings(size, preview({}).model.backbone)
-    found = make_plan(preview(changes), device)
+        changes |= size_settings(size, edit({}).params.model.backbone)
+    found = make_plan(edit(changes).params, device)
     if as_json:
         click.echo(json.dumps(_plain(found, price), indent=2))
     else:
@@ -78,7 +90,7 @@ def plan_command(
 
 
 def make_plan(params: "Params", device: str | None) -> dict[str, Any]:
-    """The settings as they are, the largest micro-batch, and the cheapest way."""
+    """Forecasts: as set, with the largest micro-batch, and in the cheapest way."""
     from vatt.plan import forecast as plans
     from vatt.plan.forecast import GpuSpeed, Speed, TrialSpeed
     from vatt.plan.memory import count
@@ -123,7 +135,7 @@ def _network(params: "Params", place: "Place") -> "Callable[[BatchSettings], flo
 
 
 def check_memory(params: "Params", *, force: bool) -> None:
-    """Tell what `pretrain` will take; refuse what cannot fit, unless it is forced."""
+    """Print what `pretrain` will take; refuse what cannot fit, unless it is forced."""
     from vatt.plan import forecast as plans
     from vatt.plan.memory import count
 
@@ -137,7 +149,7 @@ def check_memory(params: "Params", *, force: bool) -> None:
     )
     click.echo(
         f"forecast: {_bytes(memory.total)} for each process ({parts}); {place.name} has "
-        f"{_bytes(place.memory)}; `vattctl plan` tells time and cost",
+        f"{_bytes(place.memory)}; `vattctl plan` forecasts time and cost",
         err=True,
     )
     if memory.total <= place.memory or force:
@@ -150,15 +162,57 @@ def check_memory(params: "Params", *, force: bool) -> None:
     )
     raise SettingsError(
         f"{_bytes(memory.total)} are needed, {place.name} has {_bytes(place.memory)}",
-        hint=f"try {remedy}; `vattctl plan` finds what fits; --force starts all the same",
+        hint=f"try {remedy}; `vattctl plan` finds what fits; --force starts it anyway",
     )
+
+
+MOST_SHOWN = 3  # lacking things in one message
+
+
+def check_clips(params: "Params") -> None:
+    """Refuse shards on which a later stage must fail: better now than after the pre-training."""
+    from vatt.data.clips.samples import INDEX, read_index
+
+    rows = read_index(params.paths.shards / INDEX)[1]
+    counts = Counter(row.split for row in rows)
+    lacks = [
+        f"{counts[split]} clips of the {split} split, {needed} or more are needed"
+        for split, needed in (("train", 2), ("test", 2))
+        if counts[split] < needed
+    ]
+    for name in params.finetune.run:
+        lacks += _lacks(name, params.finetune.tasks[name], rows)
+    if lacks:
+        more = f"; and {len(lacks) - MOST_SHOWN} more" if len(lacks) > MOST_SHOWN else ""
+        raise DataError(
+            f"too little for the stages after pretrain: {'; '.join(lacks[:MOST_SHOWN])}{more}",
+            hint="add clips, raise data.test_share, or shorten finetune.run (`--set "
+            "finetune.run=[]`); `vattctl pretrain` alone needs no test clips",
+        )
+
+
+def _lacks(name: str, task: "FinetuneTaskParams", rows: "Sequence[IndexRow]") -> list[str]:
+    """What a fine-tuning task needs and the shards do not hold."""
+    sound = task.modality == "audio"
+    usable = [
+        row for row in rows if row.labels.get(task.label) and (row.audio if sound else row.video)
+    ]
+    values = {row.labels[task.label] for row in usable if row.split == "train"}
+    found = []
+    if len(values) < 2:
+        found.append(
+            f"task {name}: {len(values)} values of label '{task.label}' in the train split"
+        )
+    if not any(row.split == "test" for row in usable):
+        found.append(f"task {name}: no test clip with label '{task.label}'")
+    return found
 
 
 def _plain(found: dict[str, Any], price: float | None) -> dict[str, Any]:
     place: Place = found["place"]
     cheapest = found["cheapest"]
     return {
-        "version": PLAN_VERSION,
+        "version": JSON_VERSION,
         "device": place.name,
         "memory_bytes": place.memory,
         "source": "trial" if found["measured"] else "formula",

@@ -14,6 +14,9 @@ from vatt.errors import MachineError
 from vattctl.dvc import STAGES, changed_stages, stages_here
 from vattctl.params import enter_project, print_rich
 
+if TYPE_CHECKING:
+    from vatt.config import Params, PathsParams
+
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -36,7 +39,7 @@ def status(context: click.Context, as_json: bool) -> None:
         click.echo(json.dumps({"version": 1, "stages": rows, "marked_killed": dead}, indent=2))
         return
     for run_id in dead:
-        click.echo(f"MLflow run {run_id} had died: marked KILLED", err=True)
+        click.echo(f"MLflow run {run_id} has died: marked KILLED", err=True)
     _print_rows(rows)
 
 
@@ -90,14 +93,11 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
     print_rich(table)
 
 
-def summary() -> str:
+def summary(paths: "PathsParams") -> str:
     """The results of the last evaluation and where to look, as text."""
     from rich.console import Console
     from rich.table import Table
 
-    from vatt.config import load_params
-
-    paths = load_params().paths
     file = paths.metrics / "evaluate.json"
     if not file.exists():
         return f"no results yet: {file} is missing"
@@ -176,25 +176,44 @@ def ui(context: click.Context, port: int) -> None:
         *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
         *("--backend-store-uri", store, "--workers", "1"),
     ]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
-    try:
-        code = subprocess.run(command, env=environment, check=False).returncode
-    except KeyboardInterrupt:
-        return
-    if code not in (0, -2, 130):
+    code = serve(command)
+    if code != 0:
         raise MachineError(f"the MLflow server ended with {code}", hint="its message is above")
+
+
+# `read` returns when vattctl has ended, however it ends: its pipe is closed then.
+GUARD = """
+read line
+kill -TERM "-$1"
+for i in 1 2 3 4 5 6 7 8 9; do kill -0 "-$1" || exit 0; sleep 0.5; done
+kill -KILL "-$1"
+"""
+
+
+def serve(command: list[str]) -> int:
+    """Run a server until it ends or vattctl does; none of its processes outlives vattctl."""
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    server = subprocess.Popen(command, env=environment, process_group=0)
+    guard = subprocess.Popen(
+        ["sh", "-c", GUARD, "sh", str(server.pid)],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # of `kill`, where nothing is left
+        process_group=0,
+    )
+    try:
+        return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        assert guard.stdin is not None
+        guard.stdin.close()
+        server.wait()
+        guard.wait()
 
 
 def _port_is_free(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
-
-
-COMMANDS = (status, ui)
-
-
-if TYPE_CHECKING:
-    from vatt.config import Params
 
 
 @click.command(
@@ -211,8 +230,8 @@ Examples:
 def compare(context: click.Context, first: str, second: str, resamples: int, as_json: bool) -> None:
     """Compare two evaluations on the clips they share, with a paired bootstrap.
 
-    A run is the id of an evaluate run or of its pipeline in MLflow (its first letters do), or a
-    folder of an evaluation's arrays. A difference whose interval holds 0 may be chance.
+    A run is the MLflow id of an evaluate run or of its pipeline (the first letters suffice), or
+    a folder with the arrays of an evaluation. A difference whose interval contains 0 may be chance.
     """
     given = [Path(run).resolve() for run in (first, second)]  # entering changes the folder
     enter_project(context)
@@ -254,7 +273,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         table.add_row(
             row["name"], one, other, change, f"{low} to {high}", str(gap["n"]), "*" if clear else ""
         )
-    print_rich(table, "* the interval of the difference (first - second) leaves out 0")
+    print_rich(table, "* the interval of the difference (first - second) excludes 0")
 
 
 def _span(gap: dict[str, Any]) -> tuple[float, float, float]:
@@ -265,3 +284,6 @@ def _number(name: str, value: float) -> str:
     if name.endswith(("median_rank", "d_prime")):
         return f"{value:.2f}"
     return f"{100 * value:.1f} %"
+
+
+COMMANDS = (status, ui, compare)

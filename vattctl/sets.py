@@ -1,6 +1,6 @@
 """A data set by its name: presets/sets/<set>.yaml and the recipe that it names -> settings.
 
-Two sub-projects come of it: sets/<set> downloads and preprocesses, experiments/<name> fine-tunes,
+It makes two sub-projects: sets/<set> downloads and preprocesses, experiments/<name> fine-tunes,
 evaluates and reports on its shards, from the checkpoint that --from names.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vatt.errors import DataError, SettingsError, VattError
 from vattctl.experiments import Experiment
-from vattctl.params import PARAMS
+from vattctl.params import PARAMS, Settings
 
 if TYPE_CHECKING:
     from vatt.config import ModelParams, Params
@@ -27,7 +27,6 @@ OWN = ("folder", "csv")
 PAPER_FPS, PAPER_HZ = 25, 48_000  # rates that a checkpoint of another shape was trained with
 SHOWN_WHOLE = 7 / 8  # of the short side, in a test crop
 
-SettingChanges = dict[tuple[str, ...], Any]
 Tree = dict[str, Any]
 
 
@@ -48,7 +47,7 @@ class SetRequest:
 
 @dataclass(frozen=True, slots=True)
 class SetPlan:
-    """The two sub-projects, and what a person should know before they run."""
+    """The two sub-projects of a set, and what to know before they run."""
 
     clips: Experiment
     work: Experiment
@@ -58,7 +57,7 @@ class SetPlan:
 
 
 def folder_of(wanted: SetRequest) -> str:
-    """Of a set's shards; data of one's own may be of several kinds."""
+    """The folder of a set's shards; your own data gets one for each location."""
     if wanted.name not in OWN or wanted.location is None:
         return wanted.name
     short = hashlib.sha256(str(wanted.location).encode()).hexdigest()[:6]
@@ -71,8 +70,8 @@ def names() -> list[str]:
     return sorted(path.stem for path in SETS.glob("*.yaml"))
 
 
-def plan(wanted: SetRequest, project: "Params", assignments: SettingChanges) -> SetPlan:
-    """Settings for a set; whatever cannot work is said here, before anything runs."""
+def plan(wanted: SetRequest, project: "Params", assignments: Settings) -> SetPlan:
+    """Settings for a set; what cannot work is refused here, before anything runs."""
     tree = overlay(wanted.name)
     model = start_model(wanted.start)
     about, files = tree.pop("about", ""), tree.pop("files", "")
@@ -154,12 +153,12 @@ def merged(under: Tree, over: Mapping[str, Any]) -> Tree:
     return result
 
 
-def flat(tree: Tree) -> SettingChanges:
+def flat(tree: Tree) -> Settings:
     """Sections and their keys, as `--set` names them: {("data", "source"): ...}."""
     return {(section, key): value for section, keys in tree.items() for key, value in keys.items()}
 
 
-def assigned(settings: SettingChanges, assignments: SettingChanges) -> SettingChanges:
+def assigned(settings: Settings, assignments: Settings) -> Settings:
     """With the command line's --set, which may reach into a value such as the task."""
     result = dict(settings)
     for keys, value in assignments.items():
@@ -202,7 +201,7 @@ def start_model(folder: Path) -> "ModelParams":
     config = load_config(folder)
     if "classifier" in config:
         raise DataError(
-            f"{folder} holds a classifier, which has no words and no common space",
+            f"{folder} holds a classifier, which has no text tower and no common space",
             hint="start from the pre-trained checkpoint that it was made from",
         )
     return ModelParams.model_validate(config["model"])
@@ -261,13 +260,13 @@ def fit_own(tree: Tree, clips: "list[Clip]", wanted: SetRequest, epochs: int) ->
     if len(classes) < 2:
         raise DataError(
             f"{len(classes)} classes among {splits['train']} labelled train files: "
-            f"nothing to tell apart",
+            "a classifier needs two",
             hint="a folder for each class: root/class/file, or root/train/class/file"
             if wanted.name == "folder" else "a column named label with two values or more",
         )  # fmt: skip
     if not splits["test"]:
         raise DataError(
-            f"no file of {wanted.location} is there to test on",
+            f"{wanted.location} has no test files",
             hint="call its folder test (column split: test), or leave all splits out and a share "
             "of the files is drawn",
         )

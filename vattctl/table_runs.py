@@ -22,13 +22,13 @@ CHECKPOINT = Path("runs/checkpoints/pretrained")
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """A run as it stands: how far it is, what it lacks, what it took or will take."""
+    """How far a run is, what it lacks, and what it took or will take."""
 
     run: "StudyRun"
     state: str  # done, unfinished (or changed since), to run
     missing: tuple[str, ...]  # what must be there first
     measured: float | None  # seconds, of the stages that have run
-    forecast: float | None  # seconds; None: nothing to tell it by
+    forecast: float | None  # seconds; None: unknown
 
 
 def experiment_of(run: "StudyRun", scale: "Scale") -> Experiment:
@@ -156,7 +156,7 @@ def _seconds(folder: Path) -> dict[str, float]:
 
 
 def _training_seconds(params: "Params", folder: Path) -> float | None:
-    """What a pre-training's steps take at their median speed, whatever else the machine did."""
+    """What the steps of a pre-training take at their median speed."""
     from statistics import median
 
     from vatt.tracking.mlflow import metric_values

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vatt.errors import SettingsError, Stopped, VattError
+from vatt.process import INTERRUPTED
 from vattctl.dvc import StageFailed
 from vattctl.experiments import run_experiment
 from vattctl.params import enter_project, print_rich
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from vatt.studies import Scale, StudyRun
 
 NUMBERS = tuple(str(number) for number in range(1, 11))
-RESUMABLE = Stopped.exit_code
+RESUMABLE = (Stopped.exit_code, INTERRUPTED)
 
 
 @click.command(
@@ -27,13 +28,15 @@ Examples:
   vattctl table                 all tables, a line each: what is done, what is missing, its cost
   vattctl table 5 --dry-run     the runs behind table 5 (DropToken while pre-training)
   vattctl table 5               run those that are missing
-  vattctl table all --seeds     three seeds for DropToken and specific against agnostic
+  vattctl table all --seeds     three seeds for DropToken and the two backbones
   vattctl table 1 --dry-run --device h100-80gb --gpus 64""",
 )
 @click.argument("number", required=False, type=click.Choice([*NUMBERS, "all"]))
 @click.option("--dry-run", is_flag=True, help="List the runs, their state and cost; run nothing.")
 @click.option(
-    "--seeds", is_flag=True, help="DropToken and specific against agnostic alone, with three seeds."
+    "--seeds",
+    is_flag=True,
+    help="Only the runs on DropToken and the two backbones, with three seeds.",
 )
 @click.option("--device", help="Forecast for a GPU by its data sheet, e.g. h100-80gb.")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True)
@@ -50,9 +53,9 @@ def table(
 ) -> None:
     """Run what a table of the paper needs, each run an experiment in a folder of its own.
 
-    On the demo corpus the tables are run scaled down; with the paper's settings, on the data sets
+    On the demo corpus the tables are scaled down; with the paper's settings, on the data sets
     that lie in sets/ (`vattctl finetune SET --data DIR`). A run that several tables need is run
-    once, one that was killed goes on. The report shows the results beside the published numbers.
+    once; a killed one continues. The report shows the results next to the published numbers.
     """
     from vatt.config import load_params
 
@@ -110,18 +113,18 @@ def _runs(numbers: Sequence[int], scale: "Scale", *, seeds: bool) -> "list[Study
 def _run_all(
     runs: "Sequence[StudyRun]", scale: "Scale", params: "Params", *, quiet: bool
 ) -> list[str]:
-    """Run each; one that fails does not keep the others, one that is stopped does."""
+    """Run each. A failed run does not stop the others; a stopped one does."""
     failed = []
     for place, run in enumerate(runs, start=1):
         click.echo(f"{place} of {len(runs)}: {run.name}", err=True)
         try:
             run_experiment(experiment_of(run, scale), quiet=quiet)
         except StageFailed as error:
-            if error.exit_code == RESUMABLE:
+            if error.exit_code in RESUMABLE:
                 raise
             click.echo(f"{run.name}: {error}", err=True)
             failed.append(run.name)
-        gather(scale, params)  # what is there, whatever comes
+        gather(scale, params)  # also when a later run fails
     return failed
 
 
