@@ -25,6 +25,7 @@ _BITEXACT = {"fflags": "+bitexact"}
 _EXTENSIONS = {"pcm": "wav", "flac": "flac", "aac": "m4a"}
 Rate = Annotated[int, Field(gt=0, le=10**6)]  # a second
 _CONTAINERS = {"flac": "flac", "aac": "mp4"}
+MARGIN = 256  # pixels that a decoder may add to a side for itself
 _STRICT = {"err_detect": "crccheck+explode"}  # damage is an error, not a picture or sound made up
 
 
@@ -119,7 +120,7 @@ def _decoded(
         codec.thread_count = 1
         if size is not None:  # before memory is taken for what a damaged header claims
             height, width = size
-            codec.options = {**_STRICT, "max_pixels": str((height + 16) * (width + 16))}
+            codec.options = {**_STRICT, "max_pixels": str((height + MARGIN) * (width + MARGIN))}
         if first >= fps:  # before that a seek costs more than it saves
             container.seek(int(first / fps / stream.time_base), stream=stream)
         rate = float(stream.time_base * fps)

@@ -251,7 +251,7 @@ class ShardReader:
 
 def _caption(start: float, end: float, text: str) -> Caption:
     if not (isinstance(text, str) and isfinite(start) and isfinite(end)):
-        raise BrokenMediaError("a caption has no text or no time")
+        raise BrokenMediaError("one of its captions has no text or no time")
     return Caption(float(start), float(end), text)
 
 
