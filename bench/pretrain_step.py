@@ -1,108 +1,32 @@
-"""What a pre-training step costs, as ratios within one run, for the tiny reference model.
-
-The model: 8.2 million weights; video 8 x 64 x 64 (patch 4 x 16 x 16), audio of 16,000 samples
-(patch 128), sentences of 16 words from 8,192; bf16, all tokens kept.
+"""What a pre-training step costs: against plain torch modules, and with cached gradients.
 
     python bench/pretrain_step.py modules     # against the same model of plain torch modules
     python bench/pretrain_step.py caching     # gradient caching: its price, its flat memory
-    python bench/pretrain_step.py engine      # DeepSpeed and logging against a bare loop
-    python bench/pretrain_step.py loader      # CPU seconds of a batch of the demo's clips
-    python bench/pretrain_step.py processes   # two processes of one thread against one
-    python bench/pretrain_step.py --gpu       # the paper's model and batch on one GPU
 
-What is compared runs in turn within each round, so that a busy machine slows both; a time is the
-median over rounds, and the spread from the fastest round to the slowest is shown.
+The model and the way of measuring are in bench/reference.py.
 """
 
-import argparse
 import gc
 import math
-import os
 import resource
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from itertools import repeat
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from reference import RATE, Step, compare, random_batch, reference_model, run_parts, settings
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from vatt.config import (
-    AudioParams,
-    MachineParams,
-    ModelParams,
-    PretrainParams,
-    TextParams,
-    VideoParams,
-    load_params,
-)
-from vatt.data.loading.batches import Batch, scaled
+from vatt.checkpoint import build
+from vatt.data.loading.batches import scaled
 from vatt.model.transformer import SIZES
 from vatt.model.vatt import VATT
-from vatt.tracking import mlflow
-from vatt.tracking.mlflow import Run
-from vatt.tracking.session import Session
-from vatt.training import distributed
-from vatt.training.engine import DeepSpeedEngine, LocalEngine, make_engine
-from vatt.training.optimizer import make_optimizer
-from vatt.training.pretrain import Pretraining, pretrain, pretraining_inputs
-from vatt.training.telemetry import Meter, measured_flops, pretraining_work
+from vatt.training.engine import LocalEngine
+from vatt.training.pretrain import Pretraining, pretraining_inputs
 
-ROOT = Path(__file__).parents[1]
-DEMO, PAPER = (load_params(ROOT / "presets" / f"{name}.yaml") for name in ("demo", "paper"))
-RATE = 1e-4
 MICRO = 32
-Step = Callable[[], object]
-
-
-def reference_model() -> ModelParams:
-    """The tiny reference model."""
-    return ModelParams(
-        recipe="paper",
-        backbone="specific",
-        video=VideoParams(size="tiny", frames=8, frame_size=64, patch=(4, 16, 16)),
-        audio=AudioParams(size="tiny", input="waveform", samples=16_000, patch=128, mel_bins=None),
-        text=TextParams(size="tiny", words=16, vocabulary=8192),
-        va_dim=512,
-        vt_dim=256,
-        dropout=0.0,
-    )
-
-
-def settings(**changes: Any) -> PretrainParams:
-    """The demo's pre-training, all tokens kept."""
-    base = {"drop_rate": 0.0, "precision": "bf16", "text_candidates": 1, "batch_size": 32}
-    return PretrainParams.model_validate(DEMO.pretrain.model_dump() | base | changes)
-
-
-def machine(**changes: Any) -> MachineParams:
-    """The demo's machine."""
-    return MachineParams.model_validate(DEMO.machine.model_dump() | changes)
-
-
-def random_batch(model: ModelParams, clips: int, candidates: int) -> Batch:
-    """Noise of the right shapes."""
-    size = model.video.frame_size
-    assert isinstance(size, int)
-    words = model.text.vocabulary
-    torch.manual_seed(1)
-    return Batch(
-        clip_ids=[str(number) for number in range(clips)],
-        video=torch.randint(256, (clips, model.video.frames, size, size, 3), dtype=torch.uint8),
-        audio=torch.randint(-(2**15), 2**15, (clips, model.audio.samples), dtype=torch.int16),
-        text=torch.randint(1, words, (clips, candidates, model.text.words)),
-        has_video=torch.ones(clips, dtype=torch.bool),
-        has_audio=torch.ones(clips, dtype=torch.bool),
-        colour=torch.tensor([0.0, 1.0, 1.0, 0.0]).repeat(clips, 1),
-        labels={},
-    )
 
 
 def our_step(
@@ -111,7 +35,7 @@ def our_step(
     """A step of plain torch's engine on a batch in memory."""
     torch.manual_seed(0)
     params = settings(text_candidates=candidates, batch_size=clips, precision=precision)
-    model = VATT(reference_model())
+    model = build(reference_model())
     engine = LocalEngine(
         Pretraining(model, params, micro_batch_size=micro), params.optimizer, params.precision
     )
@@ -123,30 +47,6 @@ def our_step(
         return losses["loss"].item()
 
     return step
-
-
-def compare(title: str, steps: dict[str, Step], rounds: int) -> list[float]:
-    """Seconds of the steps taken in turn, printed; returns each round's first / second."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            if number:  # the first round warms up
-                times[name].append(time.perf_counter() - began)
-    first, second = times.values()
-    ratios = [one / other for one, other in zip(first, second, strict=True)]
-    print(f"\n{title}")
-    for name, values in times.items():
-        print(f"  {name:44} {show(values, 'ms', 1e3)}")
-    print(f"  {' / '.join(steps):44} {show(ratios, 'x', 1)}")
-    return ratios
-
-
-def show(values: list[float], unit: str, scale: float) -> str:
-    """The median and the spread."""
-    low, middle, high = (scale * f(values) for f in (min, statistics.median, max))
-    return f"{middle:8.2f} {unit} ({low:.2f} to {high:.2f})"
 
 
 # --- the same model of plain torch modules --------------------------------------------------------
@@ -280,7 +180,7 @@ def head(in_dim: int, out_dim: int) -> nn.Sequential:
 def plain_step(clips: int, precision: str = "bf16") -> Step:
     """A step of the model of plain modules with torch's own fused Adam."""
     torch.manual_seed(0)
-    ours = VATT(reference_model())
+    ours = build(reference_model())
     model = PlainVatt(ours).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, fused=True)
     batch = random_batch(ours.params, clips, 1)
@@ -299,7 +199,7 @@ def plain_step(clips: int, precision: str = "bf16") -> Step:
 
 def modules(rounds: int) -> None:
     """Our model against the same one of plain torch modules."""
-    weights = sum(weight.numel() for weight in VATT(reference_model()).parameters())
+    weights = sum(weight.numel() for weight in build(reference_model()).parameters())
     losses = [step() for step in (our_step(32, precision="fp32"), plain_step(32, "fp32"))]
     print(f"{weights / 1e6:.2f} million weights; first loss, fp32: {losses[0]:.6f} ours, "
           f"{losses[1]:.6f} plain modules")  # fmt: skip
@@ -324,10 +224,10 @@ def caching(rounds: int) -> None:
     )
     peaks = []
     for clips in (64, 256, 1024, 2048):
-        command = [sys.executable, __file__, "memory", "--clips", str(clips)]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        print(f"  {told.strip()}")
-        peaks.append(float(told.split("beyond ")[1].split()[0]))
+        command = [sys.executable, __file__, "memory", str(clips)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        print(f"  {done.stdout.strip()}")
+        peaks.append(float(done.stdout.split("beyond ")[1].split()[0]))
     print(f"  largest over smallest: {max(peaks) / min(peaks):.3f} (wanted: at most 1.05)")
 
 
@@ -354,254 +254,9 @@ def memory(clips: int, micro: int = MICRO, candidates: int = 5) -> None:
           f"(features {features / 1e6:.1f} MB; resident in all {resident:.0f} MB)")  # fmt: skip
 
 
-# --- DeepSpeed and logging ------------------------------------------------------------------------
-
-
-def engine(rounds: int) -> None:
-    """The pipeline's loop, DeepSpeed and MLflow included, against a bare one."""
-    model, steps = reference_model(), 25
-    batch = random_batch(model, 32, 1)
-    reports: list[float] = []
-    steps_of = {
-        "DeepSpeed and MLflow": lambda: pipeline_seconds(model, batch, steps, reports),
-        "bare loop": lambda: bare_seconds(model, batch, steps),
-    }
-    times: dict[str, list[float]] = {name: [] for name in steps_of}
-    with distributed.process_group(machine()):
-        for number in range(rounds + 1):
-            for name, seconds in steps_of.items():
-                taken = seconds()
-                if number:
-                    times[name].append(taken)
-    print("\na step of 32 clips from memory, bf16, one process")
-    for name, values in times.items():
-        print(f"  {name:44} {show(values, 'ms', 1e3)}")
-    first, second = times.values()
-    ratios = [one / other for one, other in zip(first, second, strict=True)]
-    print(f"  {'ratio (wanted: at most 1.10)':44} {show(ratios, 'x', 1)}")
-    cost, every = statistics.median(reports), DEMO.pretrain.report_every
-    share = cost / every / statistics.median(second)
-    print(f"  {'a report, CPU time, MLflow included':44} {show(reports, 'ms', 1e3)}")
-    print(f"  {f'of a step, with one every {every} steps':44} {share:8.2%} (wanted: under 1 %)")
-
-
-def timed(batches: Iterator[Batch], times: list[float]) -> Iterator[Batch]:
-    """The batches, with the time at which each was asked for."""
-    for batch in batches:
-        times.append(time.perf_counter())
-        yield batch
-
-
-def mean_step(times: list[float]) -> float:
-    """Seconds from one batch to the next, without the first ones."""
-    return (times[-1] - times[3]) / (len(times) - 4)
-
-
-def pipeline_seconds(model: ModelParams, batch: Batch, steps: int, reports: list[float]) -> float:
-    """Seconds of a step of the stage's loop; notes the CPU seconds of a report."""
-    times: list[float] = []
-    params = settings(steps=steps, save_every=10**6, report_every=10, evaluate_every=None)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        here = machine(mlflow_uri=f"sqlite:///{folder}/mlflow.db")
-        paths = DEMO.paths.model_copy(update={"runs": folder / "runs"})
-        whole = DEMO.model_copy(update={"machine": here, "paths": paths})
-        with mlflow.run("pretrain", whole, stage_hash="bench") as run:
-            session = Session(run, folder / "state", lambda done, total, note="": None)
-            torch.manual_seed(0)
-            pretrain(
-                VATT(model), lambda first: timed(repeat(batch), times), params,
-                machine=here, seed=0, state=folder / "state", data_hash="", **session.hooks(),
-            )  # fmt: skip
-            reports.append(report_seconds(run, session, Meter(pretraining_work(model, params))))
-    return mean_step(times[:steps])
-
-
-def report_seconds(run: Run, session: Session, meter: Meter, count: int = 200) -> float:
-    """CPU seconds of one report of what the loop tells, until it is in the store."""
-    losses = dict.fromkeys(("loss", "nce", "mil_nce", "gradient_norm", "learning_rate"), 1.0)
-    began = time.process_time()
-    for number in range(count):
-        session.report(10**6 + number, losses | meter.read())
-    run.flush()
-    return (time.process_time() - began) / count
-
-
-def bare_seconds(model_params: ModelParams, batch: Batch, steps: int) -> float:
-    """Seconds of a step of a loop that does nothing else: forward, backward, clip, update."""
-    times: list[float] = []
-    params = settings()
-    torch.manual_seed(0)
-    model = VATT(model_params)
-    module = Pretraining(model, params).train()
-    optimizer = make_optimizer(module.parameters(), params.optimizer)
-    for group in optimizer.param_groups:
-        group["lr"] = RATE
-    for number, one in enumerate(timed(repeat(batch), times)):
-        if number == steps - 1:
-            break
-        with torch.autocast("cpu", torch.bfloat16):
-            losses = module(*pretraining_inputs(model, one, number, drop_rate=0.0, seed=0))
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return mean_step(times)
-
-
-def loader(rounds: int) -> None:
-    """CPU seconds that a batch of real clips costs, made and packed by the demo's stages."""
-    import yaml
-
-    from vatt.data.loading.batches import Sampling, train_batches
-    from vatt.data.loading.reader import ShardIndex
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        raw = yaml.safe_load((ROOT / "presets" / "demo.yaml").read_text(encoding="utf-8"))
-        raw["data"]["demo"] |= {"train_clips": 256, "test_clips": 32, "dead_links": 0}
-        raw["data"]["min_clips"] = 16
-        (folder / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-        (folder / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
-        told = os.environ | {"PYTHONPATH": str(ROOT)}
-        for stage in ("download", "preprocess"):
-            command = [sys.executable, "-m", f"stages.{stage}"]
-            subprocess.run(command, cwd=folder, env=told, check=True, capture_output=True)
-        batches = train_batches(
-            ShardIndex.load(folder / "data" / "shards", split="train"),
-            Sampling.for_pretraining(DEMO.model, DEMO.pretrain),
-            batch_size=32,
-            steps=range(1 + 3 * rounds),
-            seed=0,
-        )
-        next(batches)
-        began, count = time.process_time(), 0
-        for _ in batches:
-            count += 1
-        spent = (time.process_time() - began) / count
-    print(f"  the loader's CPU seconds for a batch of 32 demo clips: {spent:.3f} "
-          f"({spent / 32 * 1e3:.1f} ms a clip, H.264 decoded, cropped, not cached)")  # fmt: skip
-
-
-# --- processes ------------------------------------------------------------------------------------
-
-
-def processes(rounds: int) -> None:
-    """Two processes of one thread each against one of one thread, DeepSpeed ZeRO-1."""
-    for clips in (64, 128):
-        speeds: dict[int, list[float]] = {1: [], 2: []}
-        for _ in range(rounds):
-            for number, values in speeds.items():
-                values.append(launched_speed(number, clips))
-        print(f"\na global batch of {clips}, bf16, one thread a process")
-        for number, values in speeds.items():
-            print(f"  {f'processes: {number}':44} {show(values, 'samples/s', 1)}")
-        ratios = [two / one for one, two in zip(*speeds.values(), strict=True)]
-        print(f"  {'two over one (wanted: at least 1.6)':44} {show(ratios, 'x', 1)}", flush=True)
-
-
-def launched_speed(number: int, clips: int) -> float:
-    """Samples a second of `worker` in so many processes."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc_per_node", str(number), __file__, "worker", "--clips", str(clips),
-    ]  # fmt: skip
-    told = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=told, capture_output=True, text=True, check=True)
-    return float(done.stdout.split("samples/s:")[1].split()[0])
-
-
-def worker(clips: int, steps: int = 10) -> None:
-    """One of several processes; rank 0 tells the speed."""
-    here = machine(threads=1, zero_stage=1)
-    with distributed.process_group(here):
-        torch.manual_seed(0)
-        params = settings(batch_size=clips)
-        model = VATT(reference_model())
-        trained = DeepSpeedEngine(Pretraining(model, params), params.optimizer, "bf16", here)
-        batch = random_batch(model.params, clips // distributed.world_size(), 1)
-        times = []
-        for _ in range(steps):
-            times.append(time.perf_counter())
-            losses = trained(*pretraining_inputs(model, batch, 0, drop_rate=0.0, seed=0))
-            trained.update(losses["loss"], learning_rate=RATE)
-        if distributed.rank() == 0:
-            print(f"samples/s: {clips / mean_step(times):.2f}")
-
-
-# --- one GPU --------------------------------------------------------------------------------------
-
-
-def gpu(clips: int, micro: int, rounds: int, *, compiled: bool) -> None:
-    """The paper's model (Medium-Base-Small), batch and DropToken: memory, samples/s, MFU."""
-    peak = measured_flops("bf16")
-    print(f"{torch.cuda.get_device_name()}: bf16 matrix peak, measured: {peak / 1e12:.0f} TFLOP/s")
-    params, plain = PAPER.pretrain, 0.0
-    work = pretraining_work(PAPER.model, params).flops / params.batch_size
-    with distributed.process_group(machine()):
-        for stage, cached in ((1, False), (1, True), (2, True), (3, True)):
-            size = clips if cached else micro
-            can_compile = compiled and stage < 3  # ZeRO-3's weights come and go
-            here = machine(zero_stage=stage, micro_batch_size=micro, compile=can_compile)
-            times, peak_bytes = gpu_step(here, size, rounds)
-            seconds = statistics.median(times)
-            plain = plain or seconds / size
-            print(f"  ZeRO-{stage}, batch {size}, {'cached' if cached else 'plain'}"
-                  f"{', compiled' if can_compile else ''}: {show(times, 's', 1)}, "
-                  f"{size / seconds:.0f} samples/s, MFU {work * size / seconds / peak:.1%} (what "
-                  f"runs twice counts once), peak {peak_bytes / 2**30:.1f} GiB, "
-                  f"{seconds / size / plain:.2f} times the plain seconds a clip")  # fmt: skip
-            gc.collect()
-            torch.cuda.empty_cache()
-
-
-def gpu_step(here: MachineParams, clips: int, rounds: int) -> tuple[list[float], int]:
-    """Seconds of the paper's step with settings of `machine`, and its peak memory."""
-    torch.manual_seed(0)
-    params, model = PAPER.pretrain, VATT(PAPER.model)
-    module = Pretraining(model, params, micro_batch_size=here.micro_batch_size)
-    trained = make_engine(module, params.optimizer, "bf16", here)
-    batch = random_batch(PAPER.model, clips, params.text_candidates)
-    batch.colour = torch.tensor([0.1, 1.2, 0.8, 0.1]).repeat(clips, 1)  # as the recipe changes them
-    times = []
-    torch.cuda.reset_peak_memory_stats()
-    for number in range(rounds + 2):
-        inputs = pretraining_inputs(model, batch, number, drop_rate=params.drop_rate, seed=0)
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        losses = trained(*inputs)
-        trained.update(losses["loss"], learning_rate=RATE)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-        del inputs, losses
-    return times[2:], torch.cuda.max_memory_allocated()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = {
-        "modules": modules, "caching": caching, "engine": engine, "loader": loader,
-        "processes": processes,
-    }  # fmt: skip
-    parser.add_argument("part", nargs="*", choices=[*parts, "memory", "worker"], default=[*parts])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clips", type=int, default=2048)
-    parser.add_argument("--micro", type=int, default=64, help="micro-batch size on a GPU")
-    parser.add_argument("--gpu", action="store_true", help="measure the paper's step on a GPU")
-    parser.add_argument("--compile", action="store_true", help="on a GPU: machine.compile")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.gpu:
-        gpu(options.clips, options.micro, options.rounds, compiled=options.compile)
-    elif options.part == ["memory"]:
-        memory(options.clips)
-    elif options.part == ["worker"]:
-        worker(options.clips)
-    else:
-        for name in options.part:
-            parts[name](options.rounds)
-
-
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["memory"]:  # a process of `caching`
+        torch.set_num_threads(2)
+        memory(int(sys.argv[2]))
+    else:
+        run_parts({"modules": modules, "caching": caching}, __doc__.splitlines()[0])
