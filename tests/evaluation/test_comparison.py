@@ -59,7 +59,7 @@ def test_shared_clips_are_compared_as_a_naive_loop_does(tmp_path):
     assert probe == pytest.approx(expected, abs=2e-6)
 
 
-def test_retrieval_is_asked_again_among_the_shared_clips(tmp_path):
+def test_retrieval_is_ranked_again_among_the_common_clips(tmp_path):
     ours = write(tmp_path / "a", range(30), seed=1)
     theirs = write(tmp_path / "b", range(12, 50), seed=2)
     rows = compared(tmp_path / "a", tmp_path / "b")

@@ -1,4 +1,4 @@
-"""The whole evaluation over real shards: complete, JSON-ready, the same twice."""
+"""The complete evaluation over real shards: all numbers, valid JSON, the same twice."""
 
 import json
 from pathlib import Path

@@ -43,7 +43,7 @@ def test_pads_count_nowhere(encoder):
         np.testing.assert_allclose(plain[name], padded[name], atol=1e-5)
 
 
-def test_a_clip_without_a_modality_is_not_asked_for_it(encoder):
+def test_a_clip_without_a_modality_is_left_out_of_it(encoder):
     (batch,) = batches(clips=4, batch_size=4)
     has_audio = torch.tensor([True, False, True, False])
     found = inner_views(encoder, [replace(batch, has_audio=has_audio)])

@@ -1,4 +1,4 @@
-"""Probes over official splits: every fold is learned and asked, mean and deviation by hand."""
+"""Probes over official splits: every fold is trained and tested; mean and deviation by hand."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def passes(n, folds_of, *, clips=2):
     return found
 
 
-def test_each_value_of_one_label_is_asked_once():
+def test_each_value_of_one_label_is_tested_once():
     values = np.array(["1", "2", "1", "", "3"])
     folds = official_folds({"fold": values})
     assert list(folds) == ["1", "2", "3"]
@@ -84,10 +84,10 @@ def test_the_mean_and_deviation_are_those_of_the_folds():
     one = np.concatenate([centre[s].video[:, 0] for s in centre])
     several = np.concatenate([many[s].video for s in centre])
     accuracies = []
-    for asked in "12345":
-        learned = fold != asked
+    for tested in "12345":
+        trained = fold != tested
         answers = svm_correct(
-            (one[learned], labels[learned]), (several[~learned], labels[~learned])
+            (one[trained], labels[trained]), (several[~trained], labels[~trained])
         )
         accuracies.append(answers.mean())
     assert metric["value"] == pytest.approx(np.mean(accuracies), abs=1e-6)
@@ -140,7 +140,7 @@ def test_the_passes_are_those_that_the_probes_need_and_no_more():
 
 @needs_data
 def test_the_official_lists_give_the_official_splits(tmp_path):
-    """UCF101 and HMDB51 three splits, ESC-50 five folds: clips learned from, clips asked."""
+    """UCF101 and HMDB51 three splits, ESC-50 five folds: train clips, test clips."""
     names = [f"{split}list0{k}.txt" for split in ("train", "test") for k in (1, 2, 3)]
     places = {
         "ucf101": place(tmp_path / "u", {name: FILES / "UCF101" / name for name in names}),

@@ -30,7 +30,7 @@ CLIPS = 3
 
 
 def kept_by_autograd(model, params, precision):
-    """Bytes that the encoders' graph holds, weights and their casts apart."""
+    """Bytes in the graph of the encoders, without weights and their casts."""
     torch.manual_seed(0)
     built = VATT(model).train()
     held = {p.untyped_storage().data_ptr() for p in built.parameters()}
@@ -143,7 +143,7 @@ def test_activation_checkpointing_keeps_less():
 
 
 def test_a_cpu_s_bf16_library_keeps_something_for_each_number_of_clips():
-    """Cached, the encoders see one clip, a remainder, and whole micro-batches."""
+    """Cached, the encoders see one clip, a remainder, and full micro-batches."""
     assert BatchSettings().clip_counts(64) == 1
     assert BatchSettings(micro_batch_size=16).clip_counts(65) == 2  # 1, 16
     assert BatchSettings(micro_batch_size=16).clip_counts(64) == 3  # 1, 15, 16
