@@ -196,7 +196,10 @@ def _history(clips: tuple[str, ...], files: list[Path], *, as_json: bool) -> Non
         return
     for row in rows:
         known = ("time", "clip_id", "stage", "state", "reason", "has", "seconds", "tools")
-        click.echo("  ".join(_text(row[name]) for name in known if name in row))
+        counted = ("captions_dropped", "captions_repaired", "encoding")
+        facts = [_text(row[name]) for name in known if name in row]
+        facts += [f"{name} {row[name]}" for name in counted if name in row]
+        click.echo("  ".join(facts))
 
 
 def _text(value: Any) -> str:

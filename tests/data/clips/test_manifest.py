@@ -66,7 +66,7 @@ def test_a_manifest_is_described_in_one_pass(tmp_path):
 
 def test_a_file_that_is_no_parquet_is_named(tmp_path):
     (tmp_path / "m.parquet").write_text("{}")
-    with pytest.raises(DataError, match=r"m\.parquet is no Parquet manifest"):
+    with pytest.raises(DataError, match=r"m\.parquet is not a Parquet manifest"):
         list(read_manifest(tmp_path / "m.parquet"))
 
 
@@ -77,8 +77,8 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path):
         ({"clip_id": "a.b"}, "clip_id"),
         ({"split": "training"}, "split"),
         ({"start": 3.0, "end": 2.0}, "empty"),
-        ({"end": "two"}, "no time in seconds"),
-        ({"labels": {"digit": 7}}, "no text"),
+        ({"end": "two"}, "not a time in seconds"),
+        ({"labels": {"digit": 7}}, "not a text"),
         ({"captions": [[0.0, 1.0]]}, "not a clip"),
     ],
 )

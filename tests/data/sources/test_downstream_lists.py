@@ -262,12 +262,17 @@ def test_real_sounds_of_esc50_are_taken_from_their_folder(tmp_path):
         ("kinetics400", "a.csv", "youtube_id,time_start,time_end,split\nx,1,2,val\n", "a.csv:2"),
         ("hmdb51", "run_test_split1.txt", "a.avi 1\nb.avi 7\n", "split1.txt:2: 'b.avi 7'"),
         ("esc50", "esc50.csv", "filename,fold,category\na.wav,9,dog\n", "esc50.csv:2: fold '9'"),
-        ("moments", "trainingSet.csv", "run/a.mp4,run,3,0\nb.mp4,run\n", "Set.csv:2: no file"),
+        ("moments", "trainingSet.csv", "run/a.mp4,run,3,0\nb.mp4,run\n", "Set.csv:2: not a file"),
         ("youcook2", "validation_youcook.csv", "end,start,task,text\n", "no column video_id"),
         ("ucf101", "classInd.txt", "", "no trainlist01.txt"),
-        ("vggsound", "vggsound.csv", "a,1,dog,train\nb,2\n", "vggsound.csv:1: 'a' is no YouTube"),
-        ("vggsound", "test.csv", "a.mp4,dog\n", "test.csv:1: no file <id>_<second>.mp4"),
-        ("vggsound", "notes.txt", "", "none of vggsound.csv, train.csv, test.csv"),
+        (
+            "vggsound",
+            "vggsound.csv",
+            "a,1,dog,train\nb,2\n",
+            "vggsound.csv:1: 'a' is not a YouTube",
+        ),
+        ("vggsound", "test.csv", "a.mp4,dog\n", "test.csv:1: not a file <id>_<second>.mp4"),
+        ("vggsound", "notes.txt", "", "not one of vggsound.csv, train.csv, test.csv"),
     ],
 )
 def test_broken_lists_are_named_by_line(tmp_path, name, file, text, message):

@@ -9,9 +9,9 @@ import pytest
 from tests.data.corpus import TEST_DATA, demo_params, needs_data
 from vatt.data.clips.manifest import read_manifest, write_manifest
 from vatt.data.sources import howto100m
-from vatt.data.sources.audioset import read_audioset, read_class_names, read_segments
 from vatt.data.sources.choice import listed, mark_of_lists
 from vatt.data.sources.howto100m import read_howto100m, stream_object
+from vatt.data.sources.labelled import read_audioset, read_class_names, read_segments
 from vatt.errors import DataError
 
 FILES = Path(TEST_DATA or "/nowhere") / "annotations"
@@ -97,10 +97,10 @@ def test_a_large_json_file_is_read_member_by_member(tmp_path, monkeypatch):
 
 
 def test_howto100m_names_what_is_missing_or_wrong(tmp_path):
-    with pytest.raises(DataError, match=r"none of raw_caption.json, caption.json, captions"):
+    with pytest.raises(DataError, match=r"not one of raw_caption.json, caption.json, captions"):
         list(read_howto100m(tmp_path, DATA))
     place(tmp_path, {howto100m.VIDEOS: HEADER + "short,A,B,1,2\n", "caption.json": "{}"})
-    with pytest.raises(DataError, match=r"HowTo100M_v1.csv:2: 'short' is no YouTube id"):
+    with pytest.raises(DataError, match=r"HowTo100M_v1.csv:2: 'short' is not a YouTube id"):
         list(read_howto100m(tmp_path, DATA))
     (tmp_path / howto100m.VIDEOS).write_text("video_id;task_id\n")
     with pytest.raises(DataError, match=r"HowTo100M_v1.csv:1: no column video_id, category_1"):

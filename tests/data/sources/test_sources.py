@@ -3,17 +3,15 @@
 import os
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from tests.data.corpus import TEST_DATA, demo_params, needs_data, write_media
+from tests.data.corpus import demo_params, write_media
 from tests.data.sharding.test_shards import write
 from vatt.data.clips.ledger import read_ledger
 from vatt.data.clips.manifest import read_manifest, write_manifest
 from vatt.data.fetching.download import download
 from vatt.data.sources.folder import ingest_settings, scan
-from vatt.data.sources.urls import read_urls
 from vatt.errors import DataError
 
 PARAMS = demo_params(test_share=0.25)
@@ -165,84 +163,3 @@ def test_a_folder_without_videos_is_said_so(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(DataError, match="no video, sound or image in"):
         scan(tmp_path, PARAMS.data)
-
-
-def listed(tmp_path, text: str | bytes):
-    path = tmp_path / "list.csv"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return list(read_urls(path, PARAMS.data))
-
-
-def test_a_list_of_addresses(tmp_path):
-    clips = listed(
-        tmp_path,
-        "\ufeffurl,time_start,time_end,split,label,text,licence\r\n"
-        'https://x.org/a.mp4,1,3.5,test,"arm, wrestling",two people,CC0\r\n'
-        "https://x.org/b.mp4,,,,,,\r\n",
-    )
-    first, second = clips
-    assert (first.start, first.end, first.split, first.licence) == (1.0, 3.5, "test", "CC0")
-    assert first.labels == {"label": "arm, wrestling"} and first.captions[0].text == "two people"
-    assert (second.start, second.end, second.labels, second.captions) == (0.0, None, {}, ())
-
-
-def test_paths_are_files_beside_the_list_or_on_a_mirror(tmp_path):
-    (tmp_path / "b.mp4").touch()
-    text = "path,label\na b.mp4,1\nb.mp4,2\n"
-    assert [clip.url for clip in listed(tmp_path, text)] == ["folder:a b.mp4", "folder:b.mp4"]
-    mirrored = PARAMS.data.model_copy(update={"base_urls": ("http://mirror",)})
-    found = [clip.url for clip in read_urls(tmp_path / "list.csv", mirrored)]
-    assert found == ["urls:a b.mp4", "folder:b.mp4"]
-
-
-@needs_data
-def test_each_file_of_a_list_ends_in_its_state(tmp_path):
-    hostile = Path(TEST_DATA) / "hostile"
-    for name in ("ok_reference.mp4", "zero_length.mp4"):
-        (tmp_path / name).symlink_to(hostile / name)
-    location = tmp_path / "list.csv"
-    location.symlink_to(hostile / "manifests" / "missing_files.csv")
-    params = demo_params(source="urls", location=location)
-    clips = list(read_urls(location, params.data))
-    counts = download(
-        clips, params.data, params.machine, media=tmp_path / "media", ledger=tmp_path / "l"
-    )
-    assert counts == {"ok": 1, "not-found": 1, "corrupt": 1}
-
-
-def test_youtube_ids_become_addresses(tmp_path):
-    [video] = listed(tmp_path, "youtube_id,label\nabc_-12,x\n")
-    assert video.url == "https://www.youtube.com/watch?v=abc_-12"
-
-
-def test_clips_of_one_video_fall_in_one_split(tmp_path):
-    rows = "".join(f"https://x.org/{k % 40}.mp4,{k},{k + 1}\n" for k in range(400))
-    clips = listed(tmp_path, "url,start,end\n" + rows)
-    splits = {}
-    for clip in clips:
-        splits.setdefault(clip.url, set()).add(clip.split)
-    assert all(len(found) == 1 for found in splits.values())
-    assert 3 <= sum(found == {"test"} for found in splits.values()) <= 18
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "is empty"),
-        ("path,label\n", "lists no clip"),
-        ("path;label\na.mp4;0\n", "separated by commas"),
-        ("name,label\na,b\n", "no column named url, path, youtube_id"),
-        ("url\nfile:///etc/passwd\n", r"list.csv:2: .* no http or https address"),
-        ("url,start,end\nhttp://x/a,2,1\n", r"list.csv:2: the span from 2.0 to 1.0 is empty"),
-        ("url,start\nhttp://x/a,zero\n", r"list.csv:2: start 'zero' is no number"),
-        ("url,start\nhttp://x/a,nan\n", "is no number"),
-        ("url\nhttp://x/a\nhttp://x/a\n", r"list.csv:3: the same clip as in line 2"),
-        ("url,split\nhttp://x/a,testing\n", "split 'testing'"),
-        ("url,label\nhttp://x/a,b,c\n", r"list.csv:2: 3 fields under 2 column names"),
-        (b"url\n\xff\xfe\n", "no text in UTF-8"),
-    ],
-)
-def test_bad_lists_name_the_line_and_the_fault(tmp_path, text, message):
-    with pytest.raises(DataError, match=message) as caught:
-        listed(tmp_path, text)
-    assert caught.value.hint and caught.value.exit_code == 3

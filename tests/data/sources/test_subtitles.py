@@ -1,11 +1,14 @@
 """Subtitle files give captions; what cannot be read is counted."""
 
+import json
 import subprocess
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from tests.data.corpus import TEST_DATA, needs_data, write_media
-from vatt.data.clips.manifest import Caption
+from vatt.data.clips.manifest import Caption, CaptionFaults
 from vatt.data.clips.media import find_ffmpeg
 from vatt.data.sources.subtitles import embedded_captions, read_subtitles
 
@@ -90,16 +93,210 @@ def test_json(tmp_path, content, texts, dropped):
     assert got.dropped == dropped
 
 
-def test_other_encodings_are_read(tmp_path):
+def test_other_encodings_are_read_and_a_guessed_one_is_named(tmp_path):
     cue = "1\n00:00:00,000 --> 00:00:01,000\nCafé\n"
-    for encoding in ("latin-1", "utf-16", "utf-8-sig"):
-        assert read(tmp_path, "a.srt", cue.encode(encoding)).captions[0].text == "Café"
+    for encoding, named in (("latin-1", "cp1252"), ("utf-16", ""), ("utf-8-sig", "")):
+        got = read(tmp_path, "a.srt", cue.encode(encoding))
+        assert got.captions[0].text == "Café" and got.faults == CaptionFaults(encoding=named)
+
+
+OPEN, POUR, STIR = (
+    Caption(1.0, 2.0, "open the door"),
+    Caption(3.0, 4.0, "pour the milk"),
+    Caption(5.0, 6.0, "stir it"),
+)
+REPORTED_SRT = {
+    "noblank.srt": ((OPEN, POUR, STIR), CaptionFaults()),
+    "crcrlf.srt": ((OPEN, POUR), CaptionFaults()),
+    "utf16nobom.srt": ((OPEN, POUR), CaptionFaults()),
+    "blanktext.srt": ((OPEN, POUR, STIR), CaptionFaults()),
+    "gbk.srt": (
+        (Caption(1.0, 2.0, "打开门"), Caption(3.0, 4.0, "倒牛奶")), CaptionFaults(encoding="gb18030"),
+    ),
+    "cp1251.srt": (
+        (Caption(1.0, 2.0, "открой дверь"), Caption(3.0, 4.0, "налей молоко")),
+        CaptionFaults(encoding="cp1251"),
+    ),
+    "badbyte.srt": (
+        (
+            Caption(1.0, 2.0, "naïve café"), Caption(3.0, 4.0, "señor, über alles"),
+            Caption(5.0, 6.0, "cut off caf\ufffd"),
+        ),
+        CaptionFaults(repaired=1),
+    ),
+    "yt.vtt": (
+        (
+            Caption(1.0, 3.99, "first open the door"), Caption(4.0, 6.99, "then pour the milk"),
+            Caption(7.0, 9.99, "and stir it"),
+        ),
+        CaptionFaults(),
+    ),
+}  # fmt: skip
+
+
+@needs_data
+@pytest.mark.parametrize("name", REPORTED_SRT)
+def test_reported_files_give_their_cues_at_their_times(name):
+    got = read_subtitles(Path(TEST_DATA) / "reported" / "09_srt" / name)
+    assert (got.captions, got.faults) == REPORTED_SRT[name]
+
+
+HOSTILE = {
+    "fuzz-sub-OverflowError-199.srt": (0, 2), "sub-bigint.json": (0, 1),
+    "sub-bigint2.json": (0, 1), "sub-dup.json": (1, 0), "sub-dur-null.json": (0, 1),
+    "sub-dur-str.json": (1, 0), "sub-entity.srt": (1, 0), "sub-hours.srt": (0, 1),
+    "sub-hours400.srt": (0, 1),
+}  # fmt: skip
+
+
+@needs_data
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_read_and_counted(name):
+    got = read_subtitles(Path(TEST_DATA) / "attack" / name)
+    assert (len(got.captions), got.dropped) == HOSTILE[name]
+
+
+ONE, TWO = "00:00:01,000 --> 00:00:02,000", "00:00:03,000 --> 00:00:04,000"
+SHAPES = {
+    "no numbers": f"{ONE}\nopen the door\n\n{TWO}\npour the milk\n",
+    "no numbers, no empty lines": f"{ONE}\nopen the door\n{TWO}\npour the milk",
+    "every line is followed by an empty one": f"1\n\n{ONE}\n\nopen\n\nthe door\n\n\n\n2\n\n{TWO}\n\npour the milk\n",
+    "numbers stand there twice": f"1\n1\n{ONE}\nopen the door\n\n2\n2\n{TWO}\npour the milk\n",
+    "one number is missing": f"1\n{ONE}\nopen the door\n\n{TWO}\npour the milk\n",
+    "the first number is missing": f"{ONE}\nopen the door\n\n2\n{TWO}\npour the milk\n",
+    "spaces in the empty lines": f"1\n{ONE}\nopen the door\n \t\n2\n{TWO}\npour the milk\n \n",
+    "vtt without empty lines": f"WEBVTT\n{ONE}\nopen the door\n{TWO}\npour the milk\n",
+    "names of cues": f"WEBVTT\n\nintro\n{ONE}\nopen the door\n\nthe milk - 2\n{TWO}\npour the milk\n",
+    "a name of one cue": f"WEBVTT\n\n{ONE}\nopen the door\n\nmilk\n{TWO}\npour the milk\n",
+    "comments": f"WEBVTT - a title\n\nSTYLE\n::cue {{ color: red }}\n\nREGION\nid:a\n\n{ONE} align:start\n"
+    f"open the door\n\nNOTE\nnot said\nnor this\n\nNOTE one line\n\n2\n{TWO} line:0 position:50%\n<v Ann>pour <b>the milk</b>\n",
+    "other arrows and spaces": "1\n00: 00: 01, 000 -> 00:00:02.000\nopen the door\n\n2\n00:03.000 —> 00:04,0\npour the milk\n",
+    "coordinates": f"1\n{ONE} X1:40 X2:600 Y1:20 Y2:50\n{{\\an8}}open the door\n\n2\n{TWO}\n<font color=red>pour the milk</font>\n",
+    "unseen marks": f"1\n{ONE}\n\u202aopen the\u200b door\u202c\n\n2\n{TWO}\n\ufeffpour&nbsp;the milk\n",
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\r\r\n"])
+def test_cues_are_found_whatever_surrounds_them(tmp_path, shape, end):
+    name = "a.vtt" if SHAPES[shape].startswith("WEBVTT") else "a.srt"
+    got = read(tmp_path, name, SHAPES[shape].replace("\n", end))
+    assert got.captions == (OPEN, POUR) and not got.faults
+
+
+@pytest.mark.parametrize(
+    ("cue", "texts", "dropped", "repaired"),
+    [
+        ("00:00:03,000 --> 00:00:03,000\nno time\n", [], 1, 0),
+        ("00:00:0x,000 --> 00:00:04,000\nbad start\n", [], 1, 0),
+        ("00:00:03,000 00:00:04,000\nno arrow\n", [], 1, 0),
+        ("00:00:03,000 --> \nno end\n", [], 1, 0),
+        ("nan --> inf\nno times\n", [], 1, 0),
+        ("999999:00:00,000 --> 999999:00:01,000\nabsurd\n", [], 1, 0),
+        ("-00:00:01,000 --> 00:00:04,000\nearly\n", ["early"], 0, 1),
+        ("00:00:60,000 --> 00:01:02,000\nlate\n", ["late"], 0, 1),
+        ("00:00:03,000 --> 00:00:04,000 in one line\n", ["in one line"], 0, 1),
+        ("100:00:00,000 --> 100:00:01,000\nlong\n", ["long"], 0, 0),
+        ("00:00:03,000 --> 00:00:04,000\na\0b\n", ["a b"], 0, 1),
+        ("00:00:03,000 --> 00:00:04,000\n\n", [], 0, 0),
+        ("00:00:01,500 --> 00:00:04,000\nboth\n", ["both"], 0, 0),
+    ],
+)
+def test_each_cue_is_read_repaired_or_dropped_alone(tmp_path, cue, texts, dropped, repaired):
+    after = "3\n00:00:05,000 --> 00:00:06,000\nstir it\n"
+    got = read(tmp_path, "a.srt", f"1\n{ONE}\nopen the door\n\n2\n{cue}\n{after}")
+    found = [caption.text for caption in got.captions]
+    assert {OPEN.text, STIR.text} <= {*found}
+    assert [text for text in found if text not in (OPEN.text, STIR.text)] == texts
+    assert (got.dropped, got.faults.repaired) == (dropped, repaired)
+
+
+def test_a_cue_whose_times_are_lost_is_counted_and_joins_no_other(tmp_path):
+    got = read(
+        tmp_path, "a.srt", f"1\n{ONE}\nopen the door\n\n2\nlost\n\n3\n{TWO}\npour the milk\n"
+    )
+    assert (got.captions, got.dropped) == ((OPEN, POUR), 1)
+    got = read(tmp_path, "a.srt", f"1\nlost\n\n2\n{ONE}\nopen the door\n")
+    assert (got.captions, got.dropped) == ((OPEN,), 1)
+    assert read(tmp_path, "a.srt", "no subtitles at all\n").dropped == 1
+    assert read(tmp_path, "a.vtt", "WEBVTT\n\nNOTE nothing is said\n").dropped == 0
+
+
+def test_numbers_and_marks_that_are_said_stay(tmp_path):
+    said = ["count to 10", "42", "I <3 you > all", "a & b"]
+    cues = [f"00:00:0{k},000 --> 00:00:0{k + 1},000\n{text}\n\n" for k, text in enumerate(said)]
+    assert [caption.text for caption in read(tmp_path, "a.srt", "".join(cues)).captions] == said
+
+
+def test_a_long_cue_is_cut_and_loses_no_word(tmp_path):
+    words = [f"word{number}" for number in range(90)]
+    words[19] += "."
+    got = read(tmp_path, "a.srt", f"1\n00:00:00,000 --> 00:01:00,000\n{' '.join(words)}\n")
+    assert " ".join(caption.text for caption in got.captions).split() == words
+    assert [len(caption.text.split()) for caption in got.captions] == [16, 16, 16, 16, 16, 10]
+    assert (got.captions[0].start, got.captions[-1].end) == (0.0, 60.0)
+    assert all(a.end == b.start for a, b in pairwise(got.captions)) and not got.faults
+
+
+WORDS = [{"word": f" w{k}", "start": k * 1.0, "end": k + 0.5} for k in range(20)]
+TEXT = " ".join(f"w{k}" for k in range(20))
+JSONS = {
+    "Whisper": {"text": TEXT, "segments": [
+        {"id": 0, "start": 1.0, "end": 2.0, "text": " open the door", "tokens": [1]},
+        {"id": 1, "start": 3.0, "end": 4.0, "text": " pour the milk"}], "language": "en"},
+    "WhisperX": {"segments": [
+        {"start": 1.0, "end": 2.0, "text": "open the door", "words": [{"word": "open"}]},
+        {"start": 3.0, "end": 4.0, "text": "pour the milk", "words": []}], "word_segments": []},
+    "whisper.cpp": {"transcription": [
+        {"offsets": {"from": 1000, "to": 2000}, "text": " open the door"},
+        {"offsets": {"from": 3000, "to": 4000}, "text": " pour the milk"}]},
+    "Transformers": {"chunks": [
+        {"timestamp": [1.0, 2.0], "text": " open the door"},
+        {"timestamp": [3.0, 4.0], "text": " pour the milk"}]},
+    "YouTube": {"events": [
+        {"tStartMs": 0, "dDurationMs": 9000},
+        {"tStartMs": 1000, "dDurationMs": 1000, "segs": [{"utf8": "open"}, {"utf8": " the door"}]},
+        {"tStartMs": 2000, "dDurationMs": 10, "segs": [{"utf8": "\n"}]},
+        {"tStartMs": 3000, "dDurationMs": 1000, "segs": [{"utf8": "pour the milk"}]}]},
+    "words alone": {"words": [
+        {"word": "open", "start": 1.0, "end": 1.2}, {"word": "the door", "start": 1.3, "end": 2.0},
+        {"word": "pour the milk", "start": 3.5, "end": 4.0}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", JSONS)
+def test_transcripts_of_known_programs_are_read(tmp_path, form):
+    got = read(tmp_path, "a.json", json.dumps(JSONS[form]))
+    assert [caption.text for caption in got.captions] == [OPEN.text, POUR.text]
+    assert got.captions[0] == OPEN and got.captions[1].end == 4.0 and not got.faults
+
+
+def test_a_long_segment_is_cut_by_the_times_of_its_words(tmp_path):
+    segment = {"start": 0.0, "end": 19.5, "text": TEXT, "words": WORDS}
+    first, last = read(tmp_path, "a.json", json.dumps({"segments": [segment]})).captions
+    assert (first.start, first.end, last.start, last.end) == (0.0, 15.5, 16.0, 19.5)
+
+
+@pytest.mark.parametrize(
+    ("row", "texts", "faults"),
+    [
+        ({"start": "1.0", "end": "2", "text": "a"}, ["a"], CaptionFaults(repaired=1)),
+        ({"start": -1, "end": 2, "text": "a"}, ["a"], CaptionFaults(repaired=1)),
+        ({"start": 1e308, "end": 1.1e308, "text": "a"}, [], CaptionFaults(dropped=1)),
+        ({"start": True, "end": 2, "text": "a"}, [], CaptionFaults(dropped=1)),
+        ({"start": [1], "end": {}, "text": "a"}, [], CaptionFaults(dropped=1)),
+        ({"start": 1, "end": 2, "text": ["a"]}, [], CaptionFaults(dropped=1)),
+        ({"start": 1, "end": 2, "text": "a \ud83d"}, ["a \ufffd"], CaptionFaults(repaired=1)),
+        ({"start": 1, "end": 2, "text": " "}, [], CaptionFaults()),
+    ],
+)
+def test_odd_rows_of_json_are_repaired_or_dropped(tmp_path, row, texts, faults):
+    got = read(tmp_path, "a.json", json.dumps([row]))
+    assert ([caption.text for caption in got.captions], got.faults) == (texts, faults)
 
 
 @needs_data
 def test_a_text_track_inside_a_video_is_read():
-    from pathlib import Path
-
     captions = embedded_captions(Path(TEST_DATA) / "hostile" / "with_subtitles.mp4").captions
     assert [caption.text for caption in captions] == ["Hello there", "Second line"]
 

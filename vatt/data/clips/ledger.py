@@ -1,22 +1,25 @@
 """What happened to each clip: every clip ends in exactly one state.
 
-While a stage works it appends to a journal (`Ledger`), one line a fact, safe against SIGKILL and
-several writers. When it is done it writes the final ledger (`write_ledger`): the last word on
-each clip, sorted and without times, so that the file changes only when a state does.
+While a stage works, it appends a line to a journal (`Ledger`) for each thing that happens to a
+clip; several processes may write, and any may be killed. At its end the stage writes the final
+ledger (`write_ledger`): the last state of each clip, sorted and without times, so that the file
+changes only when a state does.
 """
 
 import json
+import logging
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import Any, Self
 
+from vatt.data.clips.manifest import LONGEST_TIME, Clip
 from vatt.errors import DataError
 from vatt.files import atomic_write
 
@@ -38,7 +41,11 @@ STATES = (
     "no-caption",
 )
 RETRYABLE = frozenset({"rate-limited", "network"})
-JOURNAL = "download.journal.jsonl"  # beside the media; it also says when, and with which tools
+LONGEST_LINE = 2**20  # bytes; we write a few hundred
+JOURNAL = "download.journal.jsonl"  # next to the media; with times and tools
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +60,32 @@ class Entry:
     seconds: float | None = None  # length of the media
     sha256: str | None = None  # of the media
     samples: int = 0  # cut from the clip
-    tools: str | None = None  # and their versions, that got the media
+    captions_dropped: int = 0  # that could not be read
+    captions_repaired: int = 0
+    encoding: str | None = None  # of the captions, where it had to be guessed
+    tools: str | None = None  # that got the media, with their versions
     time: str | None = None  # UTC; in the journal only
 
     def __post_init__(self) -> None:
         if self.state not in STATES:
-            raise ValueError(f"state {self.state!r} is none of {', '.join(STATES)}")
+            raise ValueError(f"state {self.state!r} is not one of {', '.join(STATES)}")
+
+
+def with_captions(entry: Entry, clip: Clip) -> Entry:
+    """The entry, and what was wrong with the clip's captions when they were read."""
+    faults = clip.caption_faults
+    if not faults:
+        return entry
+    return replace(
+        entry,
+        captions_dropped=faults.dropped,
+        captions_repaired=faults.repaired,
+        encoding=faults.encoding or None,
+    )
 
 
 class Ledger:
-    """A journal that only grows; one `write` a line, so that writers do not mix theirs."""
+    """A journal that only grows. Each line is one `write`, so that two writers do not mix theirs."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,23 +120,27 @@ class Ledger:
 
 
 def read_entries(path: Path) -> Iterator[Entry]:
-    """All entries of a journal or a final ledger, in the file's order; none when there is none."""
+    """The entries of a journal or a final ledger, in the file's order; none without a file."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
+    damaged = 0
+    with path.open("rb") as file:
+        for line in iter(lambda: file.readline(LONGEST_LINE), b""):
             entry = _from_line(line)
             if entry is not None:
                 yield entry
+            damaged += entry is None and bool(line.strip())
+    if damaged:
+        log.info("%s: %d damaged lines are left out", path, damaged)
 
 
 def read_ledger(path: Path) -> dict[str, Entry]:
-    """The last word on each clip, of a journal or of a final ledger; empty when there is none."""
+    """The last state of each clip, of a journal or of a final ledger; empty without a file."""
     return {entry.clip_id: entry for entry in read_entries(path)}
 
 
 def forget(journal: Path, states: Collection[str]) -> int:
-    """Have the clips whose last state is one of these tried again; returns their number."""
+    """Mark clips whose last state is one of these to be tried again; returns their number."""
     chosen = [entry for entry in read_ledger(journal).values() if entry.state in states]
     settled = [entry for entry in chosen if entry.state not in RETRYABLE]
     if settled:
@@ -149,14 +176,25 @@ def _to_line(entry: Entry) -> str:
     return json.dumps(record, ensure_ascii=False, sort_keys=True)
 
 
-def _from_line(line: str) -> Entry | None:
-    """The entry, or None for a line that a dying writer left unfinished."""
-    known = {field.name for field in fields(Entry)}
+def _from_line(line: bytes) -> Entry | None:
+    """The entry, or None for a line that a writer left unfinished when it died, or that is damaged."""
     try:
-        record: dict[str, Any] = json.loads(line)
+        record: dict[str, Any] = json.loads(line.decode("utf-8", "replace"))
         record["has"] = tuple(record.get("has", ()))
         for name in {"state", "stage", "reason", "tools"} & record.keys():
             record[name] = sys.intern(record[name])  # a few texts, millions of times
-        return Entry(**{name: value for name, value in record.items() if name in known})
+        entry = Entry(**{name: value for name, value in record.items() if name in _TYPES})
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
+    is_sound = all(isinstance(getattr(entry, name), kinds) for name, kinds in _TYPES.items())
+    is_sound = is_sound and all(isinstance(name, str) for name in entry.has)
+    return entry if is_sound and 0 <= (entry.seconds or 0) <= LONGEST_TIME else None
+
+
+_TEXT, _COUNT, _MAYBE = (str,), (int,), (str, NoneType)
+_TYPES: dict[str, tuple[type, ...]] = {
+    "clip_id": _TEXT, "state": _TEXT, "stage": _TEXT, "reason": _TEXT, "has": (tuple,),
+    "seconds": (int, float, NoneType), "sha256": _MAYBE, "samples": _COUNT,
+    "captions_dropped": _COUNT, "captions_repaired": _COUNT, "encoding": _MAYBE, "tools": _MAYBE,
+    "time": _MAYBE,
+}  # fmt: skip

@@ -5,14 +5,14 @@ The list is never held in memory: writing takes 8 bytes a clip, reading none.
 
 import hashlib
 import json
-import math
 import os
 import re
+import reprlib
 import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ SPLITS = ("train", "val", "test")
 LABEL_SEPARATOR = "|"  # between the labels of a clip that has several of one name
 # A clip id becomes a name inside a tar and a WebDataset key, where a dot or a slash would cut it.
 CLIP_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,69}")
+LONGEST_TIME = 1e7  # seconds, 115 days: a larger number is a damaged one
+LONGEST_LINE = 2**25  # bytes of a record: at worst, what is read from it takes 35 times as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,18 @@ class Caption:
     start: float
     end: float
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionFaults:
+    """What was wrong with the captions of a clip when they were read."""
+
+    dropped: int = 0  # captions that could not be read
+    repaired: int = 0  # captions that were read after a correction
+    encoding: str = ""  # of their file, where it had to be guessed
+
+    def __bool__(self) -> bool:
+        return bool(self.dropped or self.repaired or self.encoding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +64,7 @@ class Clip:
     labels: dict[str, str]
     captions: tuple[Caption, ...]
     licence: str | None
+    caption_faults: CaptionFaults = field(default_factory=CaptionFaults)
 
     @property
     def media_name(self) -> str:
@@ -111,6 +126,10 @@ class Corpus:
     splits: dict[str, int]
     sources: dict[str, int]
     hash: str  # names exactly this set of clips, whatever their order in the file
+    captions: int
+    captions_dropped: int
+    captions_repaired: int
+    encodings: dict[str, int]  # that were guessed, and the clips whose captions are in them
 
 
 def write_manifest(path: Path, clips: Iterable[Clip]) -> int:
@@ -146,12 +165,22 @@ def describe_manifest(path: Path) -> Corpus:
     """Count and name the clips in one pass."""
     splits: Counter[str] = Counter()
     sources: Counter[str] = Counter()
+    encodings: Counter[str] = Counter()
+    captions = dropped = repaired = 0
     name = SetName()
     for clip in read_manifest(path):
         splits[clip.split] += 1
         sources[clip.source] += 1
+        captions += len(clip.captions)
+        dropped += clip.caption_faults.dropped
+        repaired += clip.caption_faults.repaired
+        encodings[clip.caption_faults.encoding] += 1
         name.add(clip)
-    return Corpus(splits.total(), dict(splits), dict(sources.most_common()), name.hexdigest())
+    encodings.pop("", None)
+    return Corpus(
+        splits.total(), dict(splits), dict(sources.most_common()), name.hexdigest(),
+        captions, dropped, repaired, dict(encodings.most_common()),
+    )  # fmt: skip
 
 
 class SetName:
@@ -207,31 +236,58 @@ def _records(path: Path, *, is_parquet: bool) -> Iterator[Any]:
     if is_parquet:
         yield from read_parquet(path)
         return
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
+    with path.open("rb") as file:
+        lines = iter(lambda: file.readline(LONGEST_LINE + 1), b"")
+        for number, line in enumerate(lines, start=1):
             try:
-                yield json.loads(line) if line.strip() else None
+                yield _parsed(line) if line.strip() else None
             except (ValueError, RecursionError) as error:
-                raise _no_clip(f"{path}:{number}", str(error)) from None
+                raise _no_clip(f"{path}:{number}", _reason(error)) from None
+
+
+def _parsed(line: bytes) -> Any:
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"longer than {LONGEST_LINE:,} bytes")
+    return json.loads(line.decode(), object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of two values under one name, nobody knows which is meant."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {reprlib.repr(name)} stands there twice")
+    return record
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "too many brackets in brackets"
+    if "int_max_str_digits" in str(error):
+        return "a number of thousands of digits"
+    return str(error)
 
 
 def _to_record(clip: Clip) -> dict[str, Any]:
-    return {
+    record = {
         "clip_id": clip.clip_id,
         "source": clip.source,
         "url": clip.url,
         "start": clip.start,
         "end": clip.end,
         "split": clip.split,
-        "labels": clip.labels,
+        "labels": {_writable(name): _writable(value) for name, value in clip.labels.items()},
         "captions": [[c.start, c.end, _writable(c.text)] for c in clip.captions],
         "licence": clip.licence,
     }
+    if clip.caption_faults:  # seldom: then the line says no more than it must
+        record["caption_faults"] = asdict(clip.caption_faults)
+    return record
 
 
 def _writable(text: str) -> str:
-    """Half of a surrogate pair, as a JSON escape may give, is no character and has no bytes."""
-    return text.encode("utf-8", "replace").decode()
+    """Half of a surrogate pair, as a JSON escape may give, is not a character and has no bytes."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _to_line(record: dict[str, Any]) -> str:
@@ -255,6 +311,7 @@ def _from_record(record: Any, *, where: str) -> Clip:
                 for start, end, text in record["captions"]
             ),
             licence=None if record["licence"] is None else _text(record["licence"]),
+            caption_faults=_faults(record.get("caption_faults")),
         )
         _check(clip)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -269,27 +326,40 @@ def _no_clip(where: str, reason: str) -> DataError:
 
 def _check(clip: Clip) -> None:
     if not CLIP_ID.fullmatch(clip.clip_id):
-        raise ValueError(f"clip_id {clip.clip_id!r} may hold letters, digits, - and _ only")
+        raise ValueError(f"clip_id {reprlib.repr(clip.clip_id)} may hold letters, digits, - and _")
     if clip.split not in SPLITS:
-        raise ValueError(f"split {clip.split!r} is none of {', '.join(SPLITS)}")
+        raise ValueError(f"split {reprlib.repr(clip.split)} is not one of {', '.join(SPLITS)}")
     if clip.start < 0 or (clip.end is not None and clip.end <= clip.start):
         raise ValueError(f"span {clip.start} to {clip.end} is empty")
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
+        raise TypeError(f"{reprlib.repr(value)} is not a text")
+    if not value.isascii():
+        value.encode()  # ValueError for half a surrogate pair, as a JSON escape may give
     return value
 
 
 def _seconds(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise TypeError(f"{value!r} is no time in seconds")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= LONGEST_TIME:  # nor is NaN
+        raise TypeError(f"{reprlib.repr(value)} is not a time in seconds")
     return float(value)
+
+
+def _faults(record: Any) -> CaptionFaults:
+    if record is None:
+        return CaptionFaults()
+    dropped, repaired = record["dropped"], record["repaired"]
+    if type(dropped) is not int or type(repaired) is not int or min(dropped, repaired) < 0:
+        raise TypeError(f"{reprlib.repr(record)} does not count captions")
+    return CaptionFaults(dropped, repaired, sys.intern(_text(record["encoding"])))
 
 
 ROWS = 1024  # of a row group; captions make a row some kilobytes
 BATCH = 256
+LARGEST_GROUP = 2**29  # bytes, unpacked
 
 
 def write_parquet(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -312,26 +382,44 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            missing = set(_schema().names) - set(file.schema_arrow.names)
+        with pyarrow.parquet.ParquetFile(path, **_BOUNDS) as file:
+            names = set(file.schema_arrow.names)
+            missing = set(_schema().names) - names - {_FAULTS}
             if missing:
                 raise DataError(
                     f"{path} has no column {', '.join(sorted(missing))}",
                     hint="run `vattctl download`",
                 )
-            for batch in file.iter_batches(BATCH, columns=_schema().names):
+            _check_sizes(file.metadata)
+            columns = [name for name in _schema().names if name in names]
+            for batch in file.iter_batches(BATCH, columns=columns):
                 for row in batch.to_pylist():
+                    number += 1
                     row["captions"] = [tuple(c[name] for name in _CAPTION) for c in row["captions"]]
-                    row["labels"] = dict(row["labels"])
+                    row["labels"] = _once(row["labels"])
                     yield row
-    except (pyarrow.ArrowInvalid, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} is no Parquet manifest: {error}", hint="run `vattctl download`"
-        ) from None
+    except (
+        pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError,
+        OverflowError, MemoryError,
+    ) as error:  # fmt: skip
+        reason = str(error)[:200]
+        problem = f"is damaged after row {number}" if number else "is not a Parquet manifest"
+        raise DataError(f"{path} {problem}: {reason}", hint="run `vattctl download`") from None
+
+
+def _check_sizes(metadata: Any) -> None:
+    """A file of a few kilobytes may promise to unpack to more than the memory."""
+    for group in range(metadata.num_row_groups):
+        size = metadata.row_group(group).total_byte_size
+        if not 0 <= size <= LARGEST_GROUP:
+            raise ValueError(f"row group {group} unpacks to {size:,} bytes")
 
 
 _CAPTION = ("start", "end", "text")
+_FAULTS = "caption_faults"  # a column that older files lack
+_BOUNDS = {"thrift_string_size_limit": 2**26, "thrift_container_size_limit": 2**20}
 
 
 def _schema() -> Any:
@@ -339,10 +427,12 @@ def _schema() -> Any:
 
     text, seconds = pyarrow.string(), pyarrow.float64()
     caption = pyarrow.struct([("start", seconds), ("end", seconds), ("text", text)])
+    count = pyarrow.int64()
+    faults = pyarrow.struct([("dropped", count), ("repaired", count), ("encoding", text)])
     return pyarrow.schema(
         [
             ("clip_id", text), ("source", text), ("url", text), ("start", seconds),
             ("end", seconds), ("split", text), ("labels", pyarrow.map_(text, text)),
-            ("captions", pyarrow.list_(caption)), ("licence", text),
+            ("captions", pyarrow.list_(caption)), ("licence", text), (_FAULTS, faults),
         ]
     )  # fmt: skip

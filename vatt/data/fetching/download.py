@@ -13,7 +13,15 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 from vatt.config import DataParams, MachineParams
 from vatt.data.clips.files import ContentHashes, Stamp, stamp_of
-from vatt.data.clips.ledger import JOURNAL, RETRYABLE, Entry, Ledger, read_entries, write_ledger
+from vatt.data.clips.ledger import (
+    JOURNAL,
+    RETRYABLE,
+    Entry,
+    Ledger,
+    read_entries,
+    with_captions,
+    write_ledger,
+)
 from vatt.data.clips.manifest import Clip, media_name, path_in_folder
 from vatt.data.clips.media import find_ffmpeg
 from vatt.data.fetching.fetch import (
@@ -87,7 +95,7 @@ def download(
         with start_workers(machine, preload=["vatt.data.fetching.fetch"]) as workers:
             work.run(workers)
         work.hashes.save()
-        final = [known[clip.clip_id] for clip in clips]
+        final = [with_captions(known[clip.clip_id], clip) for clip in clips]
         counts = write_ledger(ledger, final)
         _check(final, params)
     return counts

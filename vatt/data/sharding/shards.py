@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vatt.config import DataParams, MachineParams, PreprocessParams
-from vatt.data.clips.ledger import Entry, write_ledger
+from vatt.data.clips.ledger import Entry, with_captions, write_ledger
 from vatt.data.clips.manifest import Clip
 from vatt.data.clips.media import find_ffmpeg
 from vatt.data.clips.samples import INDEX, VOCABULARY, IndexRow, row_of, write_index
@@ -76,6 +76,7 @@ def write_shards(
             raise no_space(error, folder) from None
         finally:
             shutil.rmtree(work, ignore_errors=True)
+        entries = {c.clip_id: with_captions(entries[c.clip_id], c) for c in clips}
         counts = write_ledger(ledger, entries.values())
         tried = [entries[name] for name in entries if downloads[name].state == "ok"]
         _check_failures(tried, preprocess, ledger)

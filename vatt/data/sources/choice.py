@@ -14,12 +14,12 @@ from vatt.config import OWN_SOURCES, DataParams
 from vatt.data.clips.files import MEDIA, ContentHashes, composed, find_file, list_files
 from vatt.data.clips.manifest import Clip, path_in_folder
 from vatt.data.clips.media import BrokenMediaError, probe
-from vatt.data.sources.audioset import read_audioset
 from vatt.data.sources.demo import make_demo, serve
 from vatt.data.sources.folder import scan, split_word
 from vatt.data.sources.howto100m import read_howto100m
 from vatt.data.sources.imagenet import read_imagenet
 from vatt.data.sources.labelled import (
+    read_audioset,
     read_esc50,
     read_hmdb51,
     read_kinetics,

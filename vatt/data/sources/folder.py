@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,7 +18,7 @@ from vatt.data.clips.files import (
     composed,
     list_files,
 )
-from vatt.data.clips.manifest import Caption, Clip
+from vatt.data.clips.manifest import Clip
 from vatt.data.clips.media import BrokenMediaError, probe
 from vatt.data.clips.samples import windows_of
 from vatt.data.sources.subtitles import (
@@ -109,9 +109,7 @@ def scan(
     )
     held_out = _held_out(digests, layout, data, spoken={n for n in files if read[n].captions})
     clips = [
-        _clip(
-            name, read[name].captions, layout.split_of(name) or held_out.get(name, "train"), layout
-        )
+        _clip(name, read[name], layout.split_of(name) or held_out.get(name, "train"), layout)
         for name in files
     ]
     num_samples, broken = _count_samples(folder, files, preprocess)
@@ -433,7 +431,7 @@ def _mark(digests: Mapping[str, str], clips: Sequence[Clip]) -> str:
     return hashlib.sha256("\n".join(marks).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _clip(name: str, captions: tuple[Caption, ...], split: str, layout: Layout) -> Clip:
+def _clip(name: str, read: Subtitles, split: str, layout: Layout) -> Clip:
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", PurePosixPath(name).stem).strip("-")[:40] or "clip"
     short = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:10]
     label = layout.label_of(name)
@@ -445,8 +443,9 @@ def _clip(name: str, captions: tuple[Caption, ...], split: str, layout: Layout) 
         end=None,
         split=split,
         labels={LABEL: label} if label else {},
-        captions=captions,
+        captions=read.captions,
         licence=None,
+        caption_faults=read.faults,
     )
 
 
@@ -457,5 +456,6 @@ def _captions(folder: Path, name: str, beside: Sequence[str]) -> Subtitles:
         read = read_subtitles(folder / text)
         dropped += read.dropped
         if read.captions:
-            return Subtitles(read.captions, dropped)
-    return Subtitles(embedded_captions(folder / name).captions, dropped)
+            return Subtitles(read.captions, replace(read.faults, dropped=dropped))
+    inside = embedded_captions(folder / name)
+    return Subtitles(inside.captions, replace(inside.faults, dropped=dropped + inside.dropped))

@@ -7,22 +7,30 @@ Gigabytes of captions are read as a stream, one video at a time.
 
 import json
 import logging
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from vatt.config import DataParams
-from vatt.data.clips.manifest import Caption, Clip, drawn_split
-from vatt.data.sources.official import MANGLED, Faults, csv_rows, youtube_url
+from vatt.data.clips.manifest import LONGEST_TIME, Caption, CaptionFaults, Clip, drawn_split
+from vatt.data.sources.official import youtube_url
+from vatt.data.sources.textfiles import (
+    MANGLED,
+    Faults,
+    csv_rows,
+    number,
+    published_lines,
+    read_rows,
+)
 from vatt.errors import DataError
 
 SOURCE = "howto100m"
 VIDEOS = "HowTo100M_v1.csv"
+COLUMNS = ("start", "end", "text")
 CAPTIONS = ("raw_caption.json", "caption.json", "captions")  # the first that is there
 PIECE = 2**22  # characters read at once
-MAX_MEMBER = 2**26  # characters of one video's captions: more is a broken file
+MAX_MEMBER = 2**25  # characters of one video's captions: more is a broken file
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 VideoFacts = tuple[tuple[str, str], ...]  # labels; equal ones are one object, as there are millions
@@ -34,25 +42,26 @@ def read_howto100m(folder: Path, data: DataParams) -> Iterator[Clip]:
     captions = next((folder / name for name in CAPTIONS if (folder / name).exists()), None)
     if captions is None:
         raise DataError(
-            f"none of {', '.join(CAPTIONS)} in {folder}",
+            f"not one of {', '.join(CAPTIONS)} in {folder}",
             hint="docs/data-sources.md says where to get them",
         )
     videos = read_videos(folder / VIDEOS)
-    unlisted = dropped = 0
-    for video_id, spoken in _spoken(captions, videos):
+    unlisted = unusable = 0
+    for video_id, spoken, lost in _spoken(captions, videos):
         facts = videos.pop(video_id, None)
         if facts is None:
             unlisted += 1
             continue
         kept = _captions(spoken)
-        dropped += len(spoken) - len(kept)
-        yield _clip(video_id, facts, kept, data)
+        dropped = len(spoken) - len(kept) + lost
+        unusable += dropped
+        yield _clip(video_id, facts, kept, CaptionFaults(dropped), data)
     log.info(
         "howto100m: %d videos without captions, %d captioned but not listed, %d captions unusable",
-        len(videos), unlisted, dropped,
+        len(videos), unlisted, unusable,
     )  # fmt: skip
     for video_id, facts in videos.items():
-        yield _clip(video_id, facts, (), data)
+        yield _clip(video_id, facts, (), CaptionFaults(), data)
 
 
 def read_videos(path: Path) -> dict[str, VideoFacts]:
@@ -73,42 +82,66 @@ def read_videos(path: Path) -> dict[str, VideoFacts]:
     return videos
 
 
-def _spoken(path: Path, videos: dict[str, VideoFacts]) -> Iterator[tuple[str, list[Any]]]:
-    """Video ids and rows of start, end, text, in the order of the file or the list."""
+Spoken = tuple[str, list[Any], int]  # a video, rows of start, end and text, and rows that are lost
+
+
+def _spoken(path: Path, videos: dict[str, VideoFacts]) -> Iterator[Spoken]:
+    """What is said in each video, in the order of the file or the list."""
     if path.is_dir():
         for video_id in list(videos):
             file = path / f"{video_id}.csv"
             if file.is_file():
-                named = csv_rows(file, ("start", "end", "text"))
-                yield video_id, [(row["start"], row["end"], row["text"]) for _, row in named]
+                yield video_id, *_spoken_in(file)
         return
     for video_id, columns in stream_object(path):
-        try:
-            rows = list(zip(columns["start"], columns["end"], columns["text"], strict=True))
-        except (KeyError, TypeError, ValueError):
-            raise DataError(
-                f"{path}: the captions of {video_id} are no start, end and text of equal length",
-                hint=MANGLED,
-            ) from None
-        yield video_id, rows
+        lists = [columns.get(key) for key in COLUMNS] if isinstance(columns, dict) else []
+        lengths = [len(values) if isinstance(values, list) else 0 for values in lists]
+        if len(set(lengths)) == 1 and all(isinstance(values, list) for values in lists):
+            yield video_id, list(zip(*lists, strict=True)), 0
+        else:  # nobody knows what belongs together
+            yield video_id, [], max([1, *lengths])
+
+
+def _spoken_in(path: Path) -> tuple[list[Any], int]:
+    """The rows of one video's csv file; a bad row is no reason to lose the others."""
+    faults = Faults(path, hint=MANGLED)
+    rows = read_rows(published_lines(path), faults)
+    header = [name.strip().casefold() for name in next(rows, (1, []))[1]]
+    if not {*COLUMNS} <= {*header}:
+        return [], 1
+    places = [header.index(name) for name in COLUMNS]
+    found = [row for _, row in rows]
+    whole = [[row[place] for place in places] for row in found if len(row) == len(header)]
+    return whole, len(found) - len(whole) + faults.count
 
 
 def _captions(rows: list[Any]) -> tuple[Caption, ...]:
-    """The usable rows: with words (pandas wrote NaN for none), and lasting some time."""
+    """The usable rows, in the order of time: with words (pandas wrote NaN for none), and a span."""
     kept = []
     for start, end, text in rows:
-        try:
-            first, last = float(start), float(end)
-        except (TypeError, ValueError):
+        first, last = _seconds(start), _seconds(end)
+        if first is None or last is None or not first < last:
             continue
-        usable = isinstance(text, str) and text.strip() and math.isfinite(first + last)
-        if usable and last > first:
+        if isinstance(text, str) and text.strip():
             kept.append(Caption(first, last, text.strip()))
-    return tuple(kept)
+    return tuple(sorted(kept, key=lambda caption: caption.start))
+
+
+def _seconds(value: Any) -> float | None:
+    try:
+        seconds = number(value, "time") if isinstance(value, str) else value
+    except ValueError:
+        return None
+    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    return float(seconds) if is_number and abs(seconds) <= LONGEST_TIME else None
 
 
 def _clip(
-    video_id: str, facts: VideoFacts, captions: tuple[Caption, ...], data: DataParams
+    video_id: str,
+    facts: VideoFacts,
+    captions: tuple[Caption, ...],
+    faults: CaptionFaults,
+    data: DataParams,
 ) -> Clip:
     url = youtube_url(video_id)
     return Clip(
@@ -121,6 +154,7 @@ def _clip(
         labels=dict(facts),
         captions=captions,
         licence=None,
+        caption_faults=faults,
     )
 
 
@@ -131,6 +165,8 @@ def stream_object(path: Path) -> Iterator[tuple[str, Any]]:
         text.expect("{")
         while not text.skips("}"):
             key = text.value()
+            if not isinstance(key, str):
+                raise text.broken("a name must be in quotes")
             text.expect(":")
             yield key, text.value()
             if not text.skips(","):
@@ -154,10 +190,10 @@ class _Text:
                 value, self._at = self._decoder.raw_decode(self._text, self._at)
                 return value
             except RecursionError as error:
-                raise self._broken(str(error)) from None
+                raise self.broken(str(error)) from None
             except ValueError as error:
                 if len(self._text) - self._at > MAX_MEMBER or not self._more():
-                    raise self._broken(str(error)) from None
+                    raise self.broken(str(error)) from None
 
     def skips(self, mark: str) -> bool:
         """Pass over a character if it comes next."""
@@ -169,10 +205,10 @@ class _Text:
     def expect(self, mark: str) -> None:
         """Pass over a character that must come next."""
         if not self.skips(mark):
-            raise self._broken(f"expected '{mark}'")
+            raise self.broken(f"expected '{mark}'")
 
     def _seek(self) -> None:
-        """Go to the next character that is no space, reading on where needed."""
+        """Go to the next character that is not a space, reading on where needed."""
         while True:
             match = _SPACE.match(self._text, self._at)
             assert match is not None
@@ -184,11 +220,12 @@ class _Text:
         try:
             piece = self._file.read(PIECE)
         except UnicodeDecodeError as error:
-            raise self._broken(str(error)) from None
+            raise self.broken(str(error)) from None
         self._before += self._at
         self._text, self._at = self._text[self._at :] + piece, 0
         return bool(piece)
 
-    def _broken(self, why: str) -> DataError:
+    def broken(self, why: str) -> DataError:
+        """An error that names the place."""
         place = f"{self._path}: character {self._before + self._at}"
         return DataError(f"{place}: broken JSON: {why}", hint="it was cut off: get it again")

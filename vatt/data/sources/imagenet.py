@@ -8,15 +8,16 @@ in <synset>/) of data.location, or as Kaggle's and the original archives name th
 what is tested on: the test labels are not public.
 """
 
-import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from vatt.config import DataParams
 from vatt.data.clips.files import IMAGES, skipped_as
 from vatt.data.clips.manifest import LABEL_SEPARATOR, Clip
-from vatt.data.sources.official import MANGLED, Faults, csv_rows, file_clip, open_text
+from vatt.data.sources.official import file_clip
+from vatt.data.sources.textfiles import MANGLED, Faults, csv_rows, published_lines, read_json
 from vatt.errors import DataError
 
 LABEL, REAL = "class", "real"
@@ -58,17 +59,17 @@ def read_classes(folder: Path) -> dict[str, str]:
     path = next((folder / name for name in SYNSETS if (folder / name).is_file()), None)
     if path is None:
         raise DataError(
-            f"none of {', '.join(SYNSETS)} in {folder}",
+            f"not one of {', '.join(SYNSETS)} in {folder}",
             hint="docs/data-sources.md says where to get them",
         )
     faults = Faults(path, hint=MANGLED)
     classes: dict[str, str] = {}
-    for line, text in enumerate(open_text(path), start=1):
+    for line, text in published_lines(path):
         synset, _, names = text.strip().replace(" : ", " ", 1).partition(" ")
         if not _SYNSET.fullmatch(synset):
-            faults.add(line, f"'{synset}' is no synset")
+            faults.add(line, f"'{synset}' is not a synset")
         elif synset in classes:
-            faults.add(line, f"{synset} once more")
+            faults.add(line, f"{synset} stands there twice")
         classes[synset] = f"{synset} {names.partition(',')[0]}".strip()
     faults.check()
     return classes
@@ -80,15 +81,15 @@ def read_real(folder: Path, classes: dict[str, str]) -> list[str] | None:
     if not path.is_file():
         return None
     names = list(classes.values())
+    known = dict(enumerate(names))  # unlike a list, without places below 0
     try:
-        numbers = json.loads(path.read_text(encoding="utf-8"))
-        return [LABEL_SEPARATOR.join(names[number] for number in some) for some in numbers]
-    except (ValueError, TypeError, IndexError) as error:
+        return [LABEL_SEPARATOR.join(known[n] for n in right) for right in read_json(path)]
+    except (TypeError, KeyError) as error:
         raise DataError(f"{path} is broken: {error}", hint=MANGLED) from None
 
 
 def read_val(folder: Path) -> dict[int, str] | None:
-    """The synset of each val image by its number; None when no file says."""
+    """The synset of each val image by its number; None when there is no file with them."""
     if (folder / KAGGLE).is_file():
         rows = csv_rows(folder / KAGGLE, ("ImageId", "PredictionString"))
         return {
@@ -96,16 +97,16 @@ def read_val(folder: Path) -> dict[int, str] | None:
             for line, row in rows
         }
     if (folder / BY_NUMBER).is_file():
-        return dict(enumerate((line.strip() for line in open_text(folder / BY_NUMBER)), start=1))
+        return {line: synset.strip() for line, synset in published_lines(folder / BY_NUMBER)}
     if (folder / DEVKIT).is_file():
         synset_of = _devkit_ids(folder / DEVKIT_IDS)
-        lines = enumerate(open_text(folder / DEVKIT), start=1)
+        lines = published_lines(folder / DEVKIT)
         return {number: synset_of.get(line.strip(), line) for number, line in lines}
     return None
 
 
 def _devkit_ids(path: Path) -> dict[str, str]:
-    """The devkit numbers the classes in an order of its own, which its MATLAB file tells."""
+    """The devkit numbers the classes in an order of its own, which is in its MATLAB file."""
     if not path.is_file():
         raise DataError(f"{path} is missing", hint="it lies in the devkit's data folder")
     from scipy.io import loadmat  # slow to import, and seldom needed
@@ -113,14 +114,17 @@ def _devkit_ids(path: Path) -> dict[str, str]:
     try:
         rows = loadmat(str(path), squeeze_me=True, variable_names=["synsets"])["synsets"]
         return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in rows}
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (
+        ValueError, TypeError, LookupError, OSError, EOFError, MemoryError, NotImplementedError,
+        AttributeError, zlib.error,
+    ) as error:  # fmt: skip
         raise DataError(f"{path} is broken: {error}", hint=MANGLED) from None
 
 
 def _number(name: str, path: Path, line: int) -> int:
     match = _VAL.fullmatch(name)
     if match is None:
-        raise DataError(f"{path}:{line}: '{name}' is no val image", hint=MANGLED)
+        raise DataError(f"{path}:{line}: '{name}' is not a val image", hint=MANGLED)
     return int(match[1])
 
 
@@ -148,7 +152,7 @@ def _images(location: Path, place: Path, classes: dict[str, str]) -> Iterator[tu
     for folder in filter(Path.is_dir, _entries(place)):
         if folder.name not in classes:
             raise DataError(
-                f"{folder} is named like no class of ImageNet",
+                f"{folder} does not have the name of a class of ImageNet",
                 hint="move it away, or use `vattctl finetune folder` for classes of your own",
             )
         for path in _entries(folder):
@@ -159,20 +163,20 @@ def _images(location: Path, place: Path, classes: dict[str, str]) -> Iterator[tu
 def _val_images(
     folder: Path, location: Path, place: Path, classes: dict[str, str]
 ) -> Iterator[tuple[str, str]]:
-    """In folders by class, or flat with a file that tells the classes."""
+    """In folders by class, or flat with a file that names the classes."""
     if any(_SYNSET.fullmatch(path.name) for path in _entries(place)):
         yield from _images(location, place, classes)
         return
-    told = read_val(folder)
-    if told is None:
+    synsets = read_val(folder)
+    if synsets is None:
         raise DataError(
-            f"{place} is flat, and no file in {folder} tells its classes",
+            f"{place} is flat, and no file in {folder} names its classes",
             hint=f"add {KAGGLE} (Kaggle), {BY_NUMBER}, or {DEVKIT} and {DEVKIT_IDS} (the devkit)",
         )
-    unknown = sorted(set(told.values()) - set(classes))
+    unknown = sorted(set(synsets.values()) - set(classes))
     if unknown:
-        raise DataError(f"'{unknown[0]}' is a val label, and no class", hint=MANGLED)
-    for number, synset in told.items():
+        raise DataError(f"'{unknown[0]}' is a val label and not a class", hint=MANGLED)
+    for number, synset in synsets.items():
         name = place / f"ILSVRC2012_val_{number:08d}.JPEG"
         yield synset, name.relative_to(location).as_posix()
 

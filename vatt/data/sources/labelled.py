@@ -1,31 +1,35 @@
-"""Published lists of labelled clips: Kinetics, Moments in Time, VGGSound, UCF101, HMDB51, ESC-50.
+"""Published lists of labelled clips, each with its files under their official names.
 
-The last three come in folds. A clip's split is that of fold 1; its labels `fold1`, `fold2`, `fold3`
-(ESC-50: `fold`) name the others too. Files, under their official names: ucf101: trainlist01.txt ...
-testlist03.txt; hmdb51: *_test_split1.txt ... 3.txt; esc50: esc50.csv.
+kinetics400, 600, 700: every csv file. moments: trainingSet.csv, validationSet.csv. vggsound:
+vggsound.csv, or train.csv and test.csv. audioset: unbalanced_train_segments.csv,
+balanced_train_segments.csv, eval_segments.csv (any of them), and class_labels_indices.csv or
+ontology.json with the names of the classes.
+
+Three sets come in folds. A clip's split is that of fold 1; its labels `fold1`, `fold2`, `fold3`
+(ESC-50: `fold`) name the others too. ucf101: trainlist01.txt ... testlist03.txt; hmdb51:
+*_test_split1.txt ... 3.txt; esc50: esc50.csv.
 """
 
-import csv
 import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from vatt.config import DataParams
-from vatt.data.clips.manifest import SPLITS, Clip
-from vatt.data.sources.official import (
+from vatt.data.clips.manifest import LABEL_SEPARATOR, SPLITS, Clip
+from vatt.data.sources.official import file_clip, listed_files, youtube_span
+from vatt.data.sources.textfiles import (
     MANGLED,
     Faults,
     csv_rows,
-    file_clip,
-    listed_files,
     number,
-    open_text,
-    youtube_span,
+    published_lines,
+    read_json,
+    read_rows,
+    split_row,
 )
 from vatt.errors import DataError
 
-LABEL = "action"
 KINETICS_SPLITS = {"train": "train", "val": "test", "validate": "test", "test": None}
 log = logging.getLogger(__name__)
 
@@ -45,14 +49,14 @@ def read_kinetics(folder: Path, data: DataParams, *, source: str) -> Iterator[Cl
             unlabelled += clip is None
         faults.check()
         if unlabelled:
-            log.info("%s: %d clips of the test list left out", path, unlabelled)
+            log.info("%s: %d clips without a label are left out", path, unlabelled)
 
 
 def _kinetics_clip(row: dict[str, str], source: str, *, sections: bool) -> Clip | None:
     start, end = number(row["time_start"], "start"), number(row["time_end"], "end")
     url, first, last = youtube_span(row["youtube_id"], start, end, sections=sections)
     if row["split"] not in KINETICS_SPLITS:
-        raise ValueError(f"split '{row['split']}' is none of {', '.join(SPLITS)}")
+        raise ValueError(f"split '{row['split']}' is not one of {', '.join(SPLITS)}")
     split = KINETICS_SPLITS[row["split"]]
     if split is None:
         return None
@@ -63,24 +67,23 @@ def _kinetics_clip(row: dict[str, str], source: str, *, sections: bool) -> Clip 
         start=first,
         end=last,
         split=split,
-        labels={LABEL: row["label"]} if row.get("label") else {},
+        labels={"action": row["label"]} if row.get("label") else {},
         captions=(),
         licence=None,
     )
 
 
-FILES = {"trainingSet.csv": ("training", "train"), "validationSet.csv": ("validation", "test")}
+MOMENTS = {"trainingSet.csv": ("training", "train"), "validationSet.csv": ("validation", "test")}
 
 
 def read_moments(folder: Path, data: DataParams) -> Iterator[Clip]:
     """The files of both lists."""
-    for name, (place, split) in FILES.items():
+    for name, (place, split) in MOMENTS.items():
         [path] = listed_files(folder, name)
         faults = Faults(path, hint=MANGLED)
-        reader = csv.reader(open_text(path))
-        for row in reader:
+        for line, row in read_rows(published_lines(path), faults):
             if len(row) != 4 or "/" not in row[0]:
-                faults.add(reader.line_num, "no file in a folder, label and two votes")
+                faults.add(line, "not a file in a folder, a label and two votes")
                 continue
             yield file_clip(f"{place}/{row[0]}", "moments", split, {"action": row[1]})
         faults.check()
@@ -97,29 +100,28 @@ def read_vggsound(folder: Path, data: DataParams) -> Iterator[Clip]:
     names = [name for name in (WHOLE, *PARTS) if (folder / name).is_file()]
     if not names:
         raise DataError(
-            f"none of {', '.join((WHOLE, *PARTS))} in {folder}",
+            f"not one of {', '.join((WHOLE, *PARTS))} in {folder}",
             hint="docs/data-sources.md says where to get them",
         )
     for name in [WHOLE] if WHOLE in names else names:
         faults = Faults(folder / name, hint=MANGLED)
-        reader = csv.reader(open_text(folder / name))
-        for row in reader:
+        for line, row in read_rows(published_lines(folder / name), faults):
             try:
                 yield _vggsound_clip(row, PARTS.get(name), sections=data.sections)
             except ValueError as error:
-                faults.add(reader.line_num, str(error))
+                faults.add(line, str(error))
         faults.check()
 
 
 def _vggsound_clip(row: list[str], split: str | None, *, sections: bool) -> Clip:
     if split is None:
         if len(row) != 4 or row[3] not in SPLITS:
-            raise ValueError("no id, second, label and split")
+            raise ValueError("not an id, a second, a label and a split")
         video_id, begin, label, split = row
     else:
         match = _FILE.fullmatch(row[0]) if len(row) == 2 else None
         if match is None:
-            raise ValueError("no file <id>_<second>.mp4 and label")
+            raise ValueError("not a file <id>_<second>.mp4 and a label")
         (video_id, begin), label = match.groups(), row[1]
     start = number(begin, "start")
     url, first, last = youtube_span(video_id, start, start + SECONDS, sections=sections)
@@ -146,12 +148,12 @@ def read_ucf101(folder: Path, data: DataParams) -> Iterator[Clip]:
     for fold in FOLDS:
         for split in ("train", "test"):
             for path in listed_files(folder, f"{split}list0{fold}.txt"):
-                for line in open_text(path):
+                for _, line in published_lines(path):
                     if line.strip():
                         folds.setdefault(line.split()[0], {})[f"fold{fold}"] = split
-    for name, told in folds.items():
-        labels = {"action": name.partition("/")[0], **told}
-        yield file_clip(name, "ucf101", told.get("fold1", "val"), labels)
+    for name, uses in folds.items():
+        labels = {"action": name.partition("/")[0], **uses}
+        yield file_clip(name, "ucf101", uses.get("fold1", "val"), labels)
 
 
 def read_hmdb51(folder: Path, data: DataParams) -> Iterator[Clip]:
@@ -160,18 +162,18 @@ def read_hmdb51(folder: Path, data: DataParams) -> Iterator[Clip]:
     for path in listed_files(folder, "*_test_split?.txt"):
         action, _, fold = path.stem.rpartition("_test_split")
         faults = Faults(path, hint=MANGLED)
-        for place, line in enumerate(open_text(path), start=1):
+        for place, line in published_lines(path):
             if not line.strip():
                 continue
             name, _, use = line.strip().rpartition(" ")
             if not name or use not in _HMDB51_USE:
-                faults.add(place, f"'{line.strip()}' is no video and 0, 1 or 2")
+                faults.add(place, f"'{line.strip()}' is not a video and 0, 1 or 2")
                 continue
             folds.setdefault(f"{action}/{name}", {})[f"fold{fold}"] = _HMDB51_USE[use]
         faults.check()
-    for name, told in folds.items():
-        labels = {"action": name.partition("/")[0], **told}
-        yield file_clip(name, "hmdb51", told.get("fold1", "val"), labels)
+    for name, uses in folds.items():
+        labels = {"action": name.partition("/")[0], **uses}
+        yield file_clip(name, "hmdb51", uses.get("fold1", "val"), labels)
 
 
 def read_esc50(folder: Path, data: DataParams) -> Iterator[Clip]:
@@ -180,9 +182,99 @@ def read_esc50(folder: Path, data: DataParams) -> Iterator[Clip]:
     faults = Faults(path, hint=MANGLED)
     for line, row in csv_rows(path, ("filename", "fold", "category")):
         if not re.fullmatch(r"[1-5]", row["fold"]):
-            faults.add(line, f"fold '{row['fold']}' is none of 1 to 5")
+            faults.add(line, f"fold '{row['fold']}' is not one of 1 to 5")
             continue
         split = "test" if row["fold"] == "1" else "train"
         labels = {"sound": row["category"], "fold": row["fold"]}
         yield file_clip(row["filename"], "esc50", split, labels)
     faults.check()
+
+
+SEGMENTS = {
+    "unbalanced_train_segments.csv": "train",
+    "balanced_train_segments.csv": "train",
+    "eval_segments.csv": "test",
+}
+SEGMENT_FIELDS = 4  # id, start, end, labels
+_CLASS = re.compile(r"/[a-z]/\w+")
+
+
+def read_audioset(folder: Path, data: DataParams) -> Iterator[Clip]:
+    """The segments of every official list in the folder."""
+    found = [name for name in SEGMENTS if (folder / name).is_file()]
+    if not found:
+        raise DataError(
+            f"not one of {', '.join(SEGMENTS)} in {folder}",
+            hint="docs/data-sources.md says where to get them",
+        )
+    names = read_class_names(folder)
+    for name in found:
+        yield from read_segments(folder / name, SEGMENTS[name], names, sections=data.sections)
+
+
+def read_class_names(folder: Path) -> dict[str, str]:
+    """Classes by their machine ids: /m/09x0r -> Speech. Empty when no file says."""
+    table, ontology = folder / "class_labels_indices.csv", folder / "ontology.json"
+    if table.is_file():
+        rows = csv_rows(table, ("mid", "display_name"))
+        return {row["mid"]: row["display_name"] for _, row in rows}
+    if ontology.is_file():
+        try:
+            return {str(entry["id"]): str(entry["name"]) for entry in read_json(ontology)}
+        except (TypeError, KeyError) as error:
+            raise DataError(f"{ontology} is broken: {error}", hint=MANGLED) from None
+    return {}
+
+
+def read_segments(
+    path: Path, split: str, names: dict[str, str], *, sections: bool
+) -> Iterator[Clip]:
+    """The segments of one list; bad lines are named with their numbers at its end."""
+    faults = Faults(path, hint=MANGLED)
+    promised, count = None, 0
+    for line, text in published_lines(path):
+        if text.startswith("#") and not text.startswith("#NAME?"):
+            counted = re.search(r"num_segs=(\d+)", text)
+            promised = int(counted[1][:18]) if counted else promised
+            continue
+        if not text.strip():
+            continue
+        try:
+            yield _segment(text, split, names, sections=sections)
+            count += 1
+        except ValueError as error:
+            faults.add(line, str(error))
+    faults.check()
+    if promised is not None and count != promised:
+        raise DataError(
+            f"{path} promises {promised} segments in its first lines and holds {count}",
+            hint="it was cut off: get the official file again",
+        )
+
+
+def _segment(text: str, split: str, names: dict[str, str], *, sections: bool) -> Clip:
+    if text.startswith("#NAME?"):
+        raise ValueError("a spreadsheet program has put #NAME? in the place of the video's id")
+    fields = split_row(text)
+    if len(fields) != SEGMENT_FIELDS:
+        raise ValueError(
+            f"{len(fields)} fields, not {SEGMENT_FIELDS}: the quotes around the labels are off"
+        )
+    video_id, start, end, classes = fields
+    begin = number(start, "start")
+    url, first, last = youtube_span(video_id, begin, number(end, "end"), sections=sections)
+    labels = classes.split(",")
+    for label in labels:
+        if not _CLASS.fullmatch(label):
+            raise ValueError(f"'{label}' is not a class of the ontology")
+    return Clip(
+        clip_id=f"as_{video_id}_{begin:g}".replace(".", "-"),
+        source="audioset",
+        url=url,
+        start=first,
+        end=last,
+        split=split,
+        labels={"sound": LABEL_SEPARATOR.join(names.get(label, label) for label in labels)},
+        captions=(),
+        licence=None,
+    )

@@ -1,17 +1,15 @@
 """What the readers of published lists share; the published counts."""
 
-import csv
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from vatt.data.clips.files import skipped_as
 from vatt.data.clips.manifest import Clip
 from vatt.errors import DataError
 
-SHOWN = 10  # faults named in the message
 _VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{11}")
 
 # Clips of the published lists, by split, as their files or papers count them. What Kinetics,
@@ -57,69 +55,10 @@ def official_counts(sources: Iterable[str]) -> dict[str, int]:
     return dict(totals)
 
 
-class Faults:
-    """Bad lines of a file; all of it is read, then they are named at once."""
-
-    def __init__(self, path: Path, *, hint: str) -> None:
-        self._path, self._hint = path, hint
-        self._shown: list[tuple[int, str]] = []
-        self._count = 0
-
-    def add(self, line: int, problem: str) -> None:
-        """Note what is wrong in a line."""
-        self._count += 1
-        if len(self._shown) < SHOWN:
-            self._shown.append((line, f"{self._path}:{line}: {problem}"))
-
-    def check(self) -> None:
-        """Refuse the file if anything was wrong in it."""
-        if self._count:
-            more = self._count - len(self._shown)
-            rest = [f"... and {more} more lines"] if more else []
-            shown = [problem for _, problem in sorted(self._shown)]
-            raise DataError("\n".join(shown + rest), hint=self._hint)
-
-
-MANGLED = "get the official file again, and keep spreadsheet programs away from it"
-
-
-def open_text(path: Path) -> Iterator[str]:
-    """The lines of a text file, without their ends."""
-    try:
-        with path.open(encoding="utf-8-sig", newline=None) as file:
-            for line in file:
-                yield line.rstrip("\n")
-    except FileNotFoundError:
-        raise DataError(
-            f"{path} is missing", hint="docs/data-sources.md says where to get it"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8: {error}", hint=MANGLED) from None
-
-
-def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a csv file with a header that names at least `columns`, with their lines."""
-    reader = csv.reader(open_text(path), skipinitialspace=True)
-    header = [name.strip() for name in next(reader, [])]
-    missing = [name for name in columns if name not in header]
-    if missing:
-        raise DataError(
-            f"{path}:1: no column {', '.join(missing)} among {', '.join(header) or 'none'}",
-            hint=MANGLED,
-        )
-    faults = Faults(path, hint=MANGLED)
-    for row in reader:
-        if len(row) == len(header):
-            yield reader.line_num, dict(zip(header, row, strict=True))
-        elif row:
-            faults.add(reader.line_num, f"{len(row)} fields under {len(header)} column names")
-    faults.check()
-
-
 def youtube_url(video_id: str) -> str:
-    """The address of a video; ValueError when that is no video's id."""
+    """The address of a video; ValueError when it is not the id of a video."""
     if not _VIDEO_ID.fullmatch(video_id):
-        raise ValueError(f"'{video_id}' is no YouTube id")
+        raise ValueError(f"'{video_id}' is not a YouTube id")
     return f"https://www.youtube.com/watch?v={video_id}"
 
 
@@ -148,14 +87,6 @@ def listed_files(folder: Path, pattern: str) -> list[Path]:
             f"no {pattern} in {folder}", hint="docs/data-sources.md says where to get it"
         )
     return found
-
-
-def number(value: str, what: str) -> float:
-    """Seconds, from text; ValueError when it is no number."""
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError(f"{what} '{value}' is no number of seconds") from None
 
 
 def youtube_span(

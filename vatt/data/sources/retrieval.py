@@ -2,31 +2,26 @@
 
 Files, under their official names: youcook2: validation_youcook.csv, the clips that MIL-NCE and VATT
 are tested on; msrvtt: MSRVTT_JSFUSION_test.csv (or msrvtt_test.csv, the same) and, for training,
-MSRVTT_train.9k.csv with the official json of its sentences (any *videodatainfo*.json, or .json.gz).
+MSRVTT_train.9k.csv with the json of its sentences: any *videodatainfo*.json, or MSRVTT_data.json as
+it is handed on with CLIP4Clip (each also as .json.gz).
 """
 
 import gzip
-import json
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from vatt.config import DataParams
 from vatt.data.clips.manifest import Caption, Clip
-from vatt.data.sources.official import (
-    MANGLED,
-    Faults,
-    csv_rows,
-    file_clip,
-    listed_files,
-    number,
-    youtube_span,
-)
+from vatt.data.sources.official import file_clip, listed_files, youtube_span
+from vatt.data.sources.textfiles import MANGLED, Faults, csv_rows, number, read_json
 from vatt.errors import DataError
 
+SENTENCES = ("*videodatainfo*.json*", "MSRVTT_data.json*")  # of these, the first that is there
 MSRVTT_TESTS = ("MSRVTT_JSFUSION_test.csv", "msrvtt_test.csv")
+log = logging.getLogger(__name__)
 A_CLIP = 30.0  # seconds: no clip of MSR-VTT is longer; its sentences hold for all of it
 
 
@@ -61,24 +56,30 @@ def read_youcook2(folder: Path, data: DataParams) -> Iterator[Clip]:
 def read_msrvtt(folder: Path, data: DataParams) -> Iterator[Clip]:
     """The 1k-A split: 9,000 train clips with all their sentences, 1,000 test clips with one."""
     sentences: dict[str, list[str]] = {}
-    for path in sorted(folder.glob("*videodatainfo*.json*")):
-        for sentence in _sentences(path):
-            sentences.setdefault(str(sentence["video_id"]), []).append(str(sentence["caption"]))
+    for pattern in SENTENCES:
+        for path in sorted(folder.glob(pattern)) if not sentences else ():
+            for video_id, sentence in _sentences(path):
+                sentences.setdefault(video_id, []).append(sentence)
     train, tests = folder / "MSRVTT_train.9k.csv", [folder / name for name in MSRVTT_TESTS]
+    mute = 0
     for _, row in csv_rows(train, ("video_id",)) if train.is_file() else ():
+        mute += row["video_id"] not in sentences
         yield _msrvtt(row["video_id"], "train", sentences.get(row["video_id"], []))
+    if mute:
+        log.warning("%s: %d videos have no sentence in %s", train, mute, " or ".join(SENTENCES))
     path = next((path for path in tests if path.is_file()), tests[0])
     for _, row in csv_rows(path, ("video_id", "sentence")):
         yield _msrvtt(row["video_id"], "test", [row["sentence"]])
 
 
-def _sentences(path: Path) -> list[dict[str, Any]]:
+def _sentences(path: Path) -> Iterator[tuple[str, str]]:
+    record = read_json(path, gzip.open if path.suffix == ".gz" else Path.open)
     try:
-        opened = gzip.open if path.suffix == ".gz" else Path.open
-        with opened(path, "rb") as file:
-            return list(json.load(file)["sentences"])
-    except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
-        raise DataError(f"{path} is broken: {error}", hint=MANGLED) from None
+        for sentence in record["sentences"]:
+            yield str(sentence["video_id"]), str(sentence["caption"])
+    except (KeyError, TypeError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{path} is broken: {reason}", hint=MANGLED) from None
 
 
 def _msrvtt(video_id: str, split: str, sentences: list[str]) -> Clip:

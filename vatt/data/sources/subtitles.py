@@ -1,11 +1,14 @@
-"""Subtitle files -> captions: srt, vtt, json, and text tracks inside a video."""
+"""Subtitle files -> captions: srt, vtt, json, and text tracks inside a video.
+
+Each cue is read, repaired or dropped, and the last two are counted. We tried pysubs2, srt and
+webvtt-py: they count nothing, and they lose or merge the cues of damaged files.
+"""
 
 import html
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,92 +17,241 @@ import av
 from av.subtitles.stream import SubtitleStream
 
 from vatt.data.clips.files import MEDIA, composed
-from vatt.data.clips.manifest import Caption
+from vatt.data.clips.manifest import LONGEST_TIME, Caption, CaptionFaults
 from vatt.data.clips.media import open_media
+from vatt.data.sources.textfiles import UNICODE, decode, decode_as, encoding_of, number, split_lines
 
 SUFFIXES = (".srt", ".vtt", ".json")
-MAX_BYTES = 20 * 2**20  # a larger file is no subtitles
-Cue = tuple[float, float, list[str]]  # start, end and lines
+MAX_BYTES = 20 * 2**20  # a larger file is not subtitles
 FEW = 3  # cues that begin as another ended, by chance
 MAX_LINES = 8  # that a cue has in common with the one before: two or three are usual
-_TIME = r"(?:(\d+):)?(\d{1,2}):(\d{2})[.,](\d{1,3})"
-_ARROW = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?")
-_INLINE_TIME = re.compile(rf"<{_TIME}>")
-_TAG = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")
+LONG_SECONDS, LONG_WORDS = 10.0, 16  # a cue that has more of both is cut
+PAUSE = 1.0  # seconds without a word that end a caption, where each word has its time
 _ASS = ("ass", "ssa")
 _TEXT_TRACKS = ("mov_text", "subrip", "srt", "webvtt", "text", *_ASS)
 ASS_FIELDS = 8  # of a line of an ass track, before its text
 
+_TIME = r"(?:(\d{1,6})\s*:\s*)?(\d{1,3})\s*:\s*(\d{2})(?:\s*[.,]\s*(\d{1,9}))?"
+_ARROW = "(?:-+\\s*>|[\u2013\u2014]+>|\u2192)"  # -->, also as word processors write it
+_TIMES = re.compile(rf"\s*(-?){_TIME}\s*{_ARROW}\s*{_TIME}(?![\d:])(.*)", re.ASCII)
+_LIKE_TIMES = re.compile(r"\s*\d+\s*:\s*\d+\s*:\s*\d+\s*[.,][\W\d]*")
+_SETTINGS = re.compile(r"(?:\s+[A-Za-z]\w*:\S+)*\s*")  # of a cue: align:start, X1:40
+_NUMBER = re.compile(r"\s*(\d{1,7})\s*", re.ASCII)
+_COMMENT = re.compile(r"NOTE(?:\s.*)?|STYLE\s*|REGION\s*")
+_INLINE_TIME = re.compile(rf"<{_TIME}>", re.ASCII)
+_TAG = re.compile(r"</?[A-Za-z][^<>]*>|<[\d:.,]+>|\{\\[^{}]*\}")
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_NO_WIDTH = re.compile("[\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
+_HALF = re.compile("[\ud800-\udfff]")  # a bad byte, or half a character of JSON
+_DAMAGE = re.compile("[\ud800-\udfff\ufffd\0]")
+_COLUMNS = ("start", "end", "text")
+_SENTENCE_END = (".", "!", "?", "\u2026")
+
 
 @dataclass(frozen=True, slots=True)
 class Subtitles:
-    """Captions in the order of time, and how many could not be read."""
+    """Captions in the order of time, and what was wrong with them."""
 
     captions: tuple[Caption, ...]
-    dropped: int = 0
+    faults: CaptionFaults = field(default_factory=CaptionFaults)
+
+    @property
+    def dropped(self) -> int:
+        """Captions that could not be read."""
+        return self.faults.dropped
+
+
+Word = tuple[str, float, float]  # with start and end
+UNREADABLE = Subtitles((), CaptionFaults(dropped=1))
+
+
+@dataclass(slots=True)
+class _Cue:
+    """A span and the lines that are said in it, without marks."""
+
+    start: float
+    end: float
+    repaired: bool = False
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, lines: Iterable[str]) -> None:
+        """Add what is said in lines of the file."""
+        for line in lines:
+            self.repaired = self.repaired or _DAMAGE.search(line) is not None
+            if plain := _plain(line):
+                self.lines.append(plain)
 
 
 def read_subtitles(path: Path) -> Subtitles:
     """Read a file; what is malformed is counted, not raised."""
     try:
         if path.stat().st_size > MAX_BYTES:
-            return Subtitles((), dropped=1)
-        text = _decode(path.read_bytes())
+            return UNREADABLE
+        text, encoding = decode(path.read_bytes())
     except OSError:  # not ours to read
-        return Subtitles((), dropped=1)
-    if path.suffix.lower() == ".json":
-        return _from_json(text, path.stem)
-    return _from_cues(text)
+        return UNREADABLE
+    text = text.lstrip("\ufeff")
+    read = _from_json(text, path.stem) if path.suffix.lower() == ".json" else _from_cues(text)
+    guessed = "" if encoding in UNICODE else encoding
+    return Subtitles(read.captions, replace(read.faults, encoding=guessed))
 
 
-def _decode(data: bytes) -> str:
-    for encoding in ("utf-8-sig", "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"):
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    return data.decode("cp1252", errors="replace")
+# --- srt and vtt ----------------------------------------------------------------------------------
 
 
 def _from_cues(text: str) -> Subtitles:
-    """srt and vtt: a line with an arrow, then lines of words up to an empty one."""
-    cues: list[Cue] = []
-    dropped = 0
-    for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n").replace("\r", "\n")):
-        lines = block.strip("\n").split("\n")
-        at = next((number for number, line in enumerate(lines) if "-->" in line), None)
-        if at is None:
-            continue
-        match = _ARROW.fullmatch(lines[at])
-        start, end = (_seconds(match, 1), _seconds(match, 5)) if match else (0.0, 0.0)
-        if end <= start:
-            dropped += 1
-            continue
-        cues.append((start, end, [_plain(line) for line in lines[at + 1 :]]))
+    """A line of times begins each cue; empty lines may be missing, doubled or anywhere."""
+    lines = split_lines(text)
+    cues, dropped = _cues(lines, is_vtt=lines[0].startswith("WEBVTT"))
     if _INLINE_TIME.search(text) or _rolls(cues):
         cues = _unroll(cues)
-    captions = (Caption(start, end, " ".join(filter(None, lines))) for start, end, lines in cues)
-    return Subtitles(_in_order(caption for caption in captions if caption.text), dropped)
+    captions: list[Caption] = []
+    repaired = 0
+    for cue in cues:
+        pieces = _cut(cue.start, cue.end, " ".join(cue.lines))
+        repaired += cue.repaired and bool(pieces)
+        captions += pieces
+    return Subtitles(_in_order(captions), CaptionFaults(dropped, repaired))
 
 
-def _rolls(cues: Sequence[Cue]) -> bool:
+def _cues(lines: list[str], *, is_vtt: bool) -> tuple[list[_Cue], int]:
+    """The cues in the file's order, and how many could not be read."""
+    starts = [at for at, line in enumerate(lines) if _is_times(line)]
+    if not starts:
+        return [], int(not is_vtt and any(map(str.strip, lines)))
+    bodies, dropped = (_vtt_bodies if is_vtt else _srt_bodies)(lines, starts)
+    cues: list[_Cue] = []
+    for at, body in zip(starts, bodies, strict=True):
+        cue = _timed(lines[at])
+        if cue is None:
+            dropped += 1
+        else:
+            cue.add(body)
+            cues.append(cue)
+    return cues, dropped
+
+
+def _is_times(line: str) -> bool:
+    """Whether a cue begins here, though its times may be damaged."""
+    if "-->" in line:
+        return True
+    return ":" in line and bool(_TIMES.match(line) or _LIKE_TIMES.fullmatch(line))
+
+
+def _timed(line: str) -> _Cue | None:
+    """The cue that begins with this line; None where its times cannot be known."""
+    match = _TIMES.fullmatch(line)
+    if match is None:
+        return None
+    start, end = _seconds(match, 2), _seconds(match, 6)
+    is_odd = any(int(match[group]) > 59 for group in (3, 4, 7, 8))  # 00:00:60,000
+    if match[1]:
+        start = 0.0
+    if not start < end <= LONGEST_TIME:
+        return None
+    cue = _Cue(start, end, repaired=bool(match[1]) or is_odd)
+    if not _SETTINGS.fullmatch(match[10]):  # words in the line of the times
+        cue.repaired = True
+        cue.add([match[10]])
+    return cue
+
+
+def _srt_bodies(lines: list[str], starts: list[int]) -> tuple[list[list[str]], int]:
+    """The lines of each cue without the number of the next, and the cues that have no times."""
+    numbers = [_number_before(lines, before, at) for before, at in pairwise([-1, *starts])]
+    known = [found for found in numbers if found is not None]
+    is_numbered = numbers[0] is not None or len(known) > len(starts) / 2
+    for place, found in enumerate(numbers):
+        if found is not None and not is_numbered and found[0] != place + 1:
+            numbers[place] = None  # words that happen to be a number
+    first = numbers[0][1] if numbers[0] else starts[0]
+    dropped = int(any(map(str.strip, lines[:first])))  # words before all times
+    bodies = []
+    for place, (at, following) in enumerate(pairwise([*starts, len(lines)])):
+        after = numbers[place + 1] if place + 1 < len(numbers) else None
+        body = lines[at + 1 : after[1] if after else following]
+        own = numbers[place]
+        body, lost = _without_lost_cues(body, own[0] if own else None)
+        dropped += lost
+        bodies.append(body)
+    return bodies, dropped
+
+
+def _number_before(lines: list[str], before: int, at: int) -> tuple[int, int] | None:
+    """A cue's number and where it begins; it may stand there twice, and empty lines below it."""
+    place = at - 1
+    while place > before and not lines[place].strip():
+        place -= 1
+    match = _NUMBER.fullmatch(lines[place]) if place > before else None
+    if match is None:
+        return None
+    if place - 1 > before and lines[place - 1].strip() == lines[place].strip():
+        place -= 1
+    return int(match[1]), place
+
+
+def _without_lost_cues(body: list[str], own: int | None) -> tuple[list[str], int]:
+    """A cue's lines up to the next number: that begins a cue whose times are lost."""
+    kept, lost = len(body), 0
+    if own is None:
+        return body, 0
+    for place in range(1, len(body) - 1):
+        is_alone = not body[place - 1].strip() and body[place + 1].strip()
+        if is_alone and body[place].strip() == str(own + lost + 1):
+            kept = min(kept, place)
+            lost += 1
+    return body[:kept], lost
+
+
+def _vtt_bodies(lines: list[str], starts: list[int]) -> tuple[list[list[str]], int]:
+    """The lines of each cue without the name of the next one and without comments."""
+    first = starts[0]
+    is_named = first > 1 and bool(lines[first - 1].strip()) and not lines[first - 2].strip()
+    bodies = []
+    for at, following in pairwise([*starts, len(lines)]):
+        body = lines[at + 1 : following]
+        named = following < len(lines) and len(body) > 1 and bool(body[-1].strip())
+        has_words = is_named or any(map(str.strip, body[:-1]))
+        if named and (_NUMBER.fullmatch(body[-1]) or (has_words and not body[-2].strip())):
+            del body[-1]
+        bodies.append(_without_comments(body))
+    return bodies, 0
+
+
+def _without_comments(lines: list[str]) -> list[str]:
+    """Without the blocks NOTE, STYLE and REGION, which end at an empty line."""
+    kept: list[str] = []
+    is_comment, before = False, "-"
+    for line in lines:
+        if not line.strip():
+            is_comment = False
+        elif not before.strip() and _COMMENT.fullmatch(line):
+            is_comment = True
+        if not is_comment:
+            kept.append(line)
+        before = line
+    return kept
+
+
+def _rolls(cues: Sequence[_Cue]) -> bool:
     """Whether a third of the cues begin with the last line of the one before and say more.
 
     So do automatic captions that were turned into srt, where their inline times are lost.
     """
     again = sum(
-        len(lines) > 1 and bool(before) and lines[0] == before[-1]
-        for (_, _, before), (_, _, lines) in pairwise(cues)
+        len(cue.lines) > 1 and bool(before.lines) and cue.lines[0] == before.lines[-1]
+        for before, cue in pairwise(cues)
     )
     return again >= max(len(cues) / 3, FEW)
 
 
-def _unroll(cues: list[Cue]) -> list[Cue]:
+def _unroll(cues: list[_Cue]) -> list[_Cue]:
     """Automatic captions roll: each cue begins with the lines that the one before ended with."""
     kept = []
     before: list[str] = []
-    for start, end, lines in cues:
-        lines = [line for line in lines if line]
+    for cue in cues:
+        lines = cue.lines
         repeated = max(
             (
                 k
@@ -109,57 +261,125 @@ def _unroll(cues: list[Cue]) -> list[Cue]:
             default=0,
         )
         if lines[repeated:]:
-            kept.append((start, end, lines[repeated:]))
+            kept.append(replace(cue, lines=lines[repeated:]))
         before = lines or before
     return kept
 
 
+# --- json -----------------------------------------------------------------------------------------
+
+
 def _from_json(text: str, name: str) -> Subtitles:
-    """Lists of start, end and text (alone, or under the video's name), or a list of cues."""
+    """Captions as HowTo100M, Whisper, WhisperX, whisper.cpp, YouTube and others write them."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
-        return Subtitles((), dropped=1)
+        return UNREADABLE
     if isinstance(record, dict) and isinstance(record.get(name), (dict, list)):
         record = record[name]
-    if isinstance(record, dict):
-        columns = [record.get(key) for key in ("start", "end", "text")]
-        if not all(isinstance(column, list) for column in columns):
-            return Subtitles((), dropped=1)
-        lengths = {len(column) for column in columns if column is not None}
-        if len(lengths) != 1:
-            return Subtitles((), dropped=max(lengths))
-        rows: list[Any] = list(zip(*columns, strict=True))
-    else:
-        rows = [_row(cue) for cue in record] if isinstance(record, list) else [None]
-    found = [_caption(row) for row in rows]
-    captions = [caption for caption in found if caption is not None]
-    return Subtitles(_in_order(captions), dropped=len(found) - len(captions))
+    rows = _rows_of(record) if isinstance(record, dict) else record
+    if not isinstance(rows, list):
+        return UNREADABLE
+    captions: list[Caption] = []
+    dropped = repaired = 0
+    for row in rows:
+        found = _captions_of(row) if isinstance(row, dict) else None
+        if found is None:
+            dropped += 1
+        elif found:
+            captions += found
+            repaired += _is_repaired(row)
+    return Subtitles(_in_order(captions), CaptionFaults(dropped, repaired))
 
 
-def _row(cue: Any) -> Any:
-    if not isinstance(cue, dict) or not isinstance(cue.get("start"), (int, float)):
-        return None
-    end = cue.get("end", cue["start"] + cue.get("duration", 0))
-    return cue["start"], end, cue.get("text")
+def _rows_of(record: dict[str, Any]) -> Any:
+    """The list of captions in an object; None where there is none."""
+    columns = [record[key] for key in _COLUMNS if isinstance(record.get(key), list)]
+    if len(columns) == len(_COLUMNS):
+        if len({len(column) for column in columns}) > 1:  # nobody knows what belongs together
+            return [None] * max(map(len, columns))
+        return [dict(zip(_COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
+    for key in ("segments", "chunks", "transcription", "events"):
+        if isinstance(record.get(key), list):
+            return record[key]
+    words = next((record[key] for key in ("words", "word_segments") if key in record), None)
+    return [{"words": words}] if isinstance(words, list) else None
 
 
-def _caption(row: Any) -> Caption | None:
-    if row is None:
+def _captions_of(row: dict[str, Any]) -> list[Caption] | None:
+    """The captions of a row, none where nothing is said; None where it cannot be read."""
+    words = _words_of(row.get("words"))
+    text = row.get("text")
+    if isinstance(row.get("segs"), list):  # of YouTube
+        parts = (part.get("utf8") for part in row["segs"] if isinstance(part, dict))
+        text = "".join(part for part in parts if isinstance(part, str))
+    elif "tStartMs" in row:  # the place of the words, and none of them
+        return []
+    if text is None and words:
+        return _grouped(words)
+    span = _span(row)
+    if span is None or not isinstance(text, str):
         return None
-    start, end, text = row
-    times = [time for time in (start, end) if isinstance(time, (int, float))]
-    if len(times) < 2 or not all(map(math.isfinite, times)) or end <= start:
+    return _cut(*span, _plain(text), words)
+
+
+def _span(row: dict[str, Any]) -> tuple[float, float] | None:
+    """Start and end in seconds."""
+    start, end, length = row.get("start"), row.get("end"), row.get("duration", row.get("dur"))
+    unit = 1.0
+    if isinstance(row.get("timestamp"), list) and len(row["timestamp"]) == 2:
+        start, end = row["timestamp"]
+    elif isinstance(row.get("offsets"), dict):
+        start, end, unit = row["offsets"].get("from"), row["offsets"].get("to"), 0.001
+    elif "tStartMs" in row:
+        start, length, unit = row["tStartMs"], row.get("dDurationMs"), 0.001
+    first, last, lasting = (_time(value, unit) for value in (start, end, length))
+    if last is None and first is not None and lasting is not None:
+        last = first + lasting
+    if first is None or last is None or not max(first, 0.0) < last <= LONGEST_TIME:
         return None
-    if not isinstance(text, str) or not _plain(text):
+    return max(first, 0.0), last
+
+
+def _time(value: Any, unit: float = 1.0) -> float | None:
+    """Seconds, of a number or a text of one; None for anything else."""
+    try:
+        seconds = number(value, "time") if isinstance(value, str) else value
+    except ValueError:
         return None
-    return Caption(float(start), float(end), _plain(text))
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        return None
+    return seconds * unit if abs(seconds) <= LONGEST_TIME / unit else None
+
+
+def _is_repaired(row: dict[str, Any]) -> bool:
+    start, text = row.get("start"), row.get("text")
+    is_odd = isinstance(start, str) or (isinstance(start, (int, float)) and start < 0)
+    return is_odd or (isinstance(text, str) and _DAMAGE.search(text) is not None)
+
+
+def _words_of(words: Any) -> list[Word] | None:
+    """Words with their times; None where any of them lacks one."""
+    if not isinstance(words, list) or not all(isinstance(word, dict) for word in words):
+        return None
+    found = []
+    for word in words:
+        text, span = word.get("word", word.get("text")), _span(word)
+        if span is None or not isinstance(text, str):
+            return None
+        found += [(part, *span) for part in _plain(text).split()]
+    return found
+
+
+# --- a track inside a video -----------------------------------------------------------------------
 
 
 def embedded_captions(path: Path) -> Subtitles:
-    """The first text track inside a video; none when there is none or it cannot be read."""
+    """The first text track inside a video; none where there is none or the file is broken."""
     if not path.is_file():
         return Subtitles(())
+    found: list[tuple[float, float, bytes]] = []
+    dropped = 0
     try:
         with open_media(path) as container:
             # A track of a kind that nobody knows has no codec at all.
@@ -168,13 +388,28 @@ def embedded_captions(path: Path) -> Subtitles:
                 for track in container.streams.subtitles
                 if track.codec_context is not None and track.codec_context.name in _TEXT_TRACKS
             ]
-            found = list(_cues_in(container, tracks[0])) if tracks else []
+            for cue in _cues_in(container, tracks[0]) if tracks else ():
+                found.append(cue)
     except (av.FFmpegError, ValueError):
-        return Subtitles((), dropped=1)
-    return Subtitles(_in_order(caption for caption in found if caption.text))
+        dropped = int(bool(found))  # what came before the damage stays
+    encoding = encoding_of(b"\n".join(data for _, _, data in found))
+    captions: list[Caption] = []
+    repaired = 0
+    for start, end, data in found:
+        text = decode_as(data, encoding)
+        if not max(start, 0.0) < end <= LONGEST_TIME:
+            dropped += 1
+            continue
+        pieces = _cut(max(start, 0.0), end, _plain(" ".join(split_lines(text))))
+        repaired += bool(pieces) and (start < 0 or _DAMAGE.search(text) is not None)
+        captions += pieces
+    guessed = "" if encoding in UNICODE else encoding
+    return Subtitles(_in_order(captions), CaptionFaults(dropped, repaired, guessed))
 
 
-def _cues_in(container: av.container.InputContainer, track: SubtitleStream) -> Iterator[Caption]:
+def _cues_in(
+    container: av.container.InputContainer, track: SubtitleStream
+) -> Iterator[tuple[float, float, bytes]]:
     zero = (container.start_time or 0) / 1e6
     kind = track.codec_context.name
     for packet in container.demux(track):
@@ -186,8 +421,50 @@ def _cues_in(container: av.container.InputContainer, track: SubtitleStream) -> I
         elif kind in _ASS:
             data = data.split(b",", ASS_FIELDS)[-1].replace(b"\\N", b"\n")
         start = float(packet.pts * packet.time_base) - zero
-        text = _plain(" ".join(_decode(data).split("\n")))
-        yield Caption(start, start + float(packet.duration * packet.time_base), text)
+        yield start, start + float(packet.duration * packet.time_base), data
+
+
+# --- captions -------------------------------------------------------------------------------------
+
+
+def _cut(start: float, end: float, text: str, words: Sequence[Word] | None = None) -> list[Caption]:
+    """A caption; several where it is so long that its first words are said far from its last."""
+    said = text.split()
+    if end - start <= LONG_SECONDS or len(said) <= LONG_WORDS:
+        return [Caption(start, end, text)] if said else []
+    if words is None or [word for word, _, _ in words] != said:
+        words = _spread(said, start, end)
+    return _grouped(words)
+
+
+def _spread(words: Sequence[str], start: float, end: float) -> list[Word]:
+    """Words with the times that they have if every letter takes equally long."""
+    a_letter = (end - start) / sum(len(word) + 1 for word in words)
+    found = []
+    for word in words:
+        begun, start = start, start + (len(word) + 1) * a_letter
+        found.append((word, begun, start))
+    return found
+
+
+def _grouped(words: Sequence[Word]) -> list[Caption]:
+    """Captions of some words each, cut at a pause or after a sentence where there is one."""
+    groups: list[list[Word]] = []
+    for word in words:
+        group = groups[-1] if groups else None
+        is_whole = group is not None and len(group) >= LONG_WORDS / 2
+        if (
+            group is None
+            or len(group) >= LONG_WORDS
+            or word[1] - group[-1][2] > PAUSE
+            or (is_whole and group[-1][0].endswith(_SENTENCE_END))
+        ):
+            groups.append([])
+        groups[-1].append(word)
+    return [
+        Caption(round(group[0][1], 3), round(group[-1][2], 3), " ".join(word[0] for word in group))
+        for group in groups
+    ]
 
 
 def _in_order(captions: Iterable[Caption]) -> tuple[Caption, ...]:
@@ -196,14 +473,14 @@ def _in_order(captions: Iterable[Caption]) -> tuple[Caption, ...]:
 
 def _seconds(match: re.Match[str], group: int) -> float:
     hours, minutes, seconds, fraction = (match.group(group + k) or "0" for k in range(4))
-    whole = 3600 * int(hours) + 60 * int(minutes) + int(seconds)
-    return whole + int(fraction.ljust(3, "0")) / 1000
+    return 3600 * int(hours) + 60 * int(minutes) + int(seconds) + float(f"0.{fraction}")
 
 
 def _plain(line: str) -> str:
-    """Words without tags, entities and control characters."""
-    text = html.unescape(_TAG.sub("", line))
-    return " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", text).split())
+    """Words without tags, entities and marks that nobody sees; a damaged byte becomes \ufffd."""
+    text = _ENTITY.sub(lambda match: html.unescape(match[0]), _TAG.sub("", line))
+    text = _HALF.sub("\ufffd", _NO_WIDTH.sub("", _CONTROL.sub(" ", text)))
+    return " ".join(text.split())
 
 
 # --- which video a file belongs to ----------------------------------------------------------------

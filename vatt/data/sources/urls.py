@@ -1,14 +1,13 @@
 """A csv of addresses -> clips. Columns: url (or path, or youtube_id); start, end, split, id, text,
 licence if there are any; every other column is a label."""
 
-import csv
 import hashlib
-import math
+import logging
 import os
 import re
 from array import array
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from urllib.parse import urlsplit
 
@@ -17,7 +16,14 @@ import numpy as np
 from vatt.config import DataParams
 from vatt.data.clips.files import composed, find_file
 from vatt.data.clips.manifest import CLIP_ID, SPLITS, Caption, Clip, drawn_split, mark_of
-from vatt.data.sources.official import Faults
+from vatt.data.sources.textfiles import (
+    Faults,
+    encoding_of_file,
+    number,
+    read_rows,
+    split_row,
+    text_lines,
+)
 from vatt.errors import DataError
 
 ALIASES = {
@@ -31,13 +37,21 @@ ALIASES = {
 }
 KNOWN = ("url", "path", "youtube_id", "start", "end", "split", "id", "text", "licence")
 PLACES = ("url", "path", "youtube_id")
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_LOOKS_LIKE = {  # what a row holds, and a sentence that goes on in another line does not
+    "url": re.compile(r"\s*[a-z]+://\S+\s*", re.IGNORECASE),
+    "path": re.compile(r"\s*\S.{0,255}\.\w{2,5}\s*"),
+    "youtube_id": re.compile(r"\s*[\w-]{11}\s*", re.ASCII),
+}
+log = logging.getLogger(__name__)
 
 
 def read_urls(path: Path, data: DataParams) -> Iterator[Clip]:
     """The clips of the list, as a stream; bad rows are named with their lines, all at once."""
+    listing = _open(path)
     faults = Faults(path, hint="correct or delete these lines")
     marks = array("Q")
-    for line, row in _rows(path):
+    for line, row in listing.rows(faults):
         try:
             clip = _clip(row, path.parent, data)
         except ValueError as error:
@@ -50,68 +64,108 @@ def read_urls(path: Path, data: DataParams) -> Iterator[Clip]:
     if not marks:
         faults.check()
         raise DataError(f"{path} lists no clip", hint="a header line and one line a clip")
-    _add_twins(path, data, marks, faults)
+    _add_twins(listing, data, marks, faults)
     faults.check()
 
 
-def _add_twins(path: Path, data: DataParams, marks: "array[int]", faults: Faults) -> None:
+def _add_twins(listing: "_List", data: DataParams, marks: "array[int]", faults: Faults) -> None:
     """Name the lines that list a clip once more."""
     ordered = np.sort(np.asarray(marks))
     twins = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
     first: dict[str, int] = {}
-    for line, row in _rows(path) if twins else ():
+    known = Faults(listing.path, hint="")  # named before
+    for line, row in listing.rows(known) if twins else ():
         try:
-            name = _clip(row, path.parent, data).clip_id
+            name = _clip(row, listing.path.parent, data).clip_id
         except ValueError:
             continue
         if mark_of(name) in twins and first.setdefault(name, line) != line:
             faults.add(line, f"the same clip as in line {first[name]}")
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+@dataclass(frozen=True, slots=True)
+class _List:
+    """A csv file, the line of its column names, and what separates its fields."""
+
+    path: Path
+    line: int
+    columns: list[str]
+    delimiter: str
+    encoding: str
+
+    def rows(self, faults: Faults) -> Iterator[tuple[int, dict[str, str]]]:
+        """The rows with their lines."""
+        lines = (found for found in text_lines(self.path, self.encoding) if found[0] > self.line)
+        rows = read_rows(lines, faults, delimiter=self.delimiter, begins_row=self._begins_row)
+        for line, fields in rows:
+            row = dict(zip(self.columns, (value.strip() for value in fields), strict=False))
+            if len(fields) != len(self.columns):
+                faults.add(line, f"{len(fields)} fields under {len(self.columns)} column names")
+            elif row.get(""):
+                faults.add(line, f"'{row[''][:40]}' is in a column without a name")
+            else:
+                yield line, row
+
+    def _begins_row(self, line: str) -> bool:
+        """Whether a line is a row, and not the rest of the one before."""
+        try:
+            fields = split_row(line, self.delimiter)
+        except ValueError:
+            fields = line.split(self.delimiter)
+        row = dict(zip(self.columns, fields, strict=False))
+        found = [_LOOKS_LIKE[name].fullmatch(row[name]) for name in PLACES if row.get(name)]
+        return len(fields) >= min(len(self.columns), 2) and any(found)
+
+
+def _open(path: Path) -> _List:
+    """Look for the column names and at what separates them; a guess is announced."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = _header(next(reader, []), path)
-            for row in reader:
-                if row and len(row) != len(header):
-                    raise DataError(
-                        f"{path}:{reader.line_num}: {len(row)} fields under {len(header)} "
-                        "column names",
-                        hint='put fields that hold a comma in "quotes"',
-                    )
-                if row:
-                    named = zip(header, (value.strip() for value in row), strict=True)
-                    yield reader.line_num, dict(named)
+        encoding = encoding_of_file(path)
     except FileNotFoundError:
         raise DataError(f"{path} is missing", hint="set data.location to a csv file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8: {error}", hint="save it as UTF-8") from None
-
-
-def _header(fields: list[str], path: Path) -> list[str]:
-    names = [ALIASES.get(name.strip().lower(), name.strip()) for name in fields]
-    if not names:
+    lines = text_lines(path, encoding)
+    line, names = next((found for found in lines if found[1].strip()), (1, ""))
+    forced = re.fullmatch(r"sep=(.)", names.strip(" \r\n"))  # as Excel writes it
+    if forced:
+        line, names = next((found for found in lines if found[1].strip()), (line, ""))
+    delimiters = [forced[1]] if forced else list(DELIMITERS)
+    split = {mark: _columns(names, mark, path, line) for mark in delimiters}
+    delimiter = next((mark for mark in split if {*PLACES} & {*split[mark]}), delimiters[0])
+    columns = split[delimiter]
+    if not any(columns):
         raise DataError(f"{path} is empty", hint="a header line and one line a clip")
-    if set(PLACES) & set(names):
-        return names
-    if any(mark in ",".join(names) for mark in (";", "\t")):
-        raise DataError(f"{path}:1: fields must be separated by commas", hint="save it as csv")
-    raise DataError(
-        f"{path}:1: no column named {', '.join(PLACES)}", hint="name the columns in line 1"
-    )
+    if not {*PLACES} & {*columns}:
+        raise DataError(
+            f"{path}:{line}: no column named {', '.join(PLACES)}", hint="name the columns in line 1"
+        )
+    twice = next((name for name in columns if name and columns.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}:{line}: two columns are called {twice}", hint="keep one of them")
+    if delimiter != ",":
+        named = DELIMITERS.get(delimiter, f"'{delimiter}'")
+        log.warning("%s: the fields are separated by %s", path, named)
+    return _List(path, line, columns, delimiter, encoding)
+
+
+def _columns(names: str, delimiter: str, path: Path, line: int) -> list[str]:
+    try:
+        fields = [name.strip() for name in split_row(names, delimiter)]
+    except ValueError as error:
+        raise DataError(f"{path}:{line}: {error}", hint="correct the column names") from None
+    known = {name.lower(): ALIASES.get(name.lower(), name.lower()) for name in fields}
+    return [known[name.lower()] if known[name.lower()] in KNOWN else name for name in fields]
 
 
 def _clip(row: dict[str, str], home: Path, data: DataParams) -> Clip:
     url = _url(row, home, data)
-    start = _time(row.get("start", ""), "start") or 0.0
-    end = _time(row.get("end", ""), "end")
+    start = number(row["start"], "start") if row.get("start") else 0.0
+    end = number(row["end"], "end") if row.get("end") else None
     if start < 0 or (end is not None and end <= start):
         raise ValueError(f"the span from {start} to {end} is empty")
     split = row.get("split", "")
     split = {"validate": "val", "validation": "val", "valid": "val"}.get(split, split) or "train"
     if split not in SPLITS:
-        raise ValueError(f"split '{split}' is none of {', '.join(SPLITS)}")
+        raise ValueError(f"split '{split}' is not one of {', '.join(SPLITS)}")
     name = row.get("id") or _name(url, start, end)
     if not CLIP_ID.fullmatch(name):
         raise ValueError(f"id '{name}' may hold letters, digits, - and _ only")
@@ -133,16 +187,16 @@ def _url(row: dict[str, str], home: Path, data: DataParams) -> str:
     """An address; a path is a file beside the list, or else on a mirror where there are any."""
     if row.get("youtube_id"):
         if not re.fullmatch(r"[\w-]{1,64}", row["youtube_id"], re.ASCII):
-            raise ValueError(f"'{row['youtube_id']}' is no YouTube id")
+            raise ValueError(f"'{row['youtube_id']}' is not a YouTube id")
         return f"https://www.youtube.com/watch?v={row['youtube_id']}"
     if row.get("url"):
         parts = urlsplit(row["url"])
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"'{row['url']}' is no http or https address")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError(f"'{row['url']}' is not an http or https address")
         return row["url"]
     if row.get("path"):
         return _path_url(row["path"], home, data)
-    raise ValueError("no address in it")
+    raise ValueError(f"nothing in the columns {', '.join(PLACES)}")
 
 
 def _path_url(name: str, home: Path, data: DataParams) -> str:
@@ -162,18 +216,6 @@ def _path_url(name: str, home: Path, data: DataParams) -> str:
     if there is None and data.base_urls:
         return f"urls:{name}"
     return f"folder:{there or name}"
-
-
-def _time(value: str, column: str) -> float | None:
-    if not value:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = math.nan
-    if not math.isfinite(seconds):
-        raise ValueError(f"{column} '{value}' is no number of seconds")
-    return seconds
 
 
 def _name(url: str, start: float, end: float | None) -> str:

@@ -1,0 +1,195 @@
+"""A list of addresses becomes clips; each bad row is named by its line and takes no other with it."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.data.corpus import TEST_DATA, demo_params, needs_data
+from vatt.data.fetching.download import download
+from vatt.data.sources.urls import read_urls
+from vatt.errors import DataError
+
+PARAMS = demo_params(test_share=0.25)
+REPORTED = Path(TEST_DATA or "/nowhere") / "reported"
+ATTACK = Path(TEST_DATA or "/nowhere") / "attack"
+
+
+def listed(tmp_path, text: str | bytes):
+    path = tmp_path / "list.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return list(read_urls(path, PARAMS.data))
+
+
+def test_a_list_of_addresses(tmp_path):
+    clips = listed(
+        tmp_path,
+        "\ufeffurl,time_start,time_end,split,label,text,licence\r\n"
+        'https://x.org/a.mp4,1,3.5,test,"arm, wrestling",two people,CC0\r\n'
+        "https://x.org/b.mp4,,,,,,\r\n",
+    )
+    first, second = clips
+    assert (first.start, first.end, first.split, first.licence) == (1.0, 3.5, "test", "CC0")
+    assert first.labels == {"label": "arm, wrestling"} and first.captions[0].text == "two people"
+    assert (second.start, second.end, second.labels, second.captions) == (0.0, None, {}, ())
+
+
+def test_paths_are_files_beside_the_list_or_on_a_mirror(tmp_path):
+    (tmp_path / "b.mp4").touch()
+    text = "path,label\na b.mp4,1\nb.mp4,2\n"
+    assert [clip.url for clip in listed(tmp_path, text)] == ["folder:a b.mp4", "folder:b.mp4"]
+    mirrored = PARAMS.data.model_copy(update={"base_urls": ("http://mirror",)})
+    found = [clip.url for clip in read_urls(tmp_path / "list.csv", mirrored)]
+    assert found == ["urls:a b.mp4", "folder:b.mp4"]
+
+
+@needs_data
+def test_each_file_of_a_list_ends_in_its_state(tmp_path):
+    hostile = Path(TEST_DATA) / "hostile"
+    for name in ("ok_reference.mp4", "zero_length.mp4"):
+        (tmp_path / name).symlink_to(hostile / name)
+    location = tmp_path / "list.csv"
+    location.symlink_to(hostile / "manifests" / "missing_files.csv")
+    params = demo_params(source="urls", location=location)
+    clips = list(read_urls(location, params.data))
+    counts = download(
+        clips, params.data, params.machine, media=tmp_path / "media", ledger=tmp_path / "l"
+    )
+    assert counts == {"ok": 1, "not-found": 1, "corrupt": 1}
+
+
+def test_youtube_ids_become_addresses(tmp_path):
+    [video] = listed(tmp_path, "youtube_id,label\nabc_-12,x\n")
+    assert video.url == "https://www.youtube.com/watch?v=abc_-12"
+
+
+def test_clips_of_one_video_fall_in_one_split(tmp_path):
+    rows = "".join(f"https://x.org/{k % 40}.mp4,{k},{k + 1}\n" for k in range(400))
+    clips = listed(tmp_path, "url,start,end\n" + rows)
+    splits = {}
+    for clip in clips:
+        splits.setdefault(clip.url, set()).add(clip.split)
+    assert all(len(found) == 1 for found in splits.values())
+    assert 3 <= sum(found == {"test"} for found in splits.values()) <= 18
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("path,label\n", "lists no clip"),
+        ("name,label\na,b\n", "no column named url, path, youtube_id"),
+        ("url\nfile:///etc/passwd\n", r"list.csv:2: .* not an http or https address"),
+        ("url,start,end\nhttp://x/a,2,1\n", r"list.csv:2: the span from 2.0 to 1.0 is empty"),
+        ("url,start\nhttp://x/a,zero\n", r"list.csv:2: start 'zero' is not a number"),
+        ("url,start\nhttp://x/a,nan\n", "is not a number"),
+        ("url\nhttp://x/a\nhttp://x/a\n", r"list.csv:3: the same clip as in line 2"),
+        ("url,split\nhttp://x/a,testing\n", "split 'testing'"),
+        ("url,label\nhttp://x/a,b,c\n", r"list.csv:2: 3 fields under 2 column names"),
+        (b"url,text\nhttp://x/a,caf\xc3\xa9\nhttp://x/\xff,b\n", "csv:3: a byte that is not UTF-8"),
+        ("url,url\nhttp://a/b,\n", "csv:1: two columns are called url"),
+        ("url,time_start,start\nhttp://a/b,1,1\n", "two columns are called start"),
+        ("url,\nhttp://a/b,x\n", "csv:2: 'x' is in a column without a name"),
+        ("url,text\nhttp://a/b,x\0y\n", "csv:2: a NUL character"),
+        ("url,text\nhttp://a/b," + "x" * 140_000, "csv:2: a field is longer than 131,072"),
+        ("url,text\nhttp://a/b," + "x" * 2_000_000, "csv:2: the line is longer than"),
+        ("url\nhttp://a:999999/b\n", "csv:2: Port out of range"),
+        ("url\nhttp://a:xx/b\n", "csv:2: Port could not be cast"),
+        ("url\nhttp://[::1\n", "csv:2: Invalid IPv6 URL"),
+        ("url\nhttp://a\u2100/b\n", "csv:2: netloc"),
+        ("url,start\nhttp://a/b,1e400\n", "start '1e400' is not a number"),
+        ("url,start\nhttp://a/b,1_0\n", "start '1_0' is not a number"),
+        ("url,start\nhttp://a/b,1e300\n", "start '1e300' is not a number"),
+        ('url,text\nhttp://a/b,"he said "hi" twice"\n', 'csv:2: a field in "quotes" goes on'),
+        ('"url,text\nhttp://a/b,x\n', "csv:1: a quote opens a field"),
+    ],
+)
+def test_bad_lists_name_the_line_and_the_fault(tmp_path, text, message):
+    with pytest.raises(DataError, match=message) as caught:
+        listed(tmp_path, text)
+    assert caught.value.hint and caught.value.exit_code == 3
+
+
+def texts(clips):
+    return [clip.captions[0].text for clip in clips]
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["quote.csv", "quote2.csv"])
+def test_a_forgotten_quote_costs_its_own_row_alone(tmp_path, name):
+    content = (REPORTED / "04_csv_unclosed_quote" / name).read_text()
+    with pytest.raises(DataError) as caught:
+        listed(tmp_path, content)
+    assert str(caught.value).startswith(f"{tmp_path}/list.csv:3: a quote opens a field")
+    assert ":4:" not in str(caught.value) and caught.value.exit_code == 3
+    lines = content.splitlines(keepends=True)
+    assert len(listed(tmp_path, "".join(lines[:2] + lines[3:]))) == 5
+
+
+@needs_data
+def test_a_large_list_with_a_forgotten_quote_is_refused_by_line():
+    with pytest.raises(DataError, match=r"big\.csv:\d+: a quote opens a field"):
+        list(read_urls(REPORTED / "04_csv_unclosed_quote" / "big.csv", PARAMS.data))
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        'http://a/3,"a woman, waving"',
+        '"http://a/3",rain',
+        'http://a/3,a dog"',
+        'http://a/3,""',
+        'http://a/3,"a ""dog"""',
+        'http://a/3,"',
+    ],
+)
+def test_whatever_quotes_follow_a_forgotten_one_no_row_is_swallowed(tmp_path, later):
+    rows = f'url,text\nhttp://a/1,"he says\nhttp://a/2,a cat\n{later}\nhttp://a/4,a bird\n'
+    with pytest.raises(DataError, match=r"csv:2: a quote opens a field") as caught:
+        listed(tmp_path, rows)
+    assert "csv:3" not in str(caught.value) and "csv:5" not in str(caught.value)
+
+
+def test_a_field_in_quotes_may_have_several_lines(tmp_path):
+    rows = 'url,text\nhttp://a/1,"first, he\nsays ""hi""\n\nand goes"\nhttp://a/2,"b, c"\n'
+    assert texts(listed(tmp_path, rows)) == ['first, he\nsays "hi"\n\nand goes', "b, c"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\r\r\n"])
+def test_any_line_ends_give_the_same_rows_and_line_numbers(tmp_path, end):
+    lines = ["url,text", "http://a/1,one", "", "http://a/2,two"]
+    assert texts(listed(tmp_path, end.join(lines))) == ["one", "two"]
+    with pytest.raises(DataError, match=r"csv:5: 1 fields under 2"):
+        listed(tmp_path, end.join([*lines, "http://a/3"]))
+
+
+@pytest.mark.parametrize(("mark", "named"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
+def test_other_separators_are_announced(tmp_path, caplog, mark, named):
+    rows = "Path,Label,Start\na b.mp4,c,1.5\n".replace(",", mark)
+    [clip] = listed(tmp_path, rows)
+    assert (clip.url, clip.labels, clip.start) == ("folder:a b.mp4", {"Label": "c"}, 1.5)
+    assert caplog.messages == [f"{tmp_path / 'list.csv'}: the fields are separated by {named}"]
+    assert listed(tmp_path, f"sep={mark}\n{rows}") == [clip]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-16-be"])
+def test_unicode_in_any_form_is_read_without_a_word(tmp_path, caplog, encoding):
+    rows = "URL,Text\nhttp://a/1,żółw\nhttp://a/2,打开门\n"
+    assert texts(listed(tmp_path, rows.encode(encoding))) == ["żółw", "打开门"]
+    assert caplog.messages == []
+
+
+def test_an_old_encoding_is_announced(tmp_path, caplog):
+    rows = "url,text\nhttp://a/1,открой дверь\nhttp://a/2,налей молоко\n"
+    assert texts(listed(tmp_path, rows.encode("cp1251"))) == ["открой дверь", "налей молоко"]
+    assert len(caplog.messages) == 1 and "is read as cp1251" in caplog.messages[0]
+
+
+@needs_data
+@pytest.mark.parametrize("path", sorted(ATTACK.glob("url-*.csv")), ids=lambda path: path.name)
+def test_hostile_lists_are_read_or_refused_by_line(path):
+    try:
+        clips = list(read_urls(path, PARAMS.data))
+    except DataError as error:
+        assert path.name in error.problem and error.hint
+    else:
+        assert 1 <= len(clips) <= 2
