@@ -18,7 +18,7 @@ class Tick(Protocol):
 
 
 def describe(done: int, total: int, seconds: float, unit: str, *, first: int = 0) -> str:
-    """`120/700 steps, 6.3/s, 1 min 32 s left`; work done before the start is left out of the rate."""
+    """`120/700 steps, 6.3/s, 1 min 32 s left`; the rate leaves out work done before the start."""
     rate = (done - first) / seconds if seconds > 0 else 0.0
     text = f"{done}/{total} {unit}"
     if rate > 0 and done < total:

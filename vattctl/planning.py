@@ -69,8 +69,8 @@ def plan_command(
 ) -> None:
     """Forecast memory, time, energy and cost of the pre-training in params.yaml.
 
-    Only a short trial is run. With --device there is no trial: all is computed, with a GPU at 40 %
-    of its peak. Exit code 2 when the settings do not fit.
+    Only a short trial is run. With --device there is no trial: everything is computed from counted
+    operations and the data sheet of the GPU. Exit code 2 if the settings do not fit.
     """
     enter_project(context)
     changes = dict(settings)

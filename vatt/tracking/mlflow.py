@@ -59,10 +59,6 @@ class Run:
         if self._metrics is not None:
             self._metrics.flush()
 
-    def finish_metrics(self, metrics: dict[str, float]) -> None:
-        """Note results that belong to no step."""
-        self.log(0, metrics)
-
     def tag(self, name: str, value: str) -> None:
         """Name a fact that is known only now."""
         if self._client is not None:
