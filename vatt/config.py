@@ -45,7 +45,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """A part of params.yaml; frozen, and a key it does not know is an error."""
+    """A part of params.yaml; it is frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -57,8 +57,8 @@ class PathsParams(Section):
     """Files and folders, relative to the project's root."""
 
     manifest: Path  # JSON lines, one clip each
-    download_ledger: Path  # what happened to each clip at download
-    media: Path  # downloaded files; no DVC output, so nothing is copied
+    download_ledger: Path  # the outcome of each clip's download
+    media: Path  # downloaded files; not a DVC output, so that nothing is copied
     shards: Path  # tars + index + vocabulary
     preprocess_ledger: Path
     pretrain_state: Path  # resumable, ZeRO-sharded
@@ -68,7 +68,7 @@ class PathsParams(Section):
     finetune_state: Path
     evaluation: Path  # arrays behind the metrics: similarities, features, predictions
     metrics: Path  # <stage>.json
-    runs: Path  # <stage>.json: MLflow run id and timings; no dependency of anything
+    runs: Path  # <stage>.json: MLflow run id and timings; nothing depends on it
     report: Path  # report.html, report.md
 
 
@@ -95,8 +95,8 @@ class DemoParams(Section):
 
     train_clips: PositiveInt
     test_clips: PositiveInt
-    no_text_share: Share  # of the train clips: the AudioSet role
-    dead_links: NonNegativeInt  # links that lead nowhere, as in real life
+    no_text_share: Share  # of the train clips: like AudioSet's, without text
+    dead_links: NonNegativeInt  # clips whose address does not exist, as in any list
 
 
 class DataParams(Section):
@@ -110,17 +110,17 @@ class DataParams(Section):
     file_kind: Literal["auto", "images", "recordings"]  # auto: what most files of a folder are
     caption_languages: tuple[str, ...]  # of several subtitle files the first of these is taken
     annotations: Path | None  # official lists: <annotations>/<list>/ holds the files of each
-    mix: dict[str, Annotated[float, Field(gt=0, le=1)]] | None  # of the hours; null: all there is
+    mix: dict[str, Annotated[float, Field(gt=0, le=1)]] | None  # shares of the hours; null: all
     sample_share: Annotated[float, Field(gt=0, le=1)]  # of the clips, by the hash of their ids
-    sections: bool  # fetch the listed part of a video, not the whole
-    height: PositiveInt  # pixels; of a video's streams the largest that is not above it
+    sections: bool  # fetch only the listed part of a video
+    height: PositiveInt  # pixels; the largest stream of a video that is not higher is taken
     base_urls: tuple[str, ...]  # mirrors tried first, in order
     allow_youtube: bool  # read docs/data-sources.md first: their terms apply
     test_share: Share  # of the videos without a split of their own
     val_share: Share  # the same, for pretrain.evaluate_every
-    require: tuple[Modality, ...]  # a clip without one of these is not kept
-    min_clips: PositiveInt  # fewer clips left: stop
-    min_share: Share  # a smaller share of the manifest left: stop
+    require: tuple[Modality, ...]  # a clip that lacks one of these is dropped
+    min_clips: PositiveInt  # stop when fewer clips are left
+    min_share: Share  # stop when a smaller share of the manifest is left
     demo: DemoParams
 
     @property
@@ -134,8 +134,8 @@ class DataParams(Section):
         if self.source not in OWN_SOURCES and unknown:
             close = difflib.get_close_matches(min(unknown), (*OWN_SOURCES, *LISTS), n=1)
             raise ValueError(
-                f"data.source {self.source} is none of {', '.join(OWN_SOURCES)}, "
-                f"nor made of {', '.join(LISTS)} joined by +"
+                f"data.source {self.source} is unknown: use {', '.join(OWN_SOURCES)}, "
+                f"or some of {', '.join(LISTS)} joined by +"
                 + (f"; did you mean '{close[0]}'?" if close else "")
             )
         needs_files = {"folder", "urls"} | OF_FILES
@@ -146,15 +146,15 @@ class DataParams(Section):
         if self.mix is not None and set(self.mix) != set(self.sources):
             raise ValueError(f"data.mix must name exactly {', '.join(self.sources)}")
         if self.test_share + self.val_share > 1:
-            raise ValueError("data.test_share and data.val_share are more than 1 together")
+            raise ValueError("data.test_share and data.val_share add up to more than 1")
         return self
 
 
 class PreprocessParams(Section):
     """What the shards hold."""
 
-    clip_seconds: PositiveFloat  # a longer span is cut in clips of this length
-    min_clip_seconds: PositiveFloat  # a shorter one is left out
+    clip_seconds: PositiveFloat  # a longer span is cut into clips of this length
+    min_clip_seconds: PositiveFloat  # a shorter clip is left out
     fps: PositiveInt
     short_side: PositiveInt  # pixels
     video_storage: Literal["h264", "jpeg"]  # docs/data-format.md measures them
@@ -167,10 +167,10 @@ class PreprocessParams(Section):
     audio_hz: PositiveInt  # sample rate, mono
     samples_per_shard: PositiveInt
     vocabulary: PositiveInt  # word ids, at most; id 0 pads
-    vocabulary_file: Path | None  # words or WordPiece made elsewhere; null: the corpus's own words
-    stop_words: Path | None  # a file of words that are left out, one a line
-    clean_text: bool  # leave out [sounds], speakers' names, addresses
-    max_failed_share: Share  # more clips failing than this: stop
+    vocabulary_file: Path | None  # a list of words or WordPieces; null: the corpus's words
+    stop_words: Path | None  # a file of words to leave out, one per line
+    clean_text: bool  # leave out [sounds], speakers' names, web addresses
+    max_failed_share: Share  # stop when a larger share of the clips fails
 
     @model_validator(mode="after")
     def _rate_that_aac_knows(self) -> "PreprocessParams":
@@ -235,7 +235,7 @@ class TextParams(Section):
 
 
 class ReleaseParams(Section):
-    """What only the released models have; an imported checkpoint says it, params.yaml need not."""
+    """Settings of released models only: in imported checkpoints, not needed in params.yaml."""
 
     word_dim: Width = 300  # width of the frozen word table
     post_dim: Width = 1024  # agnostic: width of the features
@@ -271,9 +271,9 @@ class ModelParams(Section):
 
 
 class AugmentationParams(Section):
-    """Applied to a clip consistently: the same draw for all its frames."""
+    """One random draw for each clip, applied to all its frames alike."""
 
-    crop_area: tuple[PositiveFloat, PositiveFloat]  # share of the frame, from - to
+    crop_area: tuple[PositiveFloat, PositiveFloat]  # share of the frame's area, from and to
     crop_aspect: tuple[PositiveFloat, PositiveFloat]
     flip: bool
     brightness: NonNegativeFloat  # as in the paper: 32/255 is 0.1255
@@ -308,8 +308,8 @@ class PretrainParams(Section):
     mil_nce_weight: NonNegativeFloat
     optimizer: OptimizerParams
     save_every: PositiveInt  # steps
-    keep_states: PositiveInt  # the last ones
-    keep_states_every: PositiveInt | None  # steps; these stay for good; null: none
+    keep_states: PositiveInt  # how many of the latest states are kept
+    keep_states_every: PositiveInt | None  # steps; these are kept forever; null: never
     report_every: PositiveInt  # steps
     evaluate_every: PositiveInt | None  # steps; retrieval on the val split; null: never
     evaluate_clips: PositiveInt  # of the val split, searched each time
@@ -320,8 +320,8 @@ class FinetuneTaskParams(Section):
 
     modality: Literal["video", "audio", "image"]
     label: str  # name of the label in the manifest
-    train_labels: PositiveInt | None  # labelled train clips used, balanced; null: all
-    frames: Frames | None  # video only; an image is repeated to one voxel's depth
+    train_labels: PositiveInt | None  # labelled clips to train on, balanced; null: all
+    frames: Frames | None  # video only; an image is repeated to fill one patch in time
     fps: PositiveFloat | None
     frame_size: Pixels | None
     audio_samples: PositiveInt | None
@@ -363,7 +363,7 @@ class ProbeParams(Section):
     modality: Literal["video", "audio"]
     label: str
     train_labels: PositiveInt | None  # null: all
-    folds: tuple[str, ...]  # labels that tell the official splits; empty: the one train/test split
+    folds: tuple[str, ...]  # labels that name the official splits; empty: train/test
 
 
 class EvaluateParams(Section):
@@ -371,12 +371,12 @@ class EvaluateParams(Section):
 
     fps: PositiveFloat  # of the frames shown to the encoder
     clips: PositiveInt  # windows spread over a test clip
-    captions: PositiveInt  # of a clip at most: those nearest in time to its first window
-    caption_queries: Literal["averaged", "each"]  # a clip's captions are one query, or as many
+    captions: PositiveInt  # of a clip, at most: those nearest to its first window
+    caption_queries: Literal["averaged", "each"]  # one query per clip or per caption
     retrieval_pool: PositiveInt  # test clips searched
     class_labels: tuple[str, ...]  # class@1: the best hit agrees in all of these; may be empty
     probes: dict[str, ProbeParams]
-    low_rank_steps: NonNegativeInt  # of the low-rank probe, beside the SVM; 0: without it
+    low_rank_steps: NonNegativeInt  # of the low-rank probe, in addition to the SVM; 0: none
     batch_size: PositiveInt
     bootstrap: PositiveInt  # resamples behind every 95 % interval
 
@@ -386,27 +386,27 @@ class ReportParams(Section):
 
     title: str
     tsne_clips: PositiveInt
-    device_hour_price: NonNegativeFloat | None  # of one GPU, or CPU core; null: no cost is told
+    device_hour_price: NonNegativeFloat | None  # of one GPU or CPU core; null: no cost is given
 
 
 class DownloadParams(Section):
-    """Manners towards the hosts that clips come from, and what they may cost here."""
+    """Limits that spare the hosts of the clips, and limits on what a download may use here."""
 
-    per_host: PositiveInt  # files at once from one host
-    pause_seconds: NonNegativeFloat  # between the beginnings of two files from one host
+    per_host: PositiveInt  # files fetched from one host at the same time
+    pause_seconds: NonNegativeFloat  # between the starts of two files from one host
     max_mb_per_second: PositiveFloat | None  # of one file
     max_gb: PositiveFloat | None  # of the media folder
 
 
 class MachineParams(Section):
-    """What must not change a result: declared by no stage as a dependency."""
+    """What must not change a result; no stage depends on it."""
 
     processes: PositiveInt
     threads: PositiveInt | None  # per process; null: cores / processes
     zero_stage: Literal[0, 1, 2, 3]
     offload: Literal["none", "optimizer", "all"]
-    micro_batch_size: PositiveInt | None  # per process; null: the process's whole share
-    activation_checkpointing: bool  # keep a block's input alone; compute the block again
+    micro_batch_size: PositiveInt | None  # per process; null: its whole share of the batch
+    activation_checkpointing: bool  # keep only a block's input; compute the block again
     compile: bool  # torch.compile of each block; on a CPU it needs a C++ compiler
     launcher_arguments: tuple[str, ...]  # to the deepspeed launcher
     workers: NonNegativeInt  # processes that download, encode and decode; 0: in the main one
@@ -414,18 +414,18 @@ class MachineParams(Section):
     ray_address: str | None  # host:port; null: a cluster is started here
     cache_gb: NonNegativeFloat  # decoded clips kept in memory
     prefetch_gb: PositiveFloat  # batches made ahead, in each process; one always is
-    max_broken_share: Rate  # of the train samples; more that cannot be read stop a training
-    load_ledger: Path  # the samples that a training could not read
-    shards_url: str | None  # s3://..., https://...: shards that paths.shards lacks come from there
-    shard_cache: Path  # fetched shards are kept here
+    max_broken_share: Rate  # a training stops when a larger share of its samples is broken
+    load_ledger: Path  # lists the samples that a training could not read
+    shards_url: str | None  # s3://..., https://...: the source of missing shards
+    shard_cache: Path  # the folder of fetched shards
     shard_cache_gb: NonNegativeFloat
     ffmpeg: Path | None  # null: the one in the imageio-ffmpeg wheel
     download: DownloadParams
-    cookies: Path | None  # a file as browsers export it
-    proxy: Path | None  # a file that holds its address: it may hold a password too
-    mlflow_uri: str  # a relative sqlite path counts from the project's root
+    cookies: Path | None  # a cookies.txt file, as browsers export it
+    proxy: Path | None  # a file with the address of the proxy and, if needed, its password
+    mlflow_uri: str  # a relative sqlite path starts at the project's root
     experiment: str
-    max_artifact_mb: NonNegativeFloat  # larger checkpoints are named, not copied
+    max_artifact_mb: NonNegativeFloat  # larger checkpoints are not copied, only named
 
 
 class Params(Section):
@@ -540,7 +540,7 @@ def fingerprint(*sections: Any) -> str:
 
 
 def known_keys(path: tuple[str, ...]) -> list[str]:
-    """The keys that may stand in the section at `path`; none when a free name is expected there."""
+    """The keys that the section at `path` may have; empty where any name is allowed."""
     section: Any = Params
     for key in path:
         fields = getattr(section, "model_fields", None)

@@ -36,7 +36,7 @@ Vectors = NDArray[np.float32]
 VERSION = 1
 FACTS, MOMENTS, VECTORS = "index.json", "moments.jsonl", "vectors.faiss"
 BATCH = 16
-SPLIT = "test"  # nothing is trained on what is searched
+SPLIT = "test"  # what is searched is never trained on
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,14 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A moment that was found; the cosine is that of words and picture."""
+    """A moment that was found, and the cosine between words and picture."""
 
     moment: Moment
     cosine: float
 
 
 class Embedder:
-    """A pre-trained checkpoint that tells where pictures and words lie in their common space."""
+    """A pre-trained checkpoint that embeds pictures and words in their common space."""
 
     def __init__(self, folder: Path) -> None:
         model = checkpoint.load(folder)
@@ -71,7 +71,7 @@ class Embedder:
 
     @torch.inference_mode()
     def text(self, sentence: str) -> Vectors:
-        """Where a sentence lies: (E,). Raises DataError when no word of it is known."""
+        """The embedding of a sentence: (E,). Raises DataError when it has no known word."""
         words = vatt.vocabulary(self.folder)
         ids = words.encode(sentence, self.model.params.text.words)
         if not words.knows(sentence):
@@ -92,9 +92,9 @@ class Embedder:
         work: Path,
         progress: Progress,
     ) -> Iterator[tuple[Moment, Vectors]]:
-        """Every moment of the clips' files and where its picture lies: (E,).
+        """Every moment of the clips' files and the embedding of its picture: (E,).
 
-        What is cut lies in `work` and need not be cut again; its ledgers say what was left out.
+        `work` keeps what is cut, for the next time; the ledgers in it say what was left out.
         """
         index = self._cut(clips, location, params, work=work, progress=progress)
         video = self.model.params.video
@@ -203,7 +203,7 @@ class Index:
 
         self.facts = _facts(folder)
         self._vectors = faiss.read_index(str(folder / VECTORS))
-        # A moment is read when it is found: a hundred thousand would take longer than the search.
+        # Moments are parsed only when found: parsing all of them takes longer than a search.
         self._moments = (folder / MOMENTS).read_text(encoding="utf-8").splitlines()
 
     def nearest(self, vector: Vectors, *, count: int) -> list[Hit]:
@@ -221,7 +221,7 @@ def search(embedder: Embedder, index: Path, query: str, *, count: int) -> list[H
     if opened.facts["checkpoint"] != embedder.mark:
         raise DataError(
             f"{index} was made with another checkpoint than {embedder.folder}",
-            hint="name the folder of the videos instead, and it is made anew",
+            hint="name the folder of the videos instead: a new index is made",
         )
     return opened.nearest(embedder.text(query), count=count)
 
@@ -229,7 +229,7 @@ def search(embedder: Embedder, index: Path, query: str, *, count: int) -> list[H
 def write_index(
     out: Path, moments: Sequence[Moment], vectors: Sequence[Vectors], facts: dict[str, Any]
 ) -> None:
-    """Write an index whole: vectors, the moment of each, and what they were made from."""
+    """Write an index, all of it or nothing: vectors, their moments, and what they were made from."""
     import faiss
 
     index = faiss.IndexFlatIP(len(vectors[0]))
@@ -242,7 +242,7 @@ def write_index(
 
 
 def is_index(folder: Path) -> bool:
-    """Whether a folder is an index, and no folder of videos."""
+    """Whether a folder is an index, not a folder of videos."""
     return (folder / FACTS).is_file() and (folder / VECTORS).is_file()
 
 

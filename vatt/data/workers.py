@@ -1,8 +1,8 @@
 """Where work runs: in this process, in worker processes, or on a Ray cluster.
 
 Worker processes end with their parent. The machines of a Ray cluster share a file system and have
-the same vattctl installed; a task whose worker is lost is done again elsewhere, so a task must give
-the same result each time and write whole files or none.
+the same vattctl installed. When a worker is lost, its task runs again elsewhere: so a task must give
+the same result each time, and write complete files or none.
 """
 
 import multiprocessing
@@ -30,7 +30,7 @@ class InProcess(Executor):
     """An executor that does the work at once, in the calling process."""
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Do it now; what it raises comes out of the future, as from a worker."""
+        """Do it now; the future raises its errors, as it does for a worker."""
         future: Future[T] = Future()
         try:
             future.set_result(fn(*args, **kwargs))
@@ -65,7 +65,7 @@ def worker_pool(workers: int, *, preload: Sequence[str] = ()) -> Iterator[Execut
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """Keep workers from importing the main module: they need none of it, and it is slow."""
+    """Keep workers from importing the main module: they do not need it, and it is slow."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -95,10 +95,10 @@ class Workers:
 
     def __init__(self, pool: Executor, *, ahead: int) -> None:
         self._pool = pool
-        self._ahead = ahead  # items taken before their results are asked for
+        self._ahead = ahead  # items taken before their results are needed
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
-        """Each item and its result, as they come; items are taken when there is room for them."""
+        """Each item with its result, in the order of completion; items are taken as there is room."""
         left = iter(items)
         waiting: dict[Future[R], T] = {}
         try:
@@ -111,7 +111,7 @@ class Workers:
                     yield waiting.pop(future), future.result()
         except BrokenProcessPool:
             raise MachineError(
-                "a worker process died, perhaps for want of memory",
+                "a worker process died, perhaps because memory ran out",
                 hint="lower machine.workers and run it again: what is finished is kept",
             ) from None
 
@@ -120,7 +120,7 @@ class Workers:
 def start_workers(
     machine: MachineParams, *, most: int | None = None, preload: Sequence[str] = ()
 ) -> Iterator[Workers]:
-    """The workers that the settings name, at most so many; on an error they are ended at once."""
+    """The workers of the settings, at most `most`; on an error they are ended at once."""
     if machine.executor == "ray":
         with cluster(machine.ray_address) as (pool, cores):
             yield Workers(pool, ahead=2 * cores)
@@ -131,7 +131,7 @@ def start_workers(
 
 
 PATIENCE = 10.0  # seconds
-RETRIES = 5  # a task that loses more workers than that is itself the reason
+RETRIES = 5  # a task that loses more workers is itself the cause
 
 
 class RayExecutor(Executor):
@@ -156,7 +156,7 @@ def _call(function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _hand_on(done: "Future[T]", result: "Future[T]") -> None:
-    """Give the result or what went wrong, in our own words."""
+    """Pass on the result, or the error as one of ours."""
     from ray.exceptions import RayError, RayTaskError
 
     error = done.exception()
@@ -173,7 +173,7 @@ def _hand_on(done: "Future[T]", result: "Future[T]") -> None:
 
 
 def _reach(address: str | None) -> None:
-    """Knock at the door: Ray itself waits for minutes where nobody answers."""
+    """Try to connect first: Ray itself waits for minutes where nothing answers."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon:
         socket.create_connection((host, int(port)), timeout=PATIENCE).close()
@@ -181,7 +181,7 @@ def _reach(address: str | None) -> None:
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[tuple[Executor, int]]:
-    """Join a cluster; also how many cores it has. Without an address one is started here."""
+    """Join a cluster; yields its executor and its cores. Without an address one starts here."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -204,7 +204,7 @@ def cluster(address: str | None) -> Iterator[tuple[Executor, int]]:
     except (OSError, ValueError, RuntimeError) as error:
         raise MachineError(
             f"no Ray cluster at {address}: {str(error).splitlines()[0]}",
-            hint="start one by `ray start --head`, and set machine.ray_address to what it says",
+            hint="start one by `ray start --head`, and set machine.ray_address to the address it prints",
         ) from None
     try:
         yield RayExecutor(), max(int(ray.cluster_resources().get("CPU", 1)), 1)

@@ -361,8 +361,12 @@ def test_attacks_on_an_index_are_named_lines_or_broken_samples(tmp_path, name):
     for shard in {row.shard for row in rows}:
         (tmp_path / shard).symlink_to(attack / "shard-onebyte-avc1.tar")
     reader = ShardReader(ShardIndex(tmp_path, storage, rows))
-    for row in rows:
-        with pytest.raises(BrokenSampleError):  # the shard is another one
+    broken = 0
+    for row in rows:  # some lie in this shard, some in another one
+        try:
             reader.frames(row, [0])
             reader.captions(row)
             reader.audio(row, 0, row.num_samples)
+        except BrokenSampleError:
+            broken += 1
+    assert 0 < broken < len(rows)
