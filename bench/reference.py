@@ -70,7 +70,6 @@ def random_batch(model: ModelParams, clips: int, candidates: int) -> Batch:
         text=torch.randint(1, words, (clips, candidates, model.text.words)),
         has_video=torch.ones(clips, dtype=torch.bool),
         has_audio=torch.ones(clips, dtype=torch.bool),
-        colour=torch.tensor([0.0, 1.0, 1.0, 0.0]).repeat(clips, 1),
         labels={},
     )
 

@@ -51,6 +51,5 @@ def _batch(rows: list[tuple[int, int]], seed: int) -> Batch:
         text=torch.stack(text),
         has_video=torch.ones(len(rows), dtype=torch.bool),
         has_audio=torch.tensor([clip % 7 != 6 for clip, _ in rows]),
-        colour=torch.tensor([[0.0, 1.0, 1.0, 0.0]]).repeat(len(rows), 1),
         labels={"shade": labels, "rare": ["" for _ in rows]},
     )

@@ -7,23 +7,24 @@ import torch
 
 from tests.training import tiny
 from vatt.config import SizeParams
-from vatt.data.loading.batches import scaled
 from vatt.model.patches import draw_kept
 from vatt.model.vatt import VATT
 from vatt.plan.memory import (
-    COLOUR_FLOATS,
     BatchSettings,
     Counts,
     NumberKind,
     block_bytes,
     clip_bytes,
+    colour_copies,
     count,
     kernels_bytes,
     memory,
     optimizer_bytes,
+    picture_share,
     update_bytes,
     weights_bytes,
 )
+from vatt.training.pretrain import visible
 
 PARAMS = tiny.DEMO.pretrain
 CLIPS = 3
@@ -112,16 +113,23 @@ def test_caching_makes_activations_independent_of_the_batch():
     assert activations(512, None) > 4 * activations(512, 64)
 
 
-def test_changing_colours_takes_so_many_copies_of_the_pictures():
+@pytest.mark.parametrize("rate", [0.0, 0.25, 0.5, 0.9])
+def test_changing_colours_takes_as_many_copies_of_the_frames_as_forecast(rate):
     video = torch.randint(256, (2, 4, 32, 32, 3), dtype=torch.uint8)
     colour = torch.tensor([0.1, 1.2, 0.8, 0.1]).repeat(2, 1)
+    size = {"frames": 4, "frame_size": 32, "patch": (2, 8, 8)}
+    model = tiny.DEMO.model
+    model = model.model_copy(update={"video": model.video.model_copy(update=size)})
+    embed = tiny.make_model(model).video.embed
+    kept = draw_kept(32, rate, seed=0, step=0, samples=range(2)) if rate else None
     with torch.profiler.profile(profile_memory=True) as found:
-        scaled(video, torch.zeros(2, 1, dtype=torch.int16), colour)
+        visible(video, colour, kept, embed, torch.float32)
     assert found.profiler is not None
     events = found.profiler.kineto_results.events()
     grown = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     peak = max(itertools.accumulate(nbytes for _, nbytes in grown))
-    assert peak / (video.numel() * 4) == pytest.approx(COLOUR_FLOATS, rel=0.02)
+    share = picture_share(model, PARAMS.model_copy(update={"drop_rate": rate}))
+    assert peak / (video.numel() * 4) == pytest.approx(colour_copies(share), rel=0.02)
 
 
 def test_colours_count_where_the_settings_change_them():
@@ -132,7 +140,8 @@ def test_colours_count_where_the_settings_change_them():
     video = tiny.DEMO.model.video
     assert isinstance(video.frame_size, int)
     pictures = clips * video.frames * video.frame_size**2 * 3 * 4
-    assert moving.inputs - still.inputs >= (COLOUR_FLOATS - 1.1) * pictures
+    copies = colour_copies(picture_share(tiny.DEMO.model, PARAMS))
+    assert moving.inputs - still.inputs >= (copies - 1.1) * pictures
     assert moving.total > still.total
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from tests.training import tiny
-from vatt.data.loading.batches import scaled
+from vatt.data.loading.batches import scaled, scaled_video
 from vatt.errors import VattError
 from vatt.losses import paper_form, pretraining_loss, release_form
+from vatt.model.patches import draw_kept
 from vatt.training import loop
-from vatt.training.pretrain import Pretraining, fingerprint, pretrain, pretraining_inputs
+from vatt.training.pretrain import Pretraining, fingerprint, pretrain, pretraining_inputs, visible
 
 CLOCKS = {
     "samples_per_second",
@@ -169,3 +170,24 @@ def test_the_recipe_chooses_the_loss_and_how_tokens_are_dropped(recipe, form, al
         form=form,
     )
     torch.testing.assert_close(module(*inputs)["loss"], wanted.total)
+
+
+@pytest.mark.parametrize("changes", [True, False])
+@pytest.mark.parametrize("rate", [0.25, 0.5, 0.9])
+@pytest.mark.parametrize("size", [16, 12])  # patches of 8: whole ones, and a partial one
+def test_colours_of_kept_patches_alone_are_those_of_whole_clips(size, rate, changes):
+    settings = tiny.model_params()
+    settings = settings.model_copy(
+        update={"video": settings.video.model_copy(update={"frame_size": size})}
+    )
+    model, random = tiny.make_model(settings).eval(), torch.Generator().manual_seed(0)
+    video = torch.randint(256, (3, 4, size, size, 3), dtype=torch.uint8, generator=random)
+    colour = torch.tensor([[0.1, 1.2, 0.8, 0.1], [-0.1, 0.7, 1.3, -0.2], [0.0, 1.0, 1.0, 0.0]])
+    kept = draw_kept(model.num_video_tokens, rate, seed=0, step=0, samples=range(3))
+    own, embed = colour if changes else None, model.video.embed
+    whole = scaled_video(video, own)
+    seen = visible(video, own, kept, embed, torch.float32)
+    if size == 16:
+        assert torch.equal(seen.values, embed.cut(whole, kept).values)
+    ours = model.encode(seen, kept_video=kept).video
+    assert torch.equal(ours, model.encode(whole, kept_video=kept).video)

@@ -7,6 +7,7 @@ P values in a patch, D width.
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,15 @@ def check_input(inputs: Tensor, axes: Sequence[str | int], *, ids: bool = False)
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """An input that is cut already; where `kept` is given, it holds just these patches."""
+
+    values: Tensor  # (B, N, P), or (B, K, P)
+    grid: tuple[int, ...]  # patches along each axis, before any is dropped
+    kept: Tensor | None  # (B, K)
+
+
 class PatchEmbedding(nn.Module):
     """Cut the input into patches, project each linearly, add its position.
 
@@ -98,23 +108,27 @@ class PatchEmbedding(nn.Module):
         self.positions = positions
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor | Patches, kept: Tensor | None = None) -> Tensor:
         """(B, *sizes, C) -> (B, N, D), or (B, K, D) where `kept` (B, K) names tokens."""
-        if self.channels is None:
-            check_input(inputs, self.axes)
-            inputs = inputs[..., None]
-        else:
-            check_input(inputs, (*self.axes, self.channels))
-        patches = cut(inputs, self.patch)
-        positions = self.positions(num_patches(inputs.shape[1:-1], self.patch))[None]
-        if kept is not None:
-            # A projection acts on each patch alone, so dropping first is the same and cheaper.
-            patches = drop_tokens(patches, kept)
-            positions = drop_tokens(positions.expand(len(kept), -1, -1), kept)
-        tokens = self.project(patches)
+        if not isinstance(inputs, Patches):
+            check_input(inputs, self.axes if self.channels is None else (*self.axes, self.channels))
+            inputs = self.cut(inputs, kept)
+        positions = self.positions(inputs.grid)[None]
+        if inputs.kept is not None:
+            positions = drop_tokens(positions.expand(len(inputs.kept), -1, -1), inputs.kept)
+        tokens = self.project(inputs.values)
         if self.lift is not None:
             tokens = self.lift(tokens)
         return self.dropout(tokens + positions)
+
+    def cut(self, inputs: Tensor, kept: Tensor | None = None) -> Patches:
+        """The input's patches, of any type of number.
+
+        What follows acts on each patch alone, so dropping first is the same and cheaper.
+        """
+        inputs = inputs[..., None] if self.channels is None else inputs
+        values, grid = cut(inputs, self.patch), num_patches(inputs.shape[1:-1], self.patch)
+        return Patches(values if kept is None else drop_tokens(values, kept), grid, kept)
 
 
 class WordEmbedding(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vatt.config import SizeName, SizeParams
 from vatt.model.operators import Linear, attention, full_precision
+from vatt.model.patches import Patches
 
 # Paper, section 4.1; heads are 64 wide. `tiny` is ours, for CPUs.
 SIZES: dict[SizeName, SizeParams] = {
@@ -187,7 +188,7 @@ class SignalTower(Tower):
         self.embed = embed
         self.encoder = encoder
 
-    def forward(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor | Patches, kept: Tensor | None = None) -> Tensor:
         """Raw input -> features (B, D), fp32; `kept` (B, K) names the tokens that go on."""
         tokens = self.prepend_agg(self.embed(inputs, kept))
         return full_precision(self.encoder(tokens, wanted=1)[:, 0])

@@ -21,6 +21,7 @@ from vatt.errors import SettingsError
 from vatt.model.operators import Linear, full_precision
 from vatt.model.patches import (
     PatchEmbedding,
+    Patches,
     WordEmbedding,
     audio_grid,
     audio_patch,
@@ -123,14 +124,14 @@ class VATT(nn.Module):
 
     def encode(
         self,
-        video: Tensor | None = None,
+        video: Tensor | Patches | None = None,
         audio: Tensor | None = None,
         text: Tensor | None = None,
         *,
         kept_video: Tensor | None = None,
         kept_audio: Tensor | None = None,
     ) -> Features:
-        """Raw signals -> features; arguments as in `forward`."""
+        """Raw signals -> features; arguments as in `forward`, or a video that is cut already."""
         if text is not None:
             check_input(text, ("candidates", "words"), ids=True)
         return Features(

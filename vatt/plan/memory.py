@@ -25,6 +25,7 @@ from vatt.model.transformer import resolve
 
 FP32, INT64 = 4, 8
 COLOUR_FLOATS = 20 / 3  # copies of the frames while vatt.data.loading.augment changes colours
+MEANS_FLOATS, PATCHES_FLOATS = 16 / 3, 1.27  # of all frames, and of kept patches, when some drop
 ADAM_STATES, SGD_STATES = 2, 1  # numbers kept for each weight
 BUCKET = 50_000_000  # numbers that ZeRO reduces at once (vatt.training.engine)
 FALLBACK_BUCKET = 500_000_000  # numbers that DeepSpeed joins at stage 0, also in a single process
@@ -275,7 +276,8 @@ def memory(
     counts = counts or count(model)
     clip, clips = clip_bytes(model, params, setting), setting.at_once(params.batch_size)
     picture, sound = signal_values(model)
-    floats = clips * FP32 * (picture + sound)
+    share = picture_share(model, params)
+    floats = clips * FP32 * (share * picture + sound)
     loss = loss_bytes(model, params)
     copies = counts.linear * 2 if params.precision == "bf16" else 0
     kept = clips * clip + copies
@@ -289,7 +291,7 @@ def memory(
         moments.append((2.0 * encoders, clip, 0.0, 0.0))
     if changes_colour(params):  # before the encoders, also in the second pass
         summed = counts.encoders * FP32 * setting.is_cached(params.batch_size)
-        moments.append((summed, copies, 0.0, COLOUR_FLOATS * clips * FP32 * picture))
+        moments.append((summed, copies, 0.0, colour_copies(share) * clips * FP32 * picture))
     gradients, activations, loss_work, signals = max(moments, key=sum)
     return MemoryPeak(
         weights=weights_bytes(counts, setting),
@@ -313,6 +315,21 @@ def changes_colour(params: PretrainParams) -> bool:
     """Whether colours are changed on the training device."""
     change = params.augmentation
     return any((change.brightness, change.contrast, change.saturation, change.hue))
+
+
+def picture_share(model: ModelParams, params: PretrainParams) -> float:
+    """The share of a clip's pixels that become floats: those of the patches that are kept.
+
+    All of them where a patch is partial, because clips are then scaled before they are cut.
+    """
+    tokens = num_video_tokens(model.video)
+    are_whole = tokens * math.prod(model.video.patch) * 3 == signal_values(model)[0]
+    return num_kept(tokens, params.drop_rate) / tokens if are_whole else 1.0
+
+
+def colour_copies(share: float) -> float:
+    """Copies of the frames, as floats, while colours are changed."""
+    return COLOUR_FLOATS if share == 1 else MEANS_FLOATS + PATCHES_FLOATS * share
 
 
 def update_bytes(counts: Counts, setting: BatchSettings) -> float:

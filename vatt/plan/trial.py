@@ -20,7 +20,6 @@ import torch
 
 from vatt import checkpoint
 from vatt.config import MachineParams, ModelParams, Params, PretrainParams
-from vatt.data.loading.augment import IDENTITY
 from vatt.data.loading.batches import Batch, Loading, Sampling, open_index, train_batches
 from vatt.errors import MachineError
 from vatt.losses import FORMS, pretraining_loss
@@ -180,7 +179,7 @@ def make_clips(params: Params, size: int) -> Batch:
         text=draw(2, model.text.vocabulary, (size, candidates, model.text.words), torch.int64),
         has_video=torch.ones(size, dtype=torch.bool),
         has_audio=torch.ones(size, dtype=torch.bool),
-        colour=torch.tensor([COLOUR if changes_colour(params.pretrain) else IDENTITY] * size),
+        colour=torch.tensor([COLOUR] * size) if changes_colour(params.pretrain) else None,
         labels={},
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vatt.config import ModelParams, SizeParams
 from vatt.errors import SettingsError
 from vatt.model.operators import Linear, full_precision
-from vatt.model.patches import WordEmbedding
+from vatt.model.patches import Patches, WordEmbedding
 from vatt.model.positions import AxisPositions
 from vatt.model.projection import Heads, NormalisedLinear
 from vatt.model.transformer import (
@@ -223,7 +223,7 @@ class SharedTower(SignalTower):
         super().__init__(embed, encoder, dim=dim, width=width)
         self.post = DenseGelu(dim, width)
 
-    def forward(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor | Patches, kept: Tensor | None = None) -> Tensor:
         """Raw input -> features (B, width), fp32; `kept` (B, K) names the tokens that go on."""
         return full_precision(self.post(super().forward(inputs, kept)))
 

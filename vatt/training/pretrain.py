@@ -5,16 +5,19 @@ its part of the batch; features are gathered with their gradients, and heads (wi
 loss see the whole batch in every process, so that any number of them makes the same update.
 """
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vatt.config import ModelParams, PretrainParams
-from vatt.data.loading.batches import Batch, scaled
+from vatt.data.loading.augment import change_colour_of_patches
+from vatt.data.loading.batches import Batch, scaled_audio, scaled_video
 from vatt.losses import FORMS, pretraining_loss
 from vatt.model.operators import full_precision
-from vatt.model.patches import draw_kept
+from vatt.model.patches import PatchEmbedding, Patches, draw_kept
 from vatt.model.vatt import VATT, Features
 from vatt.training import distributed
 from vatt.training.engine import Weights
@@ -46,7 +49,7 @@ class Pretraining(nn.Module):
         video: Tensor,  # (B / processes, T, H, W, C) uint8
         audio: Tensor,  # (B / processes, S) int16
         text: Tensor,  # (B / processes, K, L)
-        colour: Tensor,  # (B / processes, 4)
+        colour: Tensor | None,  # (B / processes, 4)
         kept_video: Tensor | None,
         kept_audio: Tensor | None,
         has_video: Tensor,
@@ -83,21 +86,47 @@ class Pretraining(nn.Module):
         video: Tensor,
         audio: Tensor,
         text: Tensor,
-        colour: Tensor,
+        colour: Tensor | None,
         kept_video: Tensor | None,
         kept_audio: Tensor | None,
     ) -> tuple[Tensor, ...]:
         # In here, so that floats of a whole batch, four times its bytes, never exist at once.
         kind = next(self.model.parameters()).dtype
-        clips, sound = (signal.to(kind) for signal in scaled(video, audio, colour))
+        embed = self.model.video.get_submodule("embed")
+        assert isinstance(embed, PatchEmbedding)
         features = self.model.encode(
-            clips, sound, text, kept_video=kept_video, kept_audio=kept_audio
+            visible(video, colour, kept_video, embed, kind),
+            scaled_audio(audio).to(kind),
+            text,
+            kept_video=kept_video,
+            kept_audio=kept_audio,
         )
         return tuple(map(_full, (features.video, features.audio, features.text)))
 
     def _encoder_weights(self) -> list[nn.Parameter]:
         heads = set(self.model.heads.parameters())
         return [weight for weight in self.model.parameters() if weight not in heads]
+
+
+def visible(
+    video: Tensor,  # (B, T, H, W, C) uint8
+    colour: Tensor | None,
+    kept: Tensor | None,
+    embed: PatchEmbedding,
+    kind: torch.dtype,
+) -> Tensor | Patches:
+    """What the encoder gets of a video, in [-1, 1]; only kept patches are coloured and scaled."""
+    whole = all(size % step == 0 for size, step in zip(video.shape[1:4], embed.patch, strict=True))
+    if kept is None or not whole:  # the padding of a partial patch is 0.0, which no uint8 scales to
+        return scaled_video(video, colour).to(kind)
+    patches = embed.cut(video, kept)
+    depth = embed.patch[0]
+    values = patches.values.unflatten(-1, (depth, -1, video.shape[-1])).float() / 255
+    if colour is not None:
+        first = kept // math.prod(patches.grid[1:]) * depth
+        frames = first[..., None] + torch.arange(depth, device=kept.device)
+        values = change_colour_of_patches(values, frames, video, colour)
+    return replace(patches, values=(values * 2 - 1).flatten(2).to(kind))
 
 
 def pretrain(model: VATT, params: PretrainParams, training: Training) -> Weights:

@@ -98,12 +98,33 @@ def draw_colour(params: AugmentationParams, generator: torch.Generator) -> Colou
 
 def change_colour(video: Tensor, colour: Tensor) -> Tensor:  # (B, T, H, W, C) in [0, 1], (B, 4)
     """Brightness, saturation, contrast, hue in the released order, then clipped to [0, 1]."""
-    brightness, contrast, saturation, hue = colour.to(video.dtype)[:, :, None, None, None].unbind(1)
-    video = video + brightness[..., None]
-    video = change_saturation(video, saturation[..., None])
-    mean = video.mean(dim=(2, 3), keepdim=True)
-    video = (video - mean) * contrast[..., None] + mean
-    return turn_hue(video, hue).clamp(0, 1)
+    video = _brighten(video, colour)
+    video = _change_contrast(video, video.mean(dim=(2, 3), keepdim=True), colour)
+    return turn_hue(video, colour[:, 3]).clamp(0, 1)
+
+
+def change_colour_of_patches(
+    patches: Tensor, frames: Tensor, video: Tensor, colour: Tensor
+) -> Tensor:
+    """The same for some patches (B, K, t, P, C), in [0, 1], of a uint8 video (B, T, H, W, C).
+
+    `frames` (B, K, t) are the frames that each patch is of. The rest of a frame is needed only for
+    the means of its channels, about which contrast changes.
+    """
+    means = _brighten(video.float() / 255, colour).mean(dim=(2, 3))
+    of_patch = torch.take_along_dim(means, frames.flatten(1)[..., None], dim=1)
+    mean = of_patch.unflatten(1, frames.shape[1:])[..., None, :]
+    patches = _change_contrast(_brighten(patches, colour), mean, colour)
+    return turn_hue(patches, colour[:, 3]).clamp(0, 1)
+
+
+def _brighten(video: Tensor, colour: Tensor) -> Tensor:
+    brightness, _, saturation, _ = colour.to(video.dtype)[..., None, None, None, None].unbind(1)
+    return change_saturation(video + brightness, saturation)
+
+
+def _change_contrast(video: Tensor, mean: Tensor, colour: Tensor) -> Tensor:
+    return (video - mean) * colour.to(video.dtype)[:, 1, None, None, None, None] + mean
 
 
 def change_saturation(video: Tensor, factor: Tensor) -> Tensor:
@@ -115,7 +136,8 @@ def change_saturation(video: Tensor, factor: Tensor) -> Tensor:
 
 
 def turn_hue(video: Tensor, turn: Tensor) -> Tensor:
-    """Turn the hue by a share of the circle; largest and smallest channel keep their values."""
+    """Turn the hue by a share (B,) of the circle; largest and smallest channel stay as they are."""
+    turn = turn.to(video.dtype)[..., None, None, None]
     red, green, blue = video.unbind(-1)
     high, low = video.amax(-1), video.amin(-1)
     spread = high - low

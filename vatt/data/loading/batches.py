@@ -51,8 +51,8 @@ class Batch:
     text: Tensor  # (B, K, L) int64, 0 pads
     has_video: Tensor  # (B,) bool
     has_audio: Tensor  # (B,) bool
-    colour: Tensor  # (B, 4) brightness, contrast, saturation, hue
     labels: dict[str, list[str]]  # "" where a clip has none of that name
+    colour: Tensor | None = None  # (B, 4) brightness, contrast, saturation, hue; None: unchanged
 
     def to(self, device: torch.device | str) -> Self:
         """The batch with its tensors on a device."""
@@ -63,7 +63,7 @@ class Batch:
             text=self.text.to(device, non_blocking=True),
             has_video=self.has_video.to(device, non_blocking=True),
             has_audio=self.has_audio.to(device, non_blocking=True),
-            colour=self.colour.to(device, non_blocking=True),
+            colour=None if self.colour is None else self.colour.to(device, non_blocking=True),
         )
 
 
@@ -72,13 +72,22 @@ def model_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return *scaled(batch.video, batch.audio, batch.colour), batch.text
 
 
-def scaled(video: Tensor, audio: Tensor, colour: Tensor) -> tuple[Tensor, Tensor]:
+def scaled(video: Tensor, audio: Tensor, colour: Tensor | None) -> tuple[Tensor, Tensor]:
     """Video with its colours changed and waveforms, both in [-1, 1]; a spectrogram is unchanged."""
+    return scaled_video(video, colour), scaled_audio(audio)
+
+
+def scaled_video(video: Tensor, colour: Tensor | None) -> Tensor:
+    """A uint8 video in [-1, 1], its colours changed."""
     clips = video.float() / 255
-    identity = torch.tensor(augment.IDENTITY, device=colour.device)
-    if (colour != identity).any():
+    if colour is not None:
         clips = augment.change_colour(clips, colour)
-    return clips * 2 - 1, audio if audio.is_floating_point() else audio.float() / 32768
+    return clips * 2 - 1
+
+
+def scaled_audio(audio: Tensor) -> Tensor:
+    """A waveform in [-1, 1]; a spectrogram is unchanged."""
+    return audio if audio.is_floating_point() else audio.float() / 32768
 
 
 def train_batches(
@@ -160,10 +169,13 @@ def _as_batches(index: ShardIndex, loaded: Iterable[LoadedBatch]) -> Iterator[Ba
     names = sorted({name for row in index.rows for name in row.labels})
     for requests, arrays in loaded:
         rows = [request.row for request in requests]
+        tensors = {name: torch.from_numpy(getattr(arrays, name)) for name in arrays.__slots__}
+        if (arrays.colour == np.array(augment.IDENTITY, arrays.colour.dtype)).all():
+            del tensors["colour"]  # decided here: on a GPU the question would make the host wait
         yield Batch(
             clip_ids=[row.key for row in rows],
             labels={name: [row.labels.get(name, "") for row in rows] for name in names},
-            **{name: torch.from_numpy(getattr(arrays, name)) for name in arrays.__slots__},
+            **tensors,
         )
 
 
