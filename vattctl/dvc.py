@@ -45,7 +45,7 @@ STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate", "report"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 VATTCTL_VARIABLE = "VATTCTL_PROCESS"  # who started DVC, as `myself` names a process
 WATCH_SECONDS, LOOK_SECONDS, PATIENCE_SECONDS, LOCK_SECONDS = 1.0, 0.2, 5.0, 3.0
-CONFIG_ERROR, DVC_INTERRUPTED = 251, 252  # DVC's exit codes
+CONFIG_ERROR, DVC_INTERRUPTED, DVC_FAILED = 251, 252, 255  # DVC's exit codes
 FINAL_INTERRUPT = 3  # this many Ctrl-C do not wait for the stage
 
 
@@ -80,7 +80,7 @@ def run_dvc(arguments: list[str], *, quiet: bool) -> None:
     command = [*arguments, *(["--quiet"] if quiet else [])]
     with lock(SETTINGS_LOCK, shared=True):
         code = _wait_for(command)
-        if code and not _outcome(projects) and remove_broken_caches():
+        if code == DVC_FAILED and not _outcome(projects) and remove_broken_caches():
             code = _wait_for(command)
     for project in projects:
         _keep_copy(project / "dvc.lock")
