@@ -53,12 +53,6 @@ def ingest(context: click.Context, folder: Path, as_json: bool, dry_run: bool) -
     for line in lines:
         click.echo(f"params.yaml: {line}", err=True)
     click.echo(found.describe())
-    if not any(clip.split == "test" for clip in found.clips):
-        click.echo(
-            "no clip is left to test on: nothing can be measured\n"
-            "  -> add videos, or set data.test_share; `vattctl pretrain` alone needs none",
-            err=True,
-        )
     click.echo("next: vattctl repro")
 
 

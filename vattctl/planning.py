@@ -180,14 +180,15 @@ def check_clips(params: "Params") -> None:
         for split, needed in (("train", 2), ("test", 2))
         if counts[split] < needed
     ]
-    for name in params.finetune.run:
-        lacks += _lacks(name, params.finetune.tasks[name], rows)
+    tasks = {name: _lacks(name, params.finetune.tasks[name], rows) for name in params.finetune.run}
+    lacks += [lack for found in tasks.values() for lack in found]
+    unfit = [name for name, found in tasks.items() if found]
+    without = f", take {', '.join(unfit)} out of finetune.run" if unfit else ""
     if lacks:
         more = f"; and {len(lacks) - MOST_SHOWN} more" if len(lacks) > MOST_SHOWN else ""
         raise DataError(
             f"too little for the stages after pretrain: {'; '.join(lacks[:MOST_SHOWN])}{more}",
-            hint="add clips, raise data.test_share, or shorten finetune.run (`--set "
-            "finetune.run=[]`); `vattctl pretrain` alone needs no test clips",
+            hint=f"add clips, raise data.test_share{without}, or run `vattctl pretrain` alone",
         )
 
 
