@@ -1,6 +1,7 @@
 """A data set by its name: every recipe to the paper's number, every set to valid settings."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,32 @@ def test_a_folder_for_each_class(inside, tmp_path, ending, modality, layout):
     # The project's own shape: its rates are those that the checkpoint was trained with.
     assert clips.preprocess.audio_hz == 8000
     assert clips.preprocess.fps == (1 if modality == "image" else 10)
+
+
+def test_guesses_about_a_folder_are_announced_and_can_be_overridden(inside, tmp_path):
+    folder = classes(tmp_path / "vehicles", ".jpg")
+    (folder / "cat").rename(folder / "train")
+    (folder / "dog" / "stray.mp4").write_bytes(b"x")
+
+    def made(given, **more):
+        return plan(wanted("folder", inside, location=folder, **more), load_params(), given)
+
+    as_class = made({})
+    assert as_class.work.settings["finetune", "tasks"]["folder"]["modality"] == "image"
+    assert [key in note for key, note in zip(("file_kind", "split_folders"), as_class.notes,
+                                             strict=True)] == [True, True]  # fmt: skip
+    with pytest.raises(DataError, match="classes among"):
+        made({("data", "split_folders"): "splits"})
+    with pytest.raises(DataError, match="classes among"):
+        made({}, modality="video")  # the one video
+    with pytest.raises(SettingsError, match=r"data\.split_folders"):
+        made({("data", "split_folders"): "sometimes"})
+    write_experiment(as_class.clips)
+    assert load_params(as_class.clips.folder / "params.yaml").data.file_kind == "auto"
+    assert (as_class.clips.folder / "data" / "content-hashes.tsv").is_file()
+    shutil.rmtree(as_class.clips.folder)
+    made({}, dry_run=True)
+    assert not as_class.clips.folder.exists()
 
 
 def test_a_checkpoint_of_another_shape_takes_the_paper_s_rates(inside, tmp_path):

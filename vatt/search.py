@@ -173,7 +173,7 @@ def build_index(
 
     An index of the same files by the same checkpoint is left as it is.
     """
-    found = scan(folder, params.data, hashes=ContentHashes.beside(params.paths.media))
+    found = scan(folder, params.data, hashes=ContentHashes.beside(out))
     facts = {
         "version": VERSION,
         "folder": str(folder.resolve()),

@@ -103,6 +103,33 @@ def test_beside_videos_images_are_thumbnails(tmp_path):
     assert found.ignored == {".jpg files": 1}
 
 
+def write_gif(path: Path, num_pictures: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format="gif") as container:
+        stream = container.add_stream("gif", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "rgb8"
+        for number in range(num_pictures):
+            pixels = np.full((32, 48, 3), 80 + 10 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def test_a_gif_of_one_picture_is_an_image_and_of_several_a_video(tmp_path):
+    for count in (1, 2, 12):
+        write_gif(tmp_path / "gifs" / f"{count}.gif", count)
+    (tmp_path / "gifs" / "torn.gif").write_bytes((tmp_path / "gifs" / "1.gif").read_bytes()[:40])
+    still, *moving = [probe(tmp_path / "gifs" / f"{count}.gif") for count in (1, 2, 12)]
+    assert (still.image, still.seconds, still.num_frames) == ("gif_pipe", 1.0, 1)
+    assert [(media.image, media.num_frames) for media in moving] == [(None, 2), (None, 12)]
+    params = demo_params(source="folder", location=tmp_path / "gifs", require=("video",))
+    clips = scan(tmp_path / "gifs", params.data).clips
+    through(tmp_path, params, clips, fps=1)
+    known = read_ledger(tmp_path / "ledger.jsonl")
+    states = {clip.url: known[clip.clip_id].state for clip in clips}
+    assert states["folder:1.gif"] == states["folder:12.gif"] == "ok"
+    assert states["folder:2.gif"] == "too-short" and states["folder:torn.gif"] != "ok"
+
+
 # --- ImageNet -------------------------------------------------------------------------------------
 
 

@@ -56,14 +56,17 @@ def test_every_file_is_accounted_for(folder):
     assert len(files) == counts["videos"] + subtitles + sum(counts["ignored"].values()) - 1
 
 
+LINKS = {"dangling.mp4": "nowhere", "loop.mp4": "loop.mp4"}
+
+
 def test_what_is_no_file_or_has_no_name_is_left_out_and_counted(tmp_path):
     root = tmp_path / "videos"
     (root / "sub").mkdir(parents=True)
     write_media(root / "a\nb.mp4")
     shutil.copy(root / "a\nb.mp4", tmp_path / "outside.mp4")
     (root / "link.mp4").symlink_to(tmp_path / "outside.mp4")  # as libraries of links are made
-    (root / "dangling.mp4").symlink_to("nowhere")
-    (root / "loop.mp4").symlink_to("loop.mp4")
+    for name, target in LINKS.items():
+        (root / name).symlink_to(target)
     (root / "sub" / "up").symlink_to(root)
     os.mkfifo(root / "pipe.mp4")  # whoever opens it waits for a writer
     shutil.copy(root / "a\nb.mp4", os.fsencode(root) + b"/caf\xe9.mp4")
@@ -73,7 +76,8 @@ def test_what_is_no_file_or_has_no_name_is_left_out_and_counted(tmp_path):
     assert sorted(clip.url for clip in read_manifest(tmp_path / "manifest.jsonl")) == [
         "folder:a\nb.mp4", "folder:dangling.mp4", "folder:link.mp4", "folder:loop.mp4",
     ]  # fmt: skip
-    assert found.broken == [("dangling.mp4", "no such file"), ("loop.mp4", "no such file")]
+    reasons = [(n, f"{root / n} is a link to {to}, which is not there") for n, to in LINKS.items()]
+    assert found.broken == reasons
     assert found.ignored == {
         "links to folders that are listed already": 1, "pipes, sockets and devices": 1,
         "files whose names are not UTF-8 (rename them)": 1,

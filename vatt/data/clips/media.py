@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import imageio_ffmpeg
@@ -72,7 +73,34 @@ def image_format(path: Path) -> str | None:
         head = file.read(16)
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "webp_pipe"
+    if head.startswith((b"GIF87a", b"GIF89a")):  # one with several pictures is a video
+        return "gif_pipe" if _pictures_in_gif(path) == 1 else None
     return next((form for mark, form in _IMAGES.items() if head.startswith(mark)), None)
+
+
+def _pictures_in_gif(path: Path) -> int:
+    """The number of pictures in a GIF, up to 2."""
+    count = 0
+    with path.open("rb") as file:
+        _pass_colours(file, file.read(13)[10:11])
+        while count < 2 and (block := file.read(1)) in (b"!", b","):
+            if block == b"!":  # an extension, of one kind or another
+                file.read(1)
+            else:
+                count += 1
+                _pass_colours(file, file.read(9)[8:9])
+                file.read(1)
+            while size := file.read(1):  # the block's parts; an empty one ends it
+                if size == b"\0":
+                    break
+                file.seek(size[0], os.SEEK_CUR)
+    return count
+
+
+def _pass_colours(file: BinaryIO, flags: bytes) -> None:
+    """Go on after a table of colours, if there is one."""
+    if flags and flags[0] & 0x80:
+        file.seek(3 * 2 ** ((flags[0] & 7) + 1), os.SEEK_CUR)
 
 
 def _scan(container: av.container.InputContainer) -> Media:

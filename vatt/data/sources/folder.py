@@ -17,6 +17,7 @@ from vatt.data.clips.files import (
     Listing,
     composed,
     list_files,
+    why_missing,
 )
 from vatt.data.clips.manifest import Clip
 from vatt.data.clips.media import BrokenMediaError, probe
@@ -138,7 +139,8 @@ def _count_samples(
         try:
             count += len(windows_of(0.0, probe(folder / name).seconds, preprocess))
         except BrokenMediaError as error:
-            broken.append((name, str(error)))
+            is_there = (folder / name).exists()
+            broken.append((name, str(error) if is_there else why_missing(folder / name)))
     return count, broken
 
 
@@ -243,11 +245,14 @@ def _of_one_kind(names: list[str], rule: str, ignored: Counter[str]) -> tuple[li
     kept = set(gifs) | set(images if use_images else recordings)
     left = [name for name in names if name not in kept]
     ignored.update(f"{_suffix(name)} files" for name in left)
+    gif_note = f"{len(gifs)} .gif files count as images, as most files are"
+    notes = [_with_setting(gif_note, "file_kind", "recordings")] if gifs and use_images else []
     if not left:
-        return names, []
+        return names, notes
     used, other = ("images", "recordings") if use_images else ("recordings", "images")
     note = f"the {len(kept)} {used} are used, the {len(left)} {other} beside them are not"
-    return [name for name in names if name in kept], [_with_setting(note, "file_kind", other)]
+    kept_names = [name for name in names if name in kept]
+    return kept_names, [*notes, _with_setting(note, "file_kind", other)]
 
 
 def _is_thumbnail(name: str, stems: set[str]) -> bool:
