@@ -148,8 +148,8 @@ def test_stages_of_equal_settings_hang_under_one_parent_whatever_the_machine(pro
 
 def test_a_killed_process_s_run_is_marked_killed(project):
     code = (
-        "import sys, time, yaml; from vatt.config import parse_params; from vatt.training import "
-        "tracking; from pathlib import Path\n"
+        "import sys, time, yaml; from vatt.config import parse_params; from vatt.tracking import "
+        "mlflow; from pathlib import Path\n"
         "params = parse_params(yaml.safe_load(sys.stdin.read()), source=Path('stdin'))\n"
         "with mlflow.run('pretrain', params, stage_hash='h') as run:\n"
         "    run.log(1, {'loss': 1.0}); run.flush(); print(run.run_id, flush=True)\n"
