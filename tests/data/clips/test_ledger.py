@@ -5,10 +5,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
-from vatt.data.clips.ledger import Entry, Ledger, forget, read_ledger, summary, write_ledger
+from tests.data.corpus import make_clip
+from vatt.data.clips.ledger import (
+    Entry,
+    Ledger,
+    forget,
+    read_ledger,
+    summary,
+    with_captions,
+    write_ledger,
+)
+from vatt.data.clips.manifest import CaptionFaults
 from vatt.errors import DataError
 
 WRITER = """
@@ -72,6 +83,34 @@ def test_writers_killed_in_the_middle_spoil_no_line_of_others(tmp_path):
         numbers.setdefault(writer, []).append(int(number))
     assert len(numbers) == 8
     assert all(found == list(range(len(found))) for found in numbers.values())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe", b"[]", b"17", b"[" * 100_000, b'{"clip_id": {}, "state": "ok", "stage": "x"}',
+        b'{"clip_id": "c", "state": [], "stage": "x"}', b'{"clip_id": "c", "state": "ok"}',
+        b'{"clip_id": "c", "state": "ok", "stage": "x", "seconds": NaN}',
+        b'{"clip_id": "c", "state": "ok", "stage": "x", "has": 3}',
+        b'{"clip_id": "c", "state": "ok", "stage": "x", "samples": "many"}',
+        b'{"clip_id": "c", "state": "ok", "stage": "x", "seconds": ' + b"9" * 5000 + b"}",
+        b" " * 3_000_000,
+    ],
+)  # fmt: skip
+def test_a_damaged_line_costs_only_itself(tmp_path, line):
+    good = b'{"clip_id": "%s", "stage": "download", "state": "ok"}\n'
+    (tmp_path / "j").write_bytes(good % b"a" + line + b"\n" + good % b"b")
+    assert list(read_ledger(tmp_path / "j")) == ["a", "b"]
+
+
+def test_the_ledger_says_what_was_wrong_with_captions(tmp_path):
+    clip = replace(make_clip(1), caption_faults=CaptionFaults(2, 1, "cp1251"))
+    entry = with_captions(Entry(clip.clip_id, "ok", "download"), clip)
+    write_ledger(tmp_path / "l", [entry, with_captions(Entry("b", "ok", "download"), make_clip(2))])
+    read = read_ledger(tmp_path / "l")
+    assert (read[clip.clip_id].captions_dropped, read[clip.clip_id].captions_repaired) == (2, 1)
+    assert read[clip.clip_id].encoding == "cp1251"
+    assert "captions" not in (tmp_path / "l").read_text().splitlines()[0]  # of b
 
 
 def test_forgotten_states_are_tried_again_and_others_are_not(tmp_path):

@@ -6,12 +6,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
-from tests.data.corpus import make_clip
+from tests.data.corpus import TEST_DATA, make_clip, needs_data
 from tests.test_architecture import ROOT
 from vatt.data.clips.manifest import (
     Caption,
+    CaptionFaults,
     Clip,
     describe_manifest,
     manifest_hash,
@@ -90,6 +92,77 @@ def test_a_bad_line_is_named_with_its_number(tmp_path, change, message):
     with pytest.raises(DataError, match=message) as caught:
         list(read_manifest(path))
     assert f"{path}:2" in str(caught.value)
+
+
+ATTACK = Path(TEST_DATA or "/nowhere") / "attack"
+ATTACKS = [
+    path for kind in ("man-*", "fuzz-jsonl*", "fuzz-parquet*") for path in sorted(ATTACK.glob(kind))
+]
+
+
+@needs_data
+@pytest.mark.parametrize("path", ATTACKS, ids=lambda path: path.name)
+def test_hostile_manifests_are_named(path):
+    with pytest.raises(DataError) as caught:
+        describe_manifest(path)
+    assert path.name in caught.value.problem and caught.value.hint
+    if path.suffix == ".jsonl":
+        assert ".jsonl:" in caught.value.problem  # and the line
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"clip_id": "a\xff"}', "2: not a clip: 'utf-8' codec"),
+        (b"[" * 100_000, "2: not a clip: too many brackets"),
+        (b'{"start": ' + b"9" * 5000 + b"}", "2: not a clip: a number of thousands of digits"),
+        (b'{"split": "val", "split": "test"}', "2: not a clip: the key 'split' appears twice"),
+        (b" " * (2**25 + 1) + b"{}", "2: not a clip: longer than"),
+        (b'"a"', "2: not a clip"),
+        (b"17", "2: not a clip"),
+    ],
+    ids=["bad byte", "deep", "long number", "doubled key", "long line", "text", "number"],
+)
+def test_a_damaged_line_is_named_with_its_number(tmp_path, line, message):
+    write_manifest(tmp_path / "m.jsonl", [make_clip(1)])
+    with (tmp_path / "m.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(DataError) as caught:
+        describe_manifest(tmp_path / "m.jsonl")
+    assert f"m.jsonl:{message}" in caught.value.problem and len(caught.value.problem) < 500
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.parquet"])
+def test_faults_of_captions_come_back_and_are_counted(tmp_path, name):
+    faults = CaptionFaults(dropped=2, repaired=1, encoding="cp1251")
+    clips = [replace(make_clip(1), caption_faults=faults), make_clip(2)]
+    write_manifest(tmp_path / name, clips)
+    assert list(read_manifest(tmp_path / name)) == clips
+    corpus = describe_manifest(tmp_path / name)
+    assert (corpus.captions, corpus.captions_dropped, corpus.captions_repaired) == (4, 2, 1)
+    assert corpus.encodings == {"cp1251": 1}
+
+
+def test_a_parquet_manifest_from_before_faults_were_counted_is_read(tmp_path):
+    write_manifest(tmp_path / "m.parquet", [make_clip(1)])
+    table = pyarrow.parquet.read_table(tmp_path / "m.parquet").drop_columns(["caption_faults"])
+    pyarrow.parquet.write_table(table, tmp_path / "m.parquet")
+    assert list(read_manifest(tmp_path / "m.parquet")) == [make_clip(1)]
+
+
+def test_a_parquet_file_that_unpacks_to_gigabytes_is_refused(tmp_path):
+    text = "x" * 2**20
+    row = {"clip_id": "a", "source": "s", "url": text, "start": 0.0, "end": 1.0, "split": "train",
+           "labels": {}, "captions": [], "licence": None}  # fmt: skip
+    table = pyarrow.Table.from_pylist([{**row, "url": text + str(k)} for k in range(520)])
+    table = table.set_column(
+        table.column_names.index("labels"), "labels",
+        pyarrow.array([[]] * 520, pyarrow.map_(pyarrow.string(), pyarrow.string())),
+    )  # fmt: skip
+    pyarrow.parquet.write_table(table, tmp_path / "m.parquet", compression="zstd")
+    assert (tmp_path / "m.parquet").stat().st_size < 2**20
+    with pytest.raises(DataError, match="row group 0 unpacks to"):
+        describe_manifest(tmp_path / "m.parquet")
 
 
 def test_clips_of_one_url_share_their_media():

@@ -27,7 +27,7 @@ LABEL_SEPARATOR = "|"  # between the labels of a clip that has several of one na
 # A clip id becomes a name inside a tar and a WebDataset key, where a dot or a slash would cut it.
 CLIP_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,69}")
 LONGEST_TIME = 1e7  # seconds, 115 days: a larger number is a damaged one
-LONGEST_LINE = 2**25  # bytes of a record: at worst, what is read from it takes 35 times as much
+LONGEST_LINE = 2**25  # bytes of a record: in memory it may take 35 times as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Clip:
 
 
 def media_name(url: str) -> str:
-    """The file name that what lies at a url gets."""
+    """The file name for the media of a url."""
     return hashlib.sha256(url.encode()).hexdigest()[:24]
 
 
@@ -94,7 +94,7 @@ def path_in_folder(url: str, location: Path | None, *, absolute: bool = False) -
             f"{url} lies in a folder, and data.location names none",
             hint="run `vattctl ingest FOLDER` again",
         )
-    if location.is_file():  # a list, with the files beside it
+    if location.is_file():  # a list, with the files next to it
         location = location.parent
     name = Path(os.path.normpath(url.removeprefix("folder:")))
     if name.is_absolute() and absolute:
@@ -133,7 +133,7 @@ class Corpus:
 
 
 def write_manifest(path: Path, clips: Iterable[Clip]) -> int:
-    """Write the clips whole or not at all; returns their number. An id given twice is refused."""
+    """Write all clips or no file at all; returns their number. An id that appears twice is refused."""
     marks = array("Q")
 
     def records() -> Iterator[dict[str, Any]]:
@@ -162,7 +162,7 @@ def read_manifest(path: Path) -> Iterator[Clip]:
 
 
 def describe_manifest(path: Path) -> Corpus:
-    """Count and name the clips in one pass."""
+    """Count the clips and compute their hash, in one pass."""
     splits: Counter[str] = Counter()
     sources: Counter[str] = Counter()
     encodings: Counter[str] = Counter()
@@ -213,12 +213,12 @@ def drawn_split(url: str, test_share: float, val_share: float) -> str:
 
 
 def mark_of(clip_id: str) -> int:
-    """64 bits that stand for an id where many are held at once."""
+    """64 bits that represent an id where many are held at once."""
     return int.from_bytes(hashlib.blake2b(clip_id.encode(), digest_size=8).digest(), "big")
 
 
 def _refuse_twins(path: Path, marks: np.ndarray, *, is_parquet: bool) -> None:
-    """Look for equal ids: for equal marks first, then at the ids that bear them."""
+    """Look for equal marks first, then compare the ids that have them."""
     ordered = np.sort(marks)
     suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
     seen: set[str] = set()
@@ -232,7 +232,7 @@ def _refuse_twins(path: Path, marks: np.ndarray, *, is_parquet: bool) -> None:
 
 
 def _records(path: Path, *, is_parquet: bool) -> Iterator[Any]:
-    """What stands in each line (or row), still to be checked; None for an empty line."""
+    """The record of each line (or row), not yet checked; None for an empty line."""
     if is_parquet:
         yield from read_parquet(path)
         return
@@ -252,11 +252,11 @@ def _parsed(line: bytes) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; of two values under one name, nobody knows which is meant."""
+    """An object of JSON; two values under one name are an error."""
     record = dict(pairs)
     if len(record) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {reprlib.repr(name)} stands there twice")
+        raise ValueError(f"the key {reprlib.repr(name)} appears twice")
     return record
 
 
@@ -280,7 +280,7 @@ def _to_record(clip: Clip) -> dict[str, Any]:
         "captions": [[c.start, c.end, _writable(c.text)] for c in clip.captions],
         "licence": clip.licence,
     }
-    if clip.caption_faults:  # seldom: then the line says no more than it must
+    if clip.caption_faults:  # rare; without it, hashes of older manifests stay the same
         record["caption_faults"] = asdict(clip.caption_faults)
     return record
 
@@ -363,7 +363,7 @@ LARGEST_GROUP = 2**29  # bytes, unpacked
 
 
 def write_parquet(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write the records as they come, a row group at a time."""
+    """Write the records as a stream, one row group at a time."""
     import pyarrow  # slow to import, and seldom needed
     import pyarrow.parquet
 
@@ -410,7 +410,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _check_sizes(metadata: Any) -> None:
-    """A file of a few kilobytes may promise to unpack to more than the memory."""
+    """A file of a few kilobytes may unpack to more than the memory holds."""
     for group in range(metadata.num_row_groups):
         size = metadata.row_group(group).total_byte_size
         if not 0 <= size <= LARGEST_GROUP:

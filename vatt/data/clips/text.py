@@ -1,8 +1,8 @@
 """Words -> ids. Id 0 always pads; the vocabulary's file says what the other ids are.
 
-The first line of the file tells which of three kinds it is: words, most frequent first, with or
-without their counts (ids from 2 on; 1 is unknown); the release's list, which begins with <pad>; a
-WordPiece vocabulary of BERT's.
+The file is one of three kinds, which its first line shows: words, most frequent first, with or
+without their counts (ids from 2 on; 1 is unknown); the release's list, which begins with <pad>; or
+BERT's WordPiece vocabulary.
 """
 
 import re
@@ -27,7 +27,7 @@ LONGEST_WORD = 100  # characters; a longer one is unknown
 
 
 def pieces_of(sentence: str, known: Container[str]) -> Iterator[str]:
-    """The pieces of a sentence, longest first within each word; those inside a word bear ##."""
+    """The pieces of a sentence, longest first within each word; those inside a word begin with ##."""
     for word in _words(sentence):
         yield from _pieces(word, known)
 
@@ -89,6 +89,7 @@ def _is_chinese(character: str) -> bool:
 PAD, UNKNOWN, FIRST_WORD = 0, 1, 2
 RELEASE_PAD, RELEASE_UNKNOWN = "<pad>", "<unk>"
 UNKNOWN_SHOWN = "…"
+_ID = re.compile(r"[0-9]{1,7}")
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _NO_MARKS = str.maketrans("", "", string.punctuation)
 # Sounds in brackets, speakers, addresses, notes: what nobody says.
@@ -106,7 +107,7 @@ def words_of(sentence: str) -> list[str]:
 
 
 def release_words_of(sentence: str) -> list[str]:
-    """As the release cuts: punctuation is dropped, so that "don't" is "dont"."""
+    """Words as in the release: punctuation is dropped, so that "don't" is "dont"."""
     return sentence.translate(_NO_MARKS).lower().split()
 
 
@@ -161,7 +162,7 @@ class Vocabulary:
         return " ".join(shown).replace(" ##", "")
 
     def coverage(self, counts: Mapping[str, int]) -> float:
-        """The share of what is said that it knows; `counts` tells how often each word is said."""
+        """The share of spoken words that it knows; `counts` holds how often each word is said."""
         known = total = 0
         for said, times in counts.items():
             for word in self._cut(said):
@@ -172,23 +173,24 @@ class Vocabulary:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
+        return [line for line in text.split("\n") if line.strip()]
     except FileNotFoundError:
         raise DataError(f"{path} is missing", hint="run `vattctl preprocess`") from None
-    except UnicodeDecodeError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise _broken(path, str(error)) from None
 
 
 def _numbered(lines: Iterable[str], path: Path) -> dict[str, int]:
-    """Words by their number, which stands before them or is their line's."""
+    """Words by their number: the one before the word, or else that of its line."""
     ids: dict[str, int] = {}
     for number, line in enumerate(lines):
         index, _, word = line.strip().rpartition(" ")
-        if index and not index.isdigit():
-            raise _broken(path, f"line {number + 1} is no word, nor a number and a word")
+        if index and not _ID.fullmatch(index):
+            raise _broken(path, f"line {number + 1} is not a word, nor a number and a word")
         place = int(index) if index else number
         if ids.setdefault(word, place) != place:
-            raise _broken(path, f"line {number + 1}: '{word}' stands there twice")
+            raise _broken(path, f"line {number + 1}: '{word}' appears twice")
     if len(set(ids.values())) < len(ids):
         raise _broken(path, "two words have one number")
     if ids.get(RELEASE_PAD) != PAD or RELEASE_UNKNOWN not in ids:
@@ -197,7 +199,9 @@ def _numbered(lines: Iterable[str], path: Path) -> dict[str, int]:
 
 
 def _broken(path: Path, why: str) -> DataError:
-    return DataError(f"{path} is no vocabulary: {why}", hint="docs/data-sources.md shows the forms")
+    return DataError(
+        f"{path} is not a vocabulary: {why}", hint="docs/data-sources.md shows the forms"
+    )
 
 
 def count_words(sentences: Iterable[str]) -> Counter[str]:
@@ -256,7 +260,7 @@ def read_stop_words(path: Path | None) -> frozenset[str]:
     if path is None:
         return frozenset()
     try:
-        lines = path.read_text(encoding="utf-8").lower().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").lower().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"preprocess.stop_words: {path} cannot be read: {error}", hint="one word a line"

@@ -98,12 +98,12 @@ def _spoken(path: Path, videos: dict[str, VideoFacts]) -> Iterator[Spoken]:
         lengths = [len(values) if isinstance(values, list) else 0 for values in lists]
         if len(set(lengths)) == 1 and all(isinstance(values, list) for values in lists):
             yield video_id, list(zip(*lists, strict=True)), 0
-        else:  # nobody knows what belongs together
+        else:  # the lists cannot be matched
             yield video_id, [], max([1, *lengths])
 
 
 def _spoken_in(path: Path) -> tuple[list[Any], int]:
-    """The rows of one video's csv file; a bad row is no reason to lose the others."""
+    """The rows of one video's csv file; a bad row does not lose the others."""
     faults = Faults(path, hint=MANGLED)
     rows = read_rows(published_lines(path), faults)
     header = [name.strip().casefold() for name in next(rows, (1, []))[1]]

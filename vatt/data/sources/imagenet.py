@@ -69,7 +69,7 @@ def read_classes(folder: Path) -> dict[str, str]:
         if not _SYNSET.fullmatch(synset):
             faults.add(line, f"'{synset}' is not a synset")
         elif synset in classes:
-            faults.add(line, f"{synset} stands there twice")
+            faults.add(line, f"{synset} appears twice")
         classes[synset] = f"{synset} {names.partition(',')[0]}".strip()
     faults.check()
     return classes

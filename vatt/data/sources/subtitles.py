@@ -116,7 +116,7 @@ def _from_cues(text: str) -> Subtitles:
 
 
 def _cues(lines: list[str], *, is_vtt: bool) -> tuple[list[_Cue], int]:
-    """The cues in the file's order, and how many could not be read."""
+    """The cues in the order of the file, and how many could not be read."""
     starts = [at for at, line in enumerate(lines) if _is_times(line)]
     if not starts:
         return [], int(not is_vtt and any(map(str.strip, lines)))
@@ -179,7 +179,7 @@ def _srt_bodies(lines: list[str], starts: list[int]) -> tuple[list[list[str]], i
 
 
 def _number_before(lines: list[str], before: int, at: int) -> tuple[int, int] | None:
-    """A cue's number and where it begins; it may stand there twice, and empty lines below it."""
+    """A cue's number and its line; it may be doubled, with empty lines below it."""
     place = at - 1
     while place > before and not lines[place].strip():
         place -= 1
@@ -296,7 +296,7 @@ def _rows_of(record: dict[str, Any]) -> Any:
     """The list of captions in an object; None where there is none."""
     columns = [record[key] for key in _COLUMNS if isinstance(record.get(key), list)]
     if len(columns) == len(_COLUMNS):
-        if len({len(column) for column in columns}) > 1:  # nobody knows what belongs together
+        if len({len(column) for column in columns}) > 1:  # the lists cannot be matched
             return [None] * max(map(len, columns))
         return [dict(zip(_COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
     for key in ("segments", "chunks", "transcription", "events"):
@@ -313,7 +313,7 @@ def _captions_of(row: dict[str, Any]) -> list[Caption] | None:
     if isinstance(row.get("segs"), list):  # of YouTube
         parts = (part.get("utf8") for part in row["segs"] if isinstance(part, dict))
         text = "".join(part for part in parts if isinstance(part, str))
-    elif "tStartMs" in row:  # the place of the words, and none of them
+    elif "tStartMs" in row:  # only the position of the words
         return []
     if text is None and words:
         return _grouped(words)
@@ -428,7 +428,7 @@ def _cues_in(
 
 
 def _cut(start: float, end: float, text: str, words: Sequence[Word] | None = None) -> list[Caption]:
-    """A caption; several where it is so long that its first words are said far from its last."""
+    """One caption, or several where it is long: its first words are said far from its last."""
     said = text.split()
     if end - start <= LONG_SECONDS or len(said) <= LONG_WORDS:
         return [Caption(start, end, text)] if said else []
@@ -438,7 +438,7 @@ def _cut(start: float, end: float, text: str, words: Sequence[Word] | None = Non
 
 
 def _spread(words: Sequence[str], start: float, end: float) -> list[Word]:
-    """Words with the times that they have if every letter takes equally long."""
+    """Words with estimated times: every letter takes the same time."""
     a_letter = (end - start) / sum(len(word) + 1 for word in words)
     found = []
     for word in words:
@@ -477,7 +477,7 @@ def _seconds(match: re.Match[str], group: int) -> float:
 
 
 def _plain(line: str) -> str:
-    """Words without tags, entities and marks that nobody sees; a damaged byte becomes \ufffd."""
+    """Words without tags, entities and invisible marks; a damaged byte becomes \ufffd."""
     text = _ENTITY.sub(lambda match: html.unescape(match[0]), _TAG.sub("", line))
     text = _HALF.sub("\ufffd", _NO_WIDTH.sub("", _CONTROL.sub(" ", text)))
     return " ".join(text.split())

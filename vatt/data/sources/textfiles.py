@@ -1,4 +1,4 @@
-"""Text files as people have them: in any encoding, with any line ends, and rows of csv in them."""
+"""Text files from anywhere: their encoding, their lines, and rows of csv and JSON in them."""
 
 import codecs
 import csv
@@ -23,11 +23,11 @@ BLOCK = 2**20  # characters or bytes read at once
 SAMPLE = 2**16  # bytes that an encoding is guessed from
 LONGEST_LINE = 2**20  # characters; the rest of a longer line is not read
 MOST_LINES = 100  # of one field in quotes
-MAX_JSON = 48 * 2**20  # bytes; at worst, what is read from it takes 35 times as much
+MAX_JSON = 48 * 2**20  # bytes; in memory it may take 35 times as much
 SHOWN = 10  # faults named in the message
 MANGLED = "get the official file again, and keep spreadsheet programs away from it"
 
-_LINE_END = re.compile(r"\r{0,2}\n|\r")  # \r\r\n comes of text that was converted twice
+_LINE_END = re.compile(r"\r{0,2}\n|\r")  # \r\r\n comes from converting a text twice
 _NUMBER = re.compile(r"[+-]?(?:\d{1,20}(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?", re.ASCII)
 _NOT_ASCII = re.compile(rb"[^\r\n]*[\x80-\xff][^\r\n]*")
 BAD_BYTE = re.compile("[\udc80-\udcff]")  # how `surrogateescape` writes a byte that has no meaning
@@ -50,7 +50,7 @@ _OTHERS = ["gb18030", "big5", "cp932", "euc_jp", "cp949", "cp1251", "cp1253", "c
            "cp874", "koi8_r", "cp866"]  # fmt: skip
 _WESTERN = set("àáâãäåæçèéêëìíîïñòóôõöøùúûüßœ‘’“”„…–—«»¿¡°€")  # frequent in cp1252
 _KANA = {*map(chr, range(0x3041, 0x30FF))}
-_COMMON = {  # signs of which every few sentences hold some
+_COMMON = {  # frequent signs: a few sentences contain some of them
     "gb18030": set(
         "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用道"
         "行所然家种事成方多经么去法学如都同现当没动面起看定天分还进好小部其些主样理心她本前开但因只从想实日军者意无"
@@ -115,7 +115,7 @@ def _by_zeros(data: bytes) -> str | None:
 
 
 def _is_utf8(sample: bytes) -> bool:
-    """Whether it is UTF-8 but for few bytes: one damaged byte must not garble all the others."""
+    """Whether it is UTF-8 but for few bytes: one damaged byte must not garble all others."""
     text = sample.decode("utf-8", "surrogateescape")
     bad = BAD_BYTE.findall(text)
     good = sum(letter > "\x7f" for letter in text) - len(bad)
@@ -146,7 +146,7 @@ def _guess_latin(sample: bytes) -> str:
 
 
 def _likeness(text: str, encoding: str) -> float:
-    """How much a guess looks like its language: of a few words the library sees too little."""
+    """How much a guess looks like its language: a few words are too short for the library."""
     letters = [letter for letter in text if letter > "\x7f"] or [""]
     oddness = len(_ODD.findall(text)) / len(letters)
     if encoding in _COMMON:
@@ -306,8 +306,8 @@ def read_rows(
 ) -> Iterator[tuple[int, list[str]]]:
     """The rows of a csv file; a bad one is added to `faults`, and never takes others with it.
 
-    A field in quotes may go on in the following lines if `begins_row` can tell that these are no
-    rows themselves: else, a forgotten quote would swallow all lines up to the next one.
+    A field in quotes may go on in the following lines if `begins_row` says
+    that these are not rows: otherwise a forgotten quote would swallow all lines up to the next one.
     """
     ahead: deque[tuple[int, str]] = deque()
     while found := ahead.popleft() if ahead else next(lines, None):

@@ -38,7 +38,7 @@ ALIASES = {
 KNOWN = ("url", "path", "youtube_id", "start", "end", "split", "id", "text", "licence")
 PLACES = ("url", "path", "youtube_id")
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-_LOOKS_LIKE = {  # what a row holds, and a sentence that goes on in another line does not
+_LOOKS_LIKE = {  # a row has it; the second line of a sentence does not
     "url": re.compile(r"\s*[a-z]+://\S+\s*", re.IGNORECASE),
     "path": re.compile(r"\s*\S.{0,255}\.\w{2,5}\s*"),
     "youtube_id": re.compile(r"\s*[\w-]{11}\s*", re.ASCII),
@@ -184,7 +184,7 @@ def _clip(row: dict[str, str], home: Path, data: DataParams) -> Clip:
 
 
 def _url(row: dict[str, str], home: Path, data: DataParams) -> str:
-    """An address; a path is a file beside the list, or else on a mirror where there are any."""
+    """An address; a path is a file next to the list, or else on a mirror where there are any."""
     if row.get("youtube_id"):
         if not re.fullmatch(r"[\w-]{1,64}", row["youtube_id"], re.ASCII):
             raise ValueError(f"'{row['youtube_id']}' is not a YouTube id")
