@@ -240,7 +240,7 @@ def _records(path: Path, *, is_parquet: bool) -> Iterator[Any]:
         lines = iter(lambda: file.readline(LONGEST_LINE + 1), b"")
         for number, line in enumerate(lines, start=1):
             try:
-                yield _parsed(line) if line.strip() else None
+                yield _parsed(line)
             except (ValueError, RecursionError) as error:
                 raise _no_clip(f"{path}:{number}", _reason(error)) from None
 
@@ -248,7 +248,7 @@ def _records(path: Path, *, is_parquet: bool) -> Iterator[Any]:
 def _parsed(line: bytes) -> Any:
     if len(line) > LONGEST_LINE:
         raise ValueError(f"longer than {LONGEST_LINE:,} bytes")
-    return json.loads(line.decode(), object_pairs_hook=_once)
+    return json.loads(line.decode(), object_pairs_hook=_once) if line.strip() else None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
