@@ -31,7 +31,7 @@ _OUTPUTS = {
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How far an exported graph's output is from ours, as a share of its largest value."""
+    """The difference of a graph's output from ours, as a share of the largest value."""
 
     graph: str
     output: str
@@ -40,7 +40,7 @@ class Comparison:
 
 
 def export_safetensors(folder: Path, out: Path) -> list[Comparison]:
-    """Every weight under its name in one file, the settings in its metadata and beside it."""
+    """Every weight by name in one file; the settings are in its metadata and in config.json."""
     config, model = checkpoint.load_config(folder), checkpoint.load(folder)
     with atomic_folder(out) as temporary:
         _write_weights(model, config, temporary)
@@ -115,7 +115,7 @@ class ExportGraph(nn.Module):
         """The values of `outputs`."""
         if isinstance(self.model, Classifier):
             return (self.model(inputs),)
-        if self.modality == "text":  # (texts, words): which clip a text is of plays no part
+        if self.modality == "text":  # (texts, words): it does not matter which clip a text is of
             answer = self.model(text=inputs[:, None])
             return tuple(getattr(answer, name)[:, 0] for name in self.outputs)
         answer = self.model(**{self.modality: inputs})
@@ -128,7 +128,7 @@ def _parts(model: VATT | Classifier) -> dict[str, ExportGraph]:
 
 
 def _example(model: VATT | Classifier, modality: str, clips: int, *, seed: int) -> Tensor:
-    """Random input of the sizes that the settings say; the last text is all pads."""
+    """Random input of the sizes in the settings; the last text has pads only."""
     random, params = torch.Generator().manual_seed(seed), model.params
     if modality == "text":
         texts = (clips, params.text.words)
@@ -147,7 +147,7 @@ def _example(model: VATT | Classifier, modality: str, clips: int, *, seed: int) 
 
 
 def _trace(part: ExportGraph, inputs: Tensor, path: Path) -> None:
-    # AUTO: a choice of operator by size is no limit here, since all choices trace to the same.
+    # AUTO: our operators choose by size, but every choice traces to the same graph.
     dynamic = {0: torch.export.Dim.AUTO}
     # A fused attention kernel would leave its memory layout in the trace, which the exporter's own
     # attention does not have.
@@ -202,7 +202,7 @@ def _onnx_packages() -> tuple[Any, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of its own deprecations and of packages that no graph here needs."""
+    """Hide the exporter's warnings of its own deprecations and of packages that we do not need."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

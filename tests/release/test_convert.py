@@ -220,11 +220,11 @@ def test_other_models_and_wrong_heads_are_named(
     tmp_path: Path, tensors: dict[str, np.ndarray]
 ) -> None:
     tf_bundle.write(tmp_path / "other", {"layer/kernel": np.ones((2, 2), np.float32)})
-    with pytest.raises(DataError, match="no checkpoint of VATT"):
+    with pytest.raises(DataError, match="not a checkpoint of VATT"):
         convert(tmp_path / "other", tmp_path / "out", {})
     tf_bundle.write(tmp_path / "ckpt-5", tensors)
     for heads, message in (
-        ({}, "no multiple of 64"),
+        ({}, "not a multiple of 64"),
         ({ONLY: 5}, "does not divide 24"),
         ({"video": 3}, "towers of this checkpoint are audio"),
     ):
@@ -261,7 +261,7 @@ def test_the_command_prints_json_and_can_be_repeated(
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
     taken = ("import", str(prefix), "--out", str(tmp_path / "taken"), "--heads", "3")
     assert run(*taken) == 2
-    assert "no imported checkpoint" in capsys.readouterr().err
+    assert "not an imported checkpoint" in capsys.readouterr().err
 
 
 def test_the_command_ends_with_the_codes_of_its_errors(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from vatt.release import keys
 from vatt.release.recognise import ReleasedModel, recognise
 from vatt.release.tf_checkpoint import TensorFlowCheckpoint
 
-HEAD_DROPOUT = {"video": 0.5, "audio": 0.0}  # while fine-tuning; in use there is none
+HEAD_DROPOUT = {"video": 0.5, "audio": 0.0}  # while fine-tuning only
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -61,7 +61,7 @@ def import_checkpoint(
     """Convert the checkpoint at `prefix` into the folder `out`; None only looks.
 
     Weights that are missing or do not fit stop it, unless `allow_partial`: they then keep the
-    values of a newly initialised model (seed 0). `source` is recorded beside the files' hashes.
+    values of a newly initialised model (seed 0). `source` is recorded with the hashes of the files.
     """
     released = TensorFlowCheckpoint(prefix)
     released.check_strings()
@@ -109,7 +109,7 @@ def split_keys(released: TensorFlowCheckpoint) -> tuple[dict[str, str], dict[str
 
 
 def config_of(found: ReleasedModel) -> dict[str, Any]:
-    """What config.json says of the model."""
+    """The model's entries in config.json."""
     config: dict[str, Any] = {"model": found.params.model_dump(mode="json")}
     if found.modality is not None:
         config["classifier"] = {
@@ -121,11 +121,11 @@ def config_of(found: ReleasedModel) -> dict[str, Any]:
 
 
 def check_vocabulary(path: Path, rows: int) -> None:
-    """Refuse a word list that is no text, or has more words than the table has rows."""
+    """Refuse a word list that is not text, or has more words than the table has rows."""
     try:
         words = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no list of words: {error}") from None
+        raise DataError(f"{path} is not a list of words: {error}") from None
     if not words or len(words) > rows:
         raise DataError(
             f"{path} has {len(words)} words, the model's table {rows} rows",

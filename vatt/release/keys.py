@@ -96,7 +96,7 @@ def agnostic_layout(depth: int) -> Layout:
 
 
 def classifier_layout(kind: Input, depth: int) -> Layout:
-    """Fine-tuned; the projections into and out of a shared encoder stand there if it was one."""
+    """Fine-tuned; that of an agnostic model also has the dense layers around the encoder."""
     layout = patch_tower("backbone.", FINE_TUNED, kind, depth)
     parts = {"embed.lift.linear": ("pre_proj", _DENSE), "post.linear": ("post_proj", _DENSE)}
     layout |= _named("backbone.", FINE_TUNED, parts)

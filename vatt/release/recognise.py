@@ -24,7 +24,7 @@ from vatt.release.keys import Input, Layout
 Shape = tuple[int, ...]
 
 HEAD_DIM = 64  # of every released model
-DROPOUT = 0.1  # likewise
+DROPOUT = 0.1  # of every released model, too
 ONLY = "the only encoder"  # in `heads`: whichever encoder there is
 WORDS = 16  # the specific model has no table that says it
 _PLACEHOLDER_SIZE: SizeName = "tiny"  # of the towers that a fine-tuned model does not have
@@ -43,7 +43,7 @@ class ReleasedModel:
 
 @dataclass(frozen=True, slots=True)
 class KeyShapes:
-    """The shapes of the released weights, without root and ending, and the heads asked for."""
+    """The shapes of the released weights (keys without root and ending), and the --heads given."""
 
     shapes: Mapping[str, Shape]
     heads: Mapping[str, int]
@@ -55,7 +55,7 @@ class KeyShapes:
             found = "is missing" if shape is None else f"has the shape {list(shape)}"
             raise DataError(
                 f"{keys.ROOT}{key} {found}; the model cannot be recognised without it",
-                hint="is it a checkpoint of VATT, and whole?",
+                hint="is this a complete checkpoint of VATT?",
             )
         return shape
 
@@ -84,7 +84,7 @@ class KeyShapes:
         return next((name for name, known in SIZES.items() if known == size), size)
 
     def _heads(self, tower: str) -> int | None:
-        if _has(self.shapes, keys.SHARED):  # one encoder, by whatever name it was asked for
+        if _has(self.shapes, keys.SHARED):  # one encoder, whichever tower --heads names
             return next(iter(self.heads.values()), None)
         return self.heads.get(tower, self.heads.get(ONLY))
 
@@ -132,9 +132,9 @@ def recognise(shapes: Mapping[str, Shape], heads: Mapping[str, int]) -> Released
             if _has(shapes, keys.FINE_TUNED + patch):
                 return _classifier(known, kind)
     except ValidationError as error:
-        raise DataError(f"the shapes of the weights make no model: {error}") from None
+        raise DataError(f"no model has weights of these shapes: {error}") from None
     raise DataError(
-        f"this is no checkpoint of VATT: none of its {len(shapes)} weights has a known name, "
+        f"this is not a checkpoint of VATT: not one of its {len(shapes)} weights has a known name, "
         f"such as {keys.ROOT}{keys.FINE_TUNED}...",
         hint="the published ones are listed in docs/released-weights.md",
     )
@@ -235,9 +235,9 @@ def _classifier(known: KeyShapes, kind: Input) -> ReleasedModel:
 def _default_heads(tower: str, inner: int) -> int:
     if inner % HEAD_DIM:
         raise SettingsError(
-            f"the {tower} encoder's inner width {inner} is no multiple of {HEAD_DIM}, the width of "
+            f"the {tower} encoder's inner width {inner} is not a multiple of {HEAD_DIM}, the width of "
             "a head in all released models",
-            hint=f"say how many heads it has: --heads {tower}=N",
+            hint=f"give its number of heads: --heads {tower}=N",
         )
     return inner // HEAD_DIM
 
@@ -245,7 +245,7 @@ def _default_heads(tower: str, inner: int) -> int:
 def _towers_exist(
     heads: Mapping[str, int], towers: Iterable[str], *, one_encoder: bool = False
 ) -> None:
-    """Refuse numbers of heads that do not say clearly which encoder has how many."""
+    """Refuse --heads where it is not clear which encoder has how many."""
     allowed = tuple(towers)
     if ONLY in heads and len(allowed) > 1 and not one_encoder:
         raise SettingsError(
