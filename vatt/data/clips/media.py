@@ -1,4 +1,19 @@
-"""Media files: what a file holds, and programs that read it under limits of time and memory."""
+"""Media files: what a file holds and when, and programs that read it under limits.
+
+Time has one definition, for planning and for cutting. `scan` reads a file's packets without
+decoding them and gives each one a time on the clips' clock:
+
+- Time 0 is the first picture by the file's own time stamps of presentation. It is the first sound
+  where there is no picture or where the picture begins much later.
+- Where time stamps run backwards, a new part begins: its start takes the place of the end of the
+  part before. Streams that jump together stay in step; a stream that jumps alone goes on alone.
+- A forward leap of all streams is closed in the same way in formats whose clock may leap (MPEG-TS,
+  MPEG-PS, Ogg). In others the stamps are right: nothing was recorded there, and nothing is cut.
+- A picture stays until the next one. The last one lasts as long as its packet says; in a file whose
+  pictures stay for seconds, as long as the longest before it, but not longer than the sound.
+
+Whatever is unusual about it is a remark for the ledger.
+"""
 
 import contextlib
 import os
@@ -6,13 +21,17 @@ import re
 import resource
 import signal
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
 import imageio_ffmpeg
+import numpy as np
+from av.stream import Disposition
 
 from vatt.errors import MachineError
 
@@ -27,6 +46,23 @@ MAX_HOURS = 48  # a file that claims more lies
 NEAR_START = 0.1  # seconds
 PROGRESSIVE = 1  # FFmpeg's field order; above it are the interlaced ones
 _OPTIONS = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+
+# In seconds:
+SEEK_AFTER = 20.0  # nearer the beginning, decoding from there is as fast as a seek, and safer
+BACK = 0.25  # time stamps that run back by more begin a new part
+LEAP = 10.0  # a longer leap is closed; FFmpeg has the same limit
+SKEW = LEAP / 2  # the streams of a file are interleaved more closely
+HOLD = 2.0  # a picture that stays for longer may be missed after a seek
+KEYS = 2.5  # and so may one between key frames that are further apart
+PAUSE = 1.0  # no packet for longer is worth a remark
+ALONE = 60.0  # a picture without sound that stays for longer is no film
+INDEXED = {"matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "avi", "gif"}  # a seek finds key frames
+MIXED = 8  # channels; FFmpeg has no rule to mix more of them, or ones without names
+_CLOCK_LEAPS = av.format.Flags.ts_discont.value
+_NOT_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
+_FOR_FEW = Disposition.hearing_impaired | Disposition.visual_impaired
+
+Span = tuple[float, float]  # from, to, in seconds
 
 
 class BrokenMediaError(Exception):
@@ -44,6 +80,24 @@ class Media:
     num_frames: int
     interlaced: bool = False  # some of its pictures are two half pictures
     image: str | None = None  # FFmpeg's name for the format of an image
+    exact: bool = False  # the ffmpeg program would lose the clock: `cut` decodes by packets
+    stereo: bool = False
+    mix: str = ""  # what FFmpeg's `pan` makes of channels that it cannot mix by itself
+    heard: tuple[Span, ...] = ()  # where there are packets of sound
+    pauses: tuple[Span, ...] = ()  # where nothing was recorded
+    remark: str = ""  # what is unusual about its time
+
+
+@dataclass(frozen=True, slots=True)
+class Packets:
+    """The packets of the chosen streams, in the file's order. P: packets."""
+
+    sound: np.ndarray  # (P,) bool; the others are pictures
+    time: np.ndarray  # (P,) of presentation, in seconds on the clips' clock
+    length: np.ndarray  # (P,) seconds; 0 where the file does not say
+    key: np.ndarray  # (P,) bool: decoding can begin here
+    shift: np.ndarray  # (P,) seconds added to the file's time stamps
+    zero: float = 0.0  # and taken off then
 
 
 def probe(path: Path) -> Media:
@@ -55,6 +109,11 @@ def probe(path: Path) -> Media:
     image = image_format(path)
     if image is not None:  # not opened: what it claims to be is for the limits of `cut`
         return Media(0, None, 0.0, STILL_SECONDS, 1, image=image)
+    return scan(path)[0]
+
+
+def scan(path: Path) -> tuple[Media, Packets]:
+    """What a file of pictures and sound holds, and when; raises BrokenMediaError."""
     try:
         with open_media(path) as container:
             return _scan(container)
@@ -103,71 +162,260 @@ def _pass_colours(file: BinaryIO, flags: bytes) -> None:
         file.seek(3 * 2 ** ((flags[0] & 7) + 1), os.SEEK_CUR)
 
 
-def _scan(container: av.container.InputContainer) -> Media:
-    video, audio = _picture_stream(container), _sound_stream(container)
+def stamped_packets(
+    container: av.container.InputContainer, streams: Sequence[Any]
+) -> Iterator[tuple[av.Packet, int, int]]:
+    """The packets of streams, each with its times of presentation and of decoding.
+
+    They end where the file is cut off.
+    """
+    counts_frames = container.format.name == "avi"  # no time of presentation: others guess one
+    try:
+        for packet in container.demux(streams):
+            dts = packet.pts if packet.dts is None else packet.dts
+            pts = dts if packet.pts is None or counts_frames else packet.pts
+            if pts is not None and dts is not None and packet.size:
+                yield packet, pts, dts
+    except av.FFmpegError:
+        pass  # what came before counts
+
+
+def _scan(container: av.container.InputContainer) -> tuple[Media, Packets]:
+    video, audio = _chosen(container.streams.video), _chosen(container.streams.audio)
     chosen = [stream for stream in (video, audio) if stream is not None]
     if not chosen:
         raise BrokenMediaError("no picture and no sound in it that can be decoded")
-    first: dict[int, float] = {}
-    last: dict[int, float] = {}
-    packets = dict.fromkeys((stream.index for stream in chosen), 0)
-    counts_frames = container.format.name == "avi"  # it has no time of showing, others guess one
-    try:
-        for packet in container.demux(chosen):
-            stamp = packet.dts if packet.pts is None or counts_frames else packet.pts
-            if stamp is None or packet.time_base is None or not packet.size:
-                continue
-            begin = float(stamp * packet.time_base)
-            length = float((packet.duration or 0) * packet.time_base)
-            index = packet.stream_index
-            packets[index] += 1
-            first[index] = min(first.get(index, begin), begin)
-            last[index] = max(last.get(index, begin), begin + length)
-    except av.FFmpegError:
-        pass  # cut off: what came before counts
-    if not last:
+    units = {stream.index: float(stream.time_base) for stream in chosen}
+    columns = array("d"), array("d"), array("d"), array("b"), array("b")
+    for packet, pts, dts in stamped_packets(container, chosen):
+        unit = units[packet.stream_index]
+        columns[0].append(pts * unit)
+        columns[1].append(dts * unit)
+        columns[2].append((packet.duration or 0) * unit)
+        columns[3].append(audio is not None and packet.stream_index == audio.index)
+        columns[4].append(packet.is_keyframe)
+    presented, decoded, length = (np.array(column) for column in columns[:3])
+    sound, key = (np.array(column, bool) for column in columns[3:])
+    if not presented.size:
         raise BrokenMediaError("no packet in it")
-    # AAC's priming packets lie before it: their time is cut away by every player.
-    zero = container.start_time / 1e6 if container.start_time is not None else min(first.values())
-    main = next(stream.index for stream in chosen if stream.index in last)
-    # Clips begin with the first frame; a picture that sets in long after the sound waits for it.
-    sound_or_picture = max(min(first.values()), zero)
-    late = first[main] - sound_or_picture
-    start = max(first[main] if late <= NEAR_START else sound_or_picture, zero) - zero
-    seconds = last[main] - zero - start
-    if seconds > MAX_HOURS * 3600:
-        raise BrokenMediaError(f"its time stamps claim {seconds / 3600:.0f} hours")
-    field_order = 0 if video is None else video.codec_context.field_order
-    return Media(
-        video=video.index if video is not None and video.index in last else None,
-        audio=audio.index if audio is not None and audio.index in last else None,
-        start=start,
-        seconds=seconds,
-        num_frames=packets[main] if video is not None and main == video.index else 0,
-        interlaced=field_order > PROGRESSIVE,
+    leaps = bool(container.format.flags & _CLOCK_LEAPS)
+    shift, jumps = _close(sound, presented, decoded, length, leaps=leaps)
+    packets = Packets(sound, presented + shift, length, key, shift)
+    return _describe(
+        container,
+        None if sound.all() else video,
+        audio if sound.any() else None,
+        packets,
+        jumps,
     )
 
 
-def _picture_stream(container: av.container.InputContainer) -> av.VideoStream | None:
-    """The first moving picture: cover art is none, nor is one that no decoder knows."""
-    for stream in container.streams.video:
-        attached = stream.disposition & av.stream.Disposition.attached_pic
-        if stream.codec_context is not None and not attached:
-            return stream
-    return None
+def _chosen(streams: Sequence[Any]) -> Any | None:
+    """The stream to take of a kind: the default one, or else the first; no cover art.
+
+    A stream without a decoder is left out. One for people who cannot hear or see is the last choice.
+    """
+    known = [
+        stream
+        for stream in streams
+        if stream.codec_context is not None and not stream.disposition & _NOT_FILM
+    ]
+    return max(
+        known,
+        key=lambda s: (not s.disposition & _FOR_FEW, bool(s.disposition & Disposition.default)),
+        default=None,  # max takes the first of equals
+    )
 
 
-def _sound_stream(container: av.container.InputContainer) -> av.AudioStream | None:
-    """The track that a player would take."""
-    best = container.streams.best("audio")
-    known = isinstance(best, av.AudioStream) and best.codec_context is not None
-    return best if known else None
+def _lengths(sound: np.ndarray, time: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Lengths of packets; those that the file does not give are as long as the usual step."""
+    filled = length.copy()
+    for kind in (sound, ~sound):
+        steps = np.diff(np.sort(time[kind]))
+        usual = np.median(steps[steps > 0]) if (steps > 0).any() else 0.0
+        filled[kind] = np.where(length[kind] > 0, length[kind], usual)
+    return filled
 
 
-MEMORY = (
-    4 * 2**30
-)  # bytes; 32 clips of a film of 3840 x 2160 take 0.9 GiB, 7680 x 4320 half of that
+def _parts(sound: np.ndarray, dts: np.ndarray, *, leaps: bool) -> np.ndarray:
+    """The number of the part that each packet belongs to: a clock of its own."""
+    part = np.zeros(len(dts), np.int64)
+    steps = [np.diff(dts[kind]) for kind in (sound, ~sound)]
+    if not any(((s < -BACK) | (leaps & (s > LEAP))).any() for s in steps):
+        return part
+    at: dict[bool, int] = {}  # of each stream: its part, and its last time stamp
+    last: dict[bool, float] = {}
+    shift = [0.0]  # about what each part's stamps need to continue the ones before
+    for number, (kind, stamp) in enumerate(zip(sound.tolist(), dts.tolist(), strict=True)):
+        newest, other = len(shift) - 1, not kind
+        reached = last[other] + shift[at[other]] if other in at else np.inf
+        now = at.setdefault(kind, newest)
+        away = abs(stamp + shift[now] - reached)
+        if other in at and at[other] == newest != now:
+            if abs(stamp + shift[newest] - reached) < min(SKEW, away):
+                at[kind] = newest  # it jumps as the other stream did
+        elif kind in last:
+            step = stamp - last[kind]
+            if step < -BACK or (leaps and step > LEAP and away > SKEW):
+                shift.append(last[kind] + shift[now] - stamp)
+                at[kind] = newest + 1
+        last[kind], part[number] = stamp, at[kind]
+    return part
+
+
+def _close(
+    sound: np.ndarray, pts: np.ndarray, dts: np.ndarray, length: np.ndarray, *, leaps: bool
+) -> tuple[np.ndarray, list[tuple[float, float]]]:
+    """What to add to each packet's time stamp, and where and by how much the stamps jump."""
+    part, length = _parts(sound, dts, leaps=leaps), _lengths(sound, pts, length)
+    shift, ends = np.zeros(len(pts)), {False: -np.inf, True: -np.inf}
+    jumps: list[tuple[float, float]] = []
+    before = 0.0
+    for number in range(part.max() + 1):
+        members = {kind: (part == number) & (sound == kind) for kind in (False, True)}
+        members = {kind: inside for kind, inside in members.items() if inside.any()}
+        begin = _part_begin({kind: float(pts[inside].min()) for kind, inside in members.items()})
+        if number:
+            known = {kind: ends[kind] for kind in members if np.isfinite(ends[kind])} or ends
+            end = _part_end(known)
+            jumps.append((end, before - (end - begin)))
+            before = end - begin
+        for kind, inside in members.items():
+            shift[inside] = before
+            ends[kind] = max(ends[kind], float((pts + length)[inside].max()) + before)
+    return shift, jumps
+
+
+def _part_begin(first: Mapping[bool, float]) -> float:
+    """Clips begin with the first picture; one that begins long after the sound waits for it."""
+    earliest = min(first.values())
+    picture = first.get(False, earliest)
+    return picture if picture - earliest <= NEAR_START else earliest
+
+
+def _part_end(last: Mapping[bool, float]) -> float:
+    """The end of the picture, or of a sound that goes on for much longer."""
+    latest = max(last.values())
+    picture = last.get(False, latest)
+    return picture if latest - picture <= 2 * NEAR_START else latest
+
+
+def _describe(
+    container: av.container.InputContainer,
+    video: Any | None,
+    audio: Any | None,
+    packets: Packets,
+    jumps: Sequence[tuple[float, float]],
+) -> tuple[Media, Packets]:
+    sound, time = packets.sound, packets.time
+    kinds = [kind for kind in (False, True) if (sound == kind).any()]
+    first = {kind: float(time[sound == kind].min()) for kind in kinds}
+    last = {kind: float((time + packets.length)[sound == kind].max()) for kind in kinds}
+    # AAC's priming packets lie before it: their time is cut away by every player.
+    given = container.start_time
+    zero = min(first.values()) if given is None else given / 1e6
+    if jumps and abs(zero - min(first.values())) > PAUSE:
+        zero = min(first.values())  # FFmpeg's is of another part
+    start = max(_part_begin({kind: max(begin, zero) for kind, begin in first.items()}), zero) - zero
+    packets = replace(packets, time=time - (zero + start), zero=zero + start)
+    shown = np.sort(packets.time[~sound])
+    longest = float(np.diff(shown).max()) if shown.size > 1 else np.inf
+    seconds = last[kinds[0]] - zero - start
+    if len(kinds) == 2 and longest > HOLD:
+        seconds = max(seconds, min(last[True] - zero - start, shown[-1] + longest))
+    if seconds > MAX_HOURS * 3600:
+        raise BrokenMediaError(f"its time stamps claim {seconds / 3600:.0f} hours")
+    heard = _heard(packets)
+    pauses = _pauses(shown, heard)
+    field_order = 0 if video is None else video.codec_context.field_order
+    jumped = [(at - zero - start, by) for at, by in jumps]
+    return Media(
+        video=None if video is None else video.index,
+        audio=None if audio is None else audio.index,
+        start=start,
+        seconds=seconds,
+        num_frames=len(shown),
+        interlaced=field_order > PROGRESSIVE,
+        exact=bool(jumps) or _is_odd(packets, shown, longest, container.format.name),
+        mix="" if audio is None else _mix(audio),
+        stereo=audio is not None and audio.codec_context.layout.name == "stereo",
+        heard=heard,
+        pauses=tuple(span for span in pauses if span[1] - span[0] > LEAP),
+        remark=_remark(jumped, pauses),
+    ), packets
+
+
+def _is_odd(packets: Packets, shown: np.ndarray, longest: float, form: str) -> bool:
+    """Whether seeking or filling by FFmpeg's command line would lose the time of some packet."""
+    sound = packets.sound
+    if shown.size and (longest > HOLD or shown[0] > NEAR_START):
+        return True
+    if (np.diff((packets.time - packets.shift)[sound]) < 0).any():
+        return True  # stamps that were guessed from another sample rate
+    keys = np.sort(packets.time[~sound & packets.key])
+    until = shown[-1] if shown.size else 0.0
+    apart = np.diff(keys, prepend=0.0, append=until).max() if shown.size else 0.0
+    return bool(form not in INDEXED and apart > KEYS and until > SEEK_AFTER)
+
+
+def _mix(audio: Any) -> str:
+    """what FFmpeg's `pan` makes of channels that it cannot mix by itself: their mean."""
+    layout = audio.codec_context.layout
+    count = layout.nb_channels
+    if layout.name.startswith("ambisonic"):
+        return "mono|c0=c0"  # the first channel hears all around
+    if count <= MIXED and "channels" not in layout.name:
+        return ""
+    return "mono|c0=" + "+".join(f"{1 / count:.6f}*c{channel}" for channel in range(count))
+
+
+def _heard(packets: Packets) -> tuple[Span, ...]:
+    """Where there is sound: spans that are more than half a second apart."""
+    order = np.argsort(packets.time[packets.sound], kind="stable")
+    begins = packets.time[packets.sound][order]
+    if not begins.size:
+        return ()
+    length = _lengths(packets.sound, packets.time, packets.length)[packets.sound][order]
+    ends = np.maximum.accumulate(begins + length)
+    cuts = np.flatnonzero(begins[1:] - ends[:-1] > PAUSE / 2)
+    firsts, lasts = [0, *(cuts + 1)], [*cuts, len(ends) - 1]
+    return tuple((float(begins[a]), float(ends[b])) for a, b in zip(firsts, lasts, strict=True))
+
+
+def _pauses(shown: np.ndarray, heard: Sequence[Span]) -> list[Span]:
+    """Where neither a new picture nor sound comes, although they go on later."""
+    silent = [(before[1], after[0]) for before, after in pairwise(heard)]
+    if not shown.size:
+        return [span for span in silent if span[1] - span[0] > PAUSE]
+    pauses = []
+    for number in np.flatnonzero(np.diff(shown) > PAUSE):
+        begin, end = float(shown[number]), float(shown[number + 1])
+        if not heard or begin >= heard[-1][1]:
+            pauses += [(begin + ALONE, end)] if end - begin > ALONE + PAUSE else []
+            continue
+        both = [(max(begin, a), min(end, b)) for a, b in silent]
+        pauses += [(a, b) for a, b in both if b - a > PAUSE]
+    return pauses
+
+
+def _remark(jumps: Sequence[tuple[float, float]], pauses: Sequence[Span]) -> str:
+    said = [
+        f"its time stamps {'start again' if by < 0 else f'leap by {by:.1f} s'} at {at:.1f} s"
+        for at, by in jumps
+    ]
+    said += [f"nothing was recorded from {begin:.1f} to {end:.1f} s" for begin, end in pauses]
+    more = f"; {len(said) - 2} more breaks" if len(said) > 2 else ""
+    return "; ".join(said[:2]) + more
+
+
+MEMORY = 4 * 2**30  # bytes; 32 clips of a film of 3840 x 2160 take 0.9 GiB
 LOG_BYTES = 2**20  # of complaints that are read
+
+_LEVEL = re.compile(
+    rb"(\[[^\]]*\] )?\[(quiet|panic|fatal|error|warning|info|verbose|debug|trace)\] "
+)
+_ERRORS = {b"panic", b"fatal", b"error"}
+_REPEATED = b"    Last message repeated "
 
 _SIGNALS = {
     signal.SIGXCPU: "decoding takes too long",
@@ -185,12 +433,17 @@ class Limits:
     memory: int = MEMORY
 
 
-def run_limited(command: Sequence[str], limits: Limits, *, log: Path) -> str:
-    """Run a command; returns what it complains of, empty for a clean run. No shell reads it."""
+def run_limited(
+    command: Sequence[str], limits: Limits, *, log: Path, env: Mapping[str, str] | None = None
+) -> str:
+    """Run a command; returns what it complains of, empty for a clean run. No shell reads it.
+
+    Of lines that name a level, as after `-loglevel level+info`, only errors are complaints.
+    """
     with log.open("wb") as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
-            process_group=0,
+            process_group=0, env=env,
         )  # fmt: skip
         _limit(process.pid, limits)
         try:
@@ -199,13 +452,29 @@ def run_limited(command: Sequence[str], limits: Limits, *, log: Path) -> str:
             return _SIGNALS[signal.SIGXCPU]
         finally:
             _end(process)
-    with log.open("rb") as errors:
-        lines = errors.read(LOG_BYTES).decode(errors="replace").strip().splitlines()
+    lines = _complaints(log)
     if code < 0:
         return _SIGNALS.get(signal.Signals(-code), f"ffmpeg ended by signal {-code}")
     if code and not lines:
         return f"ffmpeg ended with code {code}"
     return _sum_up([line for line in lines if "No space left on device" in line] or lines)
+
+
+def _complaints(log: Path) -> list[str]:
+    lines: list[str] = []
+    levels, wrong, size = False, False, 0
+    with log.open("rb") as errors:
+        while size < LOG_BYTES and (line := errors.readline(LOG_BYTES)):
+            level = _LEVEL.match(line)
+            if level and not levels:
+                levels, lines = True, []
+            if level:
+                wrong = level[2] in _ERRORS
+            if line.strip() and (not levels or (wrong and (level or _REPEATED in line))):
+                text = line if level is None else (level[1] or b"") + line[level.end() :]
+                lines.append(text.decode(errors="replace").strip())
+                size += len(line)
+    return lines
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
