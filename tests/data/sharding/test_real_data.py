@@ -96,12 +96,14 @@ def test_every_hostile_file_ends_as_it_should(hostile):
             "ok-video-only": entry.state == "ok" and entry.has == ("video",),
             "ok-audio-only": entry.state == "ok" and entry.has == ("audio",),
             "skip": entry.state == "corrupt" and bool(entry.reason),
-            "ok-or-skip": entry.state == "too-short" and bool(entry.reason),
+            "ok-or-skip": (entry.state == "too-short") == bool(entry.reason),
             "partial-or-skip": entry.state in ("ok", "too-short") and bool(entry.reason),
         }[wanted[name]]
     ]
     assert wrong == []
     assert states["zero_length.mp4"].reason == "empty file"
+    assert states["one_frame.mp4"].reason == "0.03 s of 0.7 s"
+    assert states["one_frame_with_sound.mp4"].samples == 4  # a picture that stays
     assert states["truncated_faststart.mp4"].samples == 2  # of 4: what is there, nothing repeated
     assert "partial file" in states["truncated_faststart.mp4"].reason
     assert "complaints: " in states["corrupt_bytes.mp4"].reason

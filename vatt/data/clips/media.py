@@ -57,7 +57,7 @@ KEYS = 2.5  # and so may one between key frames that are further apart
 PAUSE = 1.0  # no packet for longer is worth a remark
 ALONE = 60.0  # a picture without sound that stays for longer is no film
 INDEXED = {"matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "avi", "gif"}  # a seek finds key frames
-MIXED = 8  # channels; FFmpeg has no rule to mix more of them, or ones without names
+MIXED = 8  # channels; FFmpeg has no rule to mix more of them
 _CLOCK_LEAPS = av.format.Flags.ts_discont.value
 _NOT_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 _FOR_FEW = Disposition.hearing_impaired | Disposition.visual_impaired
@@ -338,7 +338,7 @@ def _describe(
         interlaced=field_order > PROGRESSIVE,
         exact=bool(jumps) or _is_odd(packets, shown, longest, container.format.name),
         mix="" if audio is None else _mix(audio),
-        stereo=audio is not None and audio.codec_context.layout.name == "stereo",
+        stereo=audio is not None and audio.codec_context.layout.nb_channels == 2,
         heard=heard,
         pauses=tuple(span for span in pauses if span[1] - span[0] > LEAP),
         remark=_remark(jumped, pauses),
@@ -364,7 +364,7 @@ def _mix(audio: Any) -> str:
     count = layout.nb_channels
     if layout.name.startswith("ambisonic"):
         return "mono|c0=c0"  # the first channel hears all around
-    if count <= MIXED and "channels" not in layout.name:
+    if count <= MIXED:
         return ""
     return "mono|c0=" + "+".join(f"{1 / count:.6f}*c{channel}" for channel in range(count))
 
@@ -412,7 +412,7 @@ MEMORY = 4 * 2**30  # bytes; 32 clips of a film of 3840 x 2160 take 0.9 GiB
 LOG_BYTES = 2**20  # of complaints that are read
 
 _LEVEL = re.compile(
-    rb"(\[[^\]]*\] )?\[(quiet|panic|fatal|error|warning|info|verbose|debug|trace)\] "
+    rb"((?:\[[^\]]* @ 0x[0-9a-f]+\] )*)\[(quiet|panic|fatal|error|warning|info|verbose|debug|trace)\] "
 )
 _ERRORS = {b"panic", b"fatal", b"error"}
 _REPEATED = b"    Last message repeated "
@@ -471,7 +471,7 @@ def _complaints(log: Path) -> list[str]:
             if level:
                 wrong = level[2] in _ERRORS
             if line.strip() and (not levels or (wrong and (level or _REPEATED in line))):
-                text = line if level is None else (level[1] or b"") + line[level.end() :]
+                text = line if level is None else level[1] + line[level.end() :]
                 lines.append(text.decode(errors="replace").strip())
                 size += len(line)
     return lines

@@ -401,6 +401,7 @@ SOUND_GRID = 60.0  # seconds; sound is decoded from such places on, whatever win
 WARM_UP = 1.0  # seconds that a decoder of sound is given before them
 IN_STEP = 0.05  # seconds; sound whose stamps are nearer to its samples' count follows the count
 STALE = 0.5  # seconds that a picture may stand in for the next ones, which cannot be decoded
+_LAYOUTS = dict(enumerate(("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1"), start=1))
 FILMS_A_CALL = 8  # each has threads of its own
 
 
@@ -681,22 +682,21 @@ def _hear(frames: Iterator[Decoded], media: Media) -> Iterator[Sound]:
     """Frames of sound as one channel, and half the difference of two."""
     mixers: dict[tuple[str, str, int], av.AudioResampler] = {}
     for time, frame, _ in frames:
-        layout, rate = frame.layout, frame.sample_rate
-        wanted = "mono" if not media.mix and layout.name != "stereo" else layout
-        kind = (frame.format.name, layout.name, rate)
+        layout, rate = frame.layout.name, frame.sample_rate
+        if frame.layout.nb_channels in _LAYOUTS and "channels" in layout:  # FFmpeg's guess
+            layout = _LAYOUTS[frame.layout.nb_channels]
+            frame = av.AudioFrame.from_ndarray(frame.to_ndarray(), frame.format.name, layout)
+            frame.sample_rate = rate
+        kind = (frame.format.name, layout, rate)
         if kind not in mixers:
+            wanted = layout if media.mix or layout == "stereo" else "mono"
             mixers[kind] = av.AudioResampler(format="fltp", layout=wanted, rate=rate)
         frame.pts = None
         for mixed in mixers[kind].resample(frame):
             wave = mixed.to_ndarray()
-            side = np.zeros_like(wave[0])
-            if layout.name == "stereo":
-                wave, side = wave.mean(axis=0), (wave[0] - wave[1]) / 2
-            elif media.mix.endswith("|c0=c0"):
-                wave = wave[0]
-            else:
-                wave = wave.mean(axis=0)
-            yield time, rate, np.stack([wave, side])
+            mono = wave[0] if media.mix.endswith("c0=c0") else wave.mean(axis=0)
+            side = (wave[0] - wave[1]) / 2 if layout == "stereo" else np.zeros_like(mono)
+            yield time, rate, np.stack([mono, side])
 
 
 def _place(heard: Sequence[Sound], begin: float, hz: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ import av
 from vatt.config import DataParams, PreprocessParams, fingerprint
 from vatt.data.clips.ledger import Entry
 from vatt.data.clips.manifest import Caption, Clip, media_path
-from vatt.data.clips.media import BrokenMediaError, ffmpeg_version, find_ffmpeg, probe
+from vatt.data.clips.media import BrokenMediaError, Media, ffmpeg_version, find_ffmpeg, probe
 from vatt.data.clips.samples import (
     FORMAT,
     Extent,
@@ -264,11 +264,24 @@ def _cuts(
                 tallies[number].losses["corrupt"] += len(job.windows)
                 tallies[number].complaint = str(error)
             continue
-        wanted = [(window, (number, key)) for number, job in members for key, window in job.windows]
+        wanted = []
+        for number, job in members:
+            for key, window in job.windows:
+                if _is_in_pause(window, media):
+                    tallies[number].losses["corrupt"] += 1
+                    tallies[number].complaint = media.remark
+                else:
+                    wanted.append((window, (number, key)))
         for first in range(0, len(wanted), WINDOWS_A_CALL):
             part = wanted[first : first + WINDOWS_A_CALL]
             windows = tuple(window for window, _ in part)
             yield Cut(source, media, windows), [owner for _, owner in part]
+
+
+def _is_in_pause(window: Window, media: Media) -> bool:
+    """Whether nothing was recorded in a tenth of a window or more."""
+    lost = sum(max(0.0, min(end, window[1]) - max(begin, window[0])) for begin, end in media.pauses)
+    return lost > 0.1 * (window[1] - window[0])
 
 
 def _add(
