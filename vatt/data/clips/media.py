@@ -186,7 +186,7 @@ def _scan(container: av.container.InputContainer) -> tuple[Media, Packets]:
     if not chosen:
         raise BrokenMediaError("no picture and no sound in it that can be decoded")
     units = {stream.index: float(stream.time_base) for stream in chosen}
-    columns = array("d"), array("d"), array("d"), array("b"), array("b")
+    columns = array("d"), array("d"), array("d"), array("b"), array("b"), array("d")
     for packet, pts, dts in stamped_packets(container, chosen):
         unit = units[packet.stream_index]
         columns[0].append(pts * unit)
@@ -194,12 +194,17 @@ def _scan(container: av.container.InputContainer) -> tuple[Media, Packets]:
         columns[2].append((packet.duration or 0) * unit)
         columns[3].append(audio is not None and packet.stream_index == audio.index)
         columns[4].append(packet.is_keyframe)
+        columns[5].append(-1 if packet.pos is None else packet.pos)
     presented, decoded, length = (np.array(column) for column in columns[:3])
-    sound, key = (np.array(column, bool) for column in columns[3:])
+    sound, key = (np.array(column, bool) for column in columns[3:5])
     if not presented.size:
         raise BrokenMediaError("no packet in it")
     leaps = bool(container.format.flags & _CLOCK_LEAPS)
-    shift, jumps = _close(sound, presented, decoded, length, leaps=leaps)
+    away = np.abs(presented - decoded) > LEAP  # stamps from both sides of a break
+    presented[away] = decoded[away]
+    order = _order(sound, np.array(columns[5]))
+    part = _parts(sound, decoded, order, leaps=leaps)
+    shift, jumps = _close(sound, part, presented, length)
     packets = Packets(sound, presented + shift, length, key, shift)
     return _describe(
         container,
@@ -237,7 +242,15 @@ def _lengths(sound: np.ndarray, time: np.ndarray, length: np.ndarray) -> np.ndar
     return filled
 
 
-def _parts(sound: np.ndarray, dts: np.ndarray, *, leaps: bool) -> np.ndarray:
+def _order(sound: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """The order of the packets in the file: a picture may come out of it seconds later."""
+    filled = place.copy()
+    for kind in (sound, ~sound):
+        filled[kind] = np.maximum.accumulate(place[kind])
+    return np.argsort(filled, kind="stable")
+
+
+def _parts(sound: np.ndarray, dts: np.ndarray, order: np.ndarray, *, leaps: bool) -> np.ndarray:
     """The number of the part that each packet belongs to: a clock of its own."""
     part = np.zeros(len(dts), np.int64)
     steps = [np.diff(dts[kind]) for kind in (sound, ~sound)]
@@ -246,28 +259,32 @@ def _parts(sound: np.ndarray, dts: np.ndarray, *, leaps: bool) -> np.ndarray:
     at: dict[bool, int] = {}  # of each stream: its part, and its last time stamp
     last: dict[bool, float] = {}
     shift = [0.0]  # about what each part's stamps need to continue the ones before
-    for number, (kind, stamp) in enumerate(zip(sound.tolist(), dts.tolist(), strict=True)):
+    for number, kind, stamp in zip(order, sound[order].tolist(), dts[order].tolist(), strict=True):
         newest, other = len(shift) - 1, not kind
         reached = last[other] + shift[at[other]] if other in at else np.inf
         now = at.setdefault(kind, newest)
         away = abs(stamp + shift[now] - reached)
         if other in at and at[other] == newest != now:
-            if abs(stamp + shift[newest] - reached) < min(SKEW, away):
+            jumps = kind in last and not -BACK <= stamp - last[kind] <= LEAP
+            if abs(stamp + shift[newest] - reached) < (away if jumps else min(SKEW, away)):
                 at[kind] = newest  # it jumps as the other stream did
         elif kind in last:
             step = stamp - last[kind]
-            if step < -BACK or (leaps and step > LEAP and away > SKEW):
-                shift.append(last[kind] + shift[now] - stamp)
+            # A picture that comes again at the same time, long after it, is of the next part.
+            again = not kind and step <= 0 and BACK < reached - stamp - shift[now] < np.inf
+            if step < -BACK or again or (leaps and step > LEAP and away > SKEW):
+                ends = [last[stream] + shift[at[stream]] for stream in last]
+                shift.append(max(ends) - stamp)
                 at[kind] = newest + 1
         last[kind], part[number] = stamp, at[kind]
     return part
 
 
 def _close(
-    sound: np.ndarray, pts: np.ndarray, dts: np.ndarray, length: np.ndarray, *, leaps: bool
+    sound: np.ndarray, part: np.ndarray, pts: np.ndarray, length: np.ndarray
 ) -> tuple[np.ndarray, list[tuple[float, float]]]:
     """What to add to each packet's time stamp, and where and by how much the stamps jump."""
-    part, length = _parts(sound, dts, leaps=leaps), _lengths(sound, pts, length)
+    length = _lengths(sound, pts, length)
     shift, ends = np.zeros(len(pts)), {False: -np.inf, True: -np.inf}
     jumps: list[tuple[float, float]] = []
     before = 0.0
@@ -283,6 +300,9 @@ def _close(
         for kind, inside in members.items():
             shift[inside] = before
             ends[kind] = max(ends[kind], float((pts + length)[inside].max()) + before)
+        if len(members) == 2:  # a guess about the last picture does not outlast the sound
+            shown = float(pts[members[False]].max()) + before
+            ends[False] = min(ends[False], max(ends[True], shown))
     return shift, jumps
 
 
@@ -314,8 +334,9 @@ def _describe(
     # AAC's priming packets lie before it: their time is cut away by every player.
     given = container.start_time
     zero = min(first.values()) if given is None else given / 1e6
-    if jumps and abs(zero - min(first.values())) > PAUSE:
-        zero = min(first.values())  # FFmpeg's is of another part
+    moved = abs(zero - min(first.values())) > PAUSE and not container.format.name.startswith("mov")
+    if moved:
+        zero = min(first.values())  # FFmpeg's is of another part, or misses the first picture
     start = max(_part_begin({kind: max(begin, zero) for kind, begin in first.items()}), zero) - zero
     packets = replace(packets, time=time - (zero + start), zero=zero + start)
     shown = np.sort(packets.time[~sound])
@@ -336,11 +357,11 @@ def _describe(
         seconds=seconds,
         num_frames=len(shown),
         interlaced=field_order > PROGRESSIVE,
-        exact=bool(jumps) or _is_odd(packets, shown, longest, container.format.name),
+        exact=bool(jumps) or moved or _is_odd(packets, shown, longest, container.format.name),
         mix="" if audio is None else _mix(audio),
         stereo=audio is not None and audio.codec_context.layout.nb_channels == 2,
         heard=heard,
-        pauses=tuple(span for span in pauses if span[1] - span[0] > LEAP),
+        pauses=tuple(pauses),
         remark=_remark(jumped, pauses),
     ), packets
 
@@ -386,7 +407,7 @@ def _pauses(shown: np.ndarray, heard: Sequence[Span]) -> list[Span]:
     """Where neither a new picture nor sound comes, although they go on later."""
     silent = [(before[1], after[0]) for before, after in pairwise(heard)]
     if not shown.size:
-        return [span for span in silent if span[1] - span[0] > PAUSE]
+        return [span for span in silent if span[1] - span[0] > LEAP]
     pauses = []
     for number in np.flatnonzero(np.diff(shown) > PAUSE):
         begin, end = float(shown[number]), float(shown[number + 1])

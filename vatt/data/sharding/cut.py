@@ -432,7 +432,8 @@ def _cut_exactly(item: Cut, tool: _Tool, *, pictures: bool = True) -> CutResult:
         ]
         for first in range(0, len(outputs), FILMS_A_CALL):
             part = outputs[first : first + FILMS_A_CALL]
-            complaint = complaint or tool.encode(part, limits, Path(f"{name}/log"))
+            encoding = tool.encode(part, limits, Path(f"{name}/log"))
+            complaint = complaint or encoding
         pieces = []
         for number, (start, end) in enumerate(item.windows):
             tracks = [_samples(f"{prefix}-{number}-{track}") for track in ("sound", "side")]

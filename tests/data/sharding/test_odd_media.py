@@ -1,0 +1,122 @@
+"""Each window of odd media shows and plays its own second, or the ledger says what was lost."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.corpus import demo_params
+from tests.data.sharding.odd_media import (
+    CHANGE,
+    GREY,
+    LATE,
+    SECONDS,
+    STEP,
+    TONE,
+    Case,
+    all_cases,
+    make,
+)
+from tests.data.sharding.test_shards import write
+from vatt.data.clips.ledger import Entry, read_ledger
+from vatt.data.clips.manifest import Clip
+from vatt.data.clips.media import probe
+from vatt.data.loading.reader import ShardIndex, ShardReader
+
+HZ = 8000
+QUICK = [
+    Case("ts", "restart"),
+    Case("ts", "leap", 3, 3.7),
+    Case("ts", "rate"),
+    Case("ts", "back", 3, 0.0),
+    Case("mkv", "restart", 3, 3.7),
+    Case("mkv", "leap"),
+    Case("webm", "size"),
+    Case("flv", "size", 0, 3.7),
+    Case("mp4", "plain", 3),
+    Case("mp4", "late"),
+    Case("opus", "restart"),
+]
+
+
+def check(root: Path, cases: list[Case]) -> dict[Case, Counter[str]]:
+    """Cut all cases in one run; counts their windows as right, lost (and reported) or wrong."""
+    media = root / "odd"
+    media.mkdir()
+    clips, entries = {}, {}
+    for number, case in enumerate(cases):
+        path = make(media, case)
+        clip = Clip(f"c{number}", "folder", f"folder:{path.name}", 0.0, None, "train", {}, (), None)
+        seconds = round(probe(path).seconds, 3)
+        entries[clip.clip_id] = Entry(clip.clip_id, "ok", "download", seconds=seconds)
+        clips[clip.clip_id] = clip, case
+    params = demo_params(source="folder", location=media, require=())
+    write(
+        root, [clip for clip, _ in clips.values()], entries, params=params, workers=2, fps=5,
+        audio_hz=HZ, clip_seconds=1.0, min_clip_seconds=0.9, samples_per_shard=64,
+        max_failed_share=0.99,
+    )  # fmt: skip
+    ledger = read_ledger(root / "ledger.jsonl")
+    index = ShardIndex.load(root / "shards", split="train")
+    reader = ShardReader(index)
+    found: dict[Case, Counter[str]] = {case: Counter() for case in cases}
+    for row in index.rows:
+        case = clips[row.clip_id][1]
+        start = int(row.key.partition("+")[2] or 0)
+        frames = reader.frames(row, range(row.num_frames)) if row.video else None
+        sound = reader.audio(row, 0, row.num_samples) if row.audio else None
+        found[case]["right" if is_right(case, start, frames, sound) else "wrong"] += 1
+    reader.close()
+    for name, (_, case) in clips.items():
+        lost = SECONDS - found[case]["right"]
+        found[case]["lost"] = lost
+        if lost > 0 and not ledger[name].reason:
+            found[case]["lost without a reason"] += lost
+    return found
+
+
+def is_right(case: Case, start: int, frames: np.ndarray | None, sound: np.ndarray | None) -> bool:
+    """Whether picture and sound are those of the window's second, but for its ends."""
+    second = case.second_at(start)
+    if second is None or (frames is None and sound is None):
+        return False
+    if frames is not None:
+        grey = frames[1:-1].mean(axis=(1, 2, 3)) / GREY - 1
+        if np.abs(grey - (case.picture_at(second) or 0)).max() > 0.3:
+            return False
+    if case.change == "early" and second <= LATE:
+        return True  # the sound sets in later
+    if sound is None:
+        return False
+    wave = sound[HZ // 10 : -HZ // 10].astype(float)
+    for part in np.array_split(wave, 2):
+        spectrum = np.abs(np.fft.rfft(part * np.hanning(len(part))))
+        tone = np.argmax(spectrum) * HZ / len(part)
+        if np.abs(part).max() < 3000 or abs(tone - TONE - STEP * second) > STEP / 3:
+            return False
+    return True
+
+
+def table(found: dict[Case, Counter[str]]) -> str:
+    return "\n".join(f"{case.name:24} {dict(+counts)}" for case, counts in found.items())
+
+
+def test_windows_keep_their_second_across_breaks_and_held_pictures(tmp_path):
+    found = check(tmp_path, QUICK)
+    for case, counts in found.items():
+        most = 2 if case.change == "late" else 1  # before the picture; at a break
+        assert not counts["wrong"] and not counts["lost without a reason"], table(found)
+        assert counts["lost"] <= most, table(found)
+
+
+@pytest.mark.slow
+def test_no_odd_medium_gives_a_sample_of_another_second(tmp_path):
+    cases = all_cases()
+    found = check(tmp_path, cases)
+    print(table(found))
+    assert len(cases) >= 100
+    wrong = {case: n for case, n in found.items() if n["wrong"] or n["lost without a reason"]}
+    assert not wrong, table(wrong)
+    kept = sum(counts["right"] for counts in found.values())
+    assert kept > 0.9 * SECONDS * len(cases) and CHANGE < SECONDS
