@@ -407,7 +407,7 @@ class MachineParams(Section):
     offload: Literal["none", "optimizer", "all"]
     micro_batch_size: PositiveInt | None  # per process; null: its whole share of the batch
     activation_checkpointing: bool  # keep only a block's input; compute the block again
-    compile: bool  # torch.compile of each block; on a CPU it needs a C++ compiler
+    compile: bool | Literal["auto"]  # torch.compile of each block; auto: on a GPU
     launcher_arguments: tuple[str, ...]  # to the deepspeed launcher
     workers: NonNegativeInt  # processes that download, encode and decode; 0: in the main one
     executor: Literal["local", "ray"]  # where download and preprocess run: docs/many-machines.md

@@ -5,7 +5,7 @@ import torch
 
 from tests.training import tiny
 from vatt.errors import MachineError, SettingsError
-from vatt.training.engine import DeepSpeedEngine, LocalEngine, apply_options
+from vatt.training.engine import DeepSpeedEngine, LocalEngine, apply_options, compiles
 
 OPTIMIZER = tiny.pretrain_params().optimizer
 
@@ -71,3 +71,14 @@ def test_compiling_says_what_it_needs(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(MachineError, match=r"no-such-compiler\n.*machine\.compile=false"):
         apply_options(Regression(), tiny.machine_params(compile=True))
+
+
+def test_compile_auto_is_on_for_gpus_with_a_compiler_below_zero_stage_3(monkeypatch):
+    def auto(*, gpu=True, compiler="sh", zero_stage=1):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setenv("CC", compiler)
+        return compiles(tiny.machine_params(compile="auto", zero_stage=zero_stage))
+
+    assert auto() and not auto(gpu=False)
+    assert not auto(compiler="no-such-compiler")
+    assert not auto(zero_stage=3)

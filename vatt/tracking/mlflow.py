@@ -1,6 +1,6 @@
 """What happened, in MLflow: one run a stage, written by rank 0, continued when the stage resumes.
 
-Runs made from equal settings (`machine` apart) hang under one parent run.
+Runs with equal settings (except `machine`) are children of one parent run.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ from vatt.tracking.records import MetricLog, MetricValue, Record
 from vatt.training import distributed
 from vatt.training.state import flatten
 
-UNTOLD = {"machine": {"proxy", "cookies", "mlflow_uri"}}  # may hold secrets
+SECRET = {"machine": {"proxy", "cookies", "mlflow_uri"}}  # may hold secrets
 PIPELINE_TAG, PROCESS_TAG = "vatt.pipeline", "vatt.process"
 CHUNK = 100  # params in one call, MLflow's limit
 
@@ -48,7 +48,7 @@ class Run:
         self._machine = machine
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Note metrics of a step; a step that the run has already is left alone."""
+        """Note metrics of a step; a step that the run already has is not logged again."""
         if self._metrics is not None:
             self._metrics.add(step, metrics)
         if self._record is not None and "power_watts" in metrics:
@@ -60,12 +60,12 @@ class Run:
             self._metrics.flush()
 
     def tag(self, name: str, value: str) -> None:
-        """Name a fact that is known only now."""
+        """Set a tag of the run."""
         if self._client is not None:
             self._client.set_tag(self.run_id, name, value)
 
     def artifact(self, path: Path) -> None:
-        """Keep a copy of a file or folder with the run, or, when it is large, where it lies."""
+        """Store a file or folder with the run; of a large one, only its path."""
         if self._client is None:
             return
         self._client.set_tag(self.run_id, f"{path.name}.path", str(path))
@@ -78,7 +78,7 @@ class Run:
             self._client.log_artifact(self.run_id, str(path))
 
     def checkpoint(self, folder: Path) -> None:
-        """Keep a checkpoint, or, when it is large, where it lies and what it hashes to."""
+        """Store a checkpoint with the run; of a large one, only its path and hashes."""
         if self._client is None:
             return
         files = sorted(file for file in folder.rglob("*") if file.is_file())
@@ -100,7 +100,7 @@ def run(
     """The MLflow run of a stage (`finetune-action-pretrained` for one item of a matrix).
 
     `stage_hash` stands for the stage's settings, code and inputs: a start with the same hash
-    continues a run that did not finish. Leaves the run FINISHED, FAILED or KILLED, as it was.
+    continues a run that did not finish. Leaves the run FINISHED, FAILED or KILLED.
     """
     if distributed.rank() > 0:
         yield Run(None, "", None, params.machine)
@@ -130,7 +130,7 @@ def run(
 
 
 def mark_dead_runs(params: Params) -> list[str]:
-    """Set runs to KILLED whose process on this machine is gone; returns their ids."""
+    """Mark runs as KILLED when their process on this machine is gone; returns their ids."""
     client = _connect(params.machine)
     experiment = _experiment(client, params.machine.experiment, params.machine)
     running = client.search_runs([experiment], "attributes.status = 'RUNNING'")
@@ -172,7 +172,7 @@ def artifact_of(params: Params, run_id: str, stage: str, name: str) -> Path:
 
 
 def metric_values(params: Params, run_id: str, name: str) -> list[float]:
-    """A run's metric at all its steps, in their order; none where the run is not known."""
+    """A run's metric at all its steps, in their order; empty for an unknown run."""
     client = _connect(params.machine)
     if not _exists(client, run_id):
         return []
@@ -227,7 +227,7 @@ def _create(client: Any, stage: str, params: Params, stage_hash: str, data_hash:
         tags["vatt.data_hash"] = data_hash
     tags["mlflow.parentRunId"] = _parent(client, experiment, params)
     run_id: str = client.create_run(experiment, run_name=stage, tags=tags).info.run_id
-    flat = flatten(params.model_dump(mode="json", exclude=UNTOLD))
+    flat = flatten(params.model_dump(mode="json", exclude=SECRET))
     entities = [Param(key, json.dumps(value)[:6000]) for key, value in flat.items()]
     for start in range(0, len(entities), CHUNK):
         client.log_batch(run_id, params=entities[start : start + CHUNK])

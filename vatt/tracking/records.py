@@ -1,4 +1,4 @@
-"""The record of a run beside its results, and the queue of metrics on their way to MLflow."""
+"""The record of a run next to its results, and the queue of metrics on their way to MLflow."""
 
 import json
 import math
@@ -74,7 +74,7 @@ class MetricLog:
 
 
 class Record:
-    """The facts of one file; an unreadable one is as good as none."""
+    """The facts of one file; an unreadable one counts as empty."""
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         self.path, self.facts = path, facts
@@ -95,7 +95,7 @@ class Record:
         return self.facts.get("run_id") if same and self.facts["status"] != "FINISHED" else None
 
     def begin(self, stage: str, run_id: str, stage_hash: str, *, device: str, devices: int) -> None:
-        """Note that this process works on the run, and on how many devices of which kind."""
+        """Note that this process works on the run, with the kind and number of its devices."""
         if run_id != self.facts.get("run_id"):
             self.facts = {"stage": stage, "run_id": run_id, "stage_hash": stage_hash}
             self.facts |= {"began": _now(), "starts": 0, "seconds": 0.0}
@@ -121,7 +121,7 @@ class Record:
         self._write(status=status, ended=_now(), seconds=round(seconds, 3))
 
     def bury(self) -> None:
-        """Note it when the process is gone that the record takes for running."""
+        """Mark a running record as KILLED when its process is gone."""
         running = self.facts.get("status") == "RUNNING"
         if running and process.is_dead(self.facts.get("process", "")):
             self._write(status="KILLED")

@@ -1,7 +1,7 @@
 """Several processes that act as one: starting and stopping them, ranks, and gathers.
 
-A stage starts itself again under DeepSpeed's launcher. Queues send SIGTERM or SIGUSR1, which take
-effect at the end of a step. A state is written in equal shares, one for each process, and any
+A stage starts itself again under DeepSpeed's launcher. SIGTERM and SIGUSR1, which job
+queues send, stop a training at the end of a step. A state is written in equal shares, one for each process, and any
 number of processes at any ZeRO stage can read it.
 """
 
@@ -54,14 +54,14 @@ def device() -> torch.device:
 
 
 def hardware() -> tuple[str, int]:
-    """What is computed on, and how many of it: GPUs, one a process, or this machine's cores."""
+    """The kind of device and its number: one GPU for each process, or the cores of this machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(), world_size()
     return "CPU core", len(os.sched_getaffinity(0))
 
 
 def peak_memory_gb() -> float:
-    """The most memory this process ever held: the GPU's where there is one, else resident."""
+    """The peak memory of this process: GPU memory where there is a GPU, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in kB
@@ -90,7 +90,7 @@ def gather(part: Tensor) -> Tensor:  # (B / processes, ...) -> (B, ...)
 
 
 def any_process(flag: bool) -> Tensor | bool:
-    """Whether the flag is up in any process, the same in all; a tensor, so that nobody waits."""
+    """Whether the flag is set in any process; the answer is a tensor, so that no process waits."""
     if world_size() == 1:
         return flag
     raised = torch.full((), float(flag), device=device())
@@ -133,7 +133,7 @@ def barrier() -> None:
 
 @contextmanager
 def process_group(machine: MachineParams) -> Iterator[None]:
-    """Join the processes that a launcher started, or stand alone; leave in good order."""
+    """Join the processes that a launcher started, or run alone; leave together at the end."""
     _stand_alone_unless_launched()
     torch.set_num_threads(machine.threads or _fair_threads())
     if torch.cuda.is_available():
@@ -142,7 +142,7 @@ def process_group(machine: MachineParams) -> Iterator[None]:
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
     try:
         yield
-        # Processes that tear down while another still talks abort now and then.
+        # A process that leaves while another still communicates aborts now and then.
         barrier()
     finally:
         dist.destroy_process_group()
@@ -163,7 +163,7 @@ def _stand_alone_unless_launched() -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody uses now."""
+    """A free TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -173,7 +173,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Truthy once this process was asked to stop, or has lost the one that started it."""
+    """True once this process was asked to stop, or the process that started it has ended."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -243,7 +243,7 @@ def _check_hostfile(arguments: Sequence[str]) -> None:
 
 
 def _names_machines(machine: MachineParams) -> bool:
-    """Whether the launcher's arguments say where to start how many processes."""
+    """Whether the launcher's arguments name the machines and the number of processes."""
     given = {argument.partition("=")[0] for argument in machine.launcher_arguments}
     return bool(given & {"--hostfile", "-H", "--include", "-i", "--num_nodes", "--num_gpus"})
 
@@ -281,7 +281,7 @@ TensorState = dict[str, Tensor]  # "value", and for a trained weight its moments
 
 
 def write_share(folder: Path, entries: Iterable[tuple[str, TensorState]], *, updates: int) -> None:
-    """Write this process's share; `entries`, the same in every process, may talk to the others."""
+    """Write this process's share; reading `entries`, the same in every process, may be collective."""
     share = {
         name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in entry.items()}
         for number, (name, entry) in enumerate(entries)

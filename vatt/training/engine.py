@@ -132,7 +132,7 @@ class DeepSpeedEngine:
         self.clip_norm = optimizer.clip_norm or float("inf")
         self.kind = f"ZeRO-{machine.zero_stage}, processes: {distributed.world_size()}"
         self.module = module.to(distributed.device()).train()
-        self.run = ProvenPrecision(self.module, precision, compiled=machine.compile)
+        self.run = ProvenPrecision(self.module, precision, compiled=compiles(machine))
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.run,
             optimizer=make_optimizer(module.parameters(), optimizer),
@@ -249,8 +249,7 @@ def make_engine(
 
 def apply_options(module: nn.Module, machine: MachineParams) -> None:
     """Compile blocks, and compute them again on the way back, as the settings say."""
-    if machine.compile:
-        _check_compile(machine)
+    if compiles(machine):
         for block in _parts_of(module, Block):
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
     if machine.activation_checkpointing:
@@ -259,18 +258,25 @@ def apply_options(module: nn.Module, machine: MachineParams) -> None:
             block.forward = again  # type: ignore[method-assign]
 
 
-def _check_compile(machine: MachineParams) -> None:
-    if machine.zero_stage == 3:
+def compiles(machine: MachineParams) -> bool:
+    """Whether blocks are compiled; `auto`: on a GPU, where nothing stands in the way."""
+    on_gpu = distributed.device().type == "cuda"
+    compiler = os.environ.get("CC", "cc") if on_gpu else os.environ.get("CXX", "g++")
+    has_compiler = shutil.which(compiler) is not None
+    if machine.compile == "auto":
+        return on_gpu and has_compiler and machine.zero_stage < 3
+    if machine.compile and machine.zero_stage == 3:
         raise SettingsError(
             "machine.compile does not go with machine.zero_stage 3, whose weights come and go",
             hint="set machine.zero_stage=2, or machine.compile=false",
         )
-    compiler = os.environ.get("CXX", "g++")
-    if distributed.device().type == "cpu" and shutil.which(compiler) is None:
+    if machine.compile and not has_compiler:
         raise MachineError(
-            f"machine.compile needs a C++ compiler, and there is no {compiler}",
-            hint="install one and name it in CXX, or set machine.compile=false",
+            f"machine.compile needs a compiler, and there is no {compiler}",
+            hint=f"install one and name it in {'CC' if on_gpu else 'CXX'}, or set "
+            "machine.compile=false",
         )
+    return bool(machine.compile)
 
 
 LARGEST_BUCKET = 50_000_000  # elements that ZeRO reduces at once

@@ -1,7 +1,7 @@
-"""A folder of resumable states: each appears whole, the last few are kept, a broken one is passed.
+"""A folder of resumable states: each appears whole, the last few are kept, a damaged one is skipped.
 
 folder/lock                     held by the writer
-folder/step-00000100/meta.json  step, fingerprint, what engine wrote it, sha256 of other files
+folder/step-00000100/meta.json  step, fingerprint, the engine that wrote it, sha256 of the other files
 folder/step-00000100/...        what the engine wrote
 folder/done.json                the training has ended and its result is exported
 """
@@ -71,7 +71,7 @@ class States:
         distributed.barrier()
 
     def _explain(self, error: RuntimeError, temporary: Path) -> None:
-        """torch does not say it when the disk is full."""
+        """Raise an error that says so when the disk is full; torch does not."""
         free = shutil.disk_usage(self.folder).free
         shutil.rmtree(temporary, ignore_errors=True)
         if free < FULL:
@@ -183,7 +183,7 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
 
 
 def _read_whole(folder: Path) -> dict[str, Any] | None:
-    """What a state says of itself, if every file still has the content it was written with."""
+    """The metadata of a state, or None if a file is not as it was written."""
     meta = _read_meta(folder)
     if meta is None:
         return None

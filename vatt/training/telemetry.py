@@ -117,7 +117,7 @@ LISTED_RANKS = 64  # with more processes, only the largest peak memory is report
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one step does, all processes together; what is computed twice counts once."""
+    """The work of one step in all processes; what is computed twice counts once."""
 
     samples: int
     tokens: float
@@ -170,7 +170,7 @@ class Meter:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """The body is no part of training: its time counts for no speed."""
+        """The time of the body is left out of all speeds."""
         began = time.perf_counter()
         yield
         self._apart += time.perf_counter() - began
@@ -201,7 +201,7 @@ class Meter:
 
 
 def energy_counter() -> Callable[[], float | None]:
-    """A function that says how many joules went since its last call; None where nobody counts.
+    """A function that returns the joules used since its last call, or None without a counter.
 
     A GPU's own counter, read by the process that uses it; else the processors', read by the
     first process of a machine.
