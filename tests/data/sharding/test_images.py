@@ -217,19 +217,19 @@ def test_imagenet_s_val_in_folders_needs_no_labels(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "none of LOC_synset_mapping.txt"),
-        ({"imagenet_synsets.txt": "n01440764\nx\n"}, "synsets.txt:2: 'x' is no synset"),
+        ({}, "not one of LOC_synset_mapping.txt"),
+        ({"imagenet_synsets.txt": "n01440764\nx\n"}, "synsets.txt:2: 'x' is not a synset"),
         ({"LOC_synset_mapping.txt": SYNSETS}, "is flat, and no file"),
         (
             {"LOC_synset_mapping.txt": SYNSETS.splitlines()[0] + "\n"},
-            "n01443537 is named like no class",
+            "n01443537 does not have the name of a class",
         ),
         (
             {
                 "LOC_synset_mapping.txt": SYNSETS,
                 "LOC_val_solution.csv": "ImageId,PredictionString\nx,y\n",
             },
-            "LOC_val_solution.csv:2: 'x' is no val image",
+            "LOC_val_solution.csv:2: 'x' is not a val image",
         ),
         (
             {"LOC_synset_mapping.txt": SYNSETS, "ILSVRC2012_validation_ground_truth.txt": "1\n"},

@@ -241,6 +241,13 @@ def test_paths_of_a_list_in_other_forms_are_found(tmp_path):
     assert find_file(tmp_path, "sub/none.mp4") is None
 
 
+def test_a_list_names_splits_in_any_case(tmp_path):
+    words = {"Train": "train", "TEST": "test", "Validation": "val", "valid": "val", "dev": "val"}
+    rows = "".join(f"http://x/{word}.mp4,{word}\n" for word in words)
+    (tmp_path / "l.csv").write_text(f"url,split\n{rows}")
+    assert [clip.split for clip in read_urls(tmp_path / "l.csv", DATA)] == list(words.values())
+
+
 def test_absolute_paths_below_the_list_are_used_and_others_need_the_setting(tmp_path):
     home = make(tmp_path / "home", "a.mp4")
     other = make(tmp_path / "other", "b.mp4") / "b.mp4"

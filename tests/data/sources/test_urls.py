@@ -83,7 +83,7 @@ def test_clips_of_one_video_fall_in_one_split(tmp_path):
         ("url,start\nhttp://x/a,zero\n", r"list.csv:2: start 'zero' is not a number"),
         ("url,start\nhttp://x/a,nan\n", "is not a number"),
         ("url\nhttp://x/a\nhttp://x/a\n", r"list.csv:3: the same clip as in line 2"),
-        ("url,split\nhttp://x/a,testing\n", "split 'testing'"),
+        ("url,split\nhttp://x/a,other\n", "split 'other'"),
         ("url,label\nhttp://x/a,b,c\n", r"list.csv:2: 3 fields under 2 column names"),
         (b"url,text\nhttp://x/a,caf\xc3\xa9\nhttp://x/\xff,b\n", "csv:3: a byte that is not UTF-8"),
         ("url,url\nhttp://a/b,\n", "csv:1: two columns are called url"),

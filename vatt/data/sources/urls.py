@@ -16,6 +16,7 @@ import numpy as np
 from vatt.config import DataParams
 from vatt.data.clips.files import composed, find_file
 from vatt.data.clips.manifest import CLIP_ID, SPLITS, Caption, Clip, drawn_split, mark_of
+from vatt.data.sources.folder import split_word
 from vatt.data.sources.textfiles import (
     Faults,
     encoding_of_file,
@@ -162,10 +163,9 @@ def _clip(row: dict[str, str], home: Path, data: DataParams) -> Clip:
     end = number(row["end"], "end") if row.get("end") else None
     if start < 0 or (end is not None and end <= start):
         raise ValueError(f"the span from {start} to {end} is empty")
-    split = row.get("split", "")
-    split = {"validate": "val", "validation": "val", "valid": "val"}.get(split, split) or "train"
-    if split not in SPLITS:
-        raise ValueError(f"split '{split}' is not one of {', '.join(SPLITS)}")
+    split = split_word(row["split"]) if row.get("split") else "train"
+    if split is None:
+        raise ValueError(f"split '{row['split']}' is not one of {', '.join(SPLITS)}")
     name = row.get("id") or _name(url, start, end)
     if not CLIP_ID.fullmatch(name):
         raise ValueError(f"id '{name}' may hold letters, digits, - and _ only")
