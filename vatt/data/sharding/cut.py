@@ -466,10 +466,12 @@ def main(path: str) -> None:
         _shoot(films, _decode(source, media.video, packets, needed, errors), media, packets)
         errors += [film.fault for film in films if film.fault][:1]
     if media.audio is not None:
-        chunks = {int(x // SOUND_GRID) for a, b in windows for x in np.append(np.arange(a, b), b)}
-        needed = _needed_sound(packets, chunks, whole=request["whole"])
-        heard = list(_hear(_decode(source, media.audio, packets, needed, errors), media))
-        tracks = {chunk: _place(heard, chunk * SOUND_GRID, params.audio_hz) for chunk in chunks}
+        tracks = {}
+        for chunk in {int(x // SOUND_GRID) for a, b in windows for x in (*np.arange(a, b), b)}:
+            # Each from a new decoder: its noise must not depend on what else is wanted.
+            needed = _needed_sound(packets, chunk, whole=request["whole"])
+            heard = list(_hear(_decode(source, media.audio, packets, needed, errors), media))
+            tracks[chunk] = _place(heard, chunk * SOUND_GRID, params.audio_hz)
         for number, window in enumerate(windows):
             _save_sound(f"{request['prefix']}-{number}", window, tracks, media, params.audio_hz)
     for error in dict.fromkeys(errors):
@@ -493,13 +495,10 @@ def _needed_pictures(packets: Packets, windows: Sequence[Window], *, whole: bool
     return needed
 
 
-def _needed_sound(packets: Packets, chunks: set[int], *, whole: bool) -> np.ndarray:
+def _needed_sound(packets: Packets, chunk: int, *, whole: bool) -> np.ndarray:
     time = packets.time[packets.sound]
-    needed = np.zeros(len(time), bool)
-    for chunk in chunks:
-        begin = -np.inf if whole else chunk * SOUND_GRID - WARM_UP
-        needed |= (time >= begin) & (time <= (chunk + 1) * SOUND_GRID + WARM_UP)
-    return needed
+    begin = -np.inf if whole else chunk * SOUND_GRID - WARM_UP
+    return (time >= begin) & (time <= (chunk + 1) * SOUND_GRID + WARM_UP)
 
 
 def _decode(
