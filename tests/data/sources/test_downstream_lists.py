@@ -181,6 +181,18 @@ def test_msrvtt_tests_without_the_train_list_and_trains_with_the_real_layout(tmp
     assert all(len(clip.captions) == 1 for clip in spoken if clip.split == "test")
 
 
+@needs_data
+def test_msrvtt_reads_the_sentences_as_clip4clip_hands_them_on(tmp_path, caplog):
+    real = Path(TEST_DATA or "/nowhere") / "reported" / "12_msrvtt_data_json" / "ann" / "msrvtt"
+    clips = list(READERS["msrvtt"](real, DATA))
+    train = [[c.text for c in clip.captions] for clip in clips if clip.split == "train"]
+    assert train == [[f"caption {k} of video{n}" for k in range(3)] for n in range(3)]
+    assert caplog.messages == []
+    lists = {name: real / name for name in ("MSRVTT_train.9k.csv", "MSRVTT_JSFUSION_test.csv")}
+    assert len(list(READERS["msrvtt"](place(tmp_path, lists), DATA))) == 5
+    assert "3 videos have no sentence in *videodatainfo*.json*" in caplog.text
+
+
 def test_media_that_are_there_already_are_found_by_name(tmp_path):
     rows = "label,youtube_id,time_start,time_end,split\n" + "".join(
         f"run,{name * 11},30,40,train\n" for name in "abc"

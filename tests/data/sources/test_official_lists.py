@@ -84,6 +84,26 @@ def test_unusable_captions_are_left_out_and_a_video_listed_twice_counts_once(tmp
     assert second.clip_id == f"ht_{other}" and second.captions == ()
 
 
+def test_captions_that_cannot_be_matched_are_counted_and_stop_no_other_video(tmp_path):
+    names = [letter * 11 for letter in "abcd"]
+    spoken = {
+        names[0]: {"start": [0, 1], "end": [1], "text": ["x", "y"]},
+        names[1]: {"start": [5, 1, 10**400], "end": [6, 2, 7], "text": ["late", "early", "z"]},
+        names[2]: None,
+    }
+    rows = "".join(f"{name},A,B,1,7\n" for name in names)
+    files = {howto100m.VIDEOS: HEADER + rows, "caption.json": json.dumps(spoken)}
+    clips = {clip.clip_id[3:]: clip for clip in read_howto100m(place(tmp_path / "a", files), DATA)}
+    assert [clips[name].caption_faults.dropped for name in names] == [2, 1, 1, 0]
+    assert [caption.text for caption in clips[names[1]].captions] == ["early", "late"]
+    files = {howto100m.VIDEOS: HEADER + f"{names[0]},A,B,1,7\n"}
+    folder = place(tmp_path / "b", files)
+    place(folder / "captions", {f"{names[0]}.csv": 'start,end,text\n0,1,"x\n1,2,y\n2,3\n3,4,z\n'})
+    [clip] = read_howto100m(folder, DATA)
+    assert [caption.text for caption in clip.captions] == ["y", "z"]
+    assert clip.caption_faults.dropped == 2
+
+
 def test_a_large_json_file_is_read_member_by_member(tmp_path, monkeypatch):
     monkeypatch.setattr(howto100m, "PIECE", 7)
     content = {"a": {"x": [1.5, "}"]}, 'ü"': [], "b": "long " * 20}

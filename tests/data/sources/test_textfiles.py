@@ -10,7 +10,9 @@ from vatt.data.sources.textfiles import (
     csv_rows,
     decode,
     encoding_of,
+    encoding_of_file,
     number,
+    published_lines,
     read_json,
     text_lines,
 )
@@ -93,10 +95,23 @@ def test_a_bad_byte_far_behind_in_a_long_file_does_not_change_how_it_is_read(tmp
     assert BAD_BYTE.fullmatch(lines[-2])
 
 
-def test_an_accent_behind_a_megabyte_of_ascii_is_found(tmp_path, caplog):
+def test_an_accent_behind_a_megabyte_of_ascii_is_found(tmp_path):
     (tmp_path / "l").write_bytes(b"plain\n" * 300_000 + "café déjà\n".encode("cp1252"))
-    assert [line for _, line in text_lines(tmp_path / "l")][-1] == "café déjà"
-    assert "is read as cp1252" in caplog.text
+    assert encoding_of_file(tmp_path / "l") == "cp1252"
+    assert [line for _, line in text_lines(tmp_path / "l", "cp1252")][-1] == "café déjà"
+
+
+def test_a_mark_of_utf_16_within_a_file_is_damage(tmp_path):
+    (tmp_path / "l").write_bytes(b"\0one\n\xff\xfetwo\n")
+    assert [line for _, line in text_lines(tmp_path / "l")] == ["\0one", "\udcff\udcfetwo"]
+
+
+def test_a_published_list_with_a_bad_byte_is_refused_by_line(tmp_path):
+    (tmp_path / "l.csv").write_bytes(b"video_id\nabc\ncaf\xe9\n")
+    with pytest.raises(DataError, match=r"l\.csv:3: a byte that is not UTF-8"):
+        list(csv_rows(tmp_path / "l.csv", ["video_id"]))
+    with pytest.raises(DataError, match=r"l\.csv:3: a byte that is not UTF-8"):
+        list(published_lines(tmp_path / "l.csv"))
 
 
 def test_a_character_at_the_border_of_two_blocks_is_whole(tmp_path, monkeypatch):

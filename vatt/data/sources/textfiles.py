@@ -92,10 +92,7 @@ def encoding_of(data: bytes) -> str:
     encoding = encoding or _by_zeros(data)
     if encoding is None and _all_utf8([data]):
         encoding = "utf-8"
-    if encoding is None:
-        sample = _sample([data])
-        encoding = "utf-8" if _is_utf8(sample) else _guess(sample)
-    return encoding
+    return encoding or _by_sample([data])
 
 
 def _by_zeros(data: bytes) -> str | None:
@@ -163,7 +160,7 @@ def _on_errors(encoding: str) -> str:
 
 
 def encoding_of_file(path: Path) -> str:
-    """The encoding of a file of any size; what is not UTF-8 is announced."""
+    """The encoding of a file of any size."""
     with path.open("rb") as file:
         head = file.read(BLOCK)
         encoding = encoding_of(head)
@@ -172,10 +169,14 @@ def encoding_of_file(path: Path) -> str:
             encoding = "utf-8"
             if not _all_utf8(iter(partial(file.read, BLOCK), b"")):
                 file.seek(0)
-                encoding = encoding_of(_sample(iter(partial(file.read, BLOCK), b"")))
-    if encoding not in UNICODE:
-        log.warning("%s is read as %s: save it as UTF-8 if words are wrong", path, encoding)
+                encoding = _by_sample(iter(partial(file.read, BLOCK), b""))
     return encoding
+
+
+def _by_sample(blocks: Iterable[bytes]) -> str:
+    """UTF-8 with few bad bytes or a guess, by the lines that are not plain ASCII."""
+    sample = _sample(blocks)
+    return "utf-8" if _is_utf8(sample) else _guess(sample)
 
 
 def _all_utf8(blocks: Iterable[bytes]) -> bool:
@@ -209,9 +210,14 @@ def split_lines(text: str) -> list[str]:
 
 
 def text_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, str]]:
-    """The lines of a file and their numbers, without their ends, in bounded memory."""
+    """The lines of a file and their numbers, without their ends, in bounded memory.
+
+    Without an encoding it must be Unicode: a published list in another encoding is damaged.
+    """
     try:
-        encoding = encoding or encoding_of_file(path)
+        if encoding is None:
+            encoding = encoding_of_file(path)
+            encoding = encoding if encoding in UNICODE else "utf-8"
         with path.open(encoding=encoding, errors=_on_errors(encoding), newline="") as file:
             yield from enumerate(_lines(iter(partial(file.read, BLOCK), "")), start=1)
     except FileNotFoundError:

@@ -18,6 +18,7 @@ from vatt.data.clips.files import composed, find_file
 from vatt.data.clips.manifest import CLIP_ID, SPLITS, Caption, Clip, drawn_split, mark_of
 from vatt.data.sources.folder import split_word
 from vatt.data.sources.textfiles import (
+    UNICODE,
     Faults,
     encoding_of_file,
     number,
@@ -124,6 +125,8 @@ def _open(path: Path) -> _List:
         encoding = encoding_of_file(path)
     except FileNotFoundError:
         raise DataError(f"{path} is missing", hint="set data.location to a csv file") from None
+    if encoding not in UNICODE:
+        log.warning("%s is read as %s: save it as UTF-8 if words are wrong", path, encoding)
     lines = text_lines(path, encoding)
     line, names = next((found for found in lines if found[1].strip()), (1, ""))
     forced = re.fullmatch(r"sep=(.)", names.strip(" \r\n"))  # as Excel writes it
