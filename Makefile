@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo tables tables-seeds test lint bench slow clean
+.PHONY: setup demo tables tables-seeds test lint bench gpu faults slow clean
 
 setup: $(READY)
 
@@ -42,8 +42,14 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/codespell README.md CONTRIBUTING.md CHANGELOG.md docs vatt vattctl stages tests bench
 
-bench: setup
-	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: setup  # all but a visit to a GPU and the faults, which have targets of their own
+	@for script in $(filter-out bench/gpu.py bench/faults.py bench/reference.py, $(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+gpu: setup  # at most eight minutes on one H100 or H200; SHARDS=DIR trains the stage on ready shards
+	@$(BIN)/python bench/gpu.py $(if $(SHARDS),--shards $(SHARDS))
+
+faults: setup  # 200 kills and some 40 kinds of damage on a small project: about an hour
+	@PYTHONPATH=. $(BIN)/python bench/faults.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -351,14 +351,15 @@ PARTS: dict[str, tuple[Callable[[Scale], Iterator[Row]], int]] = {  # name -> pa
 }
 
 
-def run_part(name: str, *, tiny: bool) -> None:
+def run_parts(names: Sequence[str], *, tiny: bool) -> None:
     """Print one JSON line a row, as soon as it is measured."""
-    part, _ = PARTS[name]
     with distributed.process_group(machine()):
-        for row in part(Scale(tiny=tiny)):
-            print(json.dumps(row), flush=True)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        for name in names:
+            part, _ = PARTS[name]
+            for row in part(Scale(tiny=tiny)):
+                print(json.dumps({"part": name} | row), flush=True)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
 
 
 def visit(name: str, *, tiny: bool, factor: float) -> tuple[list[Row], str]:
@@ -408,7 +409,7 @@ def main() -> int:
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        run_part(options.part, tiny=options.tiny)
+        run_parts([options.part], tiny=options.tiny)
         return 0
     if not options.tiny and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --tiny tries every part without one")

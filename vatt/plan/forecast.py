@@ -28,7 +28,7 @@ DENSE_SHARE = 0.82  # of the peak, by the products of linear layers
 ATTENTION_SHARE = 0.17  # of the peak, by flash attention, forward and backward
 EAGER_BYTES = 450  # moved for each number of the residual stream in a block: norms, GELU, casts ...
 COMPILED_BYTES = 300  # the same when torch.compile fuses them
-INPUT_BYTES = 450  # moved for each number of the pictures: colours and scaling
+INPUT_BYTES = 450  # moved for each number of the kept patches: colours and scaling
 COMMON_SHARE = 0.35  # of the peak, by whole steps of such models: for work that is not a step's
 FP32_SHARE = 0.5  # of the fp32 peak, by plain products
 MACHINE = 8  # GPUs per machine
@@ -159,7 +159,8 @@ class GpuSpeed:
             products = (work.dense + work.attention) / (device.fp32_flops * FP32_SHARE)
         fused = self.compiled and setting.zero_stage < 3
         moved = work.values / 3 * (COMPILED_BYTES if fused else EAGER_BYTES)
-        moved += (1 + again) * video_values(self.model) * INPUT_BYTES
+        kept = (1 - params.drop_rate) * video_values(self.model)
+        moved += (1 + again) * kept * INPUT_BYTES
         return products + moved / device.bandwidth
 
 
