@@ -115,6 +115,7 @@ class DataParams(Section):
     sections: bool  # fetch only the listed part of a video
     height: PositiveInt  # pixels; the largest stream of a video that is not higher is taken
     base_urls: tuple[str, ...]  # mirrors tried first, in order
+    allow_private_hosts: bool  # fetch from this machine and its network, not only from base_urls
     allow_youtube: bool  # read docs/data-sources.md first: their terms apply
     test_share: Share  # of the videos without a split of their own
     val_share: Share  # the same, for pretrain.evaluate_every

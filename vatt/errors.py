@@ -1,6 +1,30 @@
 """Errors a user can fix: what is wrong, the thing by name, what to do next."""
 
 import errno
+import re
+
+HIDDEN = "***"
+# user:password@ before a host; the second form is a password with a slash, but not host:port/path
+_USER = re.compile(r"(?<=://)(?:[^/\s?#@]*(?:@[^/\s?#@]*)*@|[^/\s@:]*:(?!\d+(?:/|$))[^\s@]*@)")
+_QUERY = re.compile(r"([?&;][^\s=&;?#]*=)([^\s&;#'\"]+)")
+_SECRET = re.compile(
+    r"token|key|sig|secret|pass|pwd|pw=|auth|cred|session|jwt|access|policy|code|x-amz",
+    re.IGNORECASE,
+)
+
+
+def redact(text: str, *, every_query: bool = False) -> str:
+    """A text without the passwords and tokens of the addresses in it.
+
+    With `every_query` no value of a query is kept, as in a setting that is only to be recognised.
+    """
+    if "://" not in text and "?" not in text:
+        return text
+    text = _USER.sub(f"{HIDDEN}@", text)
+    return _QUERY.sub(
+        lambda found: found[1] + HIDDEN if every_query or _SECRET.search(found[1]) else found[0],
+        text,
+    )
 
 
 class VattError(Exception):
@@ -9,9 +33,9 @@ class VattError(Exception):
     exit_code = 1
 
     def __init__(self, problem: str, *, hint: str | None = None) -> None:
-        super().__init__(problem)
-        self.problem = problem
-        self.hint = hint
+        self.problem = redact(problem)
+        self.hint = hint and redact(hint)
+        super().__init__(self.problem)
 
     def __str__(self) -> str:
         return f"{self.problem}\n  -> {self.hint}" if self.hint else self.problem

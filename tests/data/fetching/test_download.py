@@ -13,11 +13,10 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
-from yt_dlp.cookies import YoutubeDLCookieJar
+from yt_dlp import YoutubeDL
 from yt_dlp.networking import Response
 from yt_dlp.networking.exceptions import HTTPError
 from yt_dlp.utils import DownloadError
@@ -31,6 +30,7 @@ from vatt.data.fetching import fetch
 from vatt.data.fetching.download import addresses_of, download
 from vatt.data.fetching.fetch import download_section
 from vatt.data.fetching.hosts import Hosts, explain
+from vatt.data.fetching.network import Guard
 from vatt.data.sharding.cut import Cut, cut
 from vatt.errors import DataError, MachineError
 
@@ -301,17 +301,13 @@ def test_only_the_listed_part_of_a_video_is_fetched(tmp_path):
     np.testing.assert_allclose(shown[[0, 5, 19]], [130, 140, 168], atol=3)
 
 
-class FoundApart:
-    """What yt-dlp finds on a page that has picture and sound as two streams."""
+class FoundApart(YoutubeDL):
+    """A yt-dlp that finds picture and sound as two streams on a page."""
 
-    params: ClassVar = {"proxy": ""}
-
-    def __init__(self, base: str) -> None:
-        self.streams = [
-            {"url": f"{base}/v.mp4", "http_headers": {"User-Agent": "x"}},
-            {"url": f"{base}/a.mp4"},
-        ]
-        self.cookiejar = YoutubeDLCookieJar()
+    def __init__(self, *addresses: str) -> None:
+        super().__init__({"quiet": True, "proxy": ""})
+        headers = {"User-Agent": "x"}
+        self.streams = [{"url": address, "http_headers": headers} for address in addresses]
 
     def extract_info(self, address: str, *, download: bool) -> dict:
         assert not download
@@ -322,11 +318,10 @@ def test_a_part_of_two_streams_becomes_one_file(tmp_path):
     write_media(tmp_path / "v.mp4", seconds=12, gop=50, sound=False)
     write_media(tmp_path / "a.mp4", seconds=12, gop=50)
     picture, both = (Server((tmp_path / name).read_bytes()) for name in ("v.mp4", "a.mp4"))
-    limits = {"program": find_ffmpeg(None), "seconds": 20.0, "silence": 5.0, "max_bytes": 10**8}
     with serving(picture) as first, serving(both) as second:
-        tool = FoundApart(first)
-        tool.streams[1]["url"] = f"{second}/a.mp4"
-        download_section(tool, "page", (6.0, 8.0), tmp_path / "part.mp4", **limits)
+        tool, guard = FoundApart(f"{first}/v.mp4", f"{second}/a.mp4"), Guard(private=True)
+        program, path = find_ffmpeg(None), tmp_path / "part.mp4"
+        download_section(tool, "page", (6.0, 8.0), path, program=program, guard=guard)
     media = probe(tmp_path / "part.mp4")
     assert media.video is not None and media.audio is not None and 2.0 <= media.seconds < 3.0
 
@@ -398,7 +393,7 @@ def test_the_stream_of_the_wanted_size_is_taken(tmp_path, heights, wanted, chose
     fetching = fetch.Fetching(
         tmp_path, "ffmpeg", False, wanted, None, None, 1, Hosts(tmp_path, 1, 0.0), None
     )
-    tool = fetch._youtube_dl(tmp_path, "a", "host", fetching)
+    tool = fetch._youtube_dl(tmp_path, "a", fetching, direct=False)
     tool.params["format_sort"] = [f"res:{wanted}"]
     formats = [
         {"format_id": str(h), "url": f"http://host/{h}", "height": h, "width": 2 * h, "ext": "mp4",

@@ -1,5 +1,6 @@
 """Manifest -> media. The journal beside the media holds every fact; the ledger its last words."""
 
+import logging
 import math
 import os
 import re
@@ -34,6 +35,8 @@ from vatt.data.fetching.fetch import (
     fetch_all,
 )
 from vatt.data.fetching.hosts import Hosts
+from vatt.data.fetching.network import SETTING as ALLOW_PRIVATE
+from vatt.data.fetching.network import place_of
 from vatt.data.workers import Workers, start_workers
 from vatt.errors import DataError, MachineError
 from vatt.files import lock
@@ -47,6 +50,8 @@ HOST_REFUSES = 24  # files in a row that a host was too busy for: the others wai
 LOCKS = ".hosts"
 YOUTUBE_IS_OFF = "YouTube is off: data.allow_youtube"
 YOUTUBE = ("youtube.com", "youtu.be", "youtube-nocookie.com")
+
+log = logging.getLogger(__name__)
 
 
 def download(
@@ -65,6 +70,8 @@ def download(
     is.
     """
     manners = machine.download
+    if params.allow_private_hosts and params.source not in ("demo", "folder"):
+        log.warning("%s is on: a list may name this machine and its network", ALLOW_PRIVATE)
     (media / PARTIAL).mkdir(parents=True, exist_ok=True)
     fetching = Fetching(
         media=media.absolute(),
@@ -76,6 +83,8 @@ def download(
         threads=THREADS,
         hosts=Hosts(media.absolute() / LOCKS, manners.per_host, manners.pause_seconds),
         max_rate=manners.max_mb_per_second and manners.max_mb_per_second * 1e6,
+        private=params.allow_private_hosts,
+        trusted=tuple(filter(None, map(place_of, params.base_urls))),
     )
     with lock(media / ".download.lock"), Ledger(media / JOURNAL) as journal:
         entries = read_entries(media / JOURNAL)
@@ -107,6 +116,8 @@ def _is_settled(clip: Clip, entry: Entry | None, params: DataParams, media: Path
         return False
     if entry.reason == YOUTUBE_IS_OFF:
         return not params.allow_youtube
+    if entry.reason.endswith(ALLOW_PRIVATE):
+        return not params.allow_private_hosts
     return entry.state != "ok" or (media / clip.media_name).is_file()
 
 

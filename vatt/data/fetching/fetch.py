@@ -25,63 +25,91 @@ from yt_dlp.utils import DownloadError, YoutubeDLError
 from vatt.data.clips.files import why_missing
 from vatt.data.clips.ledger import RETRYABLE
 from vatt.data.clips.media import BrokenMediaError, probe
-from vatt.data.fetching.hosts import LONGEST, Hosts, explain
+from vatt.data.fetching.hosts import LONGEST, Hosts, Refusal, explain
+from vatt.data.fetching.network import (
+    STREAMED,
+    Guard,
+    Place,
+    Relay,
+    guarding,
+    proxies_of,
+)
 
 TimeRange = tuple[float, float]  # from, to, in seconds of the video
-_PROTOCOLS = "http,https,httpproxy,tls,tcp,crypto"
+# The relay is plain http. tcp is what http itself needs; `crypto` decrypts segments.
+_PROTOCOLS = "http,tcp,crypto"
+_RELAYED = ("http", "https", "m3u8", "m3u8_native")
 
 
 def download_section(
     tool: yt_dlp.YoutubeDL,
     address: str,
-    section: TimeRange,
+    section: TimeRange | None,
     path: Path,
     *,
     program: str,
-    seconds: float,
-    silence: float,
-    max_bytes: int,
+    guard: Guard,
 ) -> dict[str, Any]:
-    """Find the streams of a page and copy a part of them into a file."""
-    found = tool.extract_info(address, download=False)
-    streams = found.get("requested_formats") or [found]
-    start, end = section
-    command = [program, "-nostdin", "-hide_banner", "-loglevel", "error", "-y"]
-    for stream in streams:
-        command += _input(tool, stream, silence)
-        command += ["-ss", str(start), "-t", str(end - start), "-i", stream["url"]]
-    for number in range(len(streams)):
-        command += ["-map", f"{number}:v?", "-map", f"{number}:a?"]
-    partial = path.with_suffix(".section")
-    command += ["-c", "copy", "-sn", "-dn", "-fs", str(max_bytes), "-f", "mp4", f"file:{partial}"]
-    proxy = tool.params.get("proxy")
-    environment = {**os.environ, **({"http_proxy": proxy} if proxy else {})}
-    if proxy == "":
-        environment["no_proxy"] = "*"
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=seconds,
-            check=False, env=environment,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
+    """Find the streams of a page and copy a part of them, or all, into a file.
+
+    ffmpeg reads them from a relay, which fetches by yt-dlp; streams that come in parts which
+    ffmpeg would not find there (DASH) are fetched whole first.
+    """
+    with guarding(guard):
+        found = tool.extract_info(address, download=False)
+        streams = found.get("requested_formats") or [found]
+        if found.get("is_live"):
+            raise DownloadError("a live stream: it has no end")
+        files: list[str] = []
+        if not all(stream.get("protocol", "http") in _RELAYED for stream in streams):
+            whole = tool.extract_info(address)
+            files = [f"file:{_file_of(whole, path.parent, path.stem)}"]
+    relay = Relay(tool.urlopen, guard, MAX_BYTES)
+    with relay.serving():
+        inputs = files or [relay.path_to(one["url"], _headers(one)) for one in streams]
+        partial = path.with_suffix(".section")
+        done = _copy(program, inputs, section, partial, relay.environment)
+    if done is None or done.returncode != 0 or relay.errors:
         partial.unlink(missing_ok=True)
-        raise DownloadError("timed out: too slow") from None
-    if done.returncode != 0:
-        partial.unlink(missing_ok=True)
+        if relay.errors:
+            raise relay.errors[0]
+        if done is None:
+            raise DownloadError("timed out: too slow")
         raise DownloadError(f"Got error: {done.stderr.strip() or 'ffmpeg failed'}")
     partial.replace(path)
     return {"requested_downloads": [{"filepath": str(path)}]}
 
 
-def _input(tool: yt_dlp.YoutubeDL, stream: dict[str, Any], silence: float) -> list[str]:
-    """Who asks, and what may be answered."""
-    headers = dict(stream.get("http_headers") or {})
-    cookies = tool.cookiejar.get_cookie_header(stream["url"])
-    if cookies:
-        headers["Cookie"] = cookies
-    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    options = ["-protocol_whitelist", _PROTOCOLS, "-rw_timeout", str(int(silence * 1e6))]
-    return [*options, *(["-headers", lines] if lines else [])]
+def _copy(
+    program: str,
+    inputs: Sequence[str],
+    section: TimeRange | None,
+    path: Path,
+    environment: dict[str, str],
+) -> "subprocess.CompletedProcess[str] | None":
+    """Copy the streams of some inputs into one mp4; None when it takes too long."""
+    part = ["-ss", str(section[0]), "-t", str(section[1] - section[0])] if section else []
+    command = [program, "-nostdin", "-hide_banner", "-loglevel", "error", "-y"]
+    for one in inputs:
+        local = one.startswith("file:")
+        protocols = "file,crypto" if local else _PROTOCOLS
+        command += ["-protocol_whitelist", protocols, *part, "-i", one]
+    for number in range(len(inputs)):
+        command += ["-map", f"{number}:v?", "-map", f"{number}:a?"]
+    command += ["-c", "copy", "-sn", "-dn", "-fs", str(MAX_BYTES), "-f", "mp4", f"file:{path}"]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=MAX_SECONDS,
+            check=False, env=environment,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _headers(stream: dict[str, Any]) -> dict[str, str]:
+    """What a stream is asked with; what proves who asks goes only where yt-dlp sends it."""
+    headers = stream.get("http_headers") or {}
+    return {k: v for k, v in headers.items() if k.lower() not in ("cookie", "authorization")}
 
 
 PARTIAL = ".partial"
@@ -107,7 +135,7 @@ class FetchRequest:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of an order."""
+    """What became of a request."""
 
     name: str
     state: str
@@ -122,7 +150,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Fetching:
-    """What all orders share."""
+    """What all requests share."""
 
     media: Path
     ffmpeg: str
@@ -133,6 +161,8 @@ class Fetching:
     threads: int
     hosts: Hosts
     max_rate: float | None  # bytes a second and file
+    private: bool = False  # data.allow_private_hosts
+    trusted: tuple[Place, ...] = ()  # the mirrors of the settings, private or not
 
 
 def fetch_all(orders: Sequence[FetchRequest], fetching: Fetching) -> list[Outcome]:
@@ -168,10 +198,13 @@ def _fetch_from(address: str, order: FetchRequest, fetching: Fetching) -> Outcom
     failed = Outcome(name, "network", host=host)
     with fetching.hosts.turn(host):
         for pause in (*PAUSES, None):
+            guard = _guard(address, fetching)
             try:
-                got = _get(address, order, fetching)
+                got = _get(address, order, fetching, guard)
             except (YoutubeDLError, HTTPException, OSError, ValueError) as error:
                 refusal = explain(error)
+                if guard.refused:
+                    refusal = Refusal("filtered", guard.refused)
                 failed = replace(
                     failed, state=refusal.state, reason=refusal.reason, reached=refusal.reached
                 )
@@ -190,6 +223,17 @@ def _fetch_from(address: str, order: FetchRequest, fetching: Fetching) -> Outcom
     return failed
 
 
+def _guard(address: str, fetching: Fetching) -> Guard:
+    """What the download of an address may reach."""
+    proxies = () if _is_direct(address) else proxies_of(fetching.proxy)
+    return Guard(fetching.private, (*fetching.trusted, *proxies), proxied=bool(proxies))
+
+
+def _is_direct(address: str) -> bool:
+    """Whether an address is of this machine: a proxy leads elsewhere."""
+    return urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1")
+
+
 def part_name(name: str, address: str) -> str:
     """What a file is called until it is whole: two mirrors may hold different bytes."""
     parts = urlsplit(address)
@@ -202,17 +246,23 @@ def _clear(folder: Path, name: str) -> None:
         rest.unlink()
 
 
-def _get(address: str, order: FetchRequest, fetching: Fetching) -> Any:
+def _get(address: str, order: FetchRequest, fetching: Fetching, guard: Guard) -> Any:
     """Download into the folder of partial files; returns what yt-dlp says of it."""
     folder, part = fetching.media / PARTIAL, part_name(order.name, address)
-    tool = _youtube_dl(folder, part, urlsplit(address).hostname or "", fetching)
-    if address != order.page:
-        return _download_file(tool, address, part)
-    if order.section is None:
-        return tool.extract_info(address)
+    tool = _youtube_dl(folder, part, fetching, direct=_is_direct(address))
+    if order.section is None or address != order.page:
+        try:
+            with guarding(guard):
+                if address != order.page:
+                    return _download_file(tool, address, part)
+                return tool.extract_info(address)
+        except YoutubeDLError:
+            if guard.refused != STREAMED or address != order.page:
+                raise
+            guard.refused = ""
     return download_section(
-        tool, address, order.section, folder / f"{part}.mp4", program=fetching.ffmpeg,
-        seconds=MAX_SECONDS, silence=SILENCE, max_bytes=MAX_BYTES,
+        tool, address, order.section, folder / f"{part}.mp4",
+        program=fetching.ffmpeg, guard=guard,
     )  # fmt: skip
 
 
@@ -270,9 +320,8 @@ class _Silent:
 _local = threading.local()
 
 
-def _youtube_dl(folder: Path, name: str, host: str, fetching: Fetching) -> yt_dlp.YoutubeDL:
-    """This thread's YoutubeDL (making one takes 0.1 s), told where to write."""
-    direct = host in ("127.0.0.1", "localhost", "::1")  # a proxy leads elsewhere
+def _youtube_dl(folder: Path, name: str, fetching: Fetching, *, direct: bool) -> yt_dlp.YoutubeDL:
+    """This thread's YoutubeDL (making one takes 0.1 s), set to write there."""
     made: dict[bool, yt_dlp.YoutubeDL] = _local.__dict__.setdefault("made", {})
     if direct not in made:
         made[direct] = yt_dlp.YoutubeDL(_options(fetching, direct=direct))
@@ -291,6 +340,7 @@ def _options(fetching: Fetching, *, direct: bool) -> dict[str, Any]:
         "buffersize": BLOCK,
         "cachedir": False,
         "cookiefile": str(fetching.cookies) if fetching.cookies else None,
+        "external_downloader": "native",
         "ffmpeg_location": fetching.ffmpeg,
         "fixup": "never",
         "format": "bv*+ba/b",
@@ -306,6 +356,7 @@ def _options(fetching: Fetching, *, direct: bool) -> dict[str, Any]:
         "quiet": True,
         "ratelimit": fetching.max_rate,
         "retries": 0,  # ours, which also cover the first request, are enough
+        "skip_unavailable_fragments": False,  # what follows a lost one would move in time
         "socket_timeout": SILENCE,
         "updatetime": False,
     }

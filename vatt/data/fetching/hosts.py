@@ -13,7 +13,7 @@ from pathlib import Path
 from yt_dlp.networking.exceptions import HTTPError, TransportError
 from yt_dlp.utils import GeoRestrictedError, UnsupportedError
 
-from vatt.errors import MachineError
+from vatt.errors import MachineError, redact
 
 LOOK_EVERY = 0.05  # seconds, while all places are taken
 LONGEST = 120.0  # seconds that a host can make us wait
@@ -82,7 +82,7 @@ _SAYS = (
     (r"members.?only|sign in|log ?in|login required", "needs-login"),
     (r"removed|terminated|no longer available|deleted", "removed"),
     (r"video unavailable", "rate-limited"),
-    (r"max-filesize|more than \d+ bytes", "filtered"),
+    (r"max-filesize|more than \d+ bytes|a live stream", "filtered"),
 )
 
 
@@ -103,7 +103,7 @@ class Refusal:
 def explain(error: Exception) -> Refusal:
     """What an error of yt-dlp means; a full disk is no clip's fault."""
     said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).removeprefix("ERROR: ")
-    reason = " ".join(said.split())[:200]
+    reason = redact(" ".join(said.split()))[:200]
     if "No space left on device" in said or "Errno 122" in said:
         raise MachineError("the disk of the media folder is full", hint="free some space")
     cause = _cause(error)
