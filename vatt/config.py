@@ -379,6 +379,7 @@ class EvaluateParams(Section):
     probes: dict[str, ProbeParams]
     low_rank_steps: NonNegativeInt  # of the low-rank probe, in addition to the SVM; 0: none
     batch_size: PositiveInt
+    precision: Precision
     bootstrap: PositiveInt  # resamples behind every 95 % interval
 
 

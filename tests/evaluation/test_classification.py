@@ -29,6 +29,23 @@ def answers(classifier, found, *, modality="video", label="shade", classes=CLASS
     )
 
 
+def test_logits_in_bf16_are_those_of_fp32_rounded(classifier):
+    exact, half = (
+        predict(
+            classifier,
+            batches(),
+            modality="video",
+            label="shade",
+            classes=CLASSES,
+            progress=lambda clips: None,
+            precision=precision,
+        ).logits
+        for precision in ("fp32", "bf16")
+    )
+    assert not np.array_equal(half, exact)
+    np.testing.assert_allclose(half, exact, atol=0.03 * np.abs(exact).max())
+
+
 def predictions(right, *, n=200, seed=0, first=0):
     """Answers of which about a share `right` is correct, for the clips from `first` on."""
     generator = np.random.default_rng(seed)

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from tests.evaluation.clips import MODEL, batches
-from vatt.errors import DataError
+from vatt.errors import DataError, MachineError
 from vatt.evaluation.features import (
     ARRAYS,
     KEPT_FILES,
     ProcessShare,
     cache_key,
     cached,
+    computing_in,
     extract,
     load_features,
     save_features,
@@ -42,6 +43,30 @@ def test_features_do_not_depend_on_the_batch_size(encoder):
     )
     for name in ARRAYS:
         np.testing.assert_allclose(getattr(small, name), getattr(large, name), atol=1e-5)
+
+
+def test_in_bf16_only_the_encoders_compute_in_bf16(encoder):
+    whole = features(encoder)
+    half = extract({"one": encoder}, batches(), progress=quiet, total=12, precision="bf16")["one"]
+    for name in ("video", "audio", "video_va", "audio_va", "text_vt"):
+        found, exact = getattr(half, name), getattr(whole, name)
+        assert found.dtype == np.float32 and not np.array_equal(found, exact), name
+        np.testing.assert_allclose(found, exact, atol=0.03 * np.abs(exact).max())
+    bf16 = torch.from_numpy(half.video_va).bfloat16().float().numpy()
+    assert not np.array_equal(half.video_va, bf16)  # the heads are not rounded
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_encoder_that_computes_in_another_precision_is_an_error(encoder, precision):
+    other = precision == "fp32"
+    with (
+        torch.inference_mode(),
+        pytest.raises(MachineError, match="encoders should compute in"),
+        computing_in(precision, encoder),
+        torch.autocast("cpu", torch.bfloat16, enabled=other),
+    ):
+        (batch,) = batches(clips=1, batch_size=1)
+        encoder.encode(video=batch.video.float())
 
 
 def test_a_last_batch_that_is_not_full_is_neither_dropped_nor_doubled(encoder):

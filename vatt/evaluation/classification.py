@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from vatt.checkpoint import VOCABULARY, WEIGHTS, load_config
-from vatt.config import FinetuneParams, PathsParams
+from vatt.config import FinetuneParams, PathsParams, Precision
 from vatt.data.clips.manifest import LABEL_SEPARATOR
 from vatt.data.loading.batches import Batch, model_inputs
 from vatt.errors import DataError, SettingsError
-from vatt.evaluation.features import ALONE, ProcessShare
+from vatt.evaluation.features import ALONE, ProcessShare, computing_in
 from vatt.metrics import (
     Floats,
     Metric,
@@ -79,6 +79,7 @@ def predict(
     label: str,
     classes: Sequence[str],
     progress: Callable[[int], None],
+    precision: Precision = "fp32",
     share: ProcessShare = ALONE,
 ) -> Predictions | None:
     """Predictions for every clip that has the label; logits are averaged over a clip's views.
@@ -90,7 +91,9 @@ def predict(
     parts = []
     for batch in batches:
         video, audio, _ = model_inputs(batch.to(device))
-        logits = classifier(audio if modality == "audio" else video).double().cpu().numpy()
+        with computing_in(precision, classifier):
+            answers = classifier(audio if modality == "audio" else video)
+        logits = answers.double().cpu().numpy()
         present = (batch.has_audio if modality == "audio" else batch.has_video).tolist()
         names = batch.labels.get(label, [""] * len(batch.clip_ids))
         parts.append(

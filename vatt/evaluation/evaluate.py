@@ -148,6 +148,7 @@ def measure(outputs: ModelOutputs, request: EvaluationRequest) -> tuple[Metrics,
         "protocol": {
             "windows": params.clips,
             "fps": params.fps,
+            "precision": params.precision,
             "caption_queries": params.caption_queries,
             "low_rank_steps": params.low_rank_steps,
             "resamples": params.bootstrap,

@@ -5,7 +5,8 @@ windows, K candidate texts, L words, D encoder width, E common-space width.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
@@ -14,11 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 import vatt
+from vatt.config import Precision
 from vatt.data.loading.batches import Batch, model_inputs
-from vatt.errors import DataError
+from vatt.errors import DataError, MachineError
 from vatt.files import atomic_write
+from vatt.model.transformer import Block
 from vatt.model.vatt import VATT
 from vatt.progress import Progress
 
@@ -90,6 +94,7 @@ def extract(
     *,
     progress: Progress,
     total: int,
+    precision: Precision = "fp32",
     share: ProcessShare = ALONE,
 ) -> dict[str, FeatureSet]:
     """Run every encoder on every batch, so that clips are decoded once.
@@ -99,7 +104,7 @@ def extract(
     """
     parts, clips = [], 0
     for batch in batches:
-        encoded = {name: _encode(encoder, batch) for name, encoder in encoders.items()}
+        encoded = {name: _encode(encoder, batch, precision) for name, encoder in encoders.items()}
         parts.append((batch.clip_ids, batch.labels, encoded))
         clips += len(set(batch.clip_ids)) * share.world_size
         progress(min(clips, total), total)
@@ -135,17 +140,44 @@ def _check_finite(name: str, parts: list[dict[str, Array]]) -> None:
         )
 
 
+@contextmanager
+def computing_in(precision: Precision, model: nn.Module) -> Iterator[None]:
+    """Run the model's encoders in a precision; raise MachineError if they computed in another one.
+
+    As in training, bf16 is that of matrix products: features are fp32 again.
+    """
+    weight = next(model.parameters())
+    wanted = torch.bfloat16 if precision == "bf16" else weight.dtype
+    seen: set[torch.dtype] = set()
+    layers = [block.mlp.out for block in model.modules() if isinstance(block, Block)]
+    hooks = [layer.register_forward_hook(lambda *of: seen.add(of[-1].dtype)) for layer in layers]
+    try:
+        with torch.autocast(weight.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if seen - {wanted}:
+        raise MachineError(
+            f"the encoders should compute in {wanted}, and computed in "
+            f"{', '.join(sorted(map(str, seen)))}",
+            hint="another version of torch may be the cause: install that of constraints.txt, "
+            "and please report this",
+        )
+
+
 @torch.inference_mode()
-def _encode(encoder: VATT, batch: Batch) -> dict[str, Array]:
+def _encode(encoder: VATT, batch: Batch, precision: Precision) -> dict[str, Array]:
     """The outputs of the encoder for a batch; a modality that was not sampled has width 0."""
     encoder.eval()
     here = batch.to(next(encoder.parameters()).device)
     video, audio, text = model_inputs(here)
-    features = encoder.encode(
-        video if video.numel() else None,
-        audio if audio.numel() else None,
-        text if text.numel() else None,
-    )
+    with computing_in(precision, encoder):
+        features = encoder.encode(
+            video if video.numel() else None,
+            audio if audio.numel() else None,
+            text if text.numel() else None,
+        )
     has_text = (text != 0).any(dim=-1)
     embeddings = encoder.project(features, has_text=has_text)
     absent, absent_text = here.has_video.new_zeros(len(video), 0).float(), here.text[..., :0]

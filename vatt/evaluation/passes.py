@@ -94,8 +94,8 @@ class PassSettings:
         """The parts of a cache key that identify the batches."""
         words = [] if sampling.vocabulary is None else [sampling.vocabulary]
         plain = replace(sampling, vocabulary=None)
-        size, device = self.params.batch_size, _device().type
-        return (file_hash(self.shards / INDEX, *words), repr(plain), size, device, *more)
+        how = self.params.batch_size, _device().type, self.params.precision
+        return (file_hash(self.shards / INDEX, *words), repr(plain), *how, *more)
 
 
 def encoder_features(
@@ -122,7 +122,12 @@ def encoder_features(
         }
         batches = settings.batches(split, sampling, (windows, 1))
         return extract(
-            encoders, batches, progress=settings.counter.inside, total=clips, share=settings.share
+            encoders,
+            batches,
+            progress=settings.counter.inside,
+            total=clips,
+            precision=settings.params.precision,
+            share=settings.share,
         )
 
     found = cached(settings.cache, keys, compute, share=settings.share)
@@ -211,6 +216,7 @@ def classifier_predictions(
             label=task.label,
             classes=classes,
             progress=settings.counter.add,
+            precision=settings.params.precision,
             share=settings.share,
         )
         if answers is None:

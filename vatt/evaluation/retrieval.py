@@ -205,7 +205,13 @@ def validation(
             loading=loading,
         )
         encoder = _encoder(model, weights)
-        found = extract({SPLIT: encoder}, batches, progress=lambda *_: None, total=len(keys))
+        found = extract(
+            {SPLIT: encoder},
+            batches,
+            progress=lambda *_: None,
+            total=len(keys),
+            precision=params.precision,
+        )
         searches = similarities(found[SPLIT], pool=len(keys), caption_queries="averaged")
         return retrieval_scores({name: search.table for name, search in searches.items()})
 

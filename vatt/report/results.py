@@ -214,6 +214,8 @@ def retrieval_protocol(inputs: Inputs) -> str:
         )
     if protocol:
         sentences.append(f"{windows(protocol)} {protocol['fps']:g} frames per second, centre crop.")
+        if protocol.get("precision") == "bf16":
+            sentences.append("Encoders in bf16.")
     sentences.append(
         "Scores are cosines of mean embeddings; rows with “similarities averaged” average the "
         "cosines instead. Only the clip that the query belongs to is a hit; class@1: the nearest "
