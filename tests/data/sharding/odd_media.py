@@ -35,6 +35,8 @@ FORMS = {
 }
 JOINS = ("restart", "size", "rate", "channels", "leap", "gap", "back")
 ALONE = ("plain", "late", "early")  # picture or sound sets in later
+# No second header for picture or sound; a muxer that moves the first time stamp by half a second.
+IMPOSSIBLE = {("mkv", "size"), ("webm", "rate"), ("webm", "channels"), ("vob", "gap")}
 ENCODER = {
     "libx264": {"bf": "0", "g": "25", "preset": "ultrafast"},
     "libvpx": {"deadline": "realtime", "cpu-used": "8", "g": "25"},
@@ -80,8 +82,7 @@ def all_cases() -> list[Case]:
         for form in ("ts", "m2ts", "vob", "mkv", "webm", "flv")
         for change in JOINS
         for hold, offset in ((0, 0.0), (0, 3.7), (3, 0.0), (3, 3.7))
-        if (form, change) not in {("mkv", "size"), ("webm", "rate"), ("webm", "channels")}
-        and (form, hold) not in STEADY
+        if (form, change) not in IMPOSSIBLE and (form, hold) not in STEADY
     ]
     alone = [
         Case(form, change, hold)

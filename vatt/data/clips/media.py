@@ -54,6 +54,7 @@ LEAP = 10.0  # a longer leap is closed; FFmpeg has the same limit
 SKEW = LEAP / 2  # the streams of a file are interleaved more closely
 HOLD = 2.0  # a picture that stays for longer may be missed after a seek
 KEYS = 2.5  # and so may one between key frames that are further apart
+OFF_RATE, MIN_STEPS = 0.05, 8  # share by which the pace of sound may be wrong; steps that show it
 PAUSE = 1.0  # no packet for longer is worth a remark
 ALONE = 60.0  # a picture without sound that stays for longer is no film
 INDEXED = {"matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "avi", "gif"}  # a seek finds key frames
@@ -373,10 +374,32 @@ def _is_odd(packets: Packets, shown: np.ndarray, longest: float, form: str) -> b
         return True
     if (np.diff((packets.time - packets.shift)[sound]) < 0).any():
         return True  # stamps that were guessed from another sample rate
+    length = _lengths(sound, packets.time, packets.length)[sound]
+    if off_rate(packets.time[sound], length).any():
+        return True
     keys = np.sort(packets.time[~sound & packets.key])
     until = shown[-1] if shown.size else 0.0
     apart = np.diff(keys, prepend=0.0, append=until).max() if shown.size else 0.0
     return bool(form not in INDEXED and apart > KEYS and until > SEEK_AFTER)
+
+
+def off_rate(time: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Which packets or frames of sound come at another pace than their own length, for a second.
+
+    Where some are lost the usual step is right, and where stamps are guessed their mean is: where
+    both are wrong the samples have another rate than the file says.
+    """
+    off = np.zeros(len(time), bool)
+    seconds = np.floor(time)
+    for second in np.unique(seconds[:-1]):
+        inside = np.flatnonzero(seconds == second)
+        steps = np.diff(time[inside[0] : inside[-1] + 2])
+        if len(steps) < MIN_STEPS or len(steps) < len(inside) - 1:
+            continue
+        own = length[inside[: len(steps)]]
+        paces = [form(steps) / max(form(own), 1e-6) for form in (np.median, np.mean)]
+        off[inside] = all(pace > 0 and abs(pace - 1) > OFF_RATE for pace in paces)
+    return off
 
 
 def _mix(audio: Any) -> str:

@@ -34,6 +34,7 @@ from vatt.data.clips.media import (
     Limits,
     Media,
     Packets,
+    off_rate,
     open_media,
     run_limited,
     scan,
@@ -471,6 +472,8 @@ def main(path: str) -> None:
             # Each from a new decoder: its noise must not depend on what else is wanted.
             needed = _needed_sound(packets, chunk, whole=request["whole"])
             heard = list(_hear(_decode(source, media.audio, packets, needed, errors), media))
+            heard, wrong = _in_rate(heard)
+            errors += wrong
             tracks[chunk] = _place(heard, chunk * SOUND_GRID, params.audio_hz)
         for number, window in enumerate(windows):
             _save_sound(f"{request['prefix']}-{number}", window, tracks, media, params.audio_hz)
@@ -699,6 +702,16 @@ def _hear(frames: Iterator[Decoded], media: Media) -> Iterator[Sound]:
             yield time, rate, np.stack([mono, side])
 
 
+def _in_rate(heard: list[Sound]) -> tuple[list[Sound], list[str]]:
+    """The frames without those that would be played too fast or too slowly, and a complaint."""
+    time = np.array([frame[0] for frame in heard])
+    off = off_rate(time, np.array([wave.shape[1] / rate for _, rate, wave in heard]))
+    kept = [frame for frame, wrong in zip(heard, off, strict=True) if not wrong]
+    if not off.any():
+        return heard, []
+    return kept, [f"its sound has another rate than the file says from {time[off][0]:.1f} s on"]
+
+
 def _place(heard: Sequence[Sound], begin: float, hz: int) -> tuple[np.ndarray, np.ndarray]:
     """Sound in its place from `begin` on: (2, S) int16, and which samples there are."""
     count = round(SOUND_GRID * hz)
@@ -761,7 +774,7 @@ def _save_sound(
     media: Media,
     hz: int,
 ) -> None:
-    """Write a window's samples; none where the source's sound has ended, or cannot be decoded."""
+    """Write a window's samples; none where the sound has ended or most cannot be decoded."""
     first, last = round(window[0] * hz), round(window[1] * hz)
     size = round(SOUND_GRID * hz)
     parts = [
@@ -770,7 +783,7 @@ def _save_sound(
     ]
     track, there = (np.concatenate(kind, axis=-1) for kind in zip(*parts, strict=True))
     ended = window[0] >= media.heard[-1][1]
-    if not there.any() and (ended or _overlap(media.heard, window) > 0):
+    if there.sum() < hz * _overlap(media.heard, window) / 2 or (ended and not there.any()):
         return
     for name, samples in zip(("sound", "side"), track, strict=True):
         samples.astype("<i2").tofile(f"{prefix}-{name}")
