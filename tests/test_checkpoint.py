@@ -153,7 +153,7 @@ TASK = {"modality": "audio", "classes": ["a", "b"]}
     ("config", "message"),
     [
         ("[" * 100_000, "recursion limit"),
-        ("[]", "describes no model"),
+        ("[]", "does not describe a model"),
         ('{"model": ' + "9" * 5000 + "}", "config.json"),
         (" " * 17_000_000, "larger than 16 MB"),
         (changed(["version"], 2), "version"),

@@ -204,7 +204,7 @@ def test_ledger_counts_the_clips_and_tells_a_clips_history(project: Path) -> Non
     assert found["splits"][0]["official"] == 2063949 and found["splits"][0]["listed"] == 3
     assert found["hash"]["listed"] == manifest_hash(project / "data" / "manifest.jsonl")
     shown = vattctl(project, "ledger").stdout
-    assert "33.3% kept; data.min_share asks for 50%" in shown
+    assert "33.3% kept; data.min_share requires 50%" in shown
     assert "audioset train: 1 of the official 2,063,949 are here" in shown
     assert found["official"][0]["kept"] == 1
     history = vattctl(project, "ledger", "clip-000").stdout.splitlines()

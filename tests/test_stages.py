@@ -257,7 +257,7 @@ def test_a_batch_that_does_not_divide_ends_with_2_and_one_message(
     done = vattctl(project, "pretrain", *sets(odd), check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error: ") == 1
-    assert "pretrain.batch_size 15 does not divide by 2 processes" in done.stderr
+    assert "pretrain.batch_size 15 is not divisible by 2 processes" in done.stderr
 
 
 def test_a_folder_that_may_not_be_written_ends_with_4(finished: Path, tmp_path: Path) -> None:

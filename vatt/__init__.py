@@ -29,7 +29,7 @@ def vocabulary(folder: Path | str) -> "Vocabulary":
     words = Path(folder) / checkpoint.VOCABULARY
     if not words.exists():
         raise DataError(
-            f"{folder} has no {checkpoint.VOCABULARY}, so words are no ids",
+            f"{folder} has no {checkpoint.VOCABULARY}, so words have no ids",
             hint="import the checkpoint with --vocab FILE",
         )
     return Vocabulary.load(words)

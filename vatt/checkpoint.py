@@ -166,12 +166,12 @@ def from_config(config: dict[str, Any], *, source: Path | str = CONFIG) -> VATT 
         problem = max(error.errors(), key=lambda one: len(one["loc"]))  # the most specific one
         place = ".".join(map(str, problem["loc"])) or "the file"
         raise DataError(
-            f"{source} describes no model: {place}: {problem['msg']}",
+            f"{source} does not describe a model: {place}: {problem['msg']}",
             hint="make the checkpoint again",
         ) from None
     except (RuntimeError, ValueError, ArithmeticError) as error:  # sizes that do not fit together
         raise DataError(
-            f"{source} describes no model that can be built: {error}",
+            f"{source} describes a model that cannot be built: {error}",
             hint="make the checkpoint again",
         ) from None
 
@@ -196,7 +196,7 @@ def load_weights(
     if wrong or missing or unknown:
         raise DataError(
             f"the weights in {source} do not fit the model: missing {missing[:5]}, "
-            f"unknown {unknown[:5]}, in another form {wrong[:5]}",
+            f"unknown {unknown[:5]}, of another shape {wrong[:5]}",
             hint="use the settings that the weights were trained with",
         )
     model.load_state_dict(state, assign=any(tensor.is_meta for tensor in expected.values()))

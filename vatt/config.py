@@ -473,7 +473,7 @@ def read_yaml(path: Path) -> Any:
         raise
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise SettingsError(
-            f"{path} cannot be read: {error}", hint="mend it, or take a preset again"
+            f"{path} cannot be read: {error}", hint="correct it, or `vattctl config use PRESET`"
         ) from None
 
 

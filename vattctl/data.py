@@ -232,14 +232,16 @@ def _print(found: "Attrition", params: "Params") -> None:
     _echo_table(table, left=2)
     lost = {key: loss for key, loss in found.by_class.items() if loss.states["ok"] < loss.listed}
     if lost:
-        click.echo(f"\nclasses that lost most ({len(lost)} of {len(found.by_class)} lost some)")
+        click.echo(
+            f"\nclasses that lost most clips ({len(lost)} of {len(found.by_class)} lost some)"
+        )
         worst = sorted(lost, key=lambda key: (lost[key].states["ok"] / lost[key].listed, key))
         rows = [[*key, *_numbers(lost[key], ["ok"])] for key in worst[:WORST]]
         _echo_table([["label", "class", "listed", "ok"], *rows], left=2)
     for line in _shortfalls(found):
         click.echo(line)
     share = found.total.states["ok"] / max(found.total.listed, 1)
-    click.echo(f"\n{share:.1%} kept; data.min_share asks for {params.data.min_share:.0%}")
+    click.echo(f"\n{share:.1%} kept; data.min_share requires {params.data.min_share:.0%}")
     click.echo(f"hash of the listed clips  {found.listed_hash}")
     click.echo(f"hash of the kept clips    {found.kept_hash}")
     if any(found.total.states[state] for state in ("rate-limited", "network")):

@@ -155,7 +155,7 @@ def _failure(command: str, code: int, projects: Sequence[Path]) -> VattError:
         return SettingsError(
             "DVC cannot read its settings; its message is above",
             hint="restore .dvc/config with `git checkout .dvc/config`; "
-            "write .dvc/config.local anew, or delete it",
+            "write .dvc/config.local again, or delete it",
         )
     if code == -signal.SIGKILL:
         return MachineError("DVC was killed", hint="the same command continues where it stopped")
@@ -281,7 +281,7 @@ def _refuse_beside_dvc(repository: Path, rwlock: Path) -> None:
         inside = folder is not None and Path(folder).is_relative_to(repository)
         if inside and _names_dvc(process.info["cmdline"] or []) and process.pid != os.getpid():
             raise MachineError(
-                f"{rwlock} is damaged, and DVC (process {process.pid}) is at work in {repository}",
+                f"{rwlock} is damaged, and DVC (process {process.pid}) is running in {repository}",
                 hint="wait until it has ended; the same command then repairs the file",
             )
 
@@ -326,7 +326,7 @@ def _restore(file: Path) -> str:
     stages = {**(known or {}), **whole}
     if not stages:
         file.unlink()
-        return "it was damaged and nothing of it was left, so every stage counts as changed"
+        return "it was damaged and nothing could be restored, so every stage counts as changed"
     with atomic_write(file) as path:
         content = {"schema": "2.0", "stages": stages}
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

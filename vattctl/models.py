@@ -30,7 +30,7 @@ def parse_heads(text: str) -> Mapping[str, int]:
         name, _, number = part.rpartition("=")
         if not number.strip().isdecimal() or not 0 < int(number) <= 1024:
             raise SettingsError(
-                f"--heads {text}: '{part}' gives no number of heads",
+                f"--heads {text}: '{part}' is not a number of heads",
                 hint="write 3, or video=3,audio=4,text=3",
             )
         heads[name.strip() or ONLY] = int(number)
@@ -154,7 +154,7 @@ def _describe(imported: "ImportReport", out: str | None) -> str:
     "export",
     epilog="""\b
 Examples:
-  vattctl export runs/pretrained --to onnx --out runs/onnx
+  vattctl export runs/checkpoints/pretrained --to onnx --out runs/onnx
   vattctl export runs/bbs --to huggingface-folder --out runs/bbs-hf""",
 )
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
@@ -273,7 +273,7 @@ Examples:
 )
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @_checkpoint
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the whole vectors.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the complete vectors.")
 @click.pass_context
 def embed(context: click.Context, file: Path, checkpoint: Path | None, as_json: bool) -> None:
     """Print the embeddings of a video FILE's moments in the video-text space.

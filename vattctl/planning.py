@@ -47,7 +47,9 @@ Examples:
   vattctl plan --device rtx4090 --gpus 4 --size base --batch 2048
   vattctl plan --json""",
 )
-@click.option("--device", help="A GPU type, e.g. h100-80gb, a100-40gb, rtx4090; default: here.")
+@click.option(
+    "--device", help="A GPU type, e.g. h100-80gb, a100-40gb, rtx4090; default: this machine."
+)
 @click.option(
     "--gpus", type=click.IntRange(min=1), help="Number of GPUs; default: machine.processes."
 )

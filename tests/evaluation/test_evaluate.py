@@ -52,7 +52,7 @@ def test_everything_that_was_trained_is_measured_and_nothing_else(measured):
 
 def test_a_probe_without_its_label_says_why_it_is_absent(measured):
     assert measured[0]["skipped"] == {
-        "probe absent": "label 'species' has 0 values in the train split, 2 needed"
+        "probe absent": "label 'species' has 0 values in the train split; 2 are needed"
     }
 
 

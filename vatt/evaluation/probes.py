@@ -262,7 +262,7 @@ def _why_not(probe: ProbeParams, clips: Clips) -> str:
             values = len(set(clips.labels[rows].tolist()))
             if values < needed:
                 place = f"the {side} split" + (f" of {name}" if name else "")
-                return f"label '{probe.label}' has {values} values in {place}, {needed} needed"
+                return f"label '{probe.label}' has {values} values in {place}; {needed} are needed"
     return ""
 
 

@@ -255,7 +255,7 @@ def paper_heads(params: ModelParams, widths: dict[str, int]) -> Heads:
 
 
 def initialise(model: nn.Module) -> None:
-    """Draw every weight of a model anew from torch's global generator."""
+    """Draw new values for every weight of a model from torch's global generator."""
     for module in model.modules():
         _draw(module)
     for module in model.modules():

@@ -164,7 +164,7 @@ def artifact_of(params: Params, run_id: str, stage: str, name: str) -> Path:
         )
     if name not in {found.path for found in client.list_artifacts(mine[0].info.run_id)}:
         raise DataError(
-            f"run {mine[0].info.run_id} kept no {name}: it did not end, or was larger than"
+            f"run {mine[0].info.run_id} has no {name}: it did not end, or was larger than"
             " machine.max_artifact_mb",
             hint=f"give the {name} folder itself",
         )
@@ -243,7 +243,7 @@ def _send(client: Any, run_id: str, measured: list[MetricValue]) -> bool:
     try:
         client.log_batch(run_id, metrics=metrics)
     except MlflowException as error:
-        log.warning("metrics are kept back, MLflow does not answer: %s", error)
+        log.warning("MLflow does not answer; metrics wait in memory: %s", error)
         return False
     return True
 

@@ -70,7 +70,7 @@ class Session:
         self._note = ""
 
     def begin(self, first_step: int) -> None:
-        """A training that starts anew forgets spikes and best checkpoint of another."""
+        """A training that starts from step 0 forgets spikes and best checkpoint of an earlier one."""
         if first_step == 0:
             self._spikes.path.unlink(missing_ok=True)
             self._best.forget()

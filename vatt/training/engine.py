@@ -267,7 +267,7 @@ def compiles(machine: MachineParams) -> bool:
         return on_gpu and has_compiler and machine.zero_stage < 3
     if machine.compile and machine.zero_stage == 3:
         raise SettingsError(
-            "machine.compile does not go with machine.zero_stage 3, whose weights come and go",
+            "machine.compile does not work with machine.zero_stage 3, which moves weights",
             hint="set machine.zero_stage=2, or machine.compile=false",
         )
     if machine.compile and not has_compiler:
@@ -397,7 +397,7 @@ class ProvenPrecision(nn.Module):
         self.facts[name] = ", ".join(sorted(TYPE_NAMES.get(kind, str(kind)) for kind in types))
         if self.facts[name] != wanted:
             raise MachineError(
-                f"{name} should be {wanted} at precision {self.precision}, and is "
+                f"{name} should be {wanted} at precision {self.precision}, but is "
                 f"{self.facts[name]}",
                 hint="another version of torch or DeepSpeed may be the cause: install those of "
                 "constraints.txt, and please report this",

@@ -227,7 +227,7 @@ def check_share(batch_size: int, *, setting: str, paired: bool = False) -> None:
     if batch_size % whole:
         parts = f"{processes} processes" + (f", in pairs for mixup: {whole}" if paired else "")
         raise SettingsError(
-            f"{setting} {batch_size} does not divide by {parts}",
+            f"{setting} {batch_size} is not divisible by {parts}",
             hint=f"change machine.processes or {setting}",
         )
 

@@ -97,7 +97,7 @@ class Sgd(torch.optim.Optimizer):
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], params: OptimizerParams) -> Adam | Sgd:
-    """The optimiser that the settings name; its learning rate is set anew before each update."""
+    """The optimiser that the settings name; its learning rate is set before each update."""
     trained = [weight for weight in parameters if weight.requires_grad]
     if params.name == "adam":
         return Adam(trained, weight_decay=params.weight_decay)

@@ -22,7 +22,7 @@ from vatt.files import atomic_write, lock
 from vatt.training import distributed
 from vatt.training.engine import Engine
 
-FORMAT = 2  # of the state folder; another number starts anew
+FORMAT = 2  # of the state folder; with another number, training starts from step 0
 FULL = 2**20  # free bytes on a disk that counts as full
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class States:
             if kind != engine.kind:
                 log.warning(
                     "it was written by another engine (%s; now %s): same samples in the same "
-                    "order, same numbers but for rounding", kind, engine.kind,
+                    "order; numbers differ only by rounding", kind, engine.kind,
                 )  # fmt: skip
         return step
 
@@ -96,7 +96,7 @@ class States:
             if meta is None:
                 log.warning("%s is damaged; trying the state before it", folder)
             elif difference := _difference(meta, self._identity()):
-                log.warning("not resuming from %s, since %s", folder, difference)
+                log.warning("not resuming from %s, because %s", folder, difference)
             else:
                 return folder, int(meta["step"]), str(meta["engine"])
         return None

@@ -23,7 +23,7 @@ def test_a_clean_run_says_nothing(tmp_path):
 def test_output_beyond_its_size_ends_the_run(tmp_path):
     out = tmp_path / "out.yuv"
     said = ffmpeg(tmp_path, *ENDLESS, "-f", "rawvideo", str(out))
-    assert said == "what comes out is too large" and out.stat().st_size <= 2**20
+    assert said == "the output is too large" and out.stat().st_size <= 2**20
 
 
 def test_memory_beyond_its_share_is_refused(tmp_path):
@@ -41,7 +41,7 @@ def test_time_ends_work_and_waiting_alike(tmp_path, source):
 
 def test_endless_complaints_are_not_kept(tmp_path):
     said = run_limited(["sh", "-c", "exec yes bad >&2"], ROOM, log=tmp_path / "log")
-    assert said == "what comes out is too large"
+    assert said == "the output is too large"
     # Limits come some microseconds after the start; what is written before them stays.
     assert (tmp_path / "log").stat().st_size <= 2**26
 

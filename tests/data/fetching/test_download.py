@@ -481,7 +481,7 @@ def test_no_clip_left_or_too_few_stop_the_pipeline(tmp_path, media):
     with serving(Server(media)) as base:
         with pytest.raises(DataError, match=r"no clip is left after download \(1 not-found\)"):
             run(tmp_path, [clip(0, "fail-404-9")], base)
-        with pytest.raises(DataError, match=r"data\.min_share asks for 80%"):
+        with pytest.raises(DataError, match=r"data\.min_share requires 80%"):
             run(tmp_path, [clip(0, "fail-404-9"), clip(1, "a")], base, min_share=0.8)
 
 

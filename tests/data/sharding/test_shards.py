@@ -183,13 +183,13 @@ def test_too_many_failures_or_too_few_clips_stop_the_pipeline(tmp_path):
     ) as e:
         write(tmp_path, clips, entries, max_failed_share=0.2)
     assert e.value.exit_code == 3
-    with pytest.raises(DataError, match=r"3 clips are left, data\.min_clips asks for 4"):
+    with pytest.raises(DataError, match=r"3 clips are left; data\.min_clips requires 4"):
         write(tmp_path, clips, entries, params=demo_params(min_clips=4))
-    with pytest.raises(DataError, match=r"data\.min_share asks for 90%"):
+    with pytest.raises(DataError, match=r"data\.min_share requires 90%"):
         write(tmp_path, clips, entries, params=demo_params(min_share=0.9))
     assert not (tmp_path / "shards" / "index.jsonl").exists()
     assert read_ledger(tmp_path / "ledger.jsonl")["clip-000"].state == "corrupt"
-    with pytest.raises(DataError, match="does not know clip clip-001"):
+    with pytest.raises(DataError, match="lacks clip clip-001"):
         write(tmp_path, clips, {"clip-000": entries["clip-000"]})
 
 

@@ -119,7 +119,7 @@ def test_classes_of_test_that_train_lacks_and_copies_are_pointed_out(tmp_path):
 
 def test_one_file_alone_leaves_nothing_to_test_on_and_that_is_said(tmp_path):
     make(tmp_path, "friday.mp4")
-    assert any("nothing is left to test on" in note for note in scan(tmp_path, DATA).notes)
+    assert any("no file is left for testing" in note for note in scan(tmp_path, DATA).notes)
 
 
 # --- which files ----------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def path_in_folder(url: str, location: Path | None, *, absolute: bool = False) -
     """
     if location is None:
         raise DataError(
-            f"{url} lies in a folder, and data.location names none",
+            f"{url} is a file of a folder, but data.location is not set",
             hint="run `vattctl ingest FOLDER` again",
         )
     if location.is_file():  # a list, with the files next to it
@@ -110,7 +110,7 @@ def path_in_folder(url: str, location: Path | None, *, absolute: bool = False) -
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A manifest on disk, read anew whenever it is gone through."""
+    """A manifest on disk, read again whenever it is iterated over."""
 
     path: Path
 
@@ -262,9 +262,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
-        return "too many brackets in brackets"
+        return "brackets are nested too deeply"
     if "int_max_str_digits" in str(error):
-        return "a number of thousands of digits"
+        return "a number has thousands of digits"
     return str(error)
 
 
@@ -353,7 +353,7 @@ def _faults(record: Any) -> CaptionFaults:
         return CaptionFaults()
     dropped, repaired = record["dropped"], record["repaired"]
     if type(dropped) is not int or type(repaired) is not int or min(dropped, repaired) < 0:
-        raise TypeError(f"{reprlib.repr(record)} does not count captions")
+        raise TypeError(f"{reprlib.repr(record)} is not a count of captions")
     return CaptionFaults(dropped, repaired, sys.intern(_text(record["encoding"])))
 
 

@@ -185,7 +185,7 @@ def _scan(container: av.container.InputContainer) -> tuple[Media, Packets]:
     video, audio = _chosen(container.streams.video), _chosen(container.streams.audio)
     chosen = [stream for stream in (video, audio) if stream is not None]
     if not chosen:
-        raise BrokenMediaError("no picture and no sound in it that can be decoded")
+        raise BrokenMediaError("it has no picture and no sound that can be decoded")
     units = {stream.index: float(stream.time_base) for stream in chosen}
     columns = array("d"), array("d"), array("d"), array("b"), array("b"), array("d")
     for packet, pts, dts in stamped_packets(container, chosen):
@@ -463,8 +463,8 @@ _REPEATED = b"    Last message repeated "
 
 _SIGNALS = {
     signal.SIGXCPU: "decoding takes too long",
-    signal.SIGXFSZ: "what comes out is too large",
-    signal.SIGKILL: "ffmpeg was killed, perhaps for want of memory",
+    signal.SIGXFSZ: "the output is too large",
+    signal.SIGKILL: "ffmpeg was killed, perhaps because memory ran out",
 }
 
 

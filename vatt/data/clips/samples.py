@@ -117,7 +117,7 @@ def _add_row(rows: dict[str, IndexRow], line: bytes) -> None:
         raise ValueError(f"sample {row.key} has a video without frames or pixels")
     if row.key in rows:
         first = list(rows).index(row.key) + 2  # the header is line 1
-        raise ValueError(f"sample {row.key} is in line {first} already")
+        raise ValueError(f"sample {row.key} is already in line {first}")
     rows[row.key] = row
 
 

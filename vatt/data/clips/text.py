@@ -133,7 +133,7 @@ class Vocabulary:
         if first == PAD_PIECE:
             ids = {line: number for number, line in enumerate(lines)}
             if UNKNOWN_PIECE not in ids:
-                raise _broken(path, f"no {UNKNOWN_PIECE} in it")
+                raise _broken(path, f"it has no {UNKNOWN_PIECE}")
             return cls(ids, unknown=ids[UNKNOWN_PIECE], cut=partial(pieces_of, known=ids))
         words = (line.split("\t")[0] for line in lines)
         return cls(
@@ -187,14 +187,14 @@ def _numbered(lines: Iterable[str], path: Path) -> dict[str, int]:
     for number, line in enumerate(lines):
         index, _, word = line.strip().rpartition(" ")
         if index and not _ID.fullmatch(index):
-            raise _broken(path, f"line {number + 1} is not a word, nor a number and a word")
+            raise _broken(path, f"line {number + 1} is neither a word nor a number and a word")
         place = int(index) if index else number
         if ids.setdefault(word, place) != place:
             raise _broken(path, f"line {number + 1}: '{word}' appears twice")
     if len(set(ids.values())) < len(ids):
         raise _broken(path, "two words have one number")
     if ids.get(RELEASE_PAD) != PAD or RELEASE_UNKNOWN not in ids:
-        raise _broken(path, f"{RELEASE_PAD} must be word 0, and {RELEASE_UNKNOWN} be in it")
+        raise _broken(path, f"{RELEASE_PAD} must be word 0, and {RELEASE_UNKNOWN} is required")
     return ids
 
 

@@ -237,7 +237,7 @@ def addresses_of(url: str, params: DataParams) -> tuple[tuple[str, ...], str | N
         return mirrors, url.partition("#t=")[0]
     if not mirrors and not at_home:
         raise DataError(
-            f"{url} needs a server to come from", hint="set data.base_urls in params.yaml"
+            f"{url} is only a path: no server is set", hint="set data.base_urls in params.yaml"
         )
     return mirrors, None
 
@@ -291,7 +291,7 @@ def _check(final: Sequence[Entry], params: DataParams) -> None:
         )
     if states["ok"] < params.min_share * len(final):
         raise DataError(
-            f"{states['ok']} of {len(final)} clips came ({why}), data.min_share asks for "
+            f"{states['ok']} of {len(final)} clips arrived ({why}); data.min_share requires "
             f"{params.min_share:.0%}",
             hint="run it again for those that can be retried, or lower data.min_share",
         )

@@ -175,13 +175,13 @@ def _check_rest(
     """Stop when too little is left of the manifest."""
     if num_samples < data.min_clips:
         raise DataError(
-            f"{num_samples} clips are left, data.min_clips asks for {data.min_clips}",
+            f"{num_samples} clips are left; data.min_clips requires {data.min_clips}",
             hint=f"{ledger} says what was lost; add data, or lower data.min_clips",
         )
     kept = sum(entry.state == "ok" for entry in tried)
     if kept < data.min_share * num_clips:
         raise DataError(
-            f"{kept} of {num_clips} clips of the manifest are left, data.min_share asks for "
+            f"{kept} of {num_clips} clips of the manifest are left; data.min_share requires "
             f"{data.min_share:.0%}",
             hint=f"{ledger} says what was lost; lower data.min_share to go on",
         )

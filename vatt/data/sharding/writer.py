@@ -78,7 +78,7 @@ def plan_shards(
         before = downloads.get(clip.clip_id)
         if before is None:
             raise DataError(
-                f"the download ledger does not know clip {clip.clip_id}",
+                f"the download ledger lacks clip {clip.clip_id}",
                 hint="run `vattctl download`",
             )
         if before.state != "ok":
@@ -161,7 +161,7 @@ class WriterSettings:
         program = self.program if Path(self.program).is_file() else find_ffmpeg(None)
         if made_by(program) != self.version:
             raise MachineError(
-                f"vattctl or ffmpeg on {platform.node()} is not the one that began this run",
+                f"vattctl or ffmpeg on {platform.node()} differs from the one that began this run",
                 hint="install the same version on every machine",
             )
         folder, work = self.root / self.folder, self.root / self.work
@@ -198,7 +198,7 @@ class Tally:
         lost = sum(self.losses.values())
         if not self.rows:
             return Entry(clip.clip_id, self.losses.most_common(1)[0][0], STAGE, self.complaint)
-        reason = f"{lost} of its windows lost; {self.complaint}" if lost else self.complaint
+        reason = f"{lost} of its windows are lost; {self.complaint}" if lost else self.complaint
         names = tuple(name for name in ("video", "audio", "text") if name in self.has)
         return Entry(
             clip.clip_id, "ok", STAGE, reason.removesuffix("; "), names, samples=len(self.rows)

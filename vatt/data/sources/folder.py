@@ -47,7 +47,7 @@ class Found:
     ignored: dict[str, int]  # other files, by what they are
     captions_dropped: int  # cues that could not be read
     mark: str  # changes when a file comes, goes or changes
-    notes: tuple[str, ...]  # what was guessed, and the setting that decides otherwise
+    notes: tuple[str, ...]  # what was guessed, and the setting that overrides it
 
     def counts(self) -> dict[str, Any]:
         """Numbers, for `--json`."""
@@ -250,7 +250,7 @@ def _of_one_kind(names: list[str], rule: str, ignored: Counter[str]) -> tuple[li
     if not left:
         return names, notes
     used, other = ("images", "recordings") if use_images else ("recordings", "images")
-    note = f"the {len(kept)} {used} are used, the {len(left)} {other} beside them are not"
+    note = f"the {len(kept)} {used} are used, the {len(left)} {other} next to them are not"
     kept_names = [name for name in names if name in kept]
     return kept_names, [*notes, _with_setting(note, "file_kind", other)]
 
@@ -264,7 +264,7 @@ def _is_thumbnail(name: str, stems: set[str]) -> bool:
 
 
 def _with_setting(note: str, key: str, value: str) -> str:
-    return f"{note}; data.{key}: {value} decides otherwise"
+    return f"{note}; to change this set data.{key}: {value}"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -323,7 +323,7 @@ class Layout:
             note = f"folders decide the split: {_some(meanings)}"
             notes.append(_with_setting(note, "split_folders", "classes"))
         if self.classes:
-            note = f"taken for classes, as they lie beside classes: {_some(self.classes)}"
+            note = f"taken for classes, because they are next to classes: {_some(self.classes)}"
             notes.append(_with_setting(note, "split_folders", "splits"))
         return notes
 
@@ -410,9 +410,9 @@ def _doubts(clips: Sequence[Clip], digests: Mapping[str, str], files: Sequence[s
         notes.append(f"{len(unknown)} classes of test are not in train: {_some(unknown)}")
     if not any(clip.split == "test" for clip in clips):
         same = len(files) > 1 and len(set(digests.values())) == 1
-        why = " as all files are copies of one" if same else ""
+        why = " because all files are copies of one" if same else ""
         notes.append(
-            f"nothing is left to test on{why}: add files, raise data.test_share or name a folder test"
+            f"no file is left for testing{why}: add files, raise data.test_share or name a folder test"
         )
     splits: dict[str, set[str]] = {}
     for name, clip in zip(files, clips, strict=True):

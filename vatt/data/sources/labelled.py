@@ -258,7 +258,7 @@ def _segment(text: str, split: str, names: dict[str, str], *, sections: bool) ->
     fields = split_row(text)
     if len(fields) != SEGMENT_FIELDS:
         raise ValueError(
-            f"{len(fields)} fields, not {SEGMENT_FIELDS}: the quotes around the labels are off"
+            f"{len(fields)} fields, not {SEGMENT_FIELDS}: the quotes around the labels are wrong"
         )
     video_id, start, end, classes = fields
     begin = number(start, "start")

@@ -574,7 +574,7 @@ def _notes(
         taken, other = best[several[0]][:2]
         notes.append(
             f"several subtitle files for {len(several)} files: {taken} is read, not {other}; "
-            "data.caption_languages decides otherwise"
+            "set data.caption_languages to change this"
         )
     return notes
 
