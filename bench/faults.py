@@ -1,4 +1,4 @@
-"""Kills, full disks and torn files, tried on a real project: is anything lost, doubled or wedged?
+"""Kills, full disks and torn files, tried on a real project: is anything lost, duplicated or stuck?
 
     python bench/faults.py [--kills 200] [--only kills|faults] [--seed 0] [--json FILE]
 
@@ -6,9 +6,8 @@ A small demo project runs once undisturbed: its files are the truth. Kills: each
 and again from the state before it, and a SIGKILL hits the stage, DVC, vattctl, or all of them at
 a random moment, until the stage gets to its end; then its files must equal the truth. Faults: each
 damages one thing (a torn file, a full disk, a locked database), runs a command, checks its exit
-code, mends what a user would mend, and checks that the next run reaches the truth. The table of
-docs/reliability.md comes from here. It needs Linux; the faults with a full or read-only disk need
-the right to mount.
+code, mends what a user would mend, and checks that the next run reaches the truth. It needs
+Linux; the faults with a full or read-only disk need the right to mount.
 """
 
 import argparse

@@ -8,7 +8,7 @@ from vatt.tracking import mlflow
 
 
 def main() -> None:
-    """Write the report from whatever has been run."""
+    """Write the report from all that has been run."""
     params = load_params()
     made_from, data = stage_hash("report", params), listed_hash(params.paths.metrics)
     with mlflow.run("report", params, stage_hash=made_from, data_hash=data) as run:

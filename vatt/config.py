@@ -536,7 +536,7 @@ def parse_params(raw: Any, *, source: Path) -> Params:
 
 
 def fingerprint(*sections: Any) -> str:
-    """The sha256 of settings, the same for equal settings whatever their order in the file."""
+    """The sha256 of settings; it does not depend on their order in the file."""
     plain = [s.model_dump(mode="json") if isinstance(s, BaseModel) else s for s in sections]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 

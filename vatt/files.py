@@ -13,7 +13,7 @@ from vatt.errors import MachineError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the real name only when the body succeeds."""
+    """Yield a temporary path next to `path`; it takes the real name only when the body succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:

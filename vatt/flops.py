@@ -29,7 +29,7 @@ from vatt.model.transformer import resolve
 
 Convention = Literal["paper", "true"]
 
-# What the profiler counted in VATT-MBS besides the two large towers: the text tower and the heads.
+# What the profiler counted in VATT-MBS without the two large towers: text tower and heads.
 PAPER_TEXT_FLOPS = 1.374e9
 PAPER_HEADS_FLOPS = 0.003e9
 

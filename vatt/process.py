@@ -1,6 +1,6 @@
 """A stage's process: its rank under Slurm, whether it lives, and how it ends.
 
-DVC ends with 255 whatever stage failed and why. So a stage leaves its exit code and one clear
+DVC ends with 255 for every failure of any stage. So a stage leaves its exit code and one clear
 message in a file; `vattctl` prints the message and ends with the code.
 """
 
@@ -78,7 +78,7 @@ def _leave_with(stage: str, error: BaseException) -> int:
 
 
 def _ignore_signals() -> None:
-    """Whoever sends a signal twice gets the same clean end as with one."""
+    """A second signal does not disturb the clean end that the first one began."""
     for number in (*STOPS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -134,7 +134,7 @@ def stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _stop_under(error: BaseException) -> BaseException | None:
-    """The stop that a library took for a failure of its own, as MLflow's database does."""
+    """The stop behind an error, if a library took it for a failure, as MLflow's database does."""
     under: BaseException | None = error
     while under is not None and not isinstance(under, Stopped | KeyboardInterrupt):
         under = under.__cause__ or under.__context__

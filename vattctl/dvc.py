@@ -214,7 +214,7 @@ def repair(project: Path) -> None:
     locks = [file for pattern in LOCK_FILES for file in sorted(repository.glob(pattern))]
     if not _is_stale(rwlock) and not any(map(_is_torn, locks)):
         return
-    with _dvc_locked(rwlock.parent):  # look again: now nobody is writing
+    with _dvc_locked(rwlock.parent):  # look again: now no process is writing
         for file in filter(_is_torn, locks):
             click.echo(f"repaired {file}: {_restore(file)}", err=True)
         if _is_stale(rwlock):
@@ -259,7 +259,7 @@ def _is_stale(rwlock: Path) -> bool:
 
 
 def _was_alive(pid: int, moment: float) -> bool:
-    """Whether this process runs and ran then; a later one has only got the same number."""
+    """Whether this process runs and ran then; a later process may have the same number."""
     import psutil
 
     try:
@@ -291,7 +291,7 @@ def _copy_of(file: Path) -> Path:
 
 
 def _keep_copy(file: Path) -> None:
-    """A copy of a complete dvc.lock, for the day when it is torn."""
+    """A copy of a complete dvc.lock, in case it is torn."""
     text = _read(file)
     if text != _read(_copy_of(file)) and _stages_in(text) is not None:
         with contextlib.suppress(OSError), atomic_write(_copy_of(file)) as path:

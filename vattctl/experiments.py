@@ -1,8 +1,8 @@
 """Experiments: sub-projects of a project, each a folder with settings and stages of its own.
 
-An experiment is the project it stands in with some settings changed. It runs some of the stages
-itself; what the others make it takes from the project (or from another experiment). One git and
-DVC repository holds them all, so DVC knows that an experiment's pre-training waits for the
+An experiment is the project around it with some settings changed. It runs some of the stages
+itself, and takes the outputs of the others from the project (or from another experiment). One git
+and DVC repository holds them all, so DVC knows that an experiment's pre-training waits for the
 project's shards, a killed stage continues where it stopped, what two experiments share is run once,
 and nothing of the project is overwritten. In the project's folder::
 
@@ -65,9 +65,9 @@ HEADER = "# Made by vattctl from {parent}: change the settings there, or copy th
 class Experiment:
     """A sub-project; every path counts from the project's folder.
 
-    `settings` are changes to the project's, as `--set` makes them: a whole value for each key that
-    params.yaml has (a task of one's own: the whole of `finetune.tasks`). A relative path among
-    them counts, as any in params.yaml, from the experiment's folder.
+    `settings` are changes to the project's, as `--set` makes them: a complete value for each key
+    of params.yaml (for a task of your own, all of `finetune.tasks`). Relative paths in them start, as
+    all paths in params.yaml, at the experiment's folder.
     """
 
     folder: Path

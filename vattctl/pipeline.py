@@ -115,7 +115,7 @@ def run(
 
 
 def _needs_clips(targets: tuple[str, ...], paths: "PathsParams") -> bool:
-    """Whether a pre-training may run whose results a later stage uses, on clips not checked yet."""
+    """Whether a pre-training may run before a later stage whose clips are not checked yet."""
     here = stages_here()
     if not {"preprocess", "pretrain"} <= set(here):
         return False

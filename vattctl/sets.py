@@ -145,7 +145,7 @@ def overlay(name: str) -> Tree:
 
 
 def merged(under: Tree, over: Mapping[str, Any]) -> Tree:
-    """Section by section: what `over` says holds."""
+    """Merge section by section; values of `over` win."""
     result = dict(under)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)

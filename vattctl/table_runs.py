@@ -1,4 +1,4 @@
-"""A table's runs as experiments: where each stands, what it costs, what it has measured."""
+"""A table's runs as experiments: the state, the cost and the results of each."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -73,13 +73,13 @@ def experiment_of(run: "StudyRun", scale: "Scale") -> Experiment:
 
 
 def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """What `over` says holds, in a section within too."""
+    """Merge nested sections; values of `over` win."""
     deeper = {k: _merged(under[k], v) for k, v in over.items() if isinstance(v, Mapping)}
     return {**under, **over, **deeper}
 
 
 def _bringer(run: "StudyRun") -> str:
-    """Of a seed's runs the one that makes its corpus."""
+    """The run that makes the corpus of a seed."""
     from vatt.studies import BASE
 
     return f"{BASE}-seed-{run.seed}"
@@ -90,7 +90,7 @@ def _brings_data(run: "StudyRun") -> bool:
 
 
 def _of(tasks: dict[str, Any], like: str, run: "StudyRun") -> dict[str, Any]:
-    """The task that a run's is like; a data set knows it by the set's name."""
+    """The task that a run's task is based on; in a data set, it has the set's name."""
     name = run.data if like not in tasks and run.data in tasks else like
     if name not in tasks:
         raise SettingsError(

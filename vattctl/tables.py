@@ -1,4 +1,4 @@
-"""The paper's tables by one command each: which runs they need, what those cost, run and gather."""
+"""One command for each table of the paper: its runs, their cost, and their results."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Bring a checkpoint here from a web address or bucket, resumably and no more of it than needed."""
+"""Download a checkpoint from a web address or a bucket, resumably, and only the needed parts."""
 
 import hashlib
 import json
@@ -175,7 +175,7 @@ def _copy_stream(
 
 
 def _describe(filesystem: Any, remote: str) -> tuple[int | None, dict[str, Any]]:
-    """The size of a remote file, and what tells one version of it from another."""
+    """The size of a remote file, and what identifies its version."""
     info: dict[str, Any] = {}
     for attempt in range(_ATTEMPTS):
         try:

@@ -1,4 +1,4 @@
-"""Where each of our weights stands in a released checkpoint.
+"""Where each of our weights is in a released checkpoint.
 
 A layout maps our name to the released keys behind it, without their common root and ending: one
 key, or three that are joined (queries, keys and values are one layer here).

@@ -55,7 +55,7 @@ class BundleEntry:
 
 
 class TensorFlowCheckpoint:
-    """The entries of a checkpoint; tensors are read, and their checksums compared, when asked."""
+    """The entries of a checkpoint; a tensor is read, and its checksum compared, on demand."""
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix

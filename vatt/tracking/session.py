@@ -1,6 +1,6 @@
 """What a training stage reports while it runs and leaves when it ends.
 
-It goes to MLflow, to the terminal, and to a history beside the state, so that the curve of a
+It goes to MLflow, to the terminal, and to a history next to the state, so that the curve of a
 resumed run has no gap; the best checkpoint is kept there too.
 """
 

@@ -2,7 +2,8 @@
 
 A module that an engine trains takes a step's tensors and answers with named scalars (0-d tensors);
 `update` makes one optimiser step from one of them. The learning rate is given with every update.
-The first forward pass of an engine proves its precision: it looks at the types that come out.
+The first forward pass of an engine checks its precision by the types that come out
+(`ProvenPrecision`); docs/many-gpus.md describes how to see them.
 """
 
 import logging
@@ -232,7 +233,7 @@ class DeepSpeedEngine:
     def _whole(
         self, tensors: list[Tensor], changed_by: int | None = None
     ) -> AbstractContextManager[Any]:
-        """At stage 3, weights come together within it; one process's change then holds in all."""
+        """At stage 3, gather the weights in the body; a change in one process applies to all."""
         parts = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
         return _import_deepspeed().zero.GatheredParameters(
             parts, modifier_rank=changed_by, enabled=bool(parts)
@@ -248,7 +249,7 @@ def make_engine(
 
 
 def apply_options(module: nn.Module, machine: MachineParams) -> None:
-    """Compile blocks, and compute them again on the way back, as the settings say."""
+    """Compile blocks, and compute them again in the backward pass, as the settings say."""
     if compiles(machine):
         for block in _parts_of(module, Block):
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
@@ -259,7 +260,7 @@ def apply_options(module: nn.Module, machine: MachineParams) -> None:
 
 
 def compiles(machine: MachineParams) -> bool:
-    """Whether blocks are compiled; `auto`: on a GPU, where nothing stands in the way."""
+    """Whether blocks are compiled; `auto` compiles on a GPU if nothing prevents it."""
     on_gpu = distributed.device().type == "cuda"
     compiler = os.environ.get("CC", "cc") if on_gpu else os.environ.get("CXX", "g++")
     has_compiler = shutil.which(compiler) is not None
@@ -345,7 +346,7 @@ def _import_deepspeed() -> Any:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Of DeepSpeed's warnings only one is dropped: our optimisers are tested under ZeRO."""
+    """Drop one warning of DeepSpeed: our optimisers are tested under ZeRO."""
     return "untested optimizer" not in record.getMessage()
 
 
@@ -360,10 +361,10 @@ TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp1
 
 
 class ProvenPrecision(nn.Module):
-    """A module that computes in a precision, which its first forward pass proves.
+    """A module that computes in a precision; its first forward pass checks that it really does.
 
-    Autocast begins in here, so inside of DeepSpeed: on a GPU DeepSpeed's forward ends any autocast
-    that began outside. (Its own bf16 mode would cast the running statistics of batch norms too.)
+    Autocast begins here, inside DeepSpeed: on a GPU, DeepSpeed's forward ends any autocast that
+    began outside. (Its own bf16 mode would cast the running statistics of batch norms too.)
     """
 
     def __init__(self, module: nn.Module, precision: Precision, *, compiled: bool = False) -> None:
@@ -446,7 +447,7 @@ class _TypeWatch:
         self.seen[place if isinstance(part, Linear) else "norms"].add(answer.dtype)
 
     def _try(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Compute a token beside a compiled block, with the settings that it runs with."""
+        """Compute one token outside the compiled block, under the same autocast."""
         assert isinstance(block, Block)
         with torch.no_grad():
             token = block.mlp_norm(inputs[0][:1, :1])

@@ -46,7 +46,7 @@ def softmax_loss(logits: Tensor, targets: Tensor, *, smoothing: float) -> Tensor
 
 
 def balanced_sigmoid_loss(logits: Tensor, targets: Tensor, *, smoothing: float) -> Tensor:
-    """Sigmoid cross-entropy summed over classes; a clip weighs as its labels are rare in the batch.
+    """Sigmoid cross-entropy summed over classes; clips with rare labels weigh more.
 
     w_i = sum_c(y_ic / n_c) / sum_c y_ic with n_c the count of class c in the batch.
     """
@@ -75,7 +75,7 @@ def mix(values: Tensor, own: Tensor, partners: Tensor) -> Tensor:  # (B, ...), (
 
 
 def neighbours(count: int) -> Tensor:
-    """Partners for `mix`: rows 0 and 1, 2 and 3, ...; they share a process however many there are.
+    """Partners for `mix`: rows 0 and 1, 2 and 3, ...; both are always in the same process.
 
     Rows come in random order, so that a neighbour is as random as any other partner.
     """
@@ -162,7 +162,7 @@ class Finetuning(nn.Module):
 def finetune(
     model: Classifier, params: FinetuneTaskParams, training: Training, *, classes: Sequence[str]
 ) -> Weights:
-    """As `pretrain`; the weights that `model` comes with are the start."""
+    """Like `pretrain`; training starts from the weights of `model`."""
     check_share(params.batch_size, setting="the task's batch_size", paired=params.mixup > 0)
     seed = training.seed
 

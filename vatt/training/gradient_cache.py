@@ -1,9 +1,9 @@
 """A large batch in micro-batches, exactly: memory holds the activations of one at a time.
 
-Contrastive losses see the whole batch, so that plain accumulation would change them. Instead the
+Contrastive losses see the whole batch, so accumulating losses would change them. Instead the
 features of every micro-batch are computed first, without a graph; heads and loss run once, with
-one, on all of them; on the way back each micro-batch is computed again and its share of the
-gradient pushed through. The encoders have no batch norm, so this is the same gradient.
+one, on all of them; in the backward pass each micro-batch is computed again with a graph, to
+get its part of the gradient. The encoders have no batch norm, so this is the same gradient.
 
 All of it happens in *one* backward pass in which each weight gets its gradient once, complete:
 ZeRO reduces a gradient as it arrives, and at stage 3 would silently mix up partial ones. To that
@@ -41,7 +41,7 @@ def encode_in_micro_batches(
 
 
 class _Rejoin(torch.autograd.Function):
-    """The first clip's features, with graph, and all others', which know how to be replayed."""
+    """Joins the first clip's features, which have a graph, with all others, which are replayed."""
 
     @staticmethod
     def forward(ctx: Any, replay: "_Replay", *first: Tensor) -> tuple[Tensor, ...]:
@@ -109,7 +109,7 @@ class _Replay:
 
 
 def _add_to_gradient(weight: nn.Parameter, total: Tensor) -> None:
-    """Let the next gradient that reaches `weight` take `total` along."""
+    """Add `total` to the next gradient that reaches `weight`."""
 
     def add(gradient: Tensor) -> Tensor:
         handle.remove()
@@ -119,7 +119,7 @@ def _add_to_gradient(weight: nn.Parameter, total: Tensor) -> None:
 
 
 def _micro_batches(rows: range, size: int) -> list[slice]:
-    """A remainder comes first: the memory of a whole one beside the sum is then the peak always."""
+    """A remainder comes first, so that the peak is always one complete micro-batch and the sum."""
     ends = range(rows.stop, rows.start, -size)
     return [slice(max(rows.start, end - size), end) for end in reversed(ends)]
 

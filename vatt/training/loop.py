@@ -1,7 +1,7 @@
 """The loop that pre-training and fine-tuning share: batches in, updates made, states kept.
 
-A `Training` is what both are given, an `Objective` what they differ in, and a `Reporter` hears
-what happens. The loop stops when a loss is not finite, and reports a loss that jumps.
+`Training` holds what both receive, `Objective` what differs between them, and a `Reporter`
+receives the events. The loop stops when a loss is not finite, and reports a loss that jumps.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ InputsOf = Callable[[Batch, int], tuple[Any, ...]]  # batch, step -> what the mo
 
 
 class Reporter(Protocol):
-    """Hears what happens in a training, in rank 0 only."""
+    """Receives the events of a training, in rank 0 only."""
 
     def begin(self, first_step: int) -> None:
         """The training starts after so many updates."""

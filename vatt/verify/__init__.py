@@ -1,4 +1,4 @@
-"""Our numbers beside every published one that needs no data, a row for each."""
+"""Our numbers next to every published number that needs no data, one row for each."""
 
 from collections.abc import Callable
 

@@ -37,7 +37,7 @@ SYSTEM_FILES = {
     "picasa.ini", "recycled", "recycler", "system volume information", "temporary items",
     "thumbs.db", "thumbs.db:encryptable", "zbthumbnail.info",
 }  # fmt: skip
-SYSTEM_ENDINGS = (":zone.identifier", "@synoeastream", "@synoresource")  # beside a real file
+SYSTEM_ENDINGS = (":zone.identifier", "@synoeastream", "@synoresource")  # next to a real file
 
 
 def skipped_as(name: str) -> str | None:
@@ -164,11 +164,11 @@ class ContentHashes:
 
     @classmethod
     def beside(cls, media: Path, *, writes: bool = True) -> Self:
-        """Those of a project, by the folder of its media."""
+        """The hashes of a project, which are kept in the folder of its media."""
         return cls(media.with_name("content-hashes.tsv"), writes=writes)
 
     def of(self, paths: Iterable[Path]) -> list[str]:
-        """Of each file in order; one that cannot be read has a hash of its own."""
+        """The hash of each file, in order; a file that cannot be read gets a unique one."""
         hashes: list[str] = []
         begun = time.monotonic()
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
@@ -182,7 +182,7 @@ class ContentHashes:
         return hashes
 
     def known(self, path: Path) -> str | None:
-        """Of a file that has not changed since it was read; None for any other."""
+        """The hash of a file that has not changed since it was read; None for any other."""
         stamp, digest = self._known.get(str(path.absolute()), (None, None))
         return digest if stamp is not None and stamp == stamp_of(path) else None
 

@@ -78,7 +78,7 @@ def media_name(url: str) -> str:
 
 
 def media_path(clip: Clip, *, media: Path, location: Path | None, absolute: bool = False) -> Path:
-    """Where the clip's media lies: a folder's own files in place, anything else in `media`."""
+    """The path of the clip's media: a folder's own files stay in place, others are in `media`."""
     if not clip.url.startswith("folder:"):
         return media / clip.media_name
     return path_in_folder(clip.url, location, absolute=absolute)
@@ -87,7 +87,7 @@ def media_path(clip: Clip, *, media: Path, location: Path | None, absolute: bool
 def path_in_folder(url: str, location: Path | None, *, absolute: bool = False) -> Path:
     """The file of a url `folder:...`, which must lie in the folder or, if allowed, be absolute.
 
-    Links in the folder are its owner's and lead where they will; the url's own path may not.
+    Links in the folder are its owner's and may lead out of it; the url's own path may not.
     """
     if location is None:
         raise DataError(
@@ -125,7 +125,7 @@ class Corpus:
     clips: int
     splits: dict[str, int]
     sources: dict[str, int]
-    hash: str  # names exactly this set of clips, whatever their order in the file
+    hash: str  # names exactly this set of clips, in any order
     captions: int
     captions_dropped: int
     captions_repaired: int
@@ -184,13 +184,13 @@ def describe_manifest(path: Path) -> Corpus:
 
 
 class SetName:
-    """The sha256 that names a set of clips, in whatever order they are added."""
+    """The sha256 that names a set of clips; the order in which they are added does not count."""
 
     def __init__(self) -> None:
         self._total = 0
 
     def add(self, clip: Clip) -> None:
-        """One more clip of the set."""
+        """Add a clip to the set."""
         line = _to_line(_to_record(clip))
         self._total += int.from_bytes(hashlib.sha256(line.encode()).digest(), "big")
 

@@ -12,7 +12,7 @@ decoding them and gives each one a time on the clips' clock:
 - A picture stays until the next one. The last one lasts as long as its packet says; in a file whose
   pictures stay for seconds, as long as the longest before it, but not longer than the sound.
 
-Whatever is unusual about it is a remark for the ledger.
+Everything unusual about it is a remark for the ledger.
 """
 
 import contextlib
@@ -123,7 +123,7 @@ def scan(path: Path) -> tuple[Media, Packets]:
 
 
 def open_media(path: Path) -> av.container.InputContainer:
-    """A file whose format is one of ours, whatever bytes its titles are made of."""
+    """A file whose format is one of ours; its titles may be any bytes."""
     return av.open(f"file:{path.resolve()}", options=_OPTIONS, metadata_errors="replace")
 
 
@@ -522,7 +522,7 @@ def _complaints(log: Path) -> list[str]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of it, with what it may have started: a wrapper's ffmpeg too."""
+    """End the process and everything that it started, such as a wrapper's ffmpeg."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -547,7 +547,7 @@ def _limit(pid: int, limits: Limits) -> None:
 def _sum_up(lines: Sequence[str]) -> str:
     """The first complaint of each part of ffmpeg, those that read the file before the others.
 
-    The parts run at once: only the order within each is the same every time. Nor are addresses.
+    The parts run in parallel: only the order within each is always the same. Addresses are cut out.
     """
     firsts: dict[tuple[bool, str], str] = {}
     for line in lines:
@@ -555,7 +555,7 @@ def _sum_up(lines: Sequence[str]) -> str:
         name = part[1] if part else "#"
         firsts.setdefault(("#" in name, name), re.sub(r"\[[^\]]*@ 0x[0-9a-f]+\]\s*", "", line))
     said = "; ".join(firsts[name] for name in sorted(firsts))[:200]
-    # Nor is their number: ffmpeg reads on for a while beyond the end of what is wanted.
+    # Nor is their number always the same: ffmpeg reads on for a while past the wanted end.
     return f"several complaints: {said}" if len(lines) > 1 else said
 
 

@@ -170,7 +170,7 @@ def nearest(captions: Sequence[Caption], *, start: float, end: float, count: int
 
 
 def windows_of(start: float, end: float, params: PreprocessParams) -> list[Window]:
-    """Cut a span in windows of clip_seconds; a rest shorter than min_clip_seconds is left out."""
+    """Cut a span in windows of clip_seconds; a remainder below min_clip_seconds is left out."""
     length = params.clip_seconds
     whole = int((end - start) / length + 1e-6)
     windows = [(start + k * length, start + (k + 1) * length) for k in range(whole)]

@@ -40,7 +40,7 @@ class Storage:
 
     @classmethod
     def of(cls, params: PreprocessParams) -> Self:
-        """As the settings want it."""
+        """From the settings."""
         return cls(params.fps, params.audio_hz, params.video_storage, params.audio_storage)
 
     def video_names(self, key: str, num_members: int) -> list[str]:

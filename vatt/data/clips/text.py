@@ -92,7 +92,7 @@ UNKNOWN_SHOWN = "…"
 _ID = re.compile(r"[0-9]{1,7}")
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _NO_MARKS = str.maketrans("", "", string.punctuation)
-# Sounds in brackets, speakers, addresses, notes: what nobody says.
+# Sounds in brackets, speakers, addresses, notes: text that is not spoken.
 _UNSAID = re.compile(
     r"(?:^|>>+)\s*[A-Z][A-Z .]{1,20}:|>>+|\[[^\]]*\]|\([^)]*\)|<[^>]*>|https?://\S+|[♪♫]+"
 )
@@ -223,7 +223,7 @@ def write_vocabulary(path: Path, counts: Counter[str], *, size: int) -> int:
 
 
 def copy_vocabulary(source: Path, path: Path, *, size: int) -> None:
-    """Take a vocabulary made elsewhere; of a plain list the first words, as many as fit."""
+    """Copy an existing vocabulary; of a plain list, as many of the first words as fit."""
     needed = len(Vocabulary.load(source))
     lines = _lines(source)
     if needed > size:
@@ -256,7 +256,7 @@ def _is_stop_word(word: str, without: frozenset[str]) -> bool:
 
 
 def read_stop_words(path: Path | None) -> frozenset[str]:
-    """One word a line; None: none."""
+    """The words of a file, one a line; no words without a file."""
     if path is None:
         return frozenset()
     try:

@@ -1,4 +1,4 @@
-"""Manifest -> media. The journal beside the media holds every fact; the ledger its last words."""
+"""Manifest -> media. A journal next to the media has every event; the ledger, the last states."""
 
 import logging
 import math

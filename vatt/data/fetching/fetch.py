@@ -235,7 +235,7 @@ def _is_direct(address: str) -> bool:
 
 
 def part_name(name: str, address: str) -> str:
-    """What a file is called until it is whole: two mirrors may hold different bytes."""
+    """The name of a file until it is complete: two mirrors may have different bytes."""
     parts = urlsplit(address)
     place = f"{parts.hostname}{parts.path}?{parts.query}"  # a port may change from run to run
     return f"{name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"

@@ -1,4 +1,4 @@
-"""What hosts say: how fast they may be asked, and what their refusals mean."""
+"""Rules for hosts: how often to contact them, and what their refusals mean."""
 
 import fcntl
 import hashlib
@@ -40,7 +40,7 @@ class Hosts:
             os.close(place)
 
     def delay(self, host: str, seconds: float) -> None:
-        """Let nobody ask the host for so long."""
+        """Keep every process from contacting the host for this time."""
         name = hashlib.sha256(host.encode()).hexdigest()[:16]
         self._until_next(name, pause=0.0, delay=min(seconds, LONGEST))
 
@@ -101,7 +101,7 @@ class Refusal:
 
 
 def explain(error: Exception) -> Refusal:
-    """What an error of yt-dlp means; a full disk is no clip's fault."""
+    """What an error of yt-dlp means; a full disk is not the fault of a clip."""
     said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).removeprefix("ERROR: ")
     reason = redact(" ".join(said.split()))[:200]
     if "No space left on device" in said or "Errno 122" in said:
@@ -130,7 +130,7 @@ def _asked_to_wait(cause: BaseException) -> float:
 
 
 def _status_in(said: str) -> int | None:
-    """The status in the words that are all yt-dlp's file downloader gives."""
+    """The status in a message: yt-dlp's file downloader gives nothing else."""
     found = re.search(r"(?:HTTP [Ee]rror|Server returned) (\d{3})", said)
     return int(found[1]) if found else None
 

@@ -1,4 +1,4 @@
-"""Sample -> sample, pure: what is drawn comes from the generator that is given.
+"""Sample -> sample, pure: random numbers come from the generator that is passed in.
 
 B clips, T H W C frames, height, width, channels. Colour follows the released code: brightness is
 added, saturation and hue work in HSV, contrast about the mean of a frame's channel.

@@ -449,7 +449,7 @@ class SampleCache:
         self._reader.close()
 
     def _sample(self, row: IndexRow) -> DecodedSample | None:
-        """A decoded sample; None if a part is broken: the reader shows whatever part is not."""
+        """A decoded sample; None if a part is broken: then the reader reads the other parts."""
         if row.key not in self._samples:
             if row.key not in self._pending:
                 self.decode([row])

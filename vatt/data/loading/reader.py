@@ -1,7 +1,7 @@
 """Shards -> decoded samples: the captions, frames and sound of a sample by its row in the index.
 
 Shards that are not next to their index are fetched by range and kept in a cache. Damage in a stored
-sample is a BrokenSampleError, whatever the decoder makes of it. T H W C: frames, height, width,
+sample is a BrokenSampleError, whatever the decoder raises. T H W C: frames, height, width,
 channels; S audio samples.
 """
 
@@ -49,7 +49,7 @@ RANGE_BYTES = 16 * 2**20  # of one request: a broken connection costs no more th
 ATTEMPTS = 6
 PAUSE_SECONDS = 0.5  # before the second attempt; doubled each time
 
-# What decoding damaged bytes may raise, besides our own BrokenMediaError.
+# What decoding damaged bytes may raise, in addition to our own BrokenMediaError.
 DAMAGE = (
     BrokenMediaError,
     av.FFmpegError,

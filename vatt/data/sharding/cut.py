@@ -1,4 +1,4 @@
-"""One source in, its clips out: one decode of a source gives all of them.
+"""One source in, its clips out: a source is decoded once for all of them.
 
 Every window gets frames at a constant rate and mono sound from the same instant, by the clock of
 `vatt.data.clips.media`. The same input gives the same bytes.
@@ -6,7 +6,7 @@ Every window gets frames at a constant rate and mono sound from the same instant
 There are two ways. The ffmpeg program cuts ordinary files. It loses the clock where time stamps or
 the form of picture or sound change, and after a seek into a picture that stays for seconds: such
 files are decoded packet by packet in a process of its own (`python -m vatt.data.sharding.cut`), and
-ffmpeg only encodes. So is a window of an ordinary file that is not what was planned.
+ffmpeg only encodes. So is a window of an ordinary file that differs from the plan.
 """
 
 import io
@@ -285,7 +285,7 @@ def _pictures(
                 "scale",
                 w=f"2*round(min(iw*sar/({short}),{MAX_ASPECT * side})/2)",
                 h=f"2*round(min(ih/({short}),{MAX_ASPECT * side})/2)",
-                # One matrix whatever the source says: a JPEG cannot say, and readers do not ask.
+                # Always this matrix: a JPEG does not name one, and readers assume this.
                 out_color_matrix="bt601",
                 out_range="full" if params.video_storage == "jpeg" else "limited",
             )
@@ -398,7 +398,7 @@ def _frames(window: Window, params: PreprocessParams) -> int:
 
 # --- the exact way --------------------------------------------------------------------------------
 
-SOUND_GRID = 60.0  # seconds; sound is decoded from such places on, whatever windows are wanted
+SOUND_GRID = 60.0  # seconds; sound is decoded from multiples of this, for any windows
 WARM_UP = 1.0  # seconds that a decoder of sound is given before them
 IN_STEP = 0.05  # seconds; sound whose stamps are nearer to its samples' count follows the count
 STALE = 0.5  # seconds that a picture may stand in for the next ones, which cannot be decoded

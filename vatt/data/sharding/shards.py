@@ -1,8 +1,8 @@
 """Media -> tar shards. Shard by shard: a finished one is kept, an unfinished one is done again.
 
-The plan (which samples stand in which shard) is a pure function of the manifest, the download
+The plan (which samples are in which shard) is a pure function of the manifest, the download
 ledger, the settings and the seed. A shard is finished when its part file (index rows and ledger
-entries) stands beside it and names the same plan.
+entries) is next to it and has the same plan.
 """
 
 import json

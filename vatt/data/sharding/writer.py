@@ -1,4 +1,4 @@
-"""Clips -> shards: which samples lie in which shard, and writing one of them.
+"""Clips -> shards: the plan of which samples are in which shard, and writing a shard.
 
 The plan is a pure function of manifest, ledger, settings and seed.
 """
@@ -134,12 +134,12 @@ PARTS = "parts"  # folder of the part files
 WINDOWS_A_CALL = 32  # outputs of one ffmpeg call
 SOURCES_A_CALL = 16  # starting ffmpeg costs more than a second of small video
 SECONDS_A_CALL = 64.0  # of sources that share a call
-NEIGHBOURS = 32  # captions kept with a sample beside those within it
+NEIGHBOURS = 32  # captions kept with a sample in addition to those within it
 
 
 @dataclass(frozen=True, slots=True)
 class WriterSettings:
-    """What a worker needs beside its shard."""
+    """What a worker needs in addition to its shard."""
 
     params: PreprocessParams
     require: tuple[str, ...]
@@ -206,7 +206,7 @@ class Tally:
 
 
 def write_shard(shard: Shard, setting: WriterSettings) -> dict[str, Any]:
-    """Write a shard and, when it stands, its part file; returns what that holds."""
+    """Write a shard and then its part file; returns the content of the part file."""
     setting = setting.here()
     path = setting.folder / shard.name
     tallies = [Tally() for _ in shard.jobs]
@@ -287,7 +287,7 @@ def _is_in_pause(window: Window, media: Media) -> bool:
 def _add(
     call: Call, tallies: Sequence[Tally], shard: Shard, setting: WriterSettings, writer: ShardWriter
 ) -> None:
-    """Cut what a call holds and write the samples that are whole."""
+    """Cut the windows of a call and write the complete samples."""
     params = setting.params
     items = [item for item, _ in call]
     results = cut(items, params, program=setting.program, work=setting.work)
@@ -396,7 +396,7 @@ def part_name(shard: str) -> str:
 
 
 def no_space(error: OSError, folder: Path) -> Exception:
-    """The error to raise for an OSError: a full disk is no bug of ours."""
+    """The error to raise for an OSError: a full disk is not our bug."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return error
     return MachineError(f"the disk of {folder} is full", hint="free some space, run it again")

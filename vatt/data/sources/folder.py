@@ -230,7 +230,7 @@ def _is_text(name: str) -> bool:
 def _of_one_kind(names: list[str], rule: str, ignored: Counter[str]) -> tuple[list[str], list[str]]:
     """Images or recordings, whichever are more, and a note if others are left out.
 
-    A .gif is the one or the other, as its neighbours are. Thumbnails of recordings do not count.
+    A .gif counts as what its neighbours are. Thumbnails of recordings do not count.
     """
     images = [name for name in names if _suffix(name) in IMAGES]
     gifs = [name for name in names if _suffix(name) == ".gif"]
@@ -356,7 +356,7 @@ def _are_splits(
     siblings: set[PurePosixPath],
     inside: Mapping[PurePosixPath, set[PurePosixPath]],
 ) -> bool:
-    """A class may be called train: one folder of that name that holds no folders, beside others."""
+    """A class may be called train: one folder of that name, without sub-folders, next to others."""
     alone = len(named) == len(siblings)
     return alone or len(set(named.values())) > 1 or any(child in inside for child in named)
 
@@ -377,9 +377,9 @@ def _held_out(
 
 
 def _drawn(digests: Mapping[str, str], test_share: float, val_share: float) -> dict[str, str]:
-    """About a share of the files to test and one to validate, not less, and at least one of each.
+    """Draw at least these shares of the files for test and val, and at least one file for each.
 
-    By content: copies stay together, and nearly every file stays on its side when others come.
+    By content: copies stay together, and nearly every file keeps its split when others are added.
     """
     groups: dict[str, list[str]] = {}
     for name, digest in digests.items():
@@ -396,7 +396,7 @@ def _drawn(digests: Mapping[str, str], test_share: float, val_share: float) -> d
 
 
 def _first(marks: list[str], share: float) -> int:
-    """How many of the sorted marks are a share of them; of two or more, at least one."""
+    """How many of the sorted marks make up a share; at least one, if there are two or more."""
     if share == 0 or len(marks) < 2:
         return 0
     return max(int(share * len(marks)), 1, sum(int(m[:12], 16) < share * 16**12 for m in marks))
@@ -455,7 +455,7 @@ def _clip(name: str, read: Subtitles, split: str, layout: Layout) -> Clip:
 
 
 def _captions(folder: Path, name: str, beside: Sequence[str]) -> Subtitles:
-    """From the files beside a video, else from a track inside it."""
+    """From the files next to a video, else from a track inside it."""
     dropped = 0
     for text in beside:
         read = read_subtitles(folder / text)

@@ -2,10 +2,10 @@
 
 Files: LOC_synset_mapping.txt (names too) or imagenet_synsets.txt; for a flat val folder one of
 LOC_val_solution.csv, imagenet_2012_validation_synset_labels.txt, or
-ILSVRC2012_validation_ground_truth.txt with the devkit's meta.mat; for several right answers an
-image (label `real`), imagenet_real_labels.json. The images lie in train/<synset>/ and val/ (flat or
-in <synset>/) of data.location, or as Kaggle's and the original archives name these folders. Val is
-what is tested on: the test labels are not public.
+ILSVRC2012_validation_ground_truth.txt with the devkit's meta.mat; imagenet_real_labels.json, if
+there, gives several correct labels for an image (label `real`). The images are in train/<synset>/
+and val/ (flat or in <synset>/) of data.location, or in folders as Kaggle's or the original
+archives name them. The val split is used for testing: the test labels are not public.
 """
 
 import re
@@ -129,7 +129,7 @@ def _number(name: str, path: Path, line: int) -> int:
 
 
 def _folder(location: Path, split: str) -> Path | None:
-    """The folder of a split, in whatever letters its name is written."""
+    """The folder of a split, with its name in lower or upper case."""
     places = (
         path
         for base in BASES

@@ -3,7 +3,7 @@
 Files, under their official names: youcook2: validation_youcook.csv, the clips that MIL-NCE and VATT
 are tested on; msrvtt: MSRVTT_JSFUSION_test.csv (or msrvtt_test.csv, the same) and, for training,
 MSRVTT_train.9k.csv with the json of its sentences: any *videodatainfo*.json, or MSRVTT_data.json as
-it is handed on with CLIP4Clip (each also as .json.gz).
+distributed with CLIP4Clip (each also as .json.gz).
 """
 
 import gzip

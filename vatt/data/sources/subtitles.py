@@ -382,7 +382,7 @@ def embedded_captions(path: Path) -> Subtitles:
     dropped = 0
     try:
         with open_media(path) as container:
-            # A track of a kind that nobody knows has no codec at all.
+            # A track of an unknown kind has no codec at all.
             tracks = [
                 track
                 for track in container.streams.subtitles
@@ -538,7 +538,7 @@ def match_subtitles(
 ) -> SubtitleMatch:
     """talk.srt belongs to talk.mp4, and so do talk.es-419.vtt, talk.en.forced.srt, talk.mp4.srt.
 
-    The longest name wins: `Vol. 2.srt` is that of `Vol. 2.mp4`, whatever else is there.
+    The longest name wins: `Vol. 2.srt` belongs to `Vol. 2.mp4` in any case.
     """
     exact: dict[str, list[str]] = {}
     folded: dict[str, list[str]] = {}
@@ -614,7 +614,7 @@ def _language(tag: str) -> str | None:
 
 
 def _rank(tags: Sequence[str], languages: Sequence[str]) -> Rank:
-    """How far back a file stands among several: what is said in the wanted language comes first."""
+    """The order of a file among several: a wanted language comes first."""
     spoken = [tag for tag in tags if _language(tag) is not None][-1:]
     wanted = [language.lower() for language in languages]
     places = [

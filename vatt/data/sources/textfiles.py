@@ -310,7 +310,7 @@ def read_rows(
     delimiter: str = ",",
     begins_row: Callable[[str], bool] | None = None,
 ) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a csv file; a bad one is added to `faults`, and never takes others with it.
+    """The rows of a csv file; a bad one is added to `faults`, and never affects others.
 
     A field in quotes may go on in the following lines if `begins_row` says
     that these are not rows: otherwise a forgotten quote would swallow all lines up to the next one.

@@ -203,7 +203,7 @@ def _url(row: dict[str, str], home: Path, data: DataParams) -> str:
 
 
 def _path_url(name: str, home: Path, data: DataParams) -> str:
-    """A file by its path, which counts from the list's folder; others only where that is set."""
+    """A file by its path, relative to the list's folder; outside it only if the settings allow."""
     path = Path(os.path.normpath(home.absolute() / name))
     base = next((b for b in (home.absolute(), home.resolve()) if path.is_relative_to(b)), None)
     outside = base is None or bool(PureWindowsPath(name).drive)
