@@ -107,7 +107,7 @@ def _copy(
 
 
 def _headers(stream: dict[str, Any]) -> dict[str, str]:
-    """What a stream is asked with; what proves who asks goes only where yt-dlp sends it."""
+    """The headers for a stream, without credentials: only yt-dlp sends those, to their own site."""
     headers = stream.get("http_headers") or {}
     return {k: v for k, v in headers.items() if k.lower() not in ("cookie", "authorization")}
 
