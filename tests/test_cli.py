@@ -6,14 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 
 from tests.evaluation.test_comparison import write as write_evaluation
 from tests.test_architecture import ROOT
 from tests.test_dvc import processes, wait_until
+from vattctl.cli import cli
 
 
 @pytest.fixture
@@ -46,6 +49,19 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "heavy: []" in done.stdout
     assert "pretrain" in done.stdout
+
+
+def _commands(command: click.Command, *words: str) -> Iterator[tuple[str, ...]]:
+    yield words
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from _commands(inner, *words, name)
+
+
+def test_help_of_every_command_works_outside_a_project(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in _commands(cli):
+        cli.main(args=[*words, "--help"], prog_name="vattctl", standalone_mode=False)
+        assert f"Usage: {' '.join(('vattctl', *words))} " in capsys.readouterr().out
 
 
 def test_set_keeps_comments_and_prints_the_change(project: Path) -> None:

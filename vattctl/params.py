@@ -235,21 +235,26 @@ def use_preset(name: str) -> list[str]:
 
 
 @click.group()
-@click.pass_context
-def config(context: click.Context) -> None:
+def config() -> None:
     """Show, check or replace the settings in params.yaml."""
-    enter_project(context)
 
 
 @config.command("show")
 @click.argument("key", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def show(key: str | None, as_json: bool) -> None:
-    """Print the settings, or those under KEY (e.g. pretrain.optimizer)."""
+@click.pass_context
+def show(context: click.Context, key: str | None, as_json: bool) -> None:
+    """Print all settings, or those under KEY.
+
+    \b
+    Example:
+      vattctl config show pretrain.optimizer
+    """
     import yaml
 
     from vatt.config import load_params
 
+    enter_project(context)
     value: Any = load_params().model_dump(mode="json")
     for part in key.split(".") if key else ():
         if not isinstance(value, dict) or part not in value:
@@ -267,8 +272,15 @@ def show(key: str | None, as_json: bool) -> None:
 
 @config.command("use")
 @click.argument("preset")
-def use(preset: str) -> None:
-    """Replace params.yaml by a preset: demo, one-gpu or paper."""
+@click.pass_context
+def use(context: click.Context, preset: str) -> None:
+    """Replace params.yaml by a preset: demo, one-gpu or paper.
+
+    \b
+    Example:
+      vattctl config use one-gpu
+    """
+    enter_project(context)
     for line in use_preset(preset):
         click.echo(line)
     click.echo("next: vattctl repro")
@@ -277,10 +289,18 @@ def use(preset: str) -> None:
 @config.command("validate")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def validate(file: Path | None, as_json: bool) -> None:
-    """Check params.yaml (or FILE) against the schema; exit 2 when something is wrong."""
+@click.pass_context
+def validate(context: click.Context, file: Path | None, as_json: bool) -> None:
+    """Check params.yaml, or FILE; name what is wrong and exit with 2.
+
+    \b
+    Examples:
+      vattctl config validate
+      vattctl config validate presets/paper.yaml
+    """
     from vatt.config import load_params
 
+    enter_project(context)
     load_params(file or PARAMS)
     if as_json:
         click.echo(json.dumps({"version": 1, "file": str(file or PARAMS), "valid": True}))

@@ -54,7 +54,7 @@ def table(
     """Run what a table of the paper needs, each run an experiment in a folder of its own.
 
     On the demo corpus the tables are scaled down; with the paper's settings, on the data sets
-    that lie in sets/ (`vattctl finetune SET --data DIR`). A run that several tables need is run
+    in sets/ (`vattctl finetune SET --data DIR` makes them). A run that several tables need is run
     once; a killed one continues. The report shows the results next to the published numbers.
     """
     from vatt.config import load_params
