@@ -30,7 +30,7 @@ TRACEBACK = FOLDER / "traceback.txt"
 SETTINGS_LOCK = FOLDER / "settings.lock"  # shared by what reads params.yaml while it runs
 DEBUG_VARIABLE = "VATTCTL_DEBUG"  # set by `vattctl --debug`
 VERBOSE_VARIABLE = "VATTCTL_VERBOSE"  # set by `vattctl --verbose`
-DVC_VARIABLE = "VATTCTL_DVC"  # the DVC process that vattctl started, as `myself` names it
+DVC_VARIABLE = "VATTCTL_DVC"  # the id of the DVC process that vattctl started
 LAUNCHED_VARIABLE = "VATT_LAUNCHED"  # set by vatt.training.distributed for the processes it starts
 
 BUG = 101
@@ -85,26 +85,36 @@ def _ignore_signals() -> None:
 
 def _stop_without_dvc() -> None:
     """Stop as on SIGTERM once the DVC that started this stage has died."""
-    name = os.environ.get(DVC_VARIABLE) or _dvc_above()
-    if name is None:  # started by hand
+    if DVC_VARIABLE not in os.environ and "DVC_STAGE" not in os.environ:  # DVC sets this one
+        return
+    starter = _dvc_above()
+    if starter is None and DVC_VARIABLE not in os.environ:  # started by a program that uses DVC
         return
 
     def watch() -> None:
-        while not is_dead(name):
+        while starter is not None and not has_ended(starter):
             time.sleep(WATCH_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="watch DVC", daemon=True).start()
 
 
-def _dvc_above() -> str | None:
-    """The DVC that runs this stage; not the parent, where a shell stands between them."""
-    if "DVC_STAGE" not in os.environ:  # DVC sets it
-        return None
+def _dvc_above() -> psutil.Process | None:
+    """The DVC that runs this stage; its child may be a shell, and this a child of the shell."""
+    known = os.environ.get(DVC_VARIABLE)
     for process in psutil.Process().parents():
-        if any(Path(word).name == "dvc" for word in process.cmdline()[:3]):
-            return name_of(process)
+        words = process.cmdline()[:3]
+        if str(process.pid) == known or any(Path(word).name == "dvc" for word in words):
+            return process
     return None
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """True for a zombie too; no change of the clock can make it true."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def is_first_process() -> bool:
@@ -223,11 +233,7 @@ CLOCK_SECONDS = 2.0  # a start time is derived from the boot time, which may be 
 
 def myself() -> str:
     """A name for this process that no other process ever has."""
-    return name_of(psutil.Process())
-
-
-def name_of(process: psutil.Process) -> str:
-    """A process's host, id and start."""
+    process = psutil.Process()
     return json.dumps([socket.gethostname(), process.pid, round(process.create_time(), 2)])
 
 

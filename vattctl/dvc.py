@@ -36,14 +36,13 @@ from vatt.process import (
     INTERRUPTED,
     OUTCOME,
     SETTINGS_LOCK,
-    is_dead,
-    myself,
+    has_ended,
     read_outcome,
 )
 
 STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate", "report")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-VATTCTL_VARIABLE = "VATTCTL_PROCESS"  # who started DVC, as `myself` names a process
+VATTCTL_VARIABLE = "VATTCTL_PROCESS"  # the id of the process that started DVC
 WATCH_SECONDS, LOOK_SECONDS, PATIENCE_SECONDS, LOCK_SECONDS = 1.0, 0.2, 5.0, 3.0
 CONFIG_ERROR, DVC_INTERRUPTED, DVC_FAILED = 251, 252, 255  # DVC's exit codes
 FINAL_INTERRUPT = 3  # this many Ctrl-C do not wait for the stage
@@ -95,7 +94,7 @@ def _wait_for(arguments: list[str]) -> int:
         **os.environ,
         "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}",
         "DVC_NO_ANALYTICS": "1",
-        VATTCTL_VARIABLE: myself(),
+        VATTCTL_VARIABLE: str(os.getpid()),
     }
     process: subprocess.Popen[bytes] | None = None
     signals: list[int] = []
@@ -263,7 +262,8 @@ def _was_alive(pid: int, moment: float) -> bool:
     import psutil
 
     try:
-        return psutil.Process(pid).create_time() <= moment + CLOCK_SECONDS
+        process = psutil.Process(pid)
+        return not has_ended(process) and process.create_time() <= moment + CLOCK_SECONDS
     except psutil.NoSuchProcess:
         return False
 
@@ -393,14 +393,14 @@ class Watch(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.signum: int | None = None  # the one that stops
-        self.vattctl = os.environ.get(VATTCTL_VARIABLE)
+        self.vattctl = int(os.environ[VATTCTL_VARIABLE])
 
     def run(self) -> None:
         while True:
             found = signal.sigtimedwait(SIGNALS, WATCH_SECONDS)
             if found is not None:
                 self.stop(found.si_signo)
-            elif self.vattctl is not None and is_dead(self.vattctl):
+            elif os.getppid() != self.vattctl:  # another process has adopted this one
                 self.stop(signal.SIGTERM)
 
     def stop(self, signum: int) -> None:
@@ -452,7 +452,7 @@ def _run_watched(arguments: list[str]) -> int:
     """DVC's command line in this process, under watch."""
     # Blocked, the signals wait for the watch; a stage unblocks them when it is ready for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    os.environ[DVC_VARIABLE] = myself()
+    os.environ[DVC_VARIABLE] = str(os.getpid())
     watch = Watch()
     watch.start()
     from dvc.cli import main  # type: ignore[import-untyped]  # noqa: TID251 - its own process
