@@ -76,7 +76,7 @@ def engine(rounds: int) -> None:
 
 
 def timed(batches: Iterator[Batch], times: list[float]) -> Iterator[Batch]:
-    """The batches, with the time at which each was asked for."""
+    """The batches, with the time at which each was requested."""
     for batch in batches:
         times.append(time.perf_counter())
         yield batch

@@ -128,7 +128,7 @@ def test_every_path_a_stage_uses_is_declared(stage: str) -> None:
     settings = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["paths"]
     declared = [Path(place) for name, place in settings.items() if f"${{paths.{name}}}" in text]
     _, used = sections_read(stage)
-    # run ids and timings are nobody's dependency; the media folder is no output, by design
+    # nothing depends on run ids and timings; the media folder is not an output, by design
     missing = {
         name
         for name in used - {"runs", "media"}

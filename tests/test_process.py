@@ -1,4 +1,4 @@
-"""A stage's end: code, one message, no traceback unless asked for."""
+"""A stage's end: code, one message, no traceback without --debug."""
 
 import json
 import os

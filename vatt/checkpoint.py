@@ -74,7 +74,7 @@ def save(
     extra: dict[str, Any] | None = None,
     vocabulary: Path | None = None,
 ) -> None:
-    """Write the folder, all of it or nothing; `extra` is added to config.json.
+    """Write the complete folder or nothing; `extra` is added to config.json.
 
     For a classifier `extra` holds {"classifier": {"modality": ..., "classes": [...]}}.
     """

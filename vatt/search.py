@@ -229,7 +229,7 @@ def search(embedder: Embedder, index: Path, query: str, *, count: int) -> list[H
 def write_index(
     out: Path, moments: Sequence[Moment], vectors: Sequence[Vectors], facts: dict[str, Any]
 ) -> None:
-    """Write an index, all of it or nothing: vectors, their moments, and what they were made from."""
+    """Write a complete index or nothing: vectors, their moments, and what they were made from."""
     import faiss
 
     index = faiss.IndexFlatIP(len(vectors[0]))

@@ -191,7 +191,7 @@ kill -KILL "-$1"
 
 
 def serve(command: list[str]) -> int:
-    """Run a server until it ends or vattctl does; none of its processes outlives vattctl."""
+    """Run a server until it ends or vattctl does; its processes end with vattctl."""
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
     server = subprocess.Popen(command, env=environment, process_group=0)
     guard = subprocess.Popen(

@@ -163,7 +163,7 @@ def test_averaging_the_clips_of_a_video_equals_the_reference(name):
 
 
 class Shown(torch.nn.Module):
-    """A classifier that is shown given clips: the reference's are no stored bytes."""
+    """A classifier that gets given clips: those of the reference are not stored bytes."""
 
     def __init__(self, model, views):
         super().__init__()

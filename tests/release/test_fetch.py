@@ -21,7 +21,7 @@ DATA = "ckpt-9.data-00000-of-00001"
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder; `requests` holds (name, first byte asked for) of every GET."""
+    """Serves a folder; `requests` holds (name, first requested byte) of every GET."""
 
     daemon_threads = True
 
@@ -104,7 +104,7 @@ def test_index_and_shards_come_over_in_ranges(server: Server, tmp_path: Path) ->
     assert [done for done, of in seen if of == size] == [64_000, 128_000, 192_000, size]
     before = len(server.requests)
     fetch_checkpoint(f"{server.url}/ckpt-9.index", tmp_path / "here")
-    assert len(server.requests) == before  # all there, nothing is asked for again
+    assert len(server.requests) == before  # all there: nothing is requested again
 
 
 def test_a_broken_download_goes_on_where_it_ended(server: Server, tmp_path: Path) -> None:

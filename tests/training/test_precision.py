@@ -1,4 +1,4 @@
-"""An engine proves in its first step that it computes in the precision that was asked for."""
+"""An engine proves in its first step that it computes in the precision of the settings."""
 
 import pytest
 import torch

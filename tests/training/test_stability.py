@@ -1,4 +1,4 @@
-"""Numbers that are none stop a training; jumps of the loss are pointed at."""
+"""A value that is not finite stops a training; jumps of the loss are reported."""
 
 import json
 import random

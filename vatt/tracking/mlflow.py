@@ -266,7 +266,7 @@ def _parent(client: Any, experiment: str, params: Params) -> str:
     tags = {PIPELINE_TAG: pipeline, **_git_tags()}
     name = f"{Path.cwd().name} {pipeline[:8]}"  # a stage runs in the folder of its project
     made = client.create_run(experiment, run_name=name, tags=tags)
-    client.set_terminated(made.info.run_id)  # a group is no process that could die
+    client.set_terminated(made.info.run_id)  # a group has no process that could die
     return made.info.run_id
 
 

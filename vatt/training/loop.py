@@ -327,7 +327,7 @@ WINDOW = 64  # losses that say what is usual
 ENOUGH = 16  # fewer say nothing
 TIMES = 8.0  # typical deviations above the median that make a spike
 SIGMA = 1.4826  # standard deviation of a normal distribution / median absolute deviation
-LEAST_SHARE = 0.02  # of the median: the noise of a flat curve is no spike
+LEAST_SHARE = 0.02  # of the median: the noise of a flat curve is not a spike
 
 
 def check_finite(

@@ -52,7 +52,7 @@ def test_every_file_is_accounted_for(folder):
     assert "cannot be used: empty.webm: empty file" in found.describe()
     files = [path for path in folder.rglob("*") if path.is_file()]
     subtitles = 2
-    # the folder that is named like a video is no file
+    # the folder that is named like a video is not a file
     assert len(files) == counts["videos"] + subtitles + sum(counts["ignored"].values()) - 1
 
 

@@ -54,7 +54,7 @@ class Storage:
         return f"{key}.{_EXTENSIONS[self.audio]}"
 
 
-FrameStream = Iterator[tuple[int, np.ndarray]]  # a place among what was asked for, and its frame
+FrameStream = Iterator[tuple[int, np.ndarray]]  # the place of a request, and its frame
 
 
 def whole(shown: FrameStream, count: int) -> np.ndarray:

@@ -134,7 +134,7 @@ class _Work:
     room: float  # bytes that may still come
     hashes: ContentHashes
     stamps: dict[str, tuple[Path, Stamp | None]] = field(default_factory=dict)  # before reading
-    out: dict[str, list[str]] = field(default_factory=dict)  # clips by the file asked for
+    out: dict[str, list[str]] = field(default_factory=dict)  # clips by the requested file
     done: int = 0
     total: int = 0  # clips, settled ones too
     lost_by_host: Counter[str] = field(default_factory=Counter)

@@ -51,7 +51,7 @@ class Batch:
     text: Tensor  # (B, K, L) int64, 0 pads
     has_video: Tensor  # (B,) bool
     has_audio: Tensor  # (B,) bool
-    labels: dict[str, list[str]]  # "" where a clip has none of that name
+    labels: dict[str, list[str]]  # "" where a clip has no label of that name
     colour: Tensor | None = None  # (B, 4) brightness, contrast, saturation, hue; None: unchanged
 
     def to(self, device: torch.device | str) -> Self:
@@ -288,7 +288,7 @@ def labels_of(shards: Path, label: str) -> set[str]:
 
 
 def balanced(keys: Sequence[str], labels: Sequence[str], count: int | None) -> list[int]:
-    """Places of `count` labelled samples, as many of each class, chosen by the hash of their keys.
+    """Places of `count` labelled samples, equally many of each class, chosen by their keys' hash.
 
     None takes all; a sample whose label is "" is never taken.
     """

@@ -362,7 +362,7 @@ def _hann(width: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _filters(hz: int, width: int, bins: int) -> np.ndarray:  # -> (F, bins)
-    """Triangles of equal width on the mel scale; none of them covers frequency 0."""
+    """Triangles of equal width on the mel scale; frequency 0 is in no triangle."""
     edges = np.linspace(_mel(LOWEST_HZ), _mel(min(HIGHEST_HZ, hz / 2)), bins + 2)
     low, centre, high = edges[:-2], edges[1:-1], edges[2:]
     place = _mel(np.fft.rfftfreq(width, 1 / hz))[:, None]

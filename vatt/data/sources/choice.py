@@ -179,7 +179,7 @@ def placed(clips: Iterable[Clip], location: Path) -> Iterator[Clip]:
     A file of an archive lies under its name, in any sub-folder. A video's file is <id>.mp4, or a
     part of it: <id>_<from>_<to>.mp4 or <id>_<from>.mp4, in whole seconds of six digits, as Kinetics
     and VGGSound are distributed; Y<id>.wav, as AudioSet is; any ending of media will do. A file
-    <id>.mp4 that is no longer than the span is the part too.
+    <id>.mp4 that is not longer than the span is the part, too.
     """
     place = _Location(location)
     for clip in clips:
