@@ -1,12 +1,16 @@
 """Errors a user can fix: what is wrong, the thing by name, what to do next."""
 
 import errno
+import logging
 import re
+from typing import Any
 
 HIDDEN = "***"
 # user:password@ before a host; the second form is a password with a slash, but not host:port/path
-_USER = re.compile(r"(?<=://)(?:[^/\s?#@]*(?:@[^/\s?#@]*)*@|[^/\s@:]*:(?!\d+(?:/|$))[^\s@]*@)")
-_QUERY = re.compile(r"([?&;][^\s=&;?#]*=)([^\s&;#'\"]+)")
+_USER = re.compile(
+    r"(?<=://)(?:[^/\s?#\x22\x27]*@|[^/\s@:\x22\x27]*:(?!\d+(?:/|$))[^\s@\x22\x27]*@)"
+)
+_QUERY = re.compile(r"([?&;][^\s=&;?#]*=)([^\s&;#\x22\x27]+)")
 _SECRET = re.compile(
     r"token|key|sig|secret|pass|pwd|pw=|auth|cred|session|jwt|access|policy|code|x-amz",
     re.IGNORECASE,
@@ -25,6 +29,25 @@ def redact(text: str, *, every_query: bool = False) -> str:
         lambda found: found[1] + HIDDEN if every_query or _SECRET.search(found[1]) else found[0],
         text,
     )
+
+
+def redact_logs() -> None:
+    """Redact every log line of this process, whichever library writes it."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "redacts", False):
+        return
+
+    def make_redacted(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        try:
+            said = record.getMessage()
+        except (TypeError, ValueError):  # logging reports it where it is written
+            return record
+        record.msg, record.args = redact(said), ()
+        return record
+
+    make_redacted.redacts = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(make_redacted)
 
 
 class VattError(Exception):

@@ -21,7 +21,7 @@ from types import FrameType
 
 import psutil
 
-from vatt.errors import Stopped, VattError, machine_error
+from vatt.errors import Stopped, VattError, machine_error, redact, redact_logs
 from vatt.files import atomic_write, lock
 
 FOLDER = Path(".vattctl")  # in the project's root; locks, the last outcome, the last traceback
@@ -46,6 +46,7 @@ def run_stage(stage: str, main: Callable[[], None]) -> None:
 
 def _run(stage: str, main: Callable[[], None]) -> int:
     level = logging.INFO if os.environ.get(VERBOSE_VARIABLE) else logging.WARNING
+    redact_logs()
     logging.basicConfig(level=level, format="%(message)s")
     for number in STOPS:  # training replaces these by its own
         signal.signal(number, stop)
@@ -152,13 +153,13 @@ def _stop_under(error: BaseException) -> BaseException | None:
 
 
 def _leave_bug(stage: str, error: BaseException) -> int:
-    text = "".join(traceback.format_exception(error))
+    text = redact("".join(traceback.format_exception(error)))
     if os.environ.get(DEBUG_VARIABLE):
         sys.stderr.write(text)
     else:
         with contextlib.suppress(OSError), atomic_write(TRACEBACK) as path:
             path.write_text(text, encoding="utf-8")
-    summary = traceback.format_exception_only(error)[-1].strip()
+    summary = redact(traceback.format_exception_only(error)[-1].strip())
     return _leave(
         stage,
         BUG,

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from vatt import __version__
-from vatt.errors import SettingsError, VattError, machine_error
+from vatt.errors import SettingsError, VattError, machine_error, redact, redact_logs
 from vatt.process import BUG, INTERRUPTED, stop
 from vattctl import data, models, params, pipeline, planning, runs, tables
 
@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, stop)
+    redact_logs()
     try:
         result: Any = cli.main(args=argv, prog_name="vattctl", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -114,7 +115,7 @@ def _run(argv: list[str]) -> int:
         if "--debug" in argv:
             raise
         click.echo(
-            f"a bug in vattctl: {type(error).__name__}: {error}\n"
+            f"a bug in vattctl: {type(error).__name__}: {redact(str(error))}\n"
             "  -> please report it; --debug shows the traceback",
             err=True,
         )

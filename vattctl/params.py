@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vatt.errors import SettingsError
+from vatt.errors import SettingsError, redact
 
 if TYPE_CHECKING:
     from vatt.config import Params
@@ -120,7 +121,7 @@ class Edit:
         """Change one more setting."""
         line = _set(self.document, keys, value)
         if line is not None:
-            self.lines.append(line)
+            self.lines.append(redact(line, every_query=True))
             self.__dict__.pop("params", None)
 
     def text(self) -> str:
@@ -265,9 +266,10 @@ def show(context: click.Context, key: str | None, as_json: bool) -> None:
             )
         value = value[part]
     if as_json:
-        click.echo(json.dumps({"version": 1, "key": key, "value": value}, indent=2))
+        shown = json.dumps({"version": 1, "key": key, "value": value}, indent=2)
     else:
-        click.echo(yaml.safe_dump(value, sort_keys=False).removesuffix("...\n").rstrip())
+        shown = yaml.safe_dump(value, sort_keys=False, width=math.inf)
+    click.echo(redact(shown, every_query=True).removesuffix("...\n").rstrip())
 
 
 @config.command("use")

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,9 +175,9 @@ def ui(context: click.Context, port: int) -> None:
     click.echo(f"http://127.0.0.1:{port}  (ready in some seconds; Ctrl-C ends it)")
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
-        *("--backend-store-uri", store, "--workers", "1"),
+        *("--workers", "1"),
     ]
-    code = serve(command)
+    code = serve(command, {"MLFLOW_BACKEND_STORE_URI": store})
     if code != 0:
         raise MachineError(f"the MLflow server ended with {code}", hint="its message is above")
 
@@ -190,9 +191,12 @@ kill -KILL "-$1"
 """
 
 
-def serve(command: list[str]) -> int:
-    """Run a server until it ends or vattctl does; its processes end with vattctl."""
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+def serve(command: list[str], variables: Mapping[str, str] | None = None) -> int:
+    """Run a server until it ends or vattctl does; its processes end with vattctl.
+
+    `variables` may hold a password, which must not be in the command line.
+    """
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", **(variables or {})}
     server = subprocess.Popen(command, env=environment, process_group=0)
     guard = subprocess.Popen(
         ["sh", "-c", GUARD, "sh", str(server.pid)],

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -264,3 +265,47 @@ def test_what_is_too_large_to_keep_is_named_by_its_place(project, tmp_path):
     assert client_of(project).get_run(run.run_id).data.tags["evaluation.path"] == str(folder)
     with pytest.raises(DataError, match="kept no evaluation"):
         mlflow.artifact_of(small, run.run_id, "evaluate", "evaluation")
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_copied_or_moved_project_keeps_its_artifacts_to_itself(
+    database, tmp_path, monkeypatch, moved
+):
+    first, second = tmp_path / "first", tmp_path / "second one"
+    params = with_machine(PARAMS, mlflow_uri="sqlite:///mlflow.db")
+
+    def log_artifact(folder, text):
+        monkeypatch.chdir(folder)
+        Path("kept").mkdir(exist_ok=True)
+        Path("kept", "note").write_text(text)
+        with mlflow.run("pretrain", params, stage_hash=text) as run:
+            run.artifact(Path("kept"))
+        return run.run_id
+
+    first.mkdir()
+    shutil.copy(database, first)
+    old = log_artifact(first, "old")
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    shutil.copytree(first, second)
+    if moved:
+        first.rename(tmp_path / "gone")
+    new = log_artifact(second, "new")
+    assert (mlflow.artifact_of(params, new, "pretrain", "kept") / "note").read_text() == "new"
+    assert (mlflow.artifact_of(params, old, "pretrain", "kept") / "note").read_text() == "old"
+    for run_id in (old, new):
+        assert client_of(params).get_run(run_id).info.artifact_uri.startswith(second.as_uri())
+    if moved:
+        assert not first.exists()
+    else:
+        assert before == {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+
+
+def test_artifacts_of_an_experiment_that_lies_elsewhere_stay_there(database, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(database, tmp_path)
+    params = with_machine(PARAMS, mlflow_uri="sqlite:///mlflow.db", experiment="own")
+    elsewhere = (tmp_path / "elsewhere").as_uri()
+    client_of(params).create_experiment("own", artifact_location=elsewhere)
+    with mlflow.run("pretrain", params, stage_hash="h") as run:
+        pass
+    assert client_of(params).get_run(run.run_id).info.artifact_uri.startswith(elsewhere)

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 from vatt.config import MachineParams
-from vatt.errors import MachineError
+from vatt.errors import MachineError, redact_logs
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -77,6 +77,7 @@ def _without_main() -> Iterator[None]:
 def _begin_worker() -> None:
     """Leave Ctrl-C to the parent, and end when it ends, even by SIGKILL."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    redact_logs()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -15,15 +15,18 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from vatt import process
 from vatt.config import MachineParams, Params, fingerprint
-from vatt.errors import DataError, MachineError, Stopped
+from vatt.errors import DataError, MachineError, Stopped, redact
 from vatt.tracking.records import MetricLog, MetricValue, Record
 from vatt.training import distributed
 from vatt.training.state import flatten
 
 SECRET = {"machine": {"proxy", "cookies", "mlflow_uri"}}  # may hold secrets
+ARTIFACTS = "mlartifacts"  # the folder beside the database
 PIPELINE_TAG, PROCESS_TAG = "vatt.pipeline", "vatt.process"
 CHUNK = 100  # params in one call, MLflow's limit
 
@@ -199,6 +202,7 @@ def _connect(machine: MachineParams) -> Any:
     try:
         with _one_at_a_time(uri):  # two that make the same new database spoil it
             _check_database(uri)
+            _keep_artifacts_beside(uri)
             client = MlflowClient(uri)
             _experiment(client, machine.experiment, machine)
     except (MlflowException, OSError, sqlite3.Error) as error:
@@ -212,10 +216,14 @@ def _experiment(client: Any, name: str, machine: MachineParams) -> str:
     known = client.get_experiment_by_name(name)
     if known is not None:
         return known.experiment_id
-    location = None
-    if (uri := store_uri(machine)).startswith("sqlite:///"):
-        location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name).as_uri()
+    uri = store_uri(machine)
+    location = _artifacts_of(uri, name) if uri.startswith("sqlite:///") else None
     return client.create_experiment(name, artifact_location=location)
+
+
+def _artifacts_of(uri: str, experiment: str) -> str:
+    """Where an experiment's artifacts are: beside the database."""
+    return (Path(uri.removeprefix("sqlite:///")).parent / ARTIFACTS / experiment).as_uri()
 
 
 def _create(client: Any, stage: str, params: Params, stage_hash: str, data_hash: str | None) -> str:
@@ -228,7 +236,10 @@ def _create(client: Any, stage: str, params: Params, stage_hash: str, data_hash:
     tags["mlflow.parentRunId"] = _parent(client, experiment, params)
     run_id: str = client.create_run(experiment, run_name=stage, tags=tags).info.run_id
     flat = flatten(params.model_dump(mode="json", exclude=SECRET))
-    entities = [Param(key, json.dumps(value)[:6000]) for key, value in flat.items()]
+    entities = [
+        Param(key, redact(json.dumps(value), every_query=True)[:6000])
+        for key, value in flat.items()
+    ]
     for start in range(0, len(entities), CHUNK):
         client.log_batch(run_id, params=entities[start : start + CHUNK])
     return run_id
@@ -298,6 +309,42 @@ def _check_database(uri: str) -> None:
     if uri.startswith("sqlite:///"):
         with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
             database.execute("PRAGMA schema_version")
+
+
+def _keep_artifacts_beside(uri: str) -> None:
+    """Where a project was copied or moved, lead its experiments to the artifacts that came along.
+
+    MLflow stores absolute places only: without this, a copy writes into the original.
+    """
+    if not uri.startswith("sqlite:///"):
+        return
+    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database, database:
+        if not database.execute("PRAGMA table_info(experiments)").fetchall():
+            return
+        known = database.execute("SELECT experiment_id, name, artifact_location FROM experiments")
+        for number, name, old in known.fetchall():
+            new = _artifacts_of(uri, name)
+            ours = f"/{ARTIFACTS}/{new.rpartition('/')[2]}"
+            if old == new or not str(old).endswith(ours) or _is_same_folder(old, new):
+                continue
+            database.execute(
+                "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?)"
+                " WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?",
+                (new, len(old) + 1, number, len(old) + 1, f"{old}/"),
+            )
+            database.execute(
+                "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?",
+                (new, number),
+            )
+
+
+def _is_same_folder(one: str, other: str) -> bool:
+    """Whether two addresses are one folder, as where two machines mount it differently."""
+    first, second = (Path(url2pathname(urlsplit(uri).path)) for uri in (one, other))
+    try:
+        return first.samefile(second)
+    except OSError:
+        return False
 
 
 def _git_tags() -> dict[str, str]:
