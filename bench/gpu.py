@@ -54,7 +54,7 @@ from vatt.training.telemetry import (
 Row = dict[str, Any]
 PAPER = load_params(ROOT / "presets" / "paper.yaml")
 COLOUR = (0.1, 1.2, 0.8, 0.1)  # brightness, contrast, saturation, hue: as the recipe changes them
-WARM_UP = 2  # steps, beside those that compile
+WARM_UP = 2  # steps, in addition to those that compile
 
 
 # --- what is measured -----------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def cached(scale: Scale) -> Iterator[Row]:
 
 
 def timed_step(scale: Scale, clips: int, micro: int | None, stage: int, *, compiled: bool) -> Row:
-    """A measured step, with the forecast of `vattctl plan` beside it."""
+    """A measured step, with the forecast of `vattctl plan` next to it."""
     _, step, _ = pretraining(scale, clips=clips, micro=micro, stage=stage, compiled=compiled)
     times, gib = clock(step, scale.rounds if micro is None else min(scale.rounds, 3))
     params = scale.pretrain.model_copy(update={"batch_size": clips})

@@ -392,7 +392,7 @@ class ProvenPrecision(nn.Module):
         return answer
 
     def expect(self, name: str, *types: torch.dtype) -> None:
-        """Note the types, and raise MachineError unless all are the one that `name` should have."""
+        """Record the types; raise MachineError unless all are the type that `name` should have."""
         casts = name.startswith(("precision.encoder.", "precision.classifier"))
         wanted = self.precision if casts else "fp32"
         self.facts[name] = ", ".join(sorted(TYPE_NAMES.get(kind, str(kind)) for kind in types))
@@ -410,7 +410,7 @@ Part = TypeVar("Part", bound=nn.Module)
 
 
 class _TypeWatch:
-    """Notes the types that linear layers and norms give, by tower, until `stop`."""
+    """Records the types that linear layers and norms return, by tower, until `stop`."""
 
     def __init__(self, module: nn.Module, *, compiled: bool) -> None:
         self.seen: dict[str, set[torch.dtype]] = defaultdict(set)  # by place
