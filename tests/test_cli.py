@@ -234,6 +234,8 @@ def test_retry_knows_the_states_and_does_nothing_without_clips(project: Path) ->
     assert done.returncode == 2 and "no such state: gone" in done.stderr
     done = vattctl(project, "download", "--retry", "retryable")
     assert done.returncode == 0 and "0 clips will be tried again" in done.stderr
+    done = vattctl(project, "download", "--retry", "missing")
+    assert done.returncode == 0 and "0 files will be tried again" in done.stderr
 
 
 SERVE = """

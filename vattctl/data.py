@@ -60,8 +60,8 @@ def ingest(context: click.Context, folder: Path, as_json: bool, dry_run: bool) -
 @click.option(
     "--retry",
     metavar="STATES",
-    help="Try clips in these states again: `retryable` (those that every run tries), or states "
-    "joined by commas.",
+    help="Try clips in these states again: `retryable` (those that every run tries), `missing` "
+    "(their files were deleted), or states joined by commas.",
 )
 @machines_options
 @stage_options
@@ -81,15 +81,24 @@ def download(
     Examples:
       vattctl download --set data.source=demo
       vattctl download --retry retryable          what was lost to the network or throttling
+      vattctl download --retry missing            files that were fetched and are gone
       vattctl download --retry geo,needs-login --set machine.cookies=cookies.txt
     """
     more = machines_settings(executor, address)
     enter_project(context)
     if retry is None:
         run(context, ("download",), edit(more | settings), force=force, dry_run=dry_run)
+        if not dry_run and (lost := len(_missing())):
+            click.echo(
+                f"{lost} files that were fetched are missing now; if shards must be written again, "
+                "`vattctl download --retry missing` fetches them",
+                err=True,
+            )
         return
     count = _forget(retry, write=not dry_run)
-    click.echo(f"{count} clips will be tried again", err=True)
+    click.echo(
+        f"{count} {'files' if retry == 'missing' else 'clips'} will be tried again", err=True
+    )
     if count:
         run(context, ("download",), edit(more | settings), force=True, dry_run=dry_run)
 
@@ -118,16 +127,36 @@ def preprocess(
     run(context, ("preprocess",), edit(more | settings), force=force, dry_run=dry_run)
 
 
+def _missing() -> list[Path]:
+    """The media files that a download had and that are not there any more."""
+    from vatt.config import load_params
+    from vatt.data.clips.ledger import missing_media, read_ledger
+    from vatt.data.clips.manifest import Manifest
+
+    params = load_params()
+    paths = params.paths
+    if not (paths.manifest.is_file() and paths.download_ledger.is_file()):
+        return []
+    entries = read_ledger(paths.download_ledger)
+    return missing_media(Manifest(paths.manifest), entries, params.data, paths.media)
+
+
 def _forget(retry: str, *, write: bool) -> int:
     from vatt.config import load_params
-    from vatt.data.clips.ledger import JOURNAL, RETRYABLE, STATES, forget, read_ledger
+    from vatt.data.clips.ledger import JOURNAL, RETRYABLE, STATES, forget, read_ledger, restore
 
+    if retry == "missing":
+        lost = len(_missing())
+        if write and lost:
+            paths = load_params().paths
+            restore(paths.media / JOURNAL, paths.download_ledger)
+        return lost
     states = RETRYABLE if retry == "retryable" else frozenset(retry.split(","))
     unknown = states - set(STATES)
     if unknown or "ok" in states:
         raise SettingsError(
             f"--retry: no such state: {', '.join(sorted(unknown or states))}",
-            hint=f"retryable, or some of {', '.join(STATES[1:])}",
+            hint=f"retryable, missing, or some of {', '.join(STATES[1:])}",
         )
     journal = load_params().paths.media / JOURNAL
     if not write:

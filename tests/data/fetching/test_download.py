@@ -2,6 +2,7 @@
 
 import io
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from yt_dlp.networking.exceptions import HTTPError
 from yt_dlp.utils import DownloadError
 
 from tests.data.corpus import demo_params, make_clip, write_media
-from vatt.data.clips.ledger import read_ledger
+from vatt.data.clips.ledger import JOURNAL, missing_media, read_ledger, restore
 from vatt.data.clips.media import find_ffmpeg, probe
 from vatt.data.clips.storage import decode_frames, whole
 from vatt.data.fetching import download as download_module
@@ -201,6 +202,25 @@ def test_media_that_was_deleted_is_fetched_again(tmp_path, media):
         (tmp_path / "media" / clips[0].media_name).unlink()
         run(tmp_path, clips, base)
     assert (tmp_path / "media" / clips[0].media_name).read_bytes() == media
+
+
+def test_lost_media_and_journal_are_fetched_again_but_nothing_that_was_never_there(tmp_path, media):
+    clips = [clip(0, "a"), clip(1, "fail-404-9"), clip(2, "b"), replace(clip(3, "b"), end=0.5)]
+    ledger, server = tmp_path / "ledger.jsonl", Server(media)
+    with serving(server) as base:
+        run(tmp_path, clips, base)
+        before = ledger.read_bytes()
+        shutil.rmtree(tmp_path / "media")
+        data = demo_params().data
+        lost = missing_media(clips, read_ledger(ledger), data, tmp_path / "media")
+        assert lost == sorted({tmp_path / "media" / clips[k].media_name for k in (0, 2)})
+        restore(tmp_path / "media" / JOURNAL, ledger)
+        server.asked.clear()
+        ledger.unlink()  # DVC deletes it before it runs the stage
+        assert run(tmp_path, clips, base) == {"ok": 3, "not-found": 1}
+    assert sorted(path for path, _ in server.asked) == ["a.mp4", "b.mp4"]
+    assert ledger.read_bytes() == before
+    assert missing_media(clips, read_ledger(ledger), data, tmp_path / "media") == []
 
 
 def test_clips_of_one_file_share_one_download(tmp_path, media):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,24 @@ def test_too_many_failures_or_too_few_clips_stop_the_pipeline(tmp_path):
     assert read_ledger(tmp_path / "ledger.jsonl")["clip-000"].state == "corrupt"
     with pytest.raises(DataError, match="lacks clip clip-001"):
         write(tmp_path, clips, {"clip-000": entries["clip-000"]})
+
+
+def test_lost_media_are_missing_before_the_first_shard_is_written(tmp_path):
+    clips, entries = make_corpus(tmp_path / "media", 6)
+    for clip in clips[:2]:
+        (tmp_path / "media" / clip.media_name).unlink()
+    with pytest.raises(DataError, match=r"2 of 6 media files are missing") as caught:
+        write(tmp_path, clips, entries)
+    assert "download --retry missing" in caught.value.hint
+    assert str(tmp_path / "media") in caught.value.problem
+    assert not list((tmp_path / "shards").glob("*.tar"))
+
+
+def test_finished_shards_need_no_media(corpus, tmp_path):
+    root, clips, entries = corpus
+    shutil.copytree(root / "shards", tmp_path / "shards")
+    assert write(tmp_path, clips, entries) == {"ok": 11}
+    assert digests(tmp_path) == digests(root)
 
 
 def test_a_long_clip_gives_several_samples_even_over_shards(tmp_path):

@@ -12,14 +12,15 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, TracebackType
 from typing import Any, Self
 
-from vatt.data.clips.manifest import LONGEST_TIME, Clip
+from vatt.config import DataParams
+from vatt.data.clips.manifest import LONGEST_TIME, Clip, media_path
 from vatt.errors import DataError
 from vatt.files import atomic_write
 
@@ -148,6 +149,28 @@ def forget(journal: Path, states: Collection[str]) -> int:
             for entry in settled:
                 file.record(Entry(entry.clip_id, "network", entry.stage, "to be tried again"))
     return len(chosen)
+
+
+def restore(journal: Path, ledger: Path) -> None:
+    """Bring back what a journal has lost with its folder, from the ledger of the last download."""
+    known = {entry.clip_id for entry in read_entries(journal)}
+    lost = [entry for entry in read_ledger(ledger).values() if entry.clip_id not in known]
+    if lost:
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        with Ledger(journal) as file:
+            file.record(*lost)
+
+
+def missing_media(
+    clips: Iterable[Clip], entries: Mapping[str, Entry], data: DataParams, media: Path
+) -> list[Path]:
+    """The files of clips that a download calls ok which are not there."""
+    files = {
+        media_path(clip, media=media, location=data.location, absolute=data.allow_absolute_paths)
+        for clip in clips
+        if clip.clip_id in entries and entries[clip.clip_id].state == "ok"
+    }
+    return sorted(path for path in files if not path.is_file())
 
 
 def write_ledger(path: Path, entries: Iterable[Entry]) -> dict[str, int]:

@@ -117,6 +117,7 @@ def _run(
             parts[shard.name] = part
             done += shard.num_samples
     progress(done, total)
+    _check_media(missing)
     if missing:
         with start_workers(
             machine, most=len(missing), preload=["vatt.data.sharding.writer"]
@@ -132,6 +133,18 @@ def _run(
             entry = Entry(**{**record, "has": tuple(record["has"])})
             entries[entry.clip_id] = _merge(entries.get(entry.clip_id), entry)
     return rows
+
+
+def _check_media(shards: Sequence[Shard]) -> None:
+    """Stop before the first shard is written if media that a download called ok are gone."""
+    sources = {job.source for shard in shards for job in shard.jobs}
+    lost = sorted(source for source in sources if not source.is_file())
+    if lost:
+        raise DataError(
+            f"{len(lost)} of {len(sources)} media files are missing, which the download had "
+            f"fetched or found, among them {lost[0]}",
+            hint="`vattctl download --retry missing` fetches them, and only them",
+        )
 
 
 def _merge(first: Entry | None, second: Entry) -> Entry:
