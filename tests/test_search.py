@@ -89,6 +89,18 @@ def test_hits_are_the_cosines_that_the_model_gives(index, embedder, videos, para
         assert found[start] == pytest.approx(cosine, abs=1e-5)
 
 
+def test_a_file_without_a_moment_is_named_with_the_reason(embedder, videos, params, tmp_path):
+    with av.open(str(tmp_path / "short.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS)
+        stream.width = stream.height = 64
+        picture = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), dtype=np.uint8), format="rgb24")
+        container.mux([*stream.encode(picture), *stream.encode()])
+    for file, why in ((tmp_path / "short.mp4", "too-short"), (videos / "broken.mp4", "corrupt")):
+        work = tmp_path / file.stem
+        with pytest.raises(DataError, match=f"{file} cannot be embedded: {why}"):
+            embed_file(embedder, file, params, work=work, progress=quiet)
+
+
 def test_an_index_is_made_again_only_when_something_has_changed(embedder, videos, params, index):
     before = (index / "vectors.faiss").stat().st_mtime_ns
     build_index(embedder, videos, params, out=index, progress=quiet)

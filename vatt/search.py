@@ -36,6 +36,7 @@ Vectors = NDArray[np.float32]
 VERSION = 1
 FACTS, MOMENTS, VECTORS = "index.json", "moments.jsonl", "vectors.faiss"
 BATCH = 16
+DOWNLOAD, PREPROCESS = "download.ledger.jsonl", "preprocess.ledger.jsonl"
 SPLIT = "test"  # what is searched is never trained on
 
 
@@ -148,12 +149,12 @@ class Embedder:
                 "vocabulary_file": None,
             }
         )
-        ledger = work / "download.ledger.jsonl"
+        ledger = work / DOWNLOAD
         download(clips, data, params.machine, media=work / "media", ledger=ledger)
         write_shards(
             clips, read_ledger(ledger), preprocess, data,
             machine=params.machine, media=work / "media", folder=work / "shards",
-            ledger=work / "preprocess.ledger.jsonl", seed=0, progress=progress,
+            ledger=work / PREPROCESS, seed=0, progress=progress,
         )  # fmt: skip
         return ShardIndex.load(work / "shards", split=SPLIT)
 
@@ -162,7 +163,16 @@ def embed_file(
     embedder: Embedder, file: Path, params: Params, *, work: Path, progress: Progress
 ) -> list[tuple[Moment, Vectors]]:
     """The moments of one file."""
-    found = embedder.videos([_clip(file.name)], file.parent, params, work=work, progress=progress)
+    clip = _clip(file.name)
+    try:
+        found = list(embedder.videos([clip], file.parent, params, work=work, progress=progress))
+    except DataError:
+        known = read_ledger(work / DOWNLOAD) | read_ledger(work / PREPROCESS)
+        entry = known.get(clip.clip_id)
+        if entry is None or entry.state == "ok":
+            raise
+        why = f"{entry.state}, {entry.reason}" if entry.reason else entry.state
+        raise DataError(f"{file} cannot be embedded: {why}", hint="name another file") from None
     return sorted(found, key=lambda one: one[0].start)
 
 
