@@ -190,6 +190,15 @@ def test_weights_of_another_type_are_named(tmp_path):
         checkpoint.load_weights(VATT(small_params()), weights)
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (0, 8)])
+def test_a_position_table_of_another_rank_is_named(shape):
+    weights = VATT(small_params()).state_dict()
+    name = next(name for name in weights if name.endswith("positions.temporal"))
+    weights[name] = torch.zeros(shape)
+    with pytest.raises(DataError, match=f"{name}: .* instead of"):
+        checkpoint.load_weights(VATT(small_params()), weights)
+
+
 @needs_data
 @pytest.mark.parametrize(
     "name", sorted(path.name for path in Path(TEST_DATA or ".").glob("attack/ck-*"))

@@ -25,6 +25,7 @@ from vatt.data.loading.batches import (
     model_inputs,
     open_index,
 )
+from vatt.errors import DataError
 from vatt.evaluation.classification import Predictions, predict
 from vatt.evaluation.features import (
     ALONE,
@@ -200,6 +201,10 @@ def classifier_predictions(
     """The predictions of a classifier for the test clips, in rank 0; None elsewhere."""
     config = load_config(folder)
     model = ModelParams.model_validate(config["model"])
+    if "classifier" not in config:
+        raise DataError(
+            f"{folder} holds a pre-trained model, not a classifier", hint="run `vattctl finetune`"
+        )
     classes = tuple(config["classifier"]["classes"])
     # With the input sizes of the checkpoint: those of a released one may differ from the task's.
     sizes = dict.fromkeys(("frames", "frame_size", "audio_samples"))

@@ -47,13 +47,20 @@ def bicubic(table: Tensor, size: int) -> Tensor:  # (n, D) -> (size, D)
 
 
 def fit_tables(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """These weights with their position tables resized to the sizes in `model`."""
+    """These weights with their position tables resized to the sizes in `model`.
+
+    What is not a table stays as it is: the caller compares all forms.
+    """
     fitted = dict(state)
     for name, module in model.named_modules():
         if isinstance(module, AxisPositions):
             for axis in module.axes:
                 key = f"{name}.{axis}" if name else axis
-                if key in fitted:
+                if key in fitted and _is_table(fitted[key]):
                     size = len(module.get_parameter(axis))
                     fitted[key] = module.resize(fitted[key], size).to(fitted[key].dtype)
     return fitted
+
+
+def _is_table(tensor: Tensor) -> bool:
+    return tensor.ndim == 2 and tensor.is_floating_point() and tensor.numel() > 0
