@@ -1,7 +1,7 @@
 """Subtitle files -> captions: srt, vtt, json, and text tracks inside a video.
 
-Each cue is read, repaired or dropped, and the last two are counted. We tried pysubs2, srt and
-webvtt-py: they count nothing, and they lose or merge the cues of damaged files.
+Each cue is read, repaired or dropped, and the last two are counted. We tried pysubs2 and srt:
+they count nothing, and they lose or merge the cues of damaged files.
 """
 
 import html
