@@ -264,7 +264,9 @@ def test_one_class_is_nothing_to_learn(inside, tmp_path):
 
 def test_a_classifier_is_no_start(inside, tmp_path):
     (tmp_path / "c").mkdir()
-    config = {"version": 1, "model": {}, "classifier": {}}
+    model = load_params().model.model_dump(mode="json")
+    task = {"modality": "video", "classes": ["a", "b"]}
+    config = {"version": 1, "model": model, "classifier": task}
     (tmp_path / "c" / "config.json").write_text(json.dumps(config))
     files_of("kinetics400", inside)
     given = SetRequest("kinetics400", tmp_path / "c", None, inside / "annotations", "x")
