@@ -52,8 +52,8 @@ def test_pretrain_tells_its_memory_and_refuses_what_cannot_fit(project):  # noqa
 
 def row(number, split, **labels):
     return IndexRow(
-        f"key{number}", f"clip{number}", f"m{number}", split, "0.tar", labels, (0, 1), (0, 1), (0, 1),
-        10, 8, 8, 100,
+        f"key{number}", f"clip{number}", f"m{number}", split, "0.tar", labels,
+        (0, 1), (0, 1), (0, 1), 10, 8, 8, 100,
     )  # fmt: skip
 
 

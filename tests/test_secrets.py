@@ -84,9 +84,13 @@ def test_passwords_in_all_settings_reach_no_output(tmp_path):
     def run(*command: str) -> str:
         (project / "params.yaml").write_text(yaml.safe_dump(params))
         done = subprocess.run(
-            [sys.executable, "-m", *command], cwd=project, env=environment() | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            [sys.executable, "-m", *command],
+            cwd=project,
+            env=environment() | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         said = done.stdout + done.stderr
         assert PASSWORD not in said, command
         return said

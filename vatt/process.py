@@ -197,7 +197,7 @@ FIRST_PORT, PORTS = 20_000, 20_000
 
 
 def join_step() -> None:
-    """Inside `srun` with several tasks, set the variables by which torch's processes find each other.
+    """Inside `srun` with several tasks, set the variables by which processes find each other.
 
     Variables that are set already stay: a job's script may choose MASTER_ADDR and MASTER_PORT.
     """

@@ -244,7 +244,7 @@ def _dvc_locked(folder: Path) -> Iterator[None]:
 
 
 def _is_stale(rwlock: Path) -> bool:
-    """Whether DVC's list of paths in use cannot be read, or all processes that it names are gone."""
+    """Whether DVC's list of paths in use is torn, or all processes that it names are gone."""
     try:
         written = rwlock.stat().st_mtime
         content = json.loads(rwlock.read_text(encoding="utf-8"))

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
 PIPELINE = Path("dvc.yaml")
 HERE = Path()
-MADE_BY = {  # of the paths in params.yaml; an experiment without the stage takes them from elsewhere
+# Paths in params.yaml by the stage that makes them; an experiment without it takes them elsewhere.
+MADE_BY = {
     "download": ("manifest", "download_ledger", "media"),
     "preprocess": ("shards", "preprocess_ledger"),
     "pretrain": ("pretrained",),
@@ -66,8 +67,8 @@ class Experiment:
     """A sub-project; every path counts from the project's folder.
 
     `settings` are changes to the project's, as `--set` makes them: a complete value for each key
-    of params.yaml (for a task of your own, all of `finetune.tasks`). Relative paths in them start, as
-    all paths in params.yaml, at the experiment's folder.
+    of params.yaml (for a task of your own, all of `finetune.tasks`). Relative paths in them start
+    at the experiment's folder, as all paths in params.yaml do.
     """
 
     folder: Path

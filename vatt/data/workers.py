@@ -1,7 +1,7 @@
 """Where work runs: in this process, in worker processes, or on a Ray cluster.
 
 Worker processes end with their parent. The machines of a Ray cluster share a file system and have
-the same vattctl installed. When a worker is lost, its task runs again elsewhere: so a task must give
+the same vattctl installed. When a worker is lost, its task runs again elsewhere: a task must give
 the same result each time, and write complete files or none.
 """
 
@@ -99,7 +99,7 @@ class Workers:
         self._ahead = ahead  # items taken before their results are needed
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
-        """Each item with its result, in the order of completion; items are taken as there is room."""
+        """Each item with its result, as they complete; items are taken as there is room."""
         left = iter(items)
         waiting: dict[Future[R], T] = {}
         try:
@@ -205,7 +205,8 @@ def cluster(address: str | None) -> Iterator[tuple[Executor, int]]:
     except (OSError, ValueError, RuntimeError) as error:
         raise MachineError(
             f"no Ray cluster at {address}: {str(error).splitlines()[0]}",
-            hint="start one by `ray start --head`, and set machine.ray_address to the address it prints",
+            hint="start one by `ray start --head`, and set machine.ray_address to the address "
+            "that it prints",
         ) from None
     try:
         yield RayExecutor(), max(int(ray.cluster_resources().get("CPU", 1)), 1)

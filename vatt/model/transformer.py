@@ -195,7 +195,7 @@ class SignalTower(Tower):
 
 
 class TextTower(Tower):
-    """Words; pads are masked, and a relative bias in the first layer takes the place of positions."""
+    """Words; pads are masked; the first layer has a relative bias in place of positions."""
 
     def __init__(
         self, embed: nn.Module, encoder: Encoder, *, dim: int, relative: RelativeBias

@@ -1,6 +1,7 @@
 """The model of the published weights, built from the paper's parts and from some of its own.
 
-docs/model.md lists what differs from the paper. B clips, L words, N tokens, D width, E common-space width.
+docs/model.md lists what differs from the paper. B clips, L words, N tokens, D width,
+E common-space width.
 """
 
 from collections.abc import Sequence
@@ -130,7 +131,7 @@ class NormedPositions(AxisPositions):
 
 
 class ScrambledPositions(NormedPositions):
-    """The release's fault, for its spectrogram weights only: time runs fastest, unlike in tokens."""
+    """The release's fault, for its spectrogram weights: time runs fastest, unlike in tokens."""
 
     def __init__(self, axes: Sequence[str], grid: Sequence[int], dim: int) -> None:
         super().__init__(axes[::-1], grid[::-1], dim)

@@ -235,7 +235,8 @@ def _classifier(known: KeyShapes, kind: Input) -> ReleasedModel:
 def _default_heads(tower: str, inner: int) -> int:
     if inner % HEAD_DIM:
         raise SettingsError(
-            f"the {tower} encoder's inner width {inner} is not a multiple of {HEAD_DIM}, the width of "
+            f"the {tower} encoder's inner width {inner} is not a multiple of {HEAD_DIM}, the width "
+            "of "
             "a head in all released models",
             hint=f"give its number of heads: --heads {tower}=N",
         )

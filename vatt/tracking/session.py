@@ -70,7 +70,7 @@ class Session:
         self._note = ""
 
     def begin(self, first_step: int) -> None:
-        """A training that starts from step 0 forgets spikes and best checkpoint of an earlier one."""
+        """From step 0 on, spikes and the best checkpoint of an earlier training are forgotten."""
         if first_step == 0:
             self._spikes.path.unlink(missing_ok=True)
             self._best.forget()

@@ -1,8 +1,8 @@
 """Several processes that act as one: starting and stopping them, ranks, and gathers.
 
-A stage starts itself again under DeepSpeed's launcher. SIGTERM and SIGUSR1, which job
-queues send, stop a training at the end of a step. A state is written in equal shares, one for each process, and any
-number of processes at any ZeRO stage can read it.
+A stage starts itself again under DeepSpeed's launcher. SIGTERM and SIGUSR1, which job queues send,
+stop a training at the end of a step. A state is written in equal shares, one for each process, and
+any number of processes at any ZeRO stage can read it.
 """
 
 import logging
@@ -281,7 +281,7 @@ TensorState = dict[str, Tensor]  # "value", and for a trained weight its moments
 
 
 def write_share(folder: Path, entries: Iterable[tuple[str, TensorState]], *, updates: int) -> None:
-    """Write this process's share; reading `entries`, the same in every process, may be collective."""
+    """Write this process's share; `entries`, equal in all processes, may be read collectively."""
     share = {
         name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in entry.items()}
         for number, (name, entry) in enumerate(entries)

@@ -57,7 +57,7 @@ class Reporter(Protocol):
         """Store what was reported: a state must not be ahead of it."""
 
     def export(self, weights: Weights) -> None:
-        """Write the result; the state is marked as done afterwards, so that a kill loses nothing."""
+        """Write the result; the state is marked as done only afterwards: a kill loses nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""A folder of resumable states: each appears whole, the last few are kept, a damaged one is skipped.
+"""Resumable states: each appears whole, the last few are kept, a damaged one is skipped.
 
 folder/lock                     held by the writer
-folder/step-00000100/meta.json  step, fingerprint, the engine that wrote it, sha256 of the other files
+folder/step-00000100/meta.json  step, fingerprint, engine, sha256 of the other files
 folder/step-00000100/...        what the engine wrote
 folder/done.json                the training has ended and its result is exported
 """

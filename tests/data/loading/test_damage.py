@@ -1,4 +1,4 @@
-"""Damage: any changed byte of a stored sample is one broken sample, any of an index a clear line."""
+"""A changed byte of a stored sample is one broken sample, one of an index a clear line."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A list of addresses becomes clips; each bad row is named by its line and takes no other with it."""
+"""A list of addresses becomes clips; a bad row is named by its line and takes no other with it."""
 
 from pathlib import Path
 

@@ -86,7 +86,7 @@ def with_captions(entry: Entry, clip: Clip) -> Entry:
 
 
 class Ledger:
-    """A journal that only grows. Each line is one `write`, so that two writers do not mix theirs."""
+    """A journal that only grows. Each line is one `write`, so that two writers do not mix."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def _to_line(entry: Entry) -> str:
 
 
 def _from_line(line: bytes) -> Entry | None:
-    """The entry, or None for a line that a writer left unfinished when it died, or that is damaged."""
+    """The entry, or None for a line that is damaged or was left unfinished."""
     try:
         record: dict[str, Any] = json.loads(line.decode("utf-8", "replace"))
         record["has"] = tuple(record.get("has", ()))

@@ -133,7 +133,7 @@ class Corpus:
 
 
 def write_manifest(path: Path, clips: Iterable[Clip]) -> int:
-    """Write all clips or no file at all; returns their number. An id that appears twice is refused."""
+    """Write all clips or no file; returns their number. An id that appears twice is refused."""
     marks = array("Q")
 
     def records() -> Iterator[dict[str, Any]]:

@@ -219,7 +219,7 @@ def _scan(container: av.container.InputContainer) -> tuple[Media, Packets]:
 def _chosen(streams: Sequence[Any]) -> Any | None:
     """The stream to take of a kind: the default one, or else the first; no cover art.
 
-    A stream without a decoder is left out. One for people who cannot hear or see is the last choice.
+    A stream without a decoder is left out. One for people who cannot hear or see comes last.
     """
     known = [
         stream
@@ -456,7 +456,8 @@ MEMORY = 4 * 2**30  # bytes; 32 clips of a film of 3840 x 2160 take 0.9 GiB
 LOG_BYTES = 2**20  # of complaints that are read
 
 _LEVEL = re.compile(
-    rb"((?:\[[^\]]* @ 0x[0-9a-f]+\] )*)\[(quiet|panic|fatal|error|warning|info|verbose|debug|trace)\] "
+    rb"((?:\[[^\]]* @ 0x[0-9a-f]+\] )*)"
+    rb"\[(quiet|panic|fatal|error|warning|info|verbose|debug|trace)\] "
 )
 _ERRORS = {b"panic", b"fatal", b"error"}
 _REPEATED = b"    Last message repeated "

@@ -27,7 +27,7 @@ LONGEST_WORD = 100  # characters; a longer one is unknown
 
 
 def pieces_of(sentence: str, known: Container[str]) -> Iterator[str]:
-    """The pieces of a sentence, longest first within each word; those inside a word begin with ##."""
+    """The pieces of a sentence, longest first in each word; those inside a word begin with ##."""
     for word in _words(sentence):
         yield from _pieces(word, known)
 

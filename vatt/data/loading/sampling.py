@@ -343,7 +343,7 @@ def resample(wave: np.ndarray, have: int, want: int) -> np.ndarray:
 
 
 def log_mel(wave: np.ndarray, *, hz: int, frames: int, bins: int) -> np.ndarray:
-    """Samples in [-1, 1] (S,) -> (frames, bins) from 0 to 1; a short wave is padded with silence."""
+    """Samples in [-1, 1] (S,) -> (frames, bins) in [0, 1]; a short wave is padded with silence."""
     width = round(WINDOW_SECONDS * hz)
     starts = np.round(np.arange(frames) * STEP_SECONDS * hz).astype(int)
     padded = np.zeros(starts[-1] + width, np.float32)

@@ -245,7 +245,7 @@ def _files_by_stem(location: Path) -> dict[str, list[str]]:
 
 
 def _alike(one: str, other: str) -> int:
-    """How many folders right above the file have the same names: Val and validation are the same."""
+    """How many folders right above the file have the same names; Val equals validation."""
     pairs = zip(PurePosixPath(one).parents, PurePosixPath(other).parents, strict=False)
     count = 0
     for mine, theirs in pairs:

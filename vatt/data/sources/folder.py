@@ -256,7 +256,7 @@ def _of_one_kind(names: list[str], rule: str, ignored: Counter[str]) -> tuple[li
 
 
 def _is_thumbnail(name: str, stems: set[str]) -> bool:
-    """Whether an image belongs to a recording: talk.jpg or talk-thumb.jpg to talk.mp4, or a cover."""
+    """Whether an image is a cover, or belongs to a recording: talk-thumb.jpg to talk.mp4."""
     path = PurePosixPath(composed(name))
     stem = str(path.with_suffix(""))
     shorter = re.sub(r"[ ._-]+[^/ ._-]*$", "", stem)
@@ -412,7 +412,8 @@ def _doubts(clips: Sequence[Clip], digests: Mapping[str, str], files: Sequence[s
         same = len(files) > 1 and len(set(digests.values())) == 1
         why = " because all files are copies of one" if same else ""
         notes.append(
-            f"no file is left for testing{why}: add files, raise data.test_share or name a folder test"
+            f"no file is left for testing{why}: add files, raise data.test_share, "
+            "or name a folder test"
         )
     splits: dict[str, set[str]] = {}
     for name, clip in zip(files, clips, strict=True):
