@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.corpus import demo_params, make_clip, write_media
-from vatt.data.clips.ledger import read_ledger
+from vatt.data.clips.ledger import RETRYABLE, read_ledger
 from vatt.data.clips.media import find_ffmpeg, probe
 from vatt.data.fetching import fetch, network
 from vatt.data.fetching.download import download
@@ -301,3 +301,57 @@ def test_a_request_by_a_proxy_is_checked_by_the_name_it_asks_for(tmp_path, strea
         )  # fmt: skip
     assert [entry.state for entry in entries] == ["filtered"] * 3 + ["not-found"]
     assert len(proxy.asked) == 1
+
+
+class BadSite(Site):
+    """Sends a body in a wrong way, named before the first dash of the file's name."""
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        name = request.path.removeprefix("/")
+        self.asked.append((name, None))
+        how, _, file = name.partition("-")
+        if how == "busy":
+            request.send_error(503)
+            return
+        body = self.files[file]
+        span = request.headers.get("Range")
+        first = int(span.removeprefix("bytes=").split("-")[0]) if span else 0
+        request.send_response(206 if span else 200)
+        request.send_header("Content-Type", "text/html" if how == "html" else "video/mp4")
+        if span:
+            request.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
+        if how != "endless":
+            request.send_header("Content-Length", str(len(body) - first))
+        request.end_headers()
+        request.wfile.write(body[first : len(body) // 8] if how == "cut" else body[first:])
+        while how == "endless":
+            request.wfile.write(bytes(2**16))
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "state"),
+    [
+        ("cut-v.mp4", "", "network"),
+        ("cut-v.mp4", "#t=9,11", "network"),
+        ("busy-v.mp4", "", "rate-limited"),
+        ("busy-v.mp4", "#t=9,11", "rate-limited"),
+        ("endless-v.mp4", "", "filtered"),
+        ("html-v.mp4", "", "ok"),
+        ("html-v.mp4", "#t=9,11", "ok"),
+    ],
+)
+def test_a_body_that_is_wrong_ends_in_its_state(
+    tmp_path, stream, monkeypatch, name, section, state
+):
+    monkeypatch.setattr(fetch, "MAX_BYTES", 4 * len(stream["v.mp4"]))
+    with online(BadSite(stream)) as base:
+        [entry] = fetched(tmp_path, f"{base}/{name}{section}", allow=True)
+    assert entry.state == state and bool(entry.reason) == (state != "ok")
+    if state not in RETRYABLE:
+        assert not any((tmp_path / "media" / ".partial").iterdir())
+
+
+def test_a_mirror_s_wrong_content_type_does_not_matter(tmp_path, stream):
+    with online(BadSite(stream)) as base:
+        [entry] = fetched(tmp_path, "demo:html-v.mp4", base_urls=(base,))
+    assert entry.state == "ok"

@@ -45,7 +45,7 @@ from vatt.progress import Progress
 STAGE = "download"
 CHUNK = 8  # files a worker is given at a time
 THREADS = 4  # files a worker fetches at once: most of it is waiting
-HOST_IS_DOWN = 8  # files that found no way to a host, and none that did: the others are not tried
+HOST_IS_DOWN = 8  # files without a connection to a host, none with one: the others are not tried
 HOST_REFUSES = 24  # files in a row that a host was too busy for: the others wait for another run
 LOCKS = ".hosts"
 YOUTUBE_IS_OFF = "YouTube is off: data.allow_youtube"
@@ -65,8 +65,8 @@ def download(
 ) -> dict[str, int]:
     """Fetch the media of all clips; returns the number of clips in each state.
 
-    `clips` are gone through twice and not held: a list, or a `Manifest`. A folder's own files are
-    looked at where they lie. A clip lost for good is not tried again, one that met a weak network
+    `clips` are read twice and not kept in memory: a list, or a `Manifest`. Files of a folder are
+    probed in place. A clip that is lost for good is not tried again; one that a weak network lost
     is.
     """
     manners = machine.download
@@ -123,9 +123,9 @@ def _is_settled(clip: Clip, entry: Entry | None, params: DataParams, media: Path
 
 @dataclass(slots=True)
 class _Work:
-    """The files still to be fetched, and what became of them so far."""
+    """The files still to be fetched, and the outcomes so far."""
 
-    todo: list[tuple[str, list[str]]]  # urls and their clips, the first at the end
+    todo: list[tuple[str, list[str]]]  # urls and their clips, the first one at the end
     params: DataParams
     fetching: Fetching
     journal: Ledger
@@ -142,11 +142,11 @@ class _Work:
     refused: Counter[str] = field(default_factory=Counter)  # in a row
 
     def run(self, workers: Workers) -> None:
-        """Hand the orders out in chunks, a bounded number ahead, and note what comes back."""
+        """Hand the requests out in chunks, a limited number ahead, and record the outcomes."""
         self.done = self.total - sum(len(clip_ids) for _, clip_ids in self.todo)
         self.progress(self.done, self.total)
         fetch = partial(fetch_all, fetching=self.fetching)
-        for _, outcomes in workers.map(fetch, _chunks(self._orders())):
+        for _, outcomes in workers.map(fetch, _chunks(self._requests())):
             for outcome in outcomes:
                 self._note(self.out.pop(outcome.name), outcome)
                 self.room -= outcome.num_bytes
@@ -159,7 +159,7 @@ class _Work:
                     hint="raise it, or lower data.sample_share; what is fetched is kept",
                 )
 
-    def _orders(self) -> Iterator[FetchRequest]:
+    def _requests(self) -> Iterator[FetchRequest]:
         while self.todo:
             url, clip_ids = self.todo.pop()
             name = media_name(url)
@@ -256,7 +256,7 @@ def section_of(url: str) -> TimeRange | None:
 
 
 def _proxy_in(file: Path | None) -> str | None:
-    """The address in a file: it may hold a password, which must stand in no settings."""
+    """The address in a file: it may hold a password, which must not be in the settings."""
     if file is None:
         return None
     try:

@@ -127,9 +127,9 @@ class FetchRequest:
 
     name: str
     mirrors: tuple[str, ...] = ()  # tried first; each is the file itself, no page about it
-    page: str | None = None  # what yt-dlp's extractors look into
-    section: TimeRange | None = None  # the part of the page's video that is wanted; null: all
-    here: Path | None = None  # a file of the user's own: looked at, not moved
+    page: str | None = None  # the page that yt-dlp's extractors read
+    section: TimeRange | None = None  # the part of the video that is wanted; None: all
+    here: Path | None = None  # a file of the user: probed, not moved
     sha256: str | None = None  # of that file, where it is known
 
 
@@ -145,7 +145,7 @@ class Outcome:
     sha256: str | None = None
     num_bytes: int = 0  # fetched now
     host: str = ""
-    reached: bool = True  # False: the network did not even lead to the host
+    reached: bool = True  # False: no connection to the host
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +247,7 @@ def _clear(folder: Path, name: str) -> None:
 
 
 def _get(address: str, order: FetchRequest, fetching: Fetching, guard: Guard) -> Any:
-    """Download into the folder of partial files; returns what yt-dlp says of it."""
+    """Download into the folder of partial files; returns what yt-dlp reports."""
     folder, part = fetching.media / PARTIAL, part_name(order.name, address)
     tool = _youtube_dl(folder, part, fetching, direct=_is_direct(address))
     if order.section is None or address != order.page:
@@ -267,7 +267,7 @@ def _get(address: str, order: FetchRequest, fetching: Fetching, guard: Guard) ->
 
 
 def _download_file(tool: yt_dlp.YoutubeDL, address: str, name: str) -> Any:
-    """Download what is known to be a file, without asking first what it is."""
+    """Download an address that is known to be a file, without probing it first."""
     found = {
         "id": name,
         "title": name,
@@ -287,7 +287,7 @@ def _file_of(got: Any, folder: Path, name: str) -> Path:
 
 
 def _examine(name: str, path: Path, final: Path | None, *, known: str | None = None) -> Outcome:
-    """Probe what came; media gets its final name, anything else that was fetched is deleted."""
+    """Probe a file; media gets its final name, anything else that was fetched is deleted."""
     try:
         media = probe(path)
         if media.seconds <= 0:
@@ -309,7 +309,7 @@ def _examine(name: str, path: Path, final: Path | None, *, known: str | None = N
 
 
 class _Silent:
-    """yt-dlp's logger: what matters comes as an exception."""
+    """A logger for yt-dlp that drops all messages: its errors are exceptions."""
 
     def debug(self, message: str) -> None:
         """Nothing."""

@@ -21,7 +21,7 @@ LONGEST = 120.0  # seconds that a host can make us wait
 
 @dataclass(frozen=True, slots=True)
 class Hosts:
-    """The rules, and the folder where the locks lie."""
+    """The limits for each host, and the folder of the locks."""
 
     folder: Path
     at_once: int  # files from one host
@@ -56,7 +56,7 @@ class Hosts:
             time.sleep(LOOK_EVERY)
 
     def _until_next(self, name: str, *, pause: float, delay: float) -> float:
-        """Seconds until our turn; the next one's is written down, a pause or a delay later."""
+        """Seconds until our turn; the next turn is recorded, a pause or a delay later."""
         file = os.open(self.folder / f"{name}.next", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -73,7 +73,7 @@ class Hosts:
             os.close(file)
 
 
-# What a site says, and the state it means; throttling is never taken for removal.
+# Words of sites and the state that each means; throttling is never taken for removal.
 _SAYS = (
     (r"not a bot|rate.?limit|too many requests|try again later", "rate-limited"),
     (r"private video|video is private", "private"),
@@ -86,17 +86,17 @@ _SAYS = (
 )
 
 
-# YouTube's servers of streams answer 403 to whom they throttle, and to links that are too old.
+# YouTube's stream servers answer 403 to clients that they throttle and to links that are too old.
 THROTTLES_BY_403 = ".googlevideo.com/"
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a file did not come."""
+    """Why a file was not fetched."""
 
     state: str
     reason: str
-    reached: bool = True  # False: the network did not even lead to the host
+    reached: bool = True  # False: no connection to the host
     wait: float = 0.0  # seconds that the server asks for
 
 
