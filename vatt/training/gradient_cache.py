@@ -82,7 +82,8 @@ class _Replay:
         sizes = [len(next(value for value in part if value is not None)) for part in self.parts]
         shares = zip(*(gradient.split(sizes) for gradient in gradients), strict=True)
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.enable_grad():
+        # One autocast around all micro-batches casts each weight once for all of them.
+        with torch.random.fork_rng(devices), torch.enable_grad(), self.autocast:
             for part, share, states in zip(self.parts, shares, self.generators, strict=True):
                 self._set_generators(states)
                 self._add_gradients(totals, part, share)
@@ -90,9 +91,7 @@ class _Replay:
             _add_to_gradient(weight, total)
 
     def _add_gradients(self, totals: list[Tensor], part: Rows, share: tuple[Tensor, ...]) -> None:
-        with self.autocast:
-            features = self.encode(*part)
-        found = torch.autograd.grad(features, self.weights, share)
+        found = torch.autograd.grad(self.encode(*part), self.weights, share)
         if totals:
             torch._foreach_add_(totals, found)
         else:

@@ -1,0 +1,140 @@
+"""Operators that one pre-training step calls, and the bytes that they read and write.
+
+    python bench/operators.py                              # of this checkout
+    PYTHONPATH=CHECKOUT python bench/operators.py --json   # of another one, to compare
+
+One step of the tiny model (bench/reference.py) from the uint8 batch to the new weights, with
+DropToken 50 % and colours on, bf16: at once, and cached in micro-batches. Operators are counted
+where torch dispatches them, after autograd and autocast: what a GPU would start one by one. Its
+operators are torch's own, so those for bf16 on a CPU are turned off. Views move nothing and are
+left out. The counts do not depend on the machine's speed.
+"""
+
+import argparse
+import importlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vatt.config import (
+    AudioParams,
+    ModelParams,
+    PretrainParams,
+    TextParams,
+    VideoParams,
+    load_params,
+)
+from vatt.model.operators import plain_operators
+from vatt.model.vatt import VATT
+from vatt.training.engine import LocalEngine
+from vatt.training.pretrain import Pretraining, pretraining_inputs
+
+VIEWS = {"_unsafe_view", "detach", "alias", "lift_fresh"}
+CLIPS, MICRO, CANDIDATES = 16, 4, 5
+MODEL = ModelParams(
+    recipe="paper",
+    backbone="specific",
+    video=VideoParams(size="tiny", frames=8, frame_size=64, patch=(4, 16, 16)),
+    audio=AudioParams(size="tiny", input="waveform", samples=16_000, patch=128, mel_bins=None),
+    text=TextParams(size="tiny", words=16, vocabulary=8192),
+    va_dim=512,
+    vt_dim=256,
+    dropout=0.0,
+)
+
+
+class OperatorCount(TorchDispatchMode):
+    """Counts calls and bytes by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:  # type: ignore[no-untyped-def]
+        answer = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in VIEWS:
+            self.calls[name] += 1
+            self.bytes[name] += sum(map(_bytes, _tensors((args, kwargs, answer))))
+        return answer
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def _bytes(tensor: Tensor) -> int:
+    """The bytes of what a tensor shows; an expanded one is read once."""
+    sizes = [n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step or n == 0]
+    return torch.Size(sizes).numel() * tensor.element_size()
+
+
+def count(micro: int | None) -> OperatorCount:
+    """Of the second step."""
+    torch.manual_seed(0)
+    preset = load_params(Path(__file__).parents[1] / "presets" / "demo.yaml").pretrain
+    changes = {"drop_rate": 0.5, "text_candidates": CANDIDATES, "batch_size": CLIPS}
+    params = PretrainParams.model_validate(preset.model_dump() | changes)
+    model = _build()
+    module = Pretraining(model, params, micro_batch_size=micro)
+    engine = LocalEngine(module, params.optimizer, "bf16")
+    batch = _batch()
+    for step in range(2):
+        counted = OperatorCount()
+        with plain_operators(), counted:
+            losses = engine(*pretraining_inputs(model, batch, step, drop_rate=0.5, seed=0))
+            engine.update(losses["loss"], learning_rate=1e-4)
+    return counted
+
+
+def _build() -> VATT:
+    try:
+        return importlib.import_module("vatt.checkpoint").build(MODEL)
+    except TypeError:  # checkouts in which the class builds the towers
+        return VATT(MODEL)
+
+
+def _batch() -> Any:
+    try:
+        batches = importlib.import_module("vatt.data.loading.batches")
+    except ModuleNotFoundError:  # checkouts before the folder data was divided
+        batches = importlib.import_module("vatt.data.batches")
+    torch.manual_seed(1)
+    return batches.Batch(
+        clip_ids=[str(number) for number in range(CLIPS)],
+        video=torch.randint(256, (CLIPS, 8, 64, 64, 3), dtype=torch.uint8),
+        audio=torch.randint(-(2**15), 2**15, (CLIPS, 16_000), dtype=torch.int16),
+        text=torch.randint(1, 8192, (CLIPS, CANDIDATES, 16)),
+        has_video=torch.ones(CLIPS, dtype=torch.bool),
+        has_audio=torch.ones(CLIPS, dtype=torch.bool),
+        colour=torch.tensor([0.1, 1.2, 0.8, 0.1]).repeat(CLIPS, 1),
+        labels={},
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="all operators, to compare")
+    parser.add_argument("--top", type=int, default=12, help="operators shown")
+    options = parser.parse_args()
+    found = {"plain": count(None), f"cached by {MICRO}": count(MICRO)}
+    if options.json:
+        content = {name: {"calls": one.calls, "bytes": one.bytes} for name, one in found.items()}
+        print(json.dumps(content))
+        return
+    for name, one in found.items():
+        print(f"{name}: {one.calls.total():,} operators, {one.bytes.total() / 1e6:,.0f} MB")
+        for operator, size in one.bytes.most_common(options.top):
+            print(f"  {operator:44} {one.calls[operator]:6,}  {size / 1e6:8.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
