@@ -26,7 +26,7 @@ from vatt.plan.forecast import (
     network_seconds,
     settings,
 )
-from vatt.plan.memory import BatchSettings, Counts, count
+from vatt.plan.memory import BatchSettings, Counts, batch_bytes, count, memory
 from vatt.training.telemetry import GPUS, pretraining_work
 
 PAPER = load_params(Path(__file__).parents[2] / "presets" / "paper.yaml")
@@ -144,6 +144,15 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
     assert needed(found) <= 0.92 * place.memory < needed(found + 1)
     tiny_place = Place("x", 1e9, 0.0, True)
     assert largest_micro_batch(PAPER, BatchSettings(on_gpu=True), tiny_place, counts) is None
+
+
+def test_the_next_batch_is_counted_where_it_is_brought_over_early():
+    setting, counts = BatchSettings(on_gpu=True, micro_batch_size=1), count(PAPER.model)
+    batch = batch_bytes(PAPER.model, PAPER.pretrain, setting)
+    for gigabytes, batches in ((6.1 * batch, 2), (5.9 * batch, 1)):
+        found = forecast_memory(PAPER, setting, Place("x", gigabytes, 0.0, True), counts)
+        alone = memory(PAPER.model, PAPER.pretrain, setting, counts)
+        assert found.total - alone.total == pytest.approx((batches - 1) * batch)
 
 
 def test_the_cheapest_setting_fits_and_none_that_fits_is_faster():

@@ -333,8 +333,11 @@ def forecast_memory(
     """Memory with as many batches prepared in advance as the settings allow."""
     one = batch_bytes(params.model, params.pretrain, setting)
     ahead = max(1, min(AHEAD, int(params.machine.prefetch_gb * 1e9 / one)))
-    batches = 1 if place.on_gpu else 1 + ahead  # those prepared in advance wait in main memory
-    return memory(params.model, params.pretrain, setting, counts, batches=batches)
+    if place.on_gpu:  # most of them wait in main memory
+        from vatt.training.loop import PREFETCHED_SHARE
+
+        ahead = int(one <= place.memory * PREFETCHED_SHARE)
+    return memory(params.model, params.pretrain, setting, counts, batches=1 + ahead)
 
 
 def forecast(

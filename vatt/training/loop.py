@@ -10,7 +10,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -243,6 +243,7 @@ def _every(period: int | None, done: int) -> bool:
 # Equal in every process, since what follows from a reading is collective.
 READ_LATE = {"cpu": 0, "cuda": 1}
 PREFETCH = {"cpu": False, "cuda": True}
+PREFETCHED_SHARE = 1 / 6  # of a GPU's memory: a larger batch is not brought over early
 
 
 class Feed:
@@ -255,6 +256,7 @@ class Feed:
         self._batches, self._inputs_of, self._meter = iter(batches), inputs_of, meter
         self._stream = torch.cuda.Stream() if distributed.device().type == "cuda" else None
         self._next: tuple[Batch, tuple[Any, ...]] | None = None
+        self._size = 0  # of the last batch, in bytes
 
     def take(self, step: int) -> tuple[Batch, tuple[Any, ...]]:
         """The batch of a step, and what the module takes."""
@@ -268,8 +270,8 @@ class Feed:
         return batch, inputs
 
     def prefetch(self, step: int) -> None:
-        """Begin to bring over the batch of a step, where that saves time."""
-        if PREFETCH[distributed.device().type]:
+        """Begin to bring over the batch of a step, where that saves time and there is room."""
+        if PREFETCH[distributed.device().type] and self._size <= _room():
             self._next = self._prepare(step)
 
     def _prepare(self, step: int) -> tuple[Batch, tuple[Any, ...]]:
@@ -277,6 +279,7 @@ class Feed:
             batch = next(self._batches, None)
         if batch is None:
             raise DataError(f"the batches ended before step {step}")
+        self._size = sum(value.nbytes for value in _tensors(batch).values())
         if self._stream is None:
             return batch, self._inputs_of(batch, step)
         with torch.cuda.stream(self._stream):
@@ -285,9 +288,20 @@ class Feed:
 
 def _pinned(batch: Batch) -> Batch:
     """The batch in memory from which a GPU copies by itself."""
-    values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    return Batch(**values | {name: value.pin_memory() for name, value in tensors.items()})
+    pinned: dict[str, Any] = {name: value.pin_memory() for name, value in _tensors(batch).items()}
+    return replace(batch, **pinned)
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _room() -> float:
+    """The bytes that a batch may have to be brought over early."""
+    if distributed.device().type != "cuda":
+        return math.inf
+    return torch.cuda.get_device_properties(distributed.device()).total_memory * PREFETCHED_SHARE
 
 
 class Reading:
