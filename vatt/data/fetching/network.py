@@ -106,8 +106,10 @@ def _why_refused(address: IPAddress, *, private: bool) -> str | None:
         local = address.is_site_local
     else:
         local = False
-    if address.is_link_local or address.is_multicast or address.is_unspecified:
-        return "an address that no download needs: link-local (where clouds keep their secrets)"
+    if address.is_link_local:  # where clouds keep the passwords of their machines
+        return f"a link-local address, refused even with {SETTING}"
+    if address.is_multicast or address.is_unspecified:
+        return f"not the address of one host, refused even with {SETTING}"
     if (local or not address.is_global) and not private:
         return f"a private address: {SETTING}"
     return None
