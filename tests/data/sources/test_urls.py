@@ -33,6 +33,13 @@ def test_a_list_of_addresses(tmp_path):
     assert (second.start, second.end, second.labels, second.captions) == (0.0, None, {}, ())
 
 
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+def test_column_names_may_stand_in_quotes(tmp_path, mark):
+    lines = ['"url","label"', '"https://x.org/a.mp4","x"']
+    [clip] = listed(tmp_path, "\n".join(lines).replace(",", mark))
+    assert (clip.url, clip.labels) == ("https://x.org/a.mp4", {"label": "x"})
+
+
 def test_paths_are_files_beside_the_list_or_on_a_mirror(tmp_path):
     (tmp_path / "b.mp4").touch()
     text = "path,label\na b.mp4,1\nb.mp4,2\n"

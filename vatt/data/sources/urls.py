@@ -133,9 +133,8 @@ def _open(path: Path) -> _List:
     if forced:
         line, names = next((found for found in lines if found[1].strip()), (line, ""))
     delimiters = [forced[1]] if forced else list(DELIMITERS)
-    split = {mark: _columns(names, mark, path, line) for mark in delimiters}
-    delimiter = next((mark for mark in split if {*PLACES} & {*split[mark]}), delimiters[0])
-    columns = split[delimiter]
+    delimiter = next((mark for mark in delimiters if _names_a_place(names, mark)), delimiters[0])
+    columns = _columns(names, delimiter, path, line)
     if not any(columns):
         raise DataError(f"{path} is empty", hint="a header line and one line a clip")
     if not {*PLACES} & {*columns}:
@@ -149,6 +148,14 @@ def _open(path: Path) -> _List:
         named = DELIMITERS.get(delimiter, f"'{delimiter}'")
         log.warning("%s: the fields are separated by %s", path, named)
     return _List(path, line, columns, delimiter, encoding)
+
+
+def _names_a_place(names: str, delimiter: str) -> bool:
+    """Whether a column says where the clips are, with this delimiter."""
+    try:
+        return not {*PLACES}.isdisjoint(_columns(names, delimiter, Path(), 1))
+    except DataError:  # names in quotes are a line of csv with the right delimiter only
+        return False
 
 
 def _columns(names: str, delimiter: str, path: Path, line: int) -> list[str]:
