@@ -67,12 +67,12 @@ def test_a_checkpoint_folder_turns_words_into_ids(tmp_path):
     ("text", "message"),
     [
         ("<pad>\nthe\n", "<unk>"),
-        ("<pad>\n<unk>\na word more\n", "line 3 is not a word"),
+        ("<pad>\n<unk>\na word more\n", "line 3 is neither a word nor"),
         ("0 <pad>\n1 <unk>\n1 the\n", "two words have one number"),
         ("<pad>\n<unk>\nthe\nthe\n", "line 4: 'the' appears twice"),
         ("3 <pad>\n1 <unk>\n", "<pad> must be word 0"),
-        ("0 <pad>\n² <unk>\n", "line 2 is not a word"),
-        ("0 <pad>\n" + "9" * 5000 + " <unk>\n", "line 2 is not a word"),
+        ("0 <pad>\n² <unk>\n", "line 2 is neither a word nor"),
+        ("0 <pad>\n" + "9" * 5000 + " <unk>\n", "line 2 is neither a word nor"),
         ("[PAD]\nthe\n", r"no \[UNK\]"),
     ],
 )
