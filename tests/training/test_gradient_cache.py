@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.training import tiny
 from vatt.training.loop import seed_dropout
@@ -73,30 +72,3 @@ def test_fewer_activations_are_kept_than_for_the_whole_batch():
         return sum(held.values())
 
     assert kept_bytes(2) < 0.5 * kept_bytes(None)
-
-
-def test_a_weight_is_cast_once_for_all_micro_batches_of_the_second_pass():
-    class Casts(TorchDispatchMode):
-        def __init__(self, weight):
-            super().__init__()
-            self.place, self.number = weight.data_ptr(), 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            is_cast = func.overloadpacket is torch.ops.aten._to_copy
-            self.number += is_cast and args[0].data_ptr() == self.place
-            return func(*args, **(kwargs or {}))
-
-    def casts(micro_batch_size):
-        model = tiny.make_model(tiny.model_params())
-        with Casts(model.video.encoder.blocks[0].mlp.hidden.weight) as counted:
-            with torch.autocast("cpu", torch.bfloat16):
-                module = Pretraining(
-                    model, tiny.pretrain_params(), micro_batch_size=micro_batch_size
-                )
-                inputs = pretraining_inputs(model, tiny.make_batch(0), 0, drop_rate=0.5, seed=0)
-                losses = module(*inputs)
-            losses["loss"].backward()
-        return counted.number
-
-    assert casts(None) == 1
-    assert casts(1) == casts(4) == 2  # in the forward pass, and in the second one

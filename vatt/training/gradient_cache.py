@@ -1,9 +1,9 @@
 """A large batch in micro-batches, exactly: memory holds the activations of one at a time.
 
-Contrastive losses see the whole batch, so accumulating losses would change them. Instead the
+Contrastive losses see the whole batch, so that plain accumulation would change them. Instead the
 features of every micro-batch are computed first, without a graph; heads and loss run once, with
-one, on all of them; in the backward pass each micro-batch is computed again with a graph, to
-get its part of the gradient. The encoders have no batch norm, so this is the same gradient.
+one, on all of them; on the way back each micro-batch is computed again and its share of the
+gradient pushed through. The encoders have no batch norm, so this is the same gradient.
 
 All of it happens in *one* backward pass in which each weight gets its gradient once, complete:
 ZeRO reduces a gradient as it arrives, and at stage 3 would silently mix up partial ones. To that
@@ -41,7 +41,7 @@ def encode_in_micro_batches(
 
 
 class _Rejoin(torch.autograd.Function):
-    """Joins the first clip's features, which have a graph, with all others, which are replayed."""
+    """The first clip's features, with graph, and all others', which know how to be replayed."""
 
     @staticmethod
     def forward(ctx: Any, replay: "_Replay", *first: Tensor) -> tuple[Tensor, ...]:
@@ -82,8 +82,7 @@ class _Replay:
         sizes = [len(next(value for value in part if value is not None)) for part in self.parts]
         shares = zip(*(gradient.split(sizes) for gradient in gradients), strict=True)
         devices = [self.device] if self.device.type == "cuda" else []
-        # One autocast around all micro-batches casts each weight once for all of them.
-        with torch.random.fork_rng(devices), torch.enable_grad(), self.autocast:
+        with torch.random.fork_rng(devices), torch.enable_grad():
             for part, share, states in zip(self.parts, shares, self.generators, strict=True):
                 self._set_generators(states)
                 self._add_gradients(totals, part, share)
@@ -91,7 +90,9 @@ class _Replay:
             _add_to_gradient(weight, total)
 
     def _add_gradients(self, totals: list[Tensor], part: Rows, share: tuple[Tensor, ...]) -> None:
-        found = torch.autograd.grad(self.encode(*part), self.weights, share)
+        with self.autocast:
+            features = self.encode(*part)
+        found = torch.autograd.grad(features, self.weights, share)
         if totals:
             torch._foreach_add_(totals, found)
         else:
@@ -108,7 +109,7 @@ class _Replay:
 
 
 def _add_to_gradient(weight: nn.Parameter, total: Tensor) -> None:
-    """Add `total` to the next gradient that reaches `weight`."""
+    """Let the next gradient that reaches `weight` take `total` along."""
 
     def add(gradient: Tensor) -> Tensor:
         handle.remove()
@@ -118,7 +119,7 @@ def _add_to_gradient(weight: nn.Parameter, total: Tensor) -> None:
 
 
 def _micro_batches(rows: range, size: int) -> list[slice]:
-    """A remainder comes first, so that the peak is always one complete micro-batch and the sum."""
+    """A remainder comes first: the memory of a whole one beside the sum is then the peak always."""
     ends = range(rows.stop, rows.start, -size)
     return [slice(max(rows.start, end - size), end) for end in reversed(ends)]
 
