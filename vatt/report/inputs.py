@@ -7,7 +7,7 @@ import base64
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,9 @@ def _read_ledger(stage: str, file: Path) -> StateCounts:
 def _read_corpus(metrics: Mapping[str, Json]) -> CorpusFacts | None:
     """The counts of the download stage; the manifest itself may be large, or Parquet."""
     found = metrics.get("download", {}).get("corpus")
-    return CorpusFacts(**found) if found else None
+    if not found:
+        return None
+    return CorpusFacts(**{one.name: found[one.name] for one in fields(CorpusFacts)})
 
 
 def _read_thumbnails(folder: Path) -> dict[str, str]:
