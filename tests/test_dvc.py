@@ -251,7 +251,7 @@ def test_a_torn_rwlock_stays_while_dvc_runs(project: Path) -> None:
     rwlock.write_text("")
     done = vattctl(project, "repro")
     assert done.returncode == 4
-    assert f"DVC (process {process.pid}) is at work" in done.stderr
+    assert f"DVC (process {process.pid}) is running" in done.stderr
     assert rwlock.read_text() == ""
     process.kill()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_stages import SMALL, environment, make_kill, metrics, new_project, sets, vattctl
+from tests.test_stages import SMALL, environment, metrics, new_project, sets, signal_stage, vattctl
 from vatt.errors import SettingsError
 from vatt.provenance import stage_hash
 from vattctl.experiments import Experiment, inside, run_experiment, write_experiment
@@ -146,7 +147,7 @@ def test_a_killed_stage_goes_on_where_it_stopped(here: Path, trained: dict[Path,
     with subprocess.Popen(
         command, cwd=killed.folder, env=environment(), stderr=subprocess.DEVNULL
     ) as process:
-        make_kill("pretrain")(here / killed.folder)
+        signal_stage("pretrain", here / killed.folder, signal.SIGKILL)
         process.wait(timeout=120)
     assert process.returncode != 0
     assert not (killed.folder / "reports/metrics/pretrain.json").exists()

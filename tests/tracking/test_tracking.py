@@ -263,7 +263,7 @@ def test_what_is_too_large_to_keep_is_named_by_its_place(project, tmp_path):
     with mlflow.run("evaluate", small, stage_hash="1") as run:
         run.artifact(folder)
     assert client_of(project).get_run(run.run_id).data.tags["evaluation.path"] == str(folder)
-    with pytest.raises(DataError, match="kept no evaluation"):
+    with pytest.raises(DataError, match="has no evaluation"):
         mlflow.artifact_of(small, run.run_id, "evaluate", "evaluation")
 
 

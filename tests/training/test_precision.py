@@ -52,7 +52,7 @@ def test_each_tower_is_in_the_precision_and_everything_else_in_fp32(recipe, back
 
 def test_a_lost_precision_stops_the_training_and_names_the_tower():
     engine = LocalEngine(module(Careless), OPTIMIZER, "bf16")
-    message = r"precision\.encoder\.audio should be bf16 at precision bf16, and is fp32"
+    message = r"precision\.encoder\.audio should be bf16 at precision bf16, but is fp32"
     with pytest.raises(MachineError, match=message):
         engine(*inputs(engine.module))
     assert not hooks(engine.module)

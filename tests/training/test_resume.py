@@ -98,7 +98,7 @@ def test_a_second_start_beside_a_running_one_is_refused(tmp_path):
     training.wait_for_steps(1, first)
     second = training.start()
     assert second.wait() == 4
-    assert "another process is writing" in second.stderr.read()
+    assert "busy: another process holds" in second.stderr.read()
     first.kill()
     first.wait()
 
