@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from vatt import paper
+from vatt.verify.counts import token_rows
 from vatt.verify.losses import loss_rows, schedule_rows
-from vatt.verify.parameters import token_rows
 from vatt.verify.row import Check, compare, not_run, published
 from vattctl.cli import main
 
@@ -102,9 +102,7 @@ def test_published_numbers_come_from_the_tables() -> None:
 def test_a_fault_in_the_code_makes_rows_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vatt.verify.losses.learning_rate", lambda step, **_: 1e-4)
     monkeypatch.setattr("vatt.verify.losses.mil_nce", lambda video, *_, **__: video.sum() * 0)
-    monkeypatch.setattr(
-        "vatt.verify.parameters.cut", lambda inputs, patch: inputs[..., 0].flatten(1)
-    )
+    monkeypatch.setattr("vatt.verify.counts.cut", lambda inputs, patch: inputs[..., 0].flatten(1))
     for part in (schedule_rows, loss_rows, token_rows):
         assert any(row.state == "fail" for row in part())
 

@@ -1,17 +1,19 @@
-"""One command for each table of the paper: its runs, their cost, and their results."""
+"""One command for each table of the paper: its runs as experiments, their cost, their results."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from vatt.errors import SettingsError, Stopped, VattError
 from vatt.process import INTERRUPTED
-from vattctl.dvc import StageFailed
-from vattctl.experiments import run_experiment
+from vattctl.dvc import StageFailed, changed_stages
+from vattctl.experiments import Experiment, inside, run_experiment, settings_of
 from vattctl.params import enter_project, print_rich
-from vattctl.table_runs import VERSION, RunState, experiment_of, gather, missing, plan
 
 if TYPE_CHECKING:
     from vatt.config import Params
@@ -19,6 +21,250 @@ if TYPE_CHECKING:
 
 NUMBERS = tuple(str(number) for number in range(1, 11))
 RESUMABLE = (Stopped.exit_code, INTERRUPTED)
+VERSION = 1
+EXPERIMENTS, SETS = Path("experiments"), Path("sets")
+CHECKPOINT = Path("runs/checkpoints/pretrained")
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """How far a run is, what it lacks, and what it took or will take."""
+
+    run: "StudyRun"
+    state: str  # done, unfinished (or changed since), to run
+    missing: tuple[str, ...]  # what must be there first
+    measured: float | None  # seconds, of the stages that have run
+    forecast: float | None  # seconds; None: unknown
+
+
+def experiment_of(run: "StudyRun", scale: "Scale") -> Experiment:
+    """A run as an experiment of this project; on a data set, by the recipe that the set brings."""
+    import yaml
+
+    brought = None if run.data is None or missing(run) else SETS / run.data / "params.yaml"
+    raw = yaml.safe_load((brought or Path("params.yaml")).read_text(encoding="utf-8"))
+    tasks = {
+        task.name: _merged(_of(raw["finetune"]["tasks"], task.like, run), task.settings)
+        for task in run.tasks
+    }
+    settings: dict[tuple[str, ...], Any] = {}
+    if brought is not None:
+        settings = {("evaluate", key): value for key, value in raw["evaluate"].items()}
+    for key, value in run.settings.items():
+        keys = tuple(key.split("."))
+        if keys[:2] == ("evaluate", "probes"):  # one more
+            probes = {**raw["evaluate"]["probes"], keys[2]: value}
+            settings["evaluate", "probes"] = probes
+        else:
+            settings[keys] = value
+    settings["finetune", "run"] = list(tasks)
+    if tasks:
+        settings["finetune", "tasks"], settings["finetune", "init"] = tasks, list(run.inits)
+    stages = [
+        *(["download", "preprocess"] if _brings_data(run) else []),
+        *(["pretrain"] if run.start is None else []),
+        *(["finetune"] if tasks else []),
+        *(["evaluate"] if scale.name == "demo" or run.start is not None else []),
+    ]
+    data = Path() if run.data is None else SETS / run.data
+    if run.seed is not None and not _brings_data(run):
+        data = EXPERIMENTS / _bringer(run)
+    return Experiment(
+        EXPERIMENTS / run.name,
+        stages=tuple(stages),
+        settings=settings,
+        data=data,
+        start=None if run.start is None else EXPERIMENTS / run.start / CHECKPOINT,
+    )
+
+
+def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested sections; values of `over` win."""
+    deeper = {k: _merged(under[k], v) for k, v in over.items() if isinstance(v, Mapping)}
+    return {**under, **over, **deeper}
+
+
+def _bringer(run: "StudyRun") -> str:
+    """The run that makes the corpus of a seed."""
+    from vatt.studies import BASE
+
+    return f"{BASE}-seed-{run.seed}"
+
+
+def _brings_data(run: "StudyRun") -> bool:
+    return run.seed is not None and run.name == _bringer(run)
+
+
+def _of(tasks: dict[str, Any], like: str, run: "StudyRun") -> dict[str, Any]:
+    """The task that a run's task is based on; in a data set, it has the set's name."""
+    name = run.data if like not in tasks and run.data in tasks else like
+    if name not in tasks:
+        raise SettingsError(
+            f"finetune.tasks has no '{like}', which {run.name} needs",
+            hint=f"it has: {', '.join(tasks)}",
+        )
+    return deepcopy(tasks[name])
+
+
+def plan(
+    runs: "Sequence[StudyRun]", scale: "Scale", *, device: str | None, gpus: int
+) -> list[RunState]:
+    """State and cost of each run; nothing is written."""
+    speed = _speed(device, gpus)
+    changed = changed_stages([EXPERIMENTS / run.name / "dvc.yaml" for run in runs])
+    by_name = {run.name: run for run in runs}
+    planned = []
+    for run in runs:
+        folder = EXPERIMENTS / run.name
+        same = _same(settings_of(experiment_of(run, scale)), folder) and not any(
+            name.startswith(f"{folder}/") for name in changed
+        )
+        ran = (folder / "dvc.lock").exists()
+        work = _work(run, by_name.get(run.start or ""), scale)
+        planned.append(
+            RunState(
+                run,
+                state="to run" if not ran else "done" if same else "unfinished",
+                missing=tuple(missing(run)),
+                measured=sum(_seconds(folder).values()) or None,
+                forecast=None if speed is None else work / speed,
+            )
+        )
+    return planned
+
+
+def _same(settings: "Params", folder: Path) -> bool:
+    """Whether the folder was written with these settings; `machine` changes no result."""
+    from vatt.config import load_params
+
+    if not (folder / "params.yaml").exists():
+        return False
+    written = load_params(folder / "params.yaml")
+    one, other = (params.model_dump(exclude={"machine"}) for params in (settings, written))
+    return one == other
+
+
+def missing(run: "StudyRun") -> list[str]:
+    """The data set that a run needs and that is not there."""
+    if run.data is None or (SETS / run.data / "dvc.yaml").exists():
+        return []
+    return [str(SETS / run.data)]
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    """What the stages of a project took, by name."""
+    found = {}
+    for file in sorted((folder / "reports/runs").glob("*.json")):
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if facts.get("status") == "FINISHED":
+            found[file.stem] = float(facts["seconds"])
+    return found
+
+
+def _training_seconds(params: "Params", folder: Path) -> float | None:
+    """What the steps of a pre-training take at their median speed."""
+    from statistics import median
+
+    from vatt.tracking.mlflow import metric_values
+
+    file = folder / params.paths.runs / "pretrain.json"
+    if not file.exists():
+        return None
+    run_id = json.loads(file.read_text(encoding="utf-8"))["run_id"]
+    with inside(folder):  # a relative store counts from there
+        speeds = metric_values(params, run_id, "samples_per_second")
+    samples = params.pretrain.steps * params.pretrain.batch_size
+    return samples / median(speeds) if speeds else None
+
+
+def _speed(device: str | None, gpus: int) -> float | None:
+    """Operations a second: a GPU's by its data sheet, else as a pre-training here has shown."""
+    from vatt.plan.forecast import COMMON_SHARE, named_place
+    from vatt.training.telemetry import pretraining_work
+
+    if device is not None:
+        place = named_place(device)
+        assert place.device is not None
+        return place.device.bf16_flops * COMMON_SHARE * gpus
+    from vatt.config import load_params
+
+    for folder in (Path(), *sorted(EXPERIMENTS.glob("*"))):
+        known = load_params(folder / "params.yaml")
+        seconds = _training_seconds(known, folder)
+        if seconds:
+            work = pretraining_work(known.model, known.pretrain).flops * known.pretrain.steps
+            return work / seconds
+    return None
+
+
+def _work(run: "StudyRun", start: "StudyRun | None", scale: "Scale") -> float:
+    """Operations of a run's training; a fine-tuning's model is that of its start."""
+    from vatt.training.finetune import task_model
+    from vatt.training.telemetry import finetuning_work, pretraining_work
+
+    known = settings_of(experiment_of(run, scale))
+    model = known.model if start is None else settings_of(experiment_of(start, scale)).model
+    work = 0.0
+    if run.start is None:
+        work += pretraining_work(known.model, known.pretrain).flops * known.pretrain.steps
+    for name in known.finetune.run:
+        task = known.finetune.tasks[name]
+        once = finetuning_work(task_model(model, task), task).flops * task.steps
+        work += once * len(known.finetune.init)
+    return work
+
+
+def gather(scale: "Scale", params: "Params") -> dict[str, Any]:
+    """What the runs have measured, in one file among the metrics: the report is made from it."""
+    from vatt.files import atomic_write
+    from vatt.studies import SEEDS, STUDIES, studies, with_seed
+
+    runs = {run.name: run for one in studies(scale) for run in one.runs}
+    found = {}
+    for run in [with_seed(run, seed) for run in runs.values() for seed in SEEDS]:
+        file = EXPERIMENTS / run.name / "reports/metrics/evaluate.json"
+        if file.exists():
+            found[run.name] = _measured(EXPERIMENTS / run.name, file)
+    content = {"version": VERSION, "scale": scale.name, "runs": found}
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    target = params.paths.metrics / f"{STUDIES}.json"
+    if found and not (target.exists() and target.read_text(encoding="utf-8") == text):
+        with atomic_write(target) as path:
+            path.write_text(text, encoding="utf-8")
+    return found
+
+
+def _measured(folder: Path, file: Path) -> dict[str, Any]:
+    """A run's metrics with its operations and seconds."""
+    from vatt.checkpoint import load_config
+    from vatt.config import ModelParams, load_params
+    from vatt.flops import audio_flops, multimodal_flops, video_flops
+    from vatt.training.finetune import task_model
+
+    params = load_params(folder / "params.yaml")
+    results = json.loads(file.read_text(encoding="utf-8"))
+    checkpoint = load_config(folder / params.paths.pretrained)
+    whole, rate = ModelParams.model_validate(checkpoint["model"]), params.pretrain.drop_rate
+    gflops = {"pretrain": multimodal_flops(whole, drop_rate=rate, convention="true") / 1e9}
+    for name in params.finetune.run:
+        task = params.finetune.tasks[name]
+        model = task_model(whole, task)
+        flops = (
+            audio_flops(model.audio, drop_rate=task.drop_rate, convention="true")
+            if task.modality == "audio"
+            else video_flops(model.video, drop_rate=task.drop_rate, convention="true")
+        )
+        gflops[name] = flops / 1e9
+    return {
+        "seed": params.seed,
+        "steps": params.pretrain.steps,
+        "gflops": gflops,
+        "seconds": _seconds(folder),
+        "training_seconds": _training_seconds(params, folder),
+        "retrieval": {"pretrained": results.get("retrieval", {}).get("pretrained", {})},
+        "probes": results.get("probes", {}),
+        "classification": results.get("classification", {}),
+    }
 
 
 @click.command(

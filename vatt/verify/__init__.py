@@ -3,9 +3,8 @@
 from collections.abc import Callable
 
 from vatt.progress import Progress
+from vatt.verify.counts import drop_token_rows, operation_rows, parameter_rows, token_rows
 from vatt.verify.losses import loss_rows, schedule_rows
-from vatt.verify.operations import operation_rows
-from vatt.verify.parameters import drop_token_rows, parameter_rows, token_rows
 from vatt.verify.row import Check
 
 PARTS: tuple[Callable[[], list[Check]], ...] = (

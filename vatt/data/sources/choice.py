@@ -24,10 +24,11 @@ from vatt.data.sources.labelled import (
     read_hmdb51,
     read_kinetics,
     read_moments,
+    read_msrvtt,
     read_ucf101,
     read_vggsound,
+    read_youcook2,
 )
-from vatt.data.sources.retrieval import read_msrvtt, read_youcook2
 from vatt.data.sources.urls import read_urls
 from vatt.progress import Progress
 
