@@ -6,6 +6,8 @@ the released one is chosen here, by `model.recipe`, and nowhere else.
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +18,8 @@ from pydantic_core import from_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from vatt.config import ModelParams, Rate
 from vatt.errors import DataError
@@ -37,6 +41,24 @@ CONFIG_BYTES = 16 * 10**6
 # How much larger than its file a model may be: weights may be stored in 16 bits, and position
 # tables may grow.
 GROWTH, SLACK = 3, 256 * 10**6
+
+
+class _DrawsNothing(TorchFunctionMode):
+    """Leaves new weights as they are: without memory, torch would import its compiler to draw."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(function, "__module__", None) == init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Models that are built in the body have shapes, but no memory for their weights."""
+    with torch.device("meta"), _DrawsNothing():
+        yield
 
 
 def build(params: ModelParams) -> VATT:
@@ -61,7 +83,7 @@ def build_classifier(
 @cache
 def feature_dims(params: ModelParams) -> dict[str, int]:
     """The width of each modality's features."""
-    with torch.device("meta"):
+    with without_memory():
         model = build(params)
     return {name: getattr(model, name).width for name in MODALITIES}
 
@@ -153,7 +175,7 @@ def from_config(config: dict[str, Any], *, source: Path | str = CONFIG) -> VATT 
     try:
         described = CheckpointConfig.model_validate(config)
         params, task = described.model, described.classifier
-        with torch.device("meta"):
+        with without_memory():
             if task is None:
                 return build(params)
             return build_classifier(

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vatt.checkpoint import build, load_weights
+from vatt.checkpoint import build, load_weights, without_memory
 from vatt.config import MachineParams, ModelParams, PretrainParams
 from vatt.data.clips.samples import splits_of
 from vatt.data.loading.batches import Loading, Sampling, eval_batches, open_index
@@ -231,7 +231,7 @@ def retrieval_scores(tables: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def _encoder(model: ModelParams, weights: Mapping[str, Tensor]) -> VATT:
-    with torch.device("meta"):
+    with without_memory():
         encoder = build(model)
     load_weights(encoder, dict(weights))
     return encoder.eval().to("cuda" if torch.cuda.is_available() else "cpu")

@@ -104,12 +104,11 @@ class MemoryPeak:
 
 def count(model: ModelParams) -> Counts:
     """Count the weights of a model without allocating them."""
-    import torch
     from torch import nn
 
-    from vatt.checkpoint import build
+    from vatt.checkpoint import build, without_memory
 
-    with torch.device("meta"):
+    with without_memory():
         built = build(model)
     weights = dict(built.named_parameters())
     trained = {name: value.numel() for name, value in weights.items() if value.requires_grad}

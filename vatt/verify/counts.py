@@ -55,7 +55,7 @@ def model_params(name: str, recipe: Recipe, *, spectrogram: bool = False) -> Mod
 
 def build_model(name: str, recipe: Recipe) -> VATT:
     """A pre-training model on the meta device."""
-    with torch.device("meta"):
+    with checkpoint.without_memory():
         return checkpoint.build(model_params(name, recipe)).eval()
 
 
@@ -75,7 +75,7 @@ def build_classifier(
             "audio": params.audio.model_copy(update={"size": size}),
         }
     )
-    with torch.device("meta"):
+    with checkpoint.without_memory():
         return checkpoint.build_classifier(
             params, modality=modality, num_classes=num_classes, head_dropout=0.0
         ).eval()
