@@ -575,7 +575,7 @@ def _explain(error: ValidationError, raw: dict[str, Any], source: Path) -> str:
             remedy = f"did you mean '{close[0]}'?" if close else "remove it"
             lines.append(f"{place}: unknown key {dotted}; {remedy}")
         elif problem["type"] == "missing":
-            lines.append(f"{place}: {dotted} is missing; presets/ shows a value")
+            lines.append(f"{place}: {dotted} is missing; a new `vattctl init` folder shows a value")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             given = problem["input"]

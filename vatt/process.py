@@ -27,6 +27,7 @@ from vatt.files import atomic_write, lock
 FOLDER = Path(".vattctl")  # in the project's root; locks, the last outcome, the last traceback
 OUTCOME = FOLDER / "outcome.json"
 TRACEBACK = FOLDER / "traceback.txt"
+MARKS = FOLDER / "code"  # in a project without a clone: the installed code of each stage
 SETTINGS_LOCK = FOLDER / "settings.lock"  # shared by what reads params.yaml while it runs
 DEBUG_VARIABLE = "VATTCTL_DEBUG"  # set by `vattctl --debug`
 VERBOSE_VARIABLE = "VATTCTL_VERBOSE"  # set by `vattctl --verbose`

@@ -5,17 +5,22 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vatt.config import Params
+from vatt.files import atomic_write
+from vatt.process import MARKS
+
+if TYPE_CHECKING:
+    from vatt.config import Params
 
 PIPELINE_FILE = Path("dvc.yaml")
 LOCK_FILE = Path("dvc.lock")
+CODE = Path(__file__).parents[1]  # the folder of vatt and stages: a clone, or site-packages
 
 
-def stage_hash(stage: str, params: Params, **item: str) -> str:
+def stage_hash(stage: str, params: "Params", **item: str) -> str:
     """The sha256 of a stage's resolved params and deps, as dvc.yaml declares them.
 
     Outputs of earlier stages count by their hash in dvc.lock, also when they lie inside a dep or
@@ -50,8 +55,29 @@ def _hashes_of_outputs(deps: list[str]) -> dict[str, str]:
             locked = yaml.safe_load((folder / LOCK_FILE).read_text(encoding="utf-8"))
             stages = locked.get("stages", {}).values()
             for out in (out for stage in stages for out in stage.get("outs", [])):
-                hashes[os.path.relpath(folder / out["path"], here)] = str(out.get("md5"))
+                if not Path(out["path"]).is_relative_to(MARKS):  # these count as they are now
+                    hashes[os.path.relpath(folder / out["path"], here)] = str(out.get("md5"))
     return hashes
+
+
+def write_marks(pipeline: Path, project: Path) -> None:
+    """Note the hash of every source file that a stage of `pipeline` depends on, a file a stage."""
+    stages = yaml.safe_load(pipeline.read_text(encoding="utf-8"))["stages"]
+    for name, declared in stages.items():
+        deps = [str(dep) for dep in declared.get("deps", []) if not str(dep).startswith("${")]
+        files = sorted(file for dep in deps for file in _source_files(CODE / dep))
+        text = "".join(
+            f"{_hash_of_file(file)}  {file.relative_to(CODE).as_posix()}\n" for file in files
+        )
+        mark = project / MARKS / name
+        if not mark.is_file() or mark.read_text(encoding="utf-8") != text:
+            with atomic_write(mark) as path:
+                path.write_text(text, encoding="utf-8")
+
+
+def _source_files(path: Path) -> list[Path]:
+    found = path.rglob("*") if path.is_dir() else [path]
+    return [file for file in found if file.is_file() and file.suffix != ".pyc"]
 
 
 def _hash_of_file(path: Path) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from vatt import __version__
-from vatt.errors import SettingsError, VattError, machine_error, redact, redact_logs
+from vatt.errors import MachineError, SettingsError, VattError, machine_error, redact, redact_logs
 from vatt.process import BUG, INTERRUPTED, stop
-from vattctl import data, models, params, pipeline, planning, runs, tables
+from vattctl import data, doctor, models, params, pipeline, planning, project, runs, tables
 
 
 class InOrder(click.Group):
@@ -33,6 +33,7 @@ class InOrder(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 Examples:
+  vattctl init demo && cd demo               a project in a new folder
   vattctl demo                               the whole pipeline on a small generated corpus
   vattctl pretrain --size large              set the size, then run what it needs
   vattctl pretrain --set pretrain.steps=2000
@@ -65,6 +66,7 @@ def cli(
 
 
 for command in (
+    project.init,
     pipeline.demo,
     *data.COMMANDS,
     planning.plan_command,
@@ -75,6 +77,7 @@ for command in (
     *tables.COMMANDS,
     *runs.COMMANDS,
     params.config,
+    doctor.doctor,
     models.import_command,
     models.export_command,
     models.embed,
@@ -102,16 +105,14 @@ def _run(argv: list[str]) -> int:
         error.show()
         return SettingsError.exit_code
     except VattError as error:
-        click.echo(f"error: {error}", err=True)
-        return error.exit_code
+        return _report(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         known = machine_error(error) if isinstance(error, OSError) else None
         if known is not None:
-            click.echo(f"error: {known}", err=True)
-            return known.exit_code
+            return _report(known)
         if "--debug" in argv:
             raise
         click.echo(
@@ -120,6 +121,13 @@ def _run(argv: list[str]) -> int:
             err=True,
         )
         return BUG
+
+
+def _report(error: VattError) -> int:
+    click.echo(f"error: {error}", err=True)
+    if error.exit_code == MachineError.exit_code:
+        click.echo("`vattctl doctor` checks the machine and the project", err=True)
+    return error.exit_code
 
 
 if __name__ == "__main__":

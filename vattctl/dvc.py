@@ -34,13 +34,16 @@ from vatt.process import (
     DVC_VARIABLE,
     FOLDER,
     INTERRUPTED,
+    MARKS,
     OUTCOME,
     SETTINGS_LOCK,
     has_ended,
     read_outcome,
 )
+from vattctl.params import SHIPPED
 
 STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate", "report")
+CODE_STAGE = "code"  # of a project made by `vattctl init`; it marks the installed code
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 VATTCTL_VARIABLE = "VATTCTL_PROCESS"  # the id of the process that started DVC
 WATCH_SECONDS, LOOK_SECONDS, PATIENCE_SECONDS, LOCK_SECONDS = 1.0, 0.2, 5.0, 3.0
@@ -76,6 +79,7 @@ def run_dvc(arguments: list[str], *, quiet: bool) -> None:
     repair(here)
     for project in projects:
         _keep_copy(project / "dvc.lock")
+        refresh_marks(project)
     command = [*arguments, *(["--quiet"] if quiet else [])]
     with lock(SETTINGS_LOCK, shared=True):
         code = _wait_for(command)
@@ -167,6 +171,8 @@ def changed_stages(files: Sequence[Path] = (Path("dvc.yaml"),)) -> dict[str, lis
     if not there:
         return {}
     repair(Path.cwd())
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        refresh_marks(folder)
     command = [sys.executable, "-m", "dvc", "status", "--json", *there]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0 and remove_broken_caches():
@@ -176,8 +182,43 @@ def changed_stages(files: Sequence[Path] = (Path("dvc.yaml"),)) -> dict[str, lis
         raise MachineError(f"dvc status failed: {lines[-1] if lines else done.returncode}")
     found = {}
     for stage, changes in json.loads(done.stdout or "{}").items():
-        found[stage] = [f"{kind}: {name}" for kind, name in _leaves(changes)]
+        if stage.rpartition(":")[2] == CODE_STAGE:  # DVC counts it as changed always
+            continue
+        found[stage] = [f"{kind}: {_plain_name(name)}" for kind, name in _leaves(changes)]
     return found
+
+
+def refresh_marks(project: Path) -> None:
+    """In a project without a clone, note the installed code where it differs from what is noted."""
+    if was_made_by_init(project):
+        from vatt.provenance import write_marks
+
+        write_marks(SHIPPED / "dvc.yaml", project)
+
+
+def was_made_by_init(project: Path) -> bool:
+    """Whether the stages of a folder depend on marks of the installed code, not on source files."""
+    pipeline = project / "dvc.yaml"
+    return pipeline.is_file() and f"- {MARKS.as_posix()}/" in pipeline.read_text(encoding="utf-8")
+
+
+def _plain_name(name: str) -> str:
+    return "the installed code" if f"{MARKS.as_posix()}/" in name else name
+
+
+def init_repository(folder: Path, scm: str) -> None:
+    """`dvc init` in a folder: with `git` there, in a `subdir` of a repository, or with `none`."""
+    flags = {"git": [], "subdir": ["--subdir"], "none": ["--no-scm"]}[scm]
+    command = [sys.executable, "-m", "dvc", "init", "--quiet", *flags]
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        raise MachineError(
+            f"dvc init failed in {folder}: {lines[-1] if lines else done.returncode}"
+        )
 
 
 def _leaves(changes: list[Any]) -> list[tuple[str, str]]:

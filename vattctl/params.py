@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from vatt.config import Params
 
 PARAMS = Path("params.yaml")
-PRESETS = Path("presets")
+# What a project is made from: presets, pipeline. A wheel carries them; setup.py copies them there.
+_PACKAGED = Path(__file__).parent / "shipped"
+SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1]
+PRESETS = SHIPPED / "presets"
 Settings = dict[tuple[str, ...], Any]  # ("pretrain", "steps") -> 1000
 SIZES = ("tiny", "small", "base", "medium", "large")
 JSON_VERSION = 1  # of what --json prints; it rises when a field changes its meaning
@@ -50,7 +53,7 @@ def enter_project(context: click.Context) -> Path:
             return folder
     raise SettingsError(
         f"no dvc.yaml in {candidates[0]}" + ("" if chosen else " or its parents"),
-        hint="run vattctl inside a clone of the project, or name it with --project DIR",
+        hint="make a project with `vattctl init DIR`, or name one with --project DIR",
     )
 
 
@@ -212,23 +215,31 @@ def _set(document: Any, keys: tuple[str, ...], value: Any) -> str | None:
     return None
 
 
-def use_preset(name: str) -> list[str]:
-    """Make params.yaml equal to a preset; a file that was edited is kept as params.yaml.bak."""
-    presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+def preset_names() -> list[str]:
+    """The presets that this version has."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def preset_text(name: str) -> str:
+    """The settings file of a preset."""
+    presets = preset_names()
     if name not in presets:
         close = difflib.get_close_matches(name, presets, n=1)
         raise SettingsError(
             f"no preset '{name}'",
             hint=f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(presets)}",
         )
-    source = PRESETS / f"{name}.yaml"
-    wanted = source.read_text(encoding="utf-8")
+    return (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def use_preset(name: str) -> list[str]:
+    """Make params.yaml equal to a preset; a file that was edited is kept as params.yaml.bak."""
+    wanted = preset_text(name)
     current = PARAMS.read_text(encoding="utf-8") if PARAMS.exists() else None
     if current == wanted:
-        return [f"params.yaml already equals presets/{name}.yaml"]
-    lines = [f"params.yaml now equals presets/{name}.yaml"]
-    known = {path.read_text(encoding="utf-8") for path in PRESETS.glob("*.yaml")}
-    if current is not None and current not in known:
+        return [f"params.yaml already equals the preset {name}"]
+    lines = [f"params.yaml now equals the preset {name}"]
+    if current is not None and current not in map(preset_text, preset_names()):
         shutil.copyfile(PARAMS, "params.yaml.bak")
         lines.append("your edited settings are kept in params.yaml.bak")
     _write(wanted)
@@ -298,7 +309,7 @@ def validate(context: click.Context, file: Path | None, as_json: bool) -> None:
     \b
     Examples:
       vattctl config validate
-      vattctl config validate presets/paper.yaml
+      vattctl config validate params.yaml.bak
     """
     from vatt.config import load_params
 

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from vatt.errors import DataError, SettingsError, VattError
 from vattctl.experiments import Experiment
-from vattctl.params import PARAMS, Settings
+from vattctl.params import PARAMS, PRESETS, Settings
 
 if TYPE_CHECKING:
     from vatt.config import ModelParams, Params
     from vatt.data.clips.manifest import Clip
 
-SETS, RECIPES = Path("presets/sets"), Path("presets/recipes")
+SETS, RECIPES = PRESETS / "sets", PRESETS / "recipes"
 OWN = ("folder", "csv")
 PAPER_FPS, PAPER_HZ = 25, 48_000  # rates that a checkpoint of another shape was trained with
 SHOWN_WHOLE = 7 / 8  # of the short side, in a test crop
