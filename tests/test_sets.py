@@ -286,7 +286,8 @@ def test_a_dry_run_shows_everything_and_writes_nothing(inside, tmp_path):
     answer = CliRunner().invoke(cli, ["finetune", "folder", "--data", str(folder), "--dry-run"])
     assert answer.exit_code == 0, answer.output
     for line in (
-        "experiments/folder: finetune, evaluate, report",
+        "experiments/folder, from ",
+        "finetune@folder-pretrained",
         "finetune.tasks.folder.modality: \"audio\"",
         f"data.location: \"{folder}\"",
     ):  # fmt: skip

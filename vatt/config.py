@@ -10,7 +10,7 @@ import json
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -70,6 +70,10 @@ class PathsParams(Section):
     metrics: Path  # <stage>.json
     runs: Path  # <stage>.json: MLflow run id and timings; nothing depends on it
     report: Path  # report.html, report.md
+
+    def below(self, folder: Path) -> "PathsParams":
+        """The same places as seen from the folder above a project."""
+        return self.model_copy(update={name: folder / path for name, path in self})
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -551,6 +555,28 @@ def known_keys(path: tuple[str, ...]) -> list[str]:
             continue
         section = _section_of(fields[key].annotation)
     return sorted(getattr(section, "model_fields", {}))
+
+
+def known_values(path: tuple[str, ...]) -> list[str]:
+    """The words that the setting at `path` may be; empty where any number or text is allowed."""
+    section: Any = Params
+    for key in path[:-1]:
+        fields = getattr(section, "model_fields", {})
+        section = _section_of(fields[key].annotation) if key in fields else section
+    fields = getattr(section, "model_fields", {})
+    return _words_of(fields[path[-1]].annotation) if path[-1] in fields else []
+
+
+def _words_of(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    if annotation is bool:
+        return ["true", "false"]
+    if annotation is type(None):
+        return ["null"]
+    if get_origin(annotation) in (tuple, list, dict):
+        return []
+    return [word for part in get_args(annotation) for word in _words_of(part)]
 
 
 def _section_of(annotation: Any) -> Any:

@@ -44,6 +44,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Work in another folder for a while, as the stages do: their paths count from there."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextmanager
 def lock(path: Path, *, shared: bool = False, busy: str | None = None) -> Iterator[None]:
     """Hold a lock: a shared one waits for its turn, an exclusive one is refused when it is taken.
 

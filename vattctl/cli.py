@@ -1,35 +1,100 @@
-"""The command line: the click group, its global options, errors to messages and exit codes."""
+"""The command line: the click group, its global options, completion, errors to exit codes."""
 
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import (
+    CompletionItem,
+    ShellComplete,
+    add_completion_class,
+    get_completion_class,
+    split_arg_string,
+)
 
 from vatt import __version__
-from vatt.errors import MachineError, SettingsError, VattError, machine_error, redact, redact_logs
+from vatt.errors import (
+    MachineError,
+    SettingsError,
+    Stopped,
+    VattError,
+    machine_error,
+    redact,
+    redact_logs,
+)
 from vatt.process import BUG, INTERRUPTED, stop
 from vattctl import data, doctor, models, params, pipeline, planning, project, runs, tables
 
+PROGRAM = "vattctl"
 
-class InOrder(click.Group):
-    """Lists commands in the order of the pipeline."""
+
+class Sections(click.Group):
+    """A group whose help lists the commands by purpose, in whole sentences."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sections: dict[str, list[str]] = {}
+
+    def add_section(self, title: str, commands: Iterable[click.Command]) -> None:
+        """Add the commands of one purpose, in this order."""
+        for command in commands:
+            for leaf in getattr(command, "commands", {"": command}).values():
+                leaf.params += global_options()
+            self.add_command(command)
+            self.sections.setdefault(title, []).append(str(command.name))
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return list(self.commands)
+        return [name for names in self.sections.values() for name in names]
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        """Whole sentences on several lines, where click would cut them off."""
-        rows = [(name, one.get_short_help_str(limit=200)) for name, one in self.commands.items()]
-        with formatter.section("Commands"):
-            formatter.write_dl(rows)
+        room = max(map(len, self.commands))
+        for title, names in self.sections.items():
+            rows = [(n.ljust(room), self.commands[n].get_short_help_str(200)) for n in names]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+def global_options() -> list[click.Parameter]:
+    """The options of `vattctl` itself; hidden, because every command takes them."""
+
+    def take(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+        if value:
+            keep(context.find_root().obj, **{str(parameter.name): value})
+
+    flags = {"quiet": ("-q", "--quiet"), "verbose": ("-v", "--verbose"), "debug": ("--debug",)}
+    options: list[click.Parameter] = [
+        click.Option([*names, name], is_flag=True, expose_value=False, hidden=True, callback=take)
+        for name, names in flags.items()
+    ]
+    folder = click.Path(exists=True, file_okay=False, path_type=Path)
+    place = click.Option(["--project"], type=folder, expose_value=False, hidden=True, callback=take)
+    return [*options, place]
+
+
+def keep(
+    known: dict[str, Any],
+    *,
+    quiet: bool = False,
+    verbose: bool = False,
+    debug: bool = False,
+    project: Path | None = None,
+) -> None:
+    """Note global options in the context; the stages read two of them as variables."""
+    known["quiet"] = quiet or known.get("quiet", False)
+    known["project"] = project or known.get("project")
+    if debug:
+        os.environ["VATTCTL_DEBUG"] = "1"
+    if verbose:
+        os.environ["VATTCTL_VERBOSE"] = "1"
 
 
 @click.group(
-    cls=InOrder,
+    cls=Sections,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 Examples:
@@ -41,7 +106,7 @@ Examples:
   vattctl status                             what has run, what has changed, what it cost
   vattctl ui                                 compare runs in the MLflow page""",
 )
-@click.version_option(__version__, prog_name="vattctl")
+@click.version_option(__version__, prog_name=PROGRAM)
 @click.option(
     "--project",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -56,35 +121,161 @@ def cli(
 ) -> None:
     """VATT (Video-Audio-Text Transformer), reproducible end to end.
 
-    DVC runs each stage after the stages it depends on; MLflow records each as a run.
+    DVC runs each stage after the stages it depends on; MLflow records each as a run. The four
+    options below may also follow the command.
     """
-    if debug:
-        os.environ["VATTCTL_DEBUG"] = "1"  # the stages read these two
-    if verbose:
-        os.environ["VATTCTL_VERBOSE"] = "1"
-    context.obj = {"quiet": quiet, "project": project}
+    context.obj = {}
+    keep(context.obj, quiet=quiet, verbose=verbose, debug=debug, project=project)
 
 
-for command in (
-    project.init,
-    pipeline.demo,
-    *data.COMMANDS,
-    planning.plan_command,
-    pipeline.pretrain,
-    pipeline.finetune,
-    pipeline.evaluate,
-    *pipeline.COMMANDS,
-    *tables.COMMANDS,
-    *runs.COMMANDS,
-    params.config,
-    doctor.doctor,
-    models.import_command,
-    models.export_command,
-    models.embed,
-    models.search,
-    models.verify_command,
-):
-    cli.add_command(command)
+# --- completion -----------------------------------------------------------------------------------
+
+BASH = """\
+%(complete_func)s() {
+    local IFS=$'\\n' line
+    COMPREPLY=()
+    while IFS= read -r line; do
+        case $line in
+            plain,*) COMPREPLY+=("${line#plain,}") ;;
+            dir,*) compopt -o dirnames ;;
+            file,*) compopt -o default ;;
+        esac
+    done < <(COMP_WORDS="${COMP_WORDS[*]}" COMP_CWORD=$COMP_CWORD \
+        %(complete_var)s=bash_complete "$1")
+    if [[ ${COMPREPLY[0]-} == *= ]]; then compopt -o nospace; fi
+}
+complete -o nosort -F %(complete_func)s %(prog_name)s
+"""
+ZSH = """\
+if ! (( $+functions[compdef] )); then autoload -Uz compinit && compinit -u; fi
+%(complete_func)s() {
+    local -a values keys
+    local line
+    for line in ${(f)"$(COMP_WORDS="${(F)words}" COMP_CWORD=$((CURRENT-1)) \
+            %(complete_var)s=zsh_complete $words[1])"}; do
+        case $line in
+            plain,*=) keys+=("${line#plain,}") ;;
+            plain,*) values+=("${line#plain,}") ;;
+            dir,*) _path_files -/ ;;
+            file,*) _path_files ;;
+        esac
+    done
+    if (( $#values )); then compadd -V values -a values; fi
+    if (( $#keys )); then compadd -S '' -V keys -a keys; fi
+}
+compdef %(complete_func)s %(prog_name)s
+"""
+
+
+class Zsh(ShellComplete):
+    """Completion in zsh: no space follows a key of `--set`, which ends in `=`."""
+
+    name, source_template = "zsh", ZSH
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        place = int(os.environ["COMP_CWORD"])
+        words = split_arg_string(os.environ["COMP_WORDS"])[1 : place + 1]
+        words = self.joined(words if len(words) == place else [*words, ""])
+        return words[:-1], words[-1]
+
+    def joined(self, words: list[str]) -> list[str]:
+        """The words as they were typed."""
+        return words
+
+    def format_completion(self, item: CompletionItem) -> str:
+        return f"{item.type},{item.value}"
+
+
+class Bash(Zsh):
+    """Completion in bash, which takes `key=value` for three words."""
+
+    name, source_template = "bash", BASH
+    cuts = False  # whether the word to complete begins after a `=`
+
+    def joined(self, words: list[str]) -> list[str]:
+        whole: list[str] = []
+        for before, word in zip(["", *words], words, strict=False):
+            self.cuts = bool(whole) and "=" in (before, word)
+            if self.cuts:
+                whole[-1] += word
+            else:
+                whole.append(word)
+        return whole
+
+    def format_completion(self, item: CompletionItem) -> str:
+        value = item.value.partition("=")[2] if self.cuts else item.value
+        return f"{item.type},{value}"
+
+
+for shell in (Bash, Zsh):
+    add_completion_class(shell)
+START_FILES = {"bash": Path(".bashrc"), "zsh": Path(".zshrc")}  # fish reads its own folder
+MARK = "# completion of vattctl"
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  vattctl completion --install           for the shell that $SHELL names
+  vattctl completion zsh --install
+  vattctl completion fish                print the script"""
+)
+@click.argument("shell", required=False, type=click.Choice(["bash", "zsh", "fish"]))
+@click.option("--install", is_flag=True, help="Write the script, and load it in new shells.")
+@click.option("--dry-run", is_flag=True, help="Print which files would change; write nothing.")
+def completion(shell: str | None, install: bool, dry_run: bool) -> None:
+    """Complete commands, options, settings, data sets and stages with Tab.
+
+    Without --install the script is printed.
+    """
+    shell = shell or Path(os.environ.get("SHELL", "")).name
+    made = get_completion_class(shell)
+    if made is None:
+        raise SettingsError("$SHELL names no known shell", hint="vattctl completion bash --install")
+    script = made(cli, {}, PROGRAM, "_VATTCTL_COMPLETE").source()
+    if not (install or dry_run):
+        click.echo(script)
+        return
+    for file, text in _completion_files(shell, script).items():
+        if not dry_run:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        click.echo(f"{'would write' if dry_run else 'written'}: {file}")
+    click.echo(f"next: start a new {shell}, then type `vattctl ` and press Tab")
+
+
+def _completion_files(shell: str, script: str) -> dict[Path, str]:
+    """What each file will hold; a shell's start file gets one more line, once."""
+    home = Path.home()
+    if shell == "fish":
+        config = Path(os.environ.get("XDG_CONFIG_HOME", home / ".config"))
+        return {config / "fish/completions/vattctl.fish": script}
+    place = Path(os.environ.get("XDG_DATA_HOME", home / ".local/share")) / f"vattctl/{shell}"
+    start = Path(os.environ.get("ZDOTDIR", home) if shell == "zsh" else home) / START_FILES[shell]
+    known = start.read_text(encoding="utf-8") if start.exists() else ""
+    line = f"[ -r {shlex.quote(str(place))} ] && . {shlex.quote(str(place))}  {MARK}\n"
+    kept = "".join(one for one in known.splitlines(keepends=True) if MARK not in one)
+    kept += "" if kept.endswith("\n") or not kept else "\n"
+    return {place: script, start: kept + line}
+
+
+for title, commands in {
+    "Run": (
+        project.init,
+        pipeline.demo,
+        pipeline.repro,
+        pipeline.pretrain,
+        pipeline.finetune,
+        pipeline.evaluate,
+        pipeline.report,
+        planning.plan_command,
+    ),
+    "Data": data.COMMANDS,
+    "Results": (*runs.COMMANDS, *tables.COMMANDS, models.search),
+    "Weights": (models.import_command, models.export_command, models.embed, models.verify_command),
+    "Settings": (params.config, doctor.doctor, completion),
+}.items():
+    cli.add_section(title, commands)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -96,7 +287,7 @@ def _run(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, stop)
     redact_logs()
     try:
-        result: Any = cli.main(args=argv, prog_name="vattctl", standalone_mode=False)
+        result: Any = cli.main(args=argv, prog_name=PROGRAM, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
@@ -105,14 +296,14 @@ def _run(argv: list[str]) -> int:
         error.show()
         return SettingsError.exit_code
     except VattError as error:
-        return _report(error)
+        return _report(error, argv)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         known = machine_error(error) if isinstance(error, OSError) else None
         if known is not None:
-            return _report(known)
+            return _report(known, argv)
         if "--debug" in argv:
             raise
         click.echo(
@@ -123,7 +314,13 @@ def _run(argv: list[str]) -> int:
         return BUG
 
 
-def _report(error: VattError) -> int:
+def _report(error: VattError, argv: list[str]) -> int:
+    """Print the message; of a stop one line, with the command that continues."""
+    if error.exit_code in (INTERRUPTED, Stopped.exit_code):
+        what = error.problem.splitlines()[0].partition(";")[0]
+        again = redact(shlex.join([PROGRAM, *argv]), every_query=True)
+        click.echo(f"{what}; what is done is saved. To continue: {again}", err=True)
+        return error.exit_code
     click.echo(f"error: {error}", err=True)
     if error.exit_code == MachineError.exit_code:
         click.echo("`vattctl doctor` checks the machine and the project", err=True)

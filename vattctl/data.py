@@ -1,14 +1,25 @@
 """Clips from the command line: ingest, download, preprocess, ledger."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from vatt.errors import SettingsError
-from vattctl.params import JSON_VERSION, Settings, edit, enter_project
-from vattctl.pipeline import machines_options, machines_settings, run, stage_options
+from vattctl.params import (
+    JSON_VERSION,
+    edit,
+    enter_project,
+)
+from vattctl.pipeline import (
+    RunOptions,
+    machines_options,
+    machines_settings,
+    run,
+    stage_options,
+)
 
 if TYPE_CHECKING:
     from vatt.config import Params
@@ -71,9 +82,7 @@ def download(
     retry: str | None,
     executor: str | None,
     address: str | None,
-    settings: Settings,
-    force: bool,
-    dry_run: bool,
+    options: RunOptions,
 ) -> None:
     """Fetch the clips that the source names; write manifest and ledger.
 
@@ -87,20 +96,20 @@ def download(
     more = machines_settings(executor, address)
     enter_project(context)
     if retry is None:
-        run(context, ("download",), edit(more | settings), force=force, dry_run=dry_run)
-        if not dry_run and (lost := len(_missing())):
+        run(context, ("download",), edit(more | options.settings), options)
+        if not options.dry_run and (lost := len(_missing())):
             click.echo(
                 f"{lost} files that were fetched are missing now; if shards must be written again, "
                 "`vattctl download --retry missing` fetches them",
                 err=True,
             )
         return
-    count = _forget(retry, write=not dry_run)
+    count = _forget(retry, write=not options.dry_run)
     click.echo(
         f"{count} {'files' if retry == 'missing' else 'clips'} will be tried again", err=True
     )
     if count:
-        run(context, ("download",), edit(more | settings), force=True, dry_run=dry_run)
+        run(context, ("download",), edit(more | options.settings), replace(options, force=True))
 
 
 @click.command()
@@ -111,9 +120,7 @@ def preprocess(
     context: click.Context,
     executor: str | None,
     address: str | None,
-    settings: Settings,
-    force: bool,
-    dry_run: bool,
+    options: RunOptions,
 ) -> None:
     """Cut, scale and pack the clips into shards.
 
@@ -124,7 +131,7 @@ def preprocess(
     """
     more = machines_settings(executor, address)
     enter_project(context)
-    run(context, ("preprocess",), edit(more | settings), force=force, dry_run=dry_run)
+    run(context, ("preprocess",), edit(more | options.settings), options)
 
 
 def _missing() -> list[Path]:

@@ -20,14 +20,16 @@ import sys
 import threading
 import time
 from _thread import interrupt_main
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
-from vatt.errors import MachineError, SettingsError, Stopped, VattError
+from vatt.errors import DataError, MachineError, SettingsError, Stopped, VattError
 from vatt.files import atomic_write, lock
 from vatt.process import (
     CLOCK_SECONDS,
@@ -40,6 +42,7 @@ from vatt.process import (
     has_ended,
     read_outcome,
 )
+from vatt.progress import FRAME_SECONDS, PROGRESS_VARIABLE, Board, Row, duration
 from vattctl.params import SHIPPED
 
 STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate", "report")
@@ -67,6 +70,15 @@ def stages_here() -> list[str]:
     return [name for name in STAGES if name in declared]
 
 
+def stage_names() -> list[str]:
+    """The stages of this project as DVC runs them, each fine-tuning by its task and start."""
+    import yaml
+
+    settings = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["finetune"]
+    tasks = [f"finetune@{'-'.join(each)}" for each in product(settings["run"], settings["init"])]
+    return [name for stage in stages_here() for name in (tasks if stage == "finetune" else [stage])]
+
+
 # --- running DVC ----------------------------------------------------------------------------------
 
 
@@ -80,25 +92,26 @@ def run_dvc(arguments: list[str], *, quiet: bool) -> None:
     for project in projects:
         _keep_copy(project / "dvc.lock")
         refresh_marks(project)
-    command = [*arguments, *(["--quiet"] if quiet else [])]
     with lock(SETTINGS_LOCK, shared=True):
-        code = _wait_for(command)
+        code = _wait_for(arguments, quiet=quiet)
         if code == DVC_FAILED and not _outcome(projects) and remove_broken_caches():
-            code = _wait_for(command)
+            code = _wait_for(arguments, quiet=quiet)
     for project in projects:
         _keep_copy(project / "dvc.lock")
     if code:
         raise _failure(arguments[0], code, projects)
 
 
-def _wait_for(arguments: list[str]) -> int:
+def _wait_for(arguments: list[str], *, quiet: bool) -> int:
     """DVC's exit code. Signals are handed on to it; it sends them to the stage."""
     folder = str(Path(sys.executable).parent)
+    display = Display(arguments, quiet=quiet)
     environment = {
         **os.environ,
         "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}",
         "DVC_NO_ANALYTICS": "1",
         VATTCTL_VARIABLE: str(os.getpid()),
+        PROGRESS_VARIABLE: str(display.progress),
     }
     process: subprocess.Popen[bytes] | None = None
     signals: list[int] = []
@@ -114,23 +127,168 @@ def _wait_for(arguments: list[str]) -> int:
     handlers = {number: signal.signal(number, hand_on) for number in SIGNALS}
     try:
         # A process group of its own: Ctrl-C in a terminal reaches vattctl alone, and the stage
-        # gets it once. What DVC prints is progress, so its stdout goes to stderr.
+        # gets it once. It writes to a file: a pipe would break when vattctl is killed.
         process = subprocess.Popen(
             [sys.executable, "-m", "vattctl.dvc", *arguments],
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=sys.stderr.fileno(),
+            stdout=display.file,
+            stderr=subprocess.STDOUT,
             process_group=0,
         )
         for signum in signals[:]:  # those that came before there was a process
             process.send_signal(signum)
-        code = process.wait()
+        while (code := process.poll()) is None:
+            display.show(stopping=bool(signals))
+            time.sleep(LOOK_SECONDS / 4)
         while code < 0 and _group_lives(process.pid):  # DVC was killed; its stage saves and ends
             time.sleep(0.1)
     finally:
+        display.close(failed=process is None or process.returncode != 0)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return code
+
+
+RUNNING = re.compile(r"Running stage '(?:.*:)?([^']+)':")
+SKIPPED = re.compile(r"Stage '(?:.*:)?([^']+)' (?:didn't change|is cached)")
+FAILED = re.compile(r"ERROR: failed to reproduce '(?:.*:)?([^']+)'")
+NOISE = re.compile(  # in addition to a table
+    r"\s*$|> |\t|(Updat|Generat)ing lock file|To (track|enable)|Use `dvc push`|"
+    r".*: \d+/\d+ \w+|Data and pipelines"
+)
+LOGS, KEPT_LOGS = FOLDER / "logs", 20
+
+
+class Display:
+    """DVC's output: kept in a file, shown as plain lines or, on a terminal, as a table of stages.
+
+    With `quiet` only errors are shown.
+    """
+
+    def __init__(self, arguments: Sequence[str], *, quiet: bool) -> None:
+        LOGS.mkdir(parents=True, exist_ok=True)
+        for old in sorted(LOGS.glob("*.log"))[: -KEPT_LOGS + 1]:
+            old.unlink(missing_ok=True)
+        now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
+        path = (LOGS / f"{now}-{os.getpid()}.log").absolute()
+        self.progress = path.parent.parent / "progress.json"
+        self.file, self._read = path.open("ab"), path.open("rb")
+        self._rest, self._quiet = b"", quiet
+        self._rows = {name: Row(name, "waiting") for name in _expected(arguments)}
+        self._board = None if quiet or not sys.stderr.isatty() else Board()
+        self._running, self._began, self._drawn = "", 0.0, 0.0
+        self.progress.unlink(missing_ok=True)
+
+    def show(self, *, stopping: bool = False) -> None:
+        """Show what is new in the file."""
+        *lines, self._rest = (self._rest + self._read.read()).split(b"\n")
+        for line in lines:
+            self._take(line.decode(errors="replace"))
+        if self._board is not None and time.monotonic() - self._drawn >= FRAME_SECONDS:
+            self._drawn = time.monotonic()
+            self._note_progress()
+            if stopping and self._running:
+                self._rows[self._running].state = "stopping"
+            self._board.draw(list(self._rows.values()))
+
+    def close(self, *, failed: bool) -> None:
+        """Show the rest, with the last state of each stage."""
+        self._drawn = 0.0
+        if self._running:
+            self._end("stopped" if failed else "done")
+        self.show()
+        if self._board is not None:
+            self._board.close()
+        self.file.close()
+        self._read.close()
+        self.progress.unlink(missing_ok=True)
+
+    def _take(self, line: str) -> None:
+        if self._board is None:
+            if not self._quiet or line.startswith("ERROR"):
+                click.echo(line, err=True)
+            return
+        if match := RUNNING.match(line):
+            self._end("done")
+            if match[1] != CODE_STAGE:
+                self._running, self._began = match[1], time.monotonic()
+                self._rows.setdefault(match[1], Row(match[1], "")).state = "running"
+        elif match := SKIPPED.match(line):
+            self._end("done")
+            self._rows.setdefault(match[1], Row(match[1], "")).state = "up to date"
+        elif match := FAILED.match(line):
+            self._end("failed")
+            self._board.say(line)
+        elif not NOISE.match(line):
+            self._board.say(line)
+
+    def _end(self, state: str) -> None:
+        """The running stage has ended; its progress is replaced by what it took."""
+        if self._running:
+            took = duration(time.monotonic() - self._began)
+            self._rows[self._running] = Row(self._running, state, text=took)
+            self._running = ""
+            self.progress.unlink(missing_ok=True)
+
+    def _note_progress(self) -> None:
+        if self._running:
+            row = self._rows[self._running]
+            row.text = duration(time.monotonic() - self._began)
+            with contextlib.suppress(OSError, ValueError, KeyError, ZeroDivisionError):
+                found = json.loads(self.progress.read_text(encoding="utf-8"))
+                row.share, row.text = found["done"] / found["total"], str(found["text"])
+
+
+def _expected(arguments: Sequence[str]) -> list[str]:
+    """The stages that a `dvc repro` may run."""
+    names = stage_names()
+    targets = [word for word in arguments[1:] if not word.startswith("-")]
+    wanted = [n for n in names if n in targets or n.partition("@")[0] in targets]
+    if not targets or "--single-item" in arguments:
+        return wanted or names
+    return names[: names.index(wanted[-1]) + 1] if wanted else names
+
+
+def stage_log(stage: str, *, follow: bool = False) -> Iterator[str]:
+    """The lines of a stage's last run; with `follow` until it ends. A variant may be left out."""
+    for path in sorted(LOGS.glob("*.log"), reverse=True):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        starts = [
+            number
+            for number, line in enumerate(lines)
+            if (match := RUNNING.match(line)) and stage in (match[1], match[1].partition("@")[0])
+        ]
+        if starts:
+            with path.open(encoding="utf-8", errors="replace") as log:
+                for _ in range(starts[-1]):
+                    next(log)
+                yield from _section(log, int(path.stem.rpartition("-")[2]), follow=follow)
+            return
+    raise DataError(
+        f"no log of {stage}",
+        hint=f"it has not run here under vattctl; {LOGS} keeps the last {KEPT_LOGS} runs",
+    )
+
+
+def _section(log: TextIO, vattctl: int, *, follow: bool) -> Iterator[str]:
+    """The lines up to the next stage."""
+    import psutil
+
+    yield log.readline().rstrip("\n")
+    rest = ""
+    while True:
+        is_alive = follow and psutil.pid_exists(vattctl)
+        rest += log.readline()
+        if rest.endswith("\n"):
+            if RUNNING.match(rest) or SKIPPED.match(rest) or rest.startswith("Updating lock file"):
+                return
+            yield rest.rstrip("\n")
+            rest = ""
+        elif not is_alive:
+            return
+        else:
+            time.sleep(LOOK_SECONDS)
 
 
 def _group_lives(group: int) -> bool:
@@ -167,25 +325,57 @@ def _failure(command: str, code: int, projects: Sequence[Path]) -> VattError:
 
 def changed_stages(files: Sequence[Path] = (Path("dvc.yaml"),)) -> dict[str, list[str]]:
     """What DVC finds changed, by stage, in those of the repository's dvc.yaml files that exist."""
-    there = [str(file) for file in files if file.exists()]
-    if not there:
-        return {}
+    with changed_in_background(files) as answer:
+        changed = answer()
+    if changed is None:
+        raise MachineError("busy: a stage is running", hint="wait until it has ended")
+    return changed
+
+
+BUSY = "busy, it is being blocked by"  # DVC, of a path that a running stage reads or writes
+Changes = dict[str, list[str]]
+
+
+@contextlib.contextmanager
+def changed_in_background(
+    files: Sequence[Path] = (Path("dvc.yaml"),),
+) -> Iterator[Callable[[], Changes | None]]:
+    """Start `dvc status`; the function waits for its answer, None while a stage runs."""
+    is_known = any((folder / ".dvc").is_dir() for folder in (Path.cwd(), *Path.cwd().parents))
+    there = [str(file) for file in files if file.exists() and is_known]
     repair(Path.cwd())
     for folder in (Path.cwd(), *Path.cwd().parents):
         refresh_marks(folder)
     command = [sys.executable, "-m", "dvc", "status", "--json", *there]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0 and remove_broken_caches():
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        raise MachineError(f"dvc status failed: {lines[-1] if lines else done.returncode}")
-    found = {}
-    for stage, changes in json.loads(done.stdout or "{}").items():
-        if stage.rpartition(":")[2] == CODE_STAGE:  # DVC counts it as changed always
-            continue
-        found[stage] = [f"{kind}: {_plain_name(name)}" for kind, name in _leaves(changes)]
-    return found
+    begun = subprocess.Popen(
+        command if there else ["echo", "{}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def answer() -> Changes | None:
+        output, errors = begun.communicate()
+        code = begun.returncode
+        if code != 0 and BUSY not in errors and remove_broken_caches():
+            again = subprocess.run(command, capture_output=True, text=True, check=False)
+            output, errors, code = again.stdout, again.stderr, again.returncode
+        if code != 0:
+            if BUSY in errors:
+                return None
+            raise MachineError(f"dvc status failed: {errors.strip().splitlines()[-1:] or code}")
+        return {
+            stage: [f"{kind}: {_plain_name(name)}" for kind, name in _leaves(changes)]
+            for stage, changes in json.loads(output or "{}").items()
+            if stage.rpartition(":")[2] != CODE_STAGE  # DVC counts it as changed always
+        }
+
+    try:
+        yield answer
+    finally:
+        if begun.poll() is None:
+            begun.terminate()
+            begun.communicate()
 
 
 def refresh_marks(project: Path) -> None:

@@ -27,13 +27,13 @@ git (params.yaml, dvc.yaml, dvc.lock): DVC refuses stages that git ignores.
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vatt.errors import SettingsError
+from vatt.files import inside
 from vattctl.dvc import STAGES, run_dvc
 from vattctl.params import PARAMS, Edit, edit
 
@@ -95,7 +95,7 @@ def write_experiment(experiment: Experiment) -> None:
     }
     stages = {name: _moved(stage, experiment) for name, stage in own.items()}
     plain = yaml.safe_dump({"stages": stages}, sort_keys=False, width=4096)
-    edited = _edit(experiment)
+    edited = edit_of(experiment)
     _ = edited.params  # raises when a setting is wrong
     header = HEADER.format(parent=_from(experiment.folder, PARAMS))
     _write(experiment.folder / PARAMS, header + edited.text())
@@ -107,7 +107,6 @@ def run_experiment(
     targets: tuple[str, ...] = (),
     *,
     upstream: bool = True,
-    dry_run: bool = False,
     quiet: bool = False,
 ) -> None:
     """Write the experiment, then let DVC run the targets (all its stages) and what they need.
@@ -115,35 +114,23 @@ def run_experiment(
     Without `upstream`, outputs of other projects are used as they are, up to date or not.
     """
     write_experiment(experiment)
-    dry = ["--dry"] if dry_run else []
     wanted = targets or tuple(name for name in STAGES if name in experiment.stages)
     with inside(experiment.folder):
         if upstream:
-            run_dvc(["repro", *dry, *targets], quiet=quiet)
+            run_dvc(["repro", *targets], quiet=quiet)
         else:
             last = max(STAGES.index(target.partition("@")[0]) for target in wanted)
             before = [name for name in STAGES[:last] if name in experiment.stages]
             own = [name for name in before if name not in wanted] + list(wanted)
-            run_dvc(["repro", *dry, "--single-item", *own], quiet=quiet)
-
-
-@contextmanager
-def inside(folder: Path) -> Iterator[None]:
-    """Work in another folder for a while, as the stages do: their paths count from there."""
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
+            run_dvc(["repro", "--single-item", *own], quiet=quiet)
 
 
 def settings_of(experiment: Experiment) -> "Params":
     """The experiment's settings, whether it has been written or not."""
-    return _edit(experiment).params
+    return edit_of(experiment).params
 
 
-def _edit(experiment: Experiment) -> Edit:
+def edit_of(experiment: Experiment) -> Edit:
     """The project's settings with the experiment's own and its paths."""
     settings = {**_places(experiment, _read(PARAMS)), **experiment.settings}
     return edit(settings, source=experiment.folder / PARAMS)

@@ -1,4 +1,4 @@
-"""params.yaml from the command line: show, use a preset, validate, and change settings."""
+"""params.yaml from the command line: show, set, use a preset, validate; completion of keys."""
 
 import contextlib
 import difflib
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import StringIO
@@ -43,18 +43,39 @@ def print_rich(*parts: Any) -> None:
         console.print(part, highlight=False, soft_wrap=isinstance(part, str))
 
 
+def print_json(**content: Any) -> None:
+    """What every `--json` prints: one object with its version first."""
+    shown = json.dumps({"version": JSON_VERSION, **content}, indent=2, ensure_ascii=False)
+    click.echo(shown)
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The option --json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def dry_run_option(description: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option --dry-run."""
+    return click.option("--dry-run", is_flag=True, help=description)
+
+
+def project_folder(chosen: Path | None) -> Path | None:
+    """The folder that was chosen, or the nearest parent with a dvc.yaml."""
+    candidates = [chosen.resolve()] if chosen else [Path.cwd(), *Path.cwd().parents]
+    return next((folder for folder in candidates if (folder / "dvc.yaml").is_file()), None)
+
+
 def enter_project(context: click.Context) -> Path:
     """Work in the project's folder: the nearest parent with dvc.yaml, or --project."""
     chosen: Path | None = context.obj["project"]
-    candidates = [chosen.resolve()] if chosen else [Path.cwd(), *Path.cwd().parents]
-    for folder in candidates:
-        if (folder / "dvc.yaml").is_file():
-            os.chdir(folder)
-            return folder
-    raise SettingsError(
-        f"no dvc.yaml in {candidates[0]}" + ("" if chosen else " or its parents"),
-        hint="make a project with `vattctl init DIR`, or name one with --project DIR",
-    )
+    folder = project_folder(chosen)
+    if folder is None:
+        raise SettingsError(
+            f"no dvc.yaml in {chosen or Path.cwd()}" + ("" if chosen else " or its parents"),
+            hint="make a project with `vattctl init DIR`, or name one with --project DIR",
+        )
+    os.chdir(folder)
+    return folder
 
 
 def parse_setting(text: str) -> tuple[tuple[str, ...], Any]:
@@ -63,13 +84,11 @@ def parse_setting(text: str) -> tuple[tuple[str, ...], Any]:
 
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise SettingsError(
-            f"--set {text!r} is not KEY=VALUE", hint="e.g. --set pretrain.steps=1000"
-        )
+        raise SettingsError(f"{text!r} is not KEY=VALUE", hint="e.g. pretrain.steps=1000")
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise SettingsError(f"--set {key}: {value!r} is not YAML") from None
+        raise SettingsError(f"{key}: {value!r} is not YAML") from None
     if isinstance(parsed, str):
         with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
             parsed = float(parsed)
@@ -92,6 +111,53 @@ def parse_settings(
     return dict(map(parse_setting, assignments))
 
 
+# --- completion by the shell: each answers with values that begin with what was typed ------------
+
+
+def completion_folder(context: click.Context) -> Path:
+    """The project whose values are completed; here without one."""
+    return project_folder(context.find_root().params.get("project")) or Path()
+
+
+def complete_keys(context: click.Context, parameter: click.Parameter, typed: str) -> list[str]:
+    """Keys and sections of params.yaml."""
+    return sorted({key for key in _known_keys(context, sections=True) if key.startswith(typed)})
+
+
+def complete_settings(context: click.Context, parameter: click.Parameter, typed: str) -> list[str]:
+    """Keys of params.yaml, each followed by `=`; after it the values that the key may have."""
+    key, equals, value = typed.partition("=")
+    if not equals:
+        return [f"{key}=" for key in _known_keys(context) if key.startswith(typed)]
+    from vatt.config import known_values
+
+    values = known_values(tuple(key.split(".")))
+    return [f"{key}={one}" for one in values if one.startswith(value)]
+
+
+def complete_presets(context: click.Context, parameter: click.Parameter, typed: str) -> list[str]:
+    """Names of presets."""
+    return [name for name in preset_names() if name.startswith(typed)]
+
+
+def _known_keys(context: click.Context, *, sections: bool = False) -> Iterator[str]:
+    import yaml
+
+    with contextlib.suppress(OSError, yaml.YAMLError):
+        text = (completion_folder(context) / PARAMS).read_text(encoding="utf-8")
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        yield from _keys_of(yaml.load(text, Loader=loader), sections=sections)
+
+
+def _keys_of(section: Any, path: str = "", *, sections: bool) -> Iterator[str]:
+    if isinstance(section, dict):
+        for key, value in section.items():
+            inner = f"{path}.{key}" if path else str(key)
+            if sections or not isinstance(value, dict):
+                yield inner
+            yield from _keys_of(value, inner, sections=sections)
+
+
 def set_option(description: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The option --set; the command gets `settings`, parsed."""
     return click.option(
@@ -100,6 +166,7 @@ def set_option(description: str) -> Callable[[Callable[..., Any]], Callable[...,
         multiple=True,
         metavar="KEY=VALUE",
         callback=parse_settings,
+        shell_complete=complete_settings,
         help=description,
     )
 
@@ -141,8 +208,10 @@ class Edit:
         return self.lines
 
 
-def edit(settings: Mapping[tuple[str, ...], Any], *, source: Path = PARAMS) -> Edit:
-    """Read params.yaml and change settings in it; nothing is written."""
+def edit(
+    settings: Mapping[tuple[str, ...], Any], *, source: Path = PARAMS, document: str | None = None
+) -> Edit:
+    """Read params.yaml (or take the text `document`) and change settings; nothing is written."""
     from ruamel.yaml import YAML
 
     yaml = YAML()
@@ -151,10 +220,10 @@ def edit(settings: Mapping[tuple[str, ...], Any], *, source: Path = PARAMS) -> E
     yaml.representer.add_representer(type(None), _null)
     yaml.indent(mapping=2, sequence=4, offset=2)
     try:
-        document = yaml.load(PARAMS.read_text(encoding="utf-8"))
+        text = PARAMS.read_text(encoding="utf-8") if document is None else document
     except FileNotFoundError:
         raise SettingsError(f"{PARAMS} is missing", hint="run `vattctl config use demo`") from None
-    edited = Edit(yaml, document, source)
+    edited = Edit(yaml, yaml.load(text), source)
     for keys, value in settings.items():
         edited.set(keys, value)
     return edited
@@ -210,7 +279,8 @@ def _set(document: Any, keys: tuple[str, ...], value: Any) -> str | None:
             if before == value:
                 return None
             section[key] = value
-            return f"{'.'.join(keys)}: {json.dumps(before)} -> {json.dumps(value)}"
+            one, other = (json.dumps(it, ensure_ascii=False) for it in (before, value))
+            return f"{'.'.join(keys)}: {one} -> {other}"
         section = section[key]
     return None
 
@@ -248,12 +318,12 @@ def use_preset(name: str) -> list[str]:
 
 @click.group()
 def config() -> None:
-    """Show, check or replace the settings in params.yaml."""
+    """Show, change, check or replace the settings in params.yaml."""
 
 
 @config.command("show")
-@click.argument("key", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.argument("key", required=False, shell_complete=complete_keys)
+@json_option
 @click.pass_context
 def show(context: click.Context, key: str | None, as_json: bool) -> None:
     """Print all settings, or those under KEY.
@@ -277,10 +347,38 @@ def show(context: click.Context, key: str | None, as_json: bool) -> None:
             )
         value = value[part]
     if as_json:
-        shown = json.dumps({"version": 1, "key": key, "value": value}, indent=2)
+        shown = json.dumps(
+            {"version": JSON_VERSION, "key": key, "value": value}, indent=2, ensure_ascii=False
+        )
     else:
         shown = yaml.safe_dump(value, sort_keys=False, width=math.inf)
     click.echo(redact(shown, every_query=True).removesuffix("...\n").rstrip())
+
+
+@config.command("set")
+@click.argument("settings", nargs=-1, required=True, shell_complete=complete_settings)
+@dry_run_option("Print what would change; write nothing.")
+@json_option
+@click.pass_context
+def set_(context: click.Context, settings: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Change settings in params.yaml, each KEY=VALUE; comments stay, and nothing runs.
+
+    \b
+    Examples:
+      vattctl config set pretrain.steps=2000 model.dropout=0.1
+      vattctl config set data.require=[video,audio] --dry-run
+    """
+    enter_project(context)
+    changed = edit(dict(map(parse_setting, settings)))
+    _ = changed.params  # raises when one is wrong
+    lines = changed.lines if dry_run else changed.write()
+    if as_json:
+        print_json(changes=lines, written=not dry_run)
+        return
+    for line in lines or ["nothing to change"]:
+        click.echo(f"params.yaml: {line}")
+    if dry_run:
+        click.echo("nothing written (--dry-run)")
 
 
 @config.command("use")
@@ -301,7 +399,7 @@ def use(context: click.Context, preset: str) -> None:
 
 @config.command("validate")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.pass_context
 def validate(context: click.Context, file: Path | None, as_json: bool) -> None:
     """Check params.yaml, or FILE; name what is wrong and exit with 2.
@@ -314,8 +412,16 @@ def validate(context: click.Context, file: Path | None, as_json: bool) -> None:
     from vatt.config import load_params
 
     enter_project(context)
-    load_params(file or PARAMS)
+    problems: list[str] = []
+    try:
+        load_params(file or PARAMS)
+    except SettingsError as error:
+        if not as_json:
+            raise
+        problems = str(error).splitlines()
     if as_json:
-        click.echo(json.dumps({"version": 1, "file": str(file or PARAMS), "valid": True}))
+        print_json(file=str(file or PARAMS), valid=not problems, problems=problems)
     else:
         click.echo(f"{file or PARAMS}: every setting is known and valid")
+    if problems:
+        context.exit(SettingsError.exit_code)

@@ -5,27 +5,45 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from vatt.errors import DataError, SettingsError
+from vatt.files import inside
 from vatt.process import join_step
 from vattctl.dvc import STAGES, run_dvc, stages_here
-from vattctl.experiments import Experiment, inside, run_experiment, write_experiment
+from vattctl.experiments import Experiment, run_experiment, write_experiment
 from vattctl.params import (
     SIZES,
     Edit,
     Settings,
+    dry_run_option,
     edit,
     enter_project,
+    json_option,
+    preset_text,
+    print_json,
+    print_rich,
     set_option,
     size_settings,
     use_preset,
+    yaml_plain,
 )
-from vattctl.planning import check_clips, check_memory
-from vattctl.runs import summary
+from vattctl.planning import (
+    ask_before_hours,
+    check_clips,
+    check_memory,
+    plan_experiment,
+    plan_facts,
+    plan_run,
+    plan_table,
+    show_plan,
+)
+from vattctl.runs import complete_stages, read_results, results_table
 
 if TYPE_CHECKING:
     from vatt.config import PathsParams
@@ -36,17 +54,35 @@ EXPERIMENTS = Path("experiments")
 MEASURING = ("evaluate", "report")
 
 
-def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
+@dataclass(frozen=True, slots=True)
+class RunOptions:
     """The options that every command which runs a stage has."""
+
+    settings: Settings
+    force: bool = False
+    dry_run: bool = False
+    yes: bool = False
+    as_json: bool = False
+
+
+def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add these options; the command gets them as `options`."""
+
+    @wraps(command)
+    def with_options(*given: Any, **values: Any) -> Any:
+        own = {one.name: values.pop(one.name) for one in fields(RunOptions)}
+        return command(*given, options=RunOptions(**own), **values)
+
+    result: Callable[..., Any] = with_options
     for option in (
-        click.option(
-            "--dry-run", is_flag=True, help="Print what would change and run; do nothing."
-        ),
+        json_option,
+        click.option("-y", "--yes", is_flag=True, help="Do not ask before hours of training."),
+        dry_run_option("Print what would change, run, take and cost; do nothing."),
         click.option("-f", "--force", is_flag=True, help="Run even when nothing has changed."),
         set_option("Change a setting in params.yaml first; may be repeated."),
     ):
-        command = option(command)
-    return command
+        result = option(result)
+    return result
 
 
 def machines_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,39 +115,42 @@ def machines_settings(executor: str | None, address: str | None) -> Settings:
 
 
 def run(
-    context: click.Context,
-    targets: tuple[str, ...],
-    changed: Edit,
-    *,
-    force: bool,
-    dry_run: bool,
+    context: click.Context, targets: tuple[str, ...], changed: Edit, options: RunOptions
 ) -> None:
     """Change params.yaml, then let DVC run the targets with what they depend on."""
     from vatt.data.clips.files import ContentHashes
     from vatt.data.sources.choice import mark_of_lists
 
-    quiet, params = context.obj["quiet"], changed.params
-    hashes = ContentHashes.beside(params.paths.media, writes=not dry_run)
-    mark = None if dry_run else mark_of_lists(params.data, hashes)
+    quiet, params, force = context.obj["quiet"], changed.params, options.force
+    hashes = ContentHashes.beside(params.paths.media, writes=not options.dry_run)
+    mark = mark_of_lists(params.data, hashes)
     if mark is not None:  # DVC sees the settings, not the lists that they name
         changed.set(("data", "location_hash"), mark)
-    if not dry_run:
-        changed.write()
-    for line in changed.lines:
+    if options.dry_run:
+        show_plan(changed, plan_run(changed, targets, force=force), as_json=options.as_json)
+        return
+    if trains(targets):
+        ask_before_hours(plan_run(changed, targets, force=force), yes=options.yes)
+    for line in changed.write():
         click.echo(f"params.yaml: {line}", err=True)
-    repro = ["repro", *(["--dry"] if dry_run else [])]
-    if not dry_run and _needs_clips(targets, params.paths):
+    if _needs_clips(targets, params.paths):
         run_dvc(["repro", "preprocess"], quiet=quiet)
         check_clips(params)
     if force and targets:  # the targets alone, after what they need has been brought up to date
         before = stage_before(targets[0], has_tasks=bool(params.finetune.run))
         if before is not None:
-            run_dvc([*repro, before], quiet=quiet)
-        run_dvc([*repro, "--force", "--single-item", *targets], quiet=quiet)
+            run_dvc(["repro", before], quiet=quiet)
+        run_dvc(["repro", "--force", "--single-item", *targets], quiet=quiet)
     else:
-        run_dvc([*repro, *(["--force"] if force else []), *targets], quiet=quiet)
-    if not dry_run:
-        click.echo(closing_lines(targets, params.paths))
+        run_dvc(["repro", *(["--force"] if force else []), *targets], quiet=quiet)
+    show_outcome(targets, params.paths, as_json=options.as_json)
+
+
+def trains(targets: tuple[str, ...]) -> bool:
+    """Whether a pre-training may be among what runs."""
+    here = stages_here()
+    last = max((STAGES.index(one.partition("@")[0]) for one in targets), default=len(STAGES))
+    return "pretrain" in here and last >= STAGES.index("pretrain")
 
 
 def _needs_clips(targets: tuple[str, ...], paths: "PathsParams") -> bool:
@@ -137,23 +176,53 @@ def stage_before(target: str, *, has_tasks: bool) -> str | None:
     return stages[place - 1] if place else None
 
 
-def closing_lines(targets: tuple[str, ...], paths: "PathsParams") -> str:
-    """What came out, where it lies, its MLflow run and the next command."""
-    last = targets[-1] if targets else "report"
+NEXT = {
+    "download": "vattctl preprocess",
+    "preprocess": "vattctl pretrain",
+    "pretrain": "vattctl finetune",
+    "finetune": "vattctl evaluate",
+    "evaluate": "vattctl report",
+    "report": "vattctl ui",
+}
+
+
+def show_outcome(
+    targets: tuple[str, ...],
+    paths: "PathsParams",
+    *,
+    as_json: bool,
+    folder: Path = Path(),
+    then: str | None = None,
+) -> None:
+    """Print the results, where they lie, the MLflow runs and the next command.
+
+    `folder` is that of the experiment, whose `paths` count from there.
+    """
+    last = (targets[-1] if targets else "report").partition("@")[0]
+    paths = paths.below(folder)
     places = {
-        "download": (paths.manifest, "vattctl preprocess"),
-        "preprocess": (paths.shards, "vattctl pretrain"),
-        "pretrain": (paths.pretrained, "vattctl finetune"),
-        "finetune": (paths.finetuned, "vattctl evaluate"),
-        "evaluate": (paths.metrics / "evaluate.json", "vattctl report"),
-        "report": (paths.report / "report.html", "vattctl ui"),
+        "download": paths.manifest,
+        "preprocess": paths.shards,
+        "pretrain": paths.pretrained,
+        "finetune": paths.finetuned,
+        "evaluate": paths.metrics / "evaluate.json",
+        "report": paths.report / "report.html",
     }
-    place, following = places[last.partition("@")[0]]
-    lines = [f"{last}: done, see {place}"]
-    for path in sorted(paths.runs.glob(f"{last.partition('@')[0]}*.json")):
-        run = json.loads(path.read_text(encoding="utf-8"))
-        lines.append(f"MLflow run of {path.stem}: {run.get('run_id', 'unknown')}")
-    return "\n".join([*lines, f"next: {following}"])
+    runs = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")).get("run_id")
+        for path in sorted(paths.runs.glob(f"{last}*.json"))
+    }
+    then = then or NEXT[last]
+    if as_json:
+        results = read_results(last, paths)
+        print_json(stage=last, place=str(places[last]), results=results, runs=runs, next=then)
+        return
+    if (table := results_table(last, paths)) is not None:
+        print_rich(table)
+    click.echo(f"{last}: done, see {places[last]}")
+    for name, run_id in runs.items():
+        click.echo(f"MLflow run of {name}: {run_id}")
+    click.echo(f"next: {then}")
 
 
 @click.command()
@@ -170,12 +239,13 @@ def pretrain(
     context: click.Context,
     size: str | None,
     backbone: str | None,
-    settings: Settings,
-    force: bool,
-    dry_run: bool,
+    options: RunOptions,
     launcher_arguments: tuple[str, ...],
 ) -> None:
     """Pre-train VATT with DeepSpeed on the preprocessed clips.
+
+    Says first how much memory and time it will take. On a terminal it asks before more than an
+    hour of training.
 
     LAUNCHER_ARGUMENTS after `--` go to the DeepSpeed launcher.
 
@@ -197,12 +267,12 @@ def pretrain(
         more |= size_settings(chosen, backbone or now.backbone)
     if launcher_arguments:
         more[("machine", "launcher_arguments")] = list(launcher_arguments)
-    wanted = {**more, **settings}
+    wanted = {**more, **options.settings}
     if pretrain_as_rank(wanted, quiet=context.obj["quiet"]):
         return
     changed = edit(wanted)
-    check_memory(changed.params, force=force)
-    run(context, ("pretrain",), changed, force=force, dry_run=dry_run)
+    check_memory(changed.params, force=options.force)
+    run(context, ("pretrain",), changed, options)
 
 
 def pretrain_as_rank(settings: Settings, *, quiet: bool) -> bool:
@@ -222,6 +292,13 @@ def pretrain_as_rank(settings: Settings, *, quiet: bool) -> bool:
     return True
 
 
+def complete_sets(context: click.Context, parameter: click.Parameter, typed: str) -> list[str]:
+    """Names of data sets."""
+    from vattctl.sets import names
+
+    return [name for name in names() if name.startswith(typed)]
+
+
 @click.command(
     epilog="""\b
 Examples:
@@ -234,7 +311,7 @@ Examples:
   vattctl finetune csv --data list.csv --init pretrained --init scratch
   vattctl finetune msrvtt --data ~/msrvtt              retrieval: measured, nothing is trained"""
 )
-@click.argument("name", metavar="[SET]", required=False)
+@click.argument("name", metavar="[SET]", required=False, shell_complete=complete_sets)
 @click.option("--data", "location", type=FOLDER, help="Folder of your files; for csv, the list.")
 @click.option("--annotations", type=FOLDER, help="Folder that holds SET/ with the official lists.")
 @click.option("--from", "start", type=FOLDER, help="Checkpoint to start from, trained or imported.")
@@ -257,10 +334,7 @@ Examples:
 @click.option("--name", "experiment", help="Name of the experiment; default: SET.")
 @stage_options
 @click.pass_context
-def finetune(
-    context: click.Context, /, name: str | None, settings: Settings, force: bool,
-    dry_run: bool, **options: Any,
-) -> None:  # fmt: skip
+def finetune(context: click.Context, /, name: str | None, options: RunOptions, **own: Any) -> None:
     """Fine-tune, from pre-trained weights or from scratch.
 
     With a SET: list and preprocess it in sets/SET, then fine-tune, evaluate and report in
@@ -269,23 +343,23 @@ def finetune(
     folder for each class), csv. The recipe is the paper's; --set changes it.
     """
     if name is None:
-        given = [f"--{key}" for key, value in options.items() if value not in (None, ())]
+        given = [f"--{key}" for key, value in own.items() if value not in (None, ())]
         if given:
             raise SettingsError(
                 f"{given[0].replace('location', 'data').replace('start', 'from')} needs a SET",
                 hint="e.g. vattctl finetune folder --data DIR; vattctl finetune --help lists them",
             )
         enter_project(context)
-        run(context, ("finetune",), edit(settings), force=force, dry_run=dry_run)
+        run(context, ("finetune",), edit(options.settings), options)
         return
     enter_project(context)
-    made = _set_plan(name, settings, {**options, "dry_run": dry_run})
+    made = _set_plan(name, options.settings, {**own, "dry_run": options.dry_run})
     for note in made.notes:
         click.echo(f"note: {note}", err=True)
-    if dry_run:
-        click.echo(describe_plan(made))
-        return
-    _run_set(made, force=force, quiet=context.obj["quiet"])
+    if options.dry_run:
+        show_set_plan(made, options)
+    else:
+        _run_set(made, options, quiet=context.obj["quiet"])
 
 
 def _set_plan(name: str, settings: Settings, options: dict[str, Any]) -> "SetPlan":
@@ -313,16 +387,36 @@ def _set_plan(name: str, settings: Settings, options: dict[str, Any]) -> "SetPla
     return plan(wanted, params, settings)
 
 
-def describe_plan(made: "SetPlan") -> str:
-    """What would run where, and every setting that differs from the project's."""
-    lines = [made.about] if made.about else []
-    for experiment in (made.clips, made.work):
-        lines += ["", f"{experiment.folder}: {', '.join(experiment.stages)}"]
-        if experiment.start is not None:
-            lines.append(f"  from {experiment.start}")
-        for keys, value in experiment.settings.items():
-            lines += _shown(".".join(keys), value)
-    return "\n".join(lines).strip()
+def show_set_plan(made: "SetPlan", options: RunOptions) -> None:
+    """What would run where, and once every setting that differs from the project's."""
+    project = edit({}).document
+    differing = {
+        keys: value
+        for keys, value in {**made.clips.settings, **made.work.settings}.items()
+        if yaml_plain(project.get(keys[0], {}).get(keys[1]) if len(keys) > 1 else project[keys[0]])
+        != value
+    }
+    lines = [line for keys, value in differing.items() for line in _shown(".".join(keys), value)]
+    plans = [plan_experiment(one, force=options.force) for one in (made.clips, made.work)]
+    if options.as_json:
+        print_json(
+            dry_run=True,
+            about=made.about,
+            start=str(made.work.start),
+            changes=[line.strip() for line in lines],
+            experiments=[
+                {"folder": str(one.folder), **plan_facts(stages, None)}
+                for one, stages in zip((made.clips, made.work), plans, strict=True)
+            ],
+        )
+        return
+    click.echo(made.about or made.work.folder.name)
+    for one, stages in zip((made.clips, made.work), plans, strict=True):
+        origin = f", from {one.start}" if one.start is not None else ""
+        print_rich(f"\n{one.folder}{origin}", plan_table(stages))
+    click.echo("\nsettings that differ from params.yaml:")
+    click.echo("\n".join(lines))
+    click.echo("nothing was changed or run (--dry-run)")
 
 
 def _shown(key: str, value: Any) -> list[str]:
@@ -332,20 +426,22 @@ def _shown(key: str, value: Any) -> list[str]:
     return [f"  {key}: {json.dumps(value)}"]
 
 
-def _run_set(made: "SetPlan", *, force: bool, quiet: bool) -> None:
+def _run_set(made: "SetPlan", options: RunOptions, *, quiet: bool) -> None:
     from vatt.config import load_params
 
     run_experiment(made.clips, quiet=quiet)
     run_experiment(made.work, upstream=False, quiet=quiet)
-    if force:
+    if options.force:
         with inside(made.work.folder):
             run_dvc(["repro", "--force", "--single-item", *made.work.stages], quiet=quiet)
-    with inside(made.work.folder):
-        paths = load_params().paths
-        lines = closing_lines(made.work.stages, paths).splitlines()
     place = made.work.folder
-    click.echo("\n".join(line.replace("see ", f"see {place}/", 1) for line in lines[:-1]))
-    click.echo(f"next: vattctl --project {place} status")
+    show_outcome(
+        made.work.stages,
+        load_params(place / "params.yaml").paths,
+        as_json=options.as_json,
+        folder=place,
+        then=f"vattctl --project {place} status",
+    )
 
 
 @click.command()
@@ -361,9 +457,7 @@ def _run_set(made: "SetPlan", *, force: bool, quiet: bool) -> None:
 def evaluate(
     context: click.Context,
     given: Path | None,
-    settings: Settings,
-    force: bool,
-    dry_run: bool,
+    options: RunOptions,
 ) -> None:
     """Measure probes, fine-tuned accuracy and zero-shot retrieval.
 
@@ -378,7 +472,7 @@ def evaluate(
     """
     if given is None:
         enter_project(context)
-        run(context, ("evaluate",), edit(settings), force=force, dry_run=dry_run)
+        run(context, ("evaluate",), edit(options.settings), options)
         return
     given = given.resolve()
     for name in ("model.safetensors", "config.json"):
@@ -389,79 +483,86 @@ def evaluate(
             )
     enter_project(context)
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", given.name).strip("-") or "checkpoint"
-    experiment = Experiment(EXPERIMENTS / f"evaluate-{name}", MEASURING, settings, start=given)
-    quiet = context.obj["quiet"]
+    experiment = Experiment(
+        EXPERIMENTS / f"evaluate-{name}", MEASURING, options.settings, start=given
+    )
+    if options.dry_run:
+        clips = edit({})
+        own = plan_experiment(experiment, force=options.force)
+        planned = (
+            [*plan_run(clips, ("preprocess",)), *own] if "preprocess" in stages_here() else own
+        )
+        show_plan(clips, planned, as_json=options.as_json)
+        return
+    _evaluate_checkpoint(experiment, options, quiet=context.obj["quiet"])
+
+
+def _evaluate_checkpoint(experiment: Experiment, options: RunOptions, *, quiet: bool) -> None:
+    from vatt.config import load_params
+
     if "preprocess" in stages_here():
-        run_dvc(["repro", *(["--dry"] if dry_run else []), "preprocess"], quiet=quiet)
-    if force and not dry_run:
+        run_dvc(["repro", "preprocess"], quiet=quiet)
+    if options.force:
         write_experiment(experiment)
         with inside(experiment.folder):
             run_dvc(["repro", "--force", "--single-item", *MEASURING], quiet=quiet)
-    else:  # without metrics, as before a first run, DVC cannot plan the report
-        targets = MEASURING[:1] if dry_run else MEASURING
-        run_experiment(experiment, targets, upstream=False, dry_run=dry_run, quiet=quiet)
-    if not dry_run:
-        from vatt.config import load_params
-
-        paths = load_params(experiment.folder / "params.yaml").paths
-        click.echo(f"evaluate: done, see {experiment.folder / paths.metrics / 'evaluate.json'}")
-        click.echo(f"report: done, see {experiment.folder / paths.report / 'report.html'}")
-        click.echo("next: vattctl ui")
-
-
-def _stage_command(name: str, summary: str, example: str) -> click.Command:
-    @click.command(name, help=f"{summary}\n\n\b\nExample:\n  {example}")
-    @stage_options
-    @click.pass_context
-    def command(context: click.Context, settings: Settings, force: bool, dry_run: bool) -> None:
-        enter_project(context)
-        run(context, (name,), edit(settings), force=force, dry_run=dry_run)
-
-    return command
+    else:
+        run_experiment(experiment, MEASURING, upstream=False, quiet=quiet)
+    paths = load_params(experiment.folder / "params.yaml").paths
+    show_outcome(MEASURING, paths, as_json=options.as_json, folder=experiment.folder)
 
 
 @click.command()
-@click.argument("targets", nargs=-1)
 @stage_options
 @click.pass_context
-def repro(
-    context: click.Context,
-    targets: tuple[str, ...],
-    settings: Settings,
-    force: bool,
-    dry_run: bool,
-) -> None:
-    """Run every stage (or TARGETS) whose settings, code or data have changed.
+def report(context: click.Context, options: RunOptions) -> None:
+    """Write the report: HTML and Markdown.
 
     \b
     Example:
+      vattctl report
+    """
+    enter_project(context)
+    run(context, ("report",), edit(options.settings), options)
+
+
+@click.command()
+@click.argument("targets", nargs=-1, shell_complete=complete_stages)
+@stage_options
+@click.pass_context
+def repro(context: click.Context, targets: tuple[str, ...], options: RunOptions) -> None:
+    """Run every stage (or TARGETS) whose settings, code or data have changed.
+
+    \b
+    Examples:
       vattctl repro
+      vattctl repro --dry-run
+      vattctl repro finetune@audio-scratch
     """
     for target in targets:
         if target.partition("@")[0] not in STAGES:
             raise SettingsError(f"no stage '{target}'", hint=f"stages: {', '.join(STAGES)}")
     enter_project(context)
-    run(context, targets, edit(settings), force=force, dry_run=dry_run)
+    run(context, targets, edit(options.settings), options)
 
 
 @click.command()
 @stage_options
 @click.pass_context
-def demo(context: click.Context, settings: Settings, force: bool, dry_run: bool) -> None:
+def demo(context: click.Context, options: RunOptions) -> None:
     """Run the whole pipeline on a small generated corpus: minutes on two CPU cores.
 
-    The same as `vattctl config use demo` and `vattctl repro`, with a summary at the end.
+    The same as `vattctl config use demo` and `vattctl repro`.
+
+    \b
+    Examples:
+      vattctl demo --dry-run
+      vattctl demo
     """
     enter_project(context)
-    for line in use_preset("demo") if not dry_run else []:
+    if options.dry_run:
+        run(context, (), edit(options.settings, document=preset_text("demo")), options)
+        return
+    for line in use_preset("demo"):
         click.echo(line, err=True)
-    changed = edit(settings)
-    run(context, (), changed, force=force, dry_run=dry_run)
-    if not dry_run:
-        click.echo(summary(changed.params.paths))
-
-
-COMMANDS = (
-    _stage_command("report", "Write the report: HTML and Markdown.", "vattctl report"),
-    repro,
-)
+    run(context, (), edit(options.settings), options)

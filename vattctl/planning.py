@@ -1,31 +1,293 @@
-"""Before a pre-training starts: what it takes, whether it fits, what later stages will lack."""
+"""Before anything starts: what would run and why, what it takes, what later stages will lack."""
 
 import json
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from vatt.errors import DataError, SettingsError
+from vatt.files import inside
+from vatt.progress import duration
+from vattctl.dvc import STAGES, changed_in_background, stages_here
+from vattctl.experiments import Experiment, edit_of
 from vattctl.params import (
     JSON_VERSION,
     SIZES,
+    Edit,
     Settings,
     edit,
     enter_project,
+    print_json,
     print_rich,
     set_option,
     size_settings,
+    yaml_plain,
 )
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from vatt.config import FinetuneTaskParams, Params
     from vatt.data.clips.samples import IndexRow
     from vatt.plan.forecast import Forecast, Place
     from vatt.plan.memory import BatchSettings
+
+# --- what a command would run ---------------------------------------------------------------------
+
+LONG_SECONDS = 3600.0  # of training: ask before it
+STEP_SHARE = 0.25  # of the speed of plain products on a CPU that a whole training step reaches
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage: why it would run (nothing: it would not) and what it would take."""
+
+    stage: str
+    why: tuple[str, ...]
+    seconds: float | None = None
+    source: str = ""  # of the seconds: measured, or forecast
+
+
+def plan_run(
+    changed: Edit, targets: tuple[str, ...] = (), *, force: bool = False
+) -> list[StagePlan]:
+    """What `dvc repro` would run in this folder with these settings; nothing is written."""
+    settings, locked = yaml_plain(changed.document), _locked(Path())
+    with changed_in_background() as answer:
+        found = answer() or {}
+    plans: list[StagePlan] = []
+    for name in _stages_until(targets, settings, force=force):
+        before = [
+            one.stage
+            for one in plans
+            if one.why and STAGES.index(_kind(one.stage)) < STAGES.index(_kind(name))
+        ]
+        why = list(_reasons(name, locked.get(name), settings, found.get(name, [])))
+        if force and (not targets or name in targets or _kind(name) in targets):
+            why = why or ["--force"]
+        if not why and before:
+            why = [f"if {before[-1]} gives another result"]
+        seconds, source = _takes(name, changed, locked.get(name)) if why else (None, "")
+        plans.append(StagePlan(name, tuple(why), seconds, source))
+    return plans
+
+
+def plan_experiment(experiment: Experiment, *, force: bool) -> list[StagePlan]:
+    """What an experiment's own stages would run, whether its folder is there or not."""
+    changed = edit_of(experiment)
+    if not (experiment.folder / "dvc.yaml").exists():
+        names = _expanded(experiment.stages, yaml_plain(changed.document))
+        return [StagePlan(name, ("never run",)) for name in names]
+    with inside(experiment.folder):
+        return plan_run(changed, experiment.stages if force else (), force=force)
+
+
+def _kind(name: str) -> str:
+    return name.partition("@")[0]
+
+
+def _expanded(stages: Sequence[str], settings: Any) -> list[str]:
+    """Each fine-tuning by its task and start, in the order of the pipeline."""
+    tuning = settings["finetune"]
+    tasks = [f"finetune@{task}-{init}" for task in tuning["run"] for init in tuning["init"]]
+    ordered = [name for name in STAGES if name in stages]
+    return [one for name in ordered for one in (tasks if name == "finetune" else [name])]
+
+
+def _stages_until(targets: tuple[str, ...], settings: Any, *, force: bool) -> list[str]:
+    names = _expanded(stages_here(), settings)
+    if not targets:
+        return names
+    last = max(STAGES.index(_kind(target)) for target in targets)
+    return [
+        name
+        for name in names
+        if STAGES.index(_kind(name)) < last or name in targets or _kind(name) in targets
+    ]
+
+
+def _locked(folder: Path) -> dict[str, Any]:
+    """What dvc.lock knows of each stage."""
+    import yaml
+
+    file = folder / "dvc.lock"
+    if not file.exists():
+        return {}
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    found: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)["stages"]
+    return found
+
+
+def _reasons(
+    name: str, locked: dict[str, Any] | None, settings: Any, changes: Sequence[str]
+) -> Iterator[str]:
+    """Settings that differ from those of the last run, then what DVC finds changed."""
+    if locked is None:
+        yield "never run"
+        return
+    known = (locked.get("params") or {}).get("params.yaml") or {}
+    for key, before in known.items():
+        now = settings
+        for part in key.split("."):
+            now = now.get(part) if isinstance(now, dict) else None
+        yield from _differences(key, before, now)
+    for change in changes:
+        thing = change.partition(": ")[2]
+        if not any(thing == key or thing.startswith(f"{key}.") for key in known):
+            yield change
+
+
+def _differences(key: str, before: Any, now: Any) -> Iterator[str]:
+    """A line for each innermost setting that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in {**before, **now}:
+            yield from _differences(f"{key}.{name}", before.get(name), now.get(name))
+    elif before != now and str(before) != str(now):  # YAML 1.1 reads 4e-05 as text
+        one, other = (json.dumps(value, ensure_ascii=False) for value in (before, now))
+        yield f"{key}: {one} -> {other}"
+
+
+def _takes(name: str, changed: Edit, locked: dict[str, Any] | None) -> tuple[float | None, str]:
+    """Seconds of a stage: as measured here, scaled to the settings; else forecast if it trains."""
+    file = changed.params.paths.runs / f"{name.replace('@', '-')}.json"
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    measured = float(record["seconds"]) if record.get("status") == "FINISHED" else None
+    if name != "pretrain":
+        scale = _task_scale(name, changed, locked) if measured is not None else None
+        return (None, "") if measured is None or scale is None else (measured * scale, "measured")
+    then = ((locked or {}).get("params") or {}).get("params.yaml") or {}
+    if measured is not None and {"model", "pretrain"} <= then.keys():
+        from vatt.config import ModelParams, PretrainParams
+
+        old = ModelParams.model_validate(then["model"])
+        work = training_work(old, PretrainParams.model_validate(then["pretrain"]))
+        now = training_work(changed.params.model, changed.params.pretrain)
+        return measured * now / work, "measured"
+    return forecast_training(changed.params), "forecast"
+
+
+def _task_scale(name: str, changed: Edit, locked: dict[str, Any] | None) -> float | None:
+    """Steps of a fine-tuning now, relative to those that were measured; 1 for other stages."""
+    if not name.startswith("finetune@"):
+        return 1.0
+    task = name.partition("@")[2].rpartition("-")[0]
+    then = ((locked or {}).get("params") or {}).get("params.yaml") or {}
+    before, now = then.get(f"finetune.tasks.{task}"), changed.params.finetune.tasks.get(task)
+    if before is None or now is None:
+        return None
+    return now.steps * now.batch_size / (before["steps"] * before["batch_size"])
+
+
+def training_work(model: Any, pretrain: Any) -> float:
+    """Operations of a whole pre-training."""
+    from vatt.training.telemetry import pretraining_work
+
+    return float(pretraining_work(model, pretrain).flops * pretrain.steps)
+
+
+def forecast_training(params: "Params") -> float:
+    """Seconds of a pre-training here: by the data sheet of the GPU, else from a short measurement.
+
+    A rough figure, known in a second; `vattctl plan` runs real steps.
+    """
+    from vatt.plan import forecast as plans
+    from vatt.plan.memory import count
+
+    place = plans.this_place(params)
+    if place.device is None:
+        return training_work(params.model, params.pretrain) / (_products() * STEP_SHARE)
+    counts = count(params.model)
+    speed = plans.GpuSpeed(place.device, params.model, params.pretrain, counts)
+    seconds = speed(plans.as_set(params, place)).total
+    return params.pretrain.steps * seconds
+
+
+def _products(side: int = 768, rounds: int = 6) -> float:
+    """Operations per second of plain products on this machine's CPU."""
+    import time
+
+    import torch
+
+    one, other = torch.randn(side, side), torch.randn(side, side)
+    one @ other
+    began = time.perf_counter()
+    for _ in range(rounds):
+        one @ other
+    return rounds * 2.0 * side**3 / (time.perf_counter() - began)
+
+
+def ask_before_hours(plans: Sequence[StagePlan], *, yes: bool) -> None:
+    """Announce the time of a pre-training; on a terminal ask before more than an hour of it."""
+    training = next((one for one in plans if one.stage == "pretrain" and one.why), None)
+    if training is None or training.seconds is None:
+        return
+    about = f"the pre-training takes about {duration(training.seconds)} ({training.source})"
+    click.echo(f"forecast: {about}", err=True)
+    if training.seconds > LONG_SECONDS and not yes and sys.stdin.isatty() and sys.stderr.isatty():
+        click.confirm("start it?", abort=True, err=True, default=True)
+
+
+def show_plan(changed: Edit, plans: Sequence[StagePlan], *, as_json: bool) -> None:
+    """Print what --dry-run found."""
+    price = changed.params.report.device_hour_price
+    facts = plan_facts(plans, price, devices=changed.params.machine.processes)
+    if as_json:
+        print_json(dry_run=True, changes=changed.lines, **facts)
+        return
+    for line in changed.lines:
+        click.echo(f"params.yaml would change: {line}")
+    print_rich(plan_table(plans))
+    runs = [one for one in plans if one.why]
+    if runs:
+        left = sum(one.seconds is None for one in runs)
+        more = f", {left} stages not known" if left else ""
+        cost = (
+            "cost not known: report.device_hour_price is not set"
+            if price is None
+            else f"cost about {facts['cost']:.2f}"
+        )
+        many, about = "s" * (len(runs) > 1), duration(facts["seconds"])
+        click.echo(f"{len(runs)} stage{many}, about {about}{more}; {cost}")
+    click.echo("nothing was changed or run (--dry-run)")
+
+
+def plan_facts(
+    plans: Sequence[StagePlan], price: float | None, *, devices: int = 1
+) -> dict[str, Any]:
+    """The same for `--json`."""
+    seconds = sum(one.seconds or 0.0 for one in plans)
+    return {
+        "stages": [{**asdict(one), "runs": bool(one.why)} for one in plans],
+        "seconds": seconds,
+        "cost": None if price is None else price * devices * seconds / 3600,
+    }
+
+
+WHY_SHOWN = 4  # reasons in a line
+
+
+def plan_table(plans: Sequence[StagePlan]) -> "Table":
+    """Stage, what it takes, why it would run."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "takes", "would run because"):
+        table.add_column(column, overflow="fold")
+    for one in plans:
+        more = f"; and {len(one.why) - WHY_SHOWN} more" if len(one.why) > WHY_SHOWN else ""
+        why = "; ".join(one.why[:WHY_SHOWN]) + more if one.why else "(up to date)"
+        takes = f"{duration(one.seconds)}, {one.source}" if one.seconds is not None else "not known"
+        table.add_row(one.stage, takes if one.why else "-", why)
+    return table
+
+
+# --- the forecast of a pre-training ---------------------------------------------------------------
 
 PARTS = {
     "weights": "weights",

@@ -1,26 +1,41 @@
 """What has run: status, results in one table, two runs compared, and the MLflow page."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vatt.errors import MachineError
-from vattctl.dvc import STAGES, changed_stages, stages_here
-from vattctl.params import enter_project, print_rich
+from vatt.errors import MachineError, SettingsError
+from vatt.files import inside
+from vattctl.dvc import STAGES, changed_in_background, stage_log, stage_names
+from vattctl.params import (
+    completion_folder,
+    enter_project,
+    json_option,
+    print_json,
+    print_rich,
+)
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from vatt.config import Params, PathsParams
 
 
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.command(
+    epilog="""\b
+Examples:
+  vattctl status
+  vattctl status --json"""
+)
+@json_option
 @click.pass_context
 def status(context: click.Context, as_json: bool) -> None:
     """Show what has run, what has changed since, and how each stage ended.
@@ -28,35 +43,63 @@ def status(context: click.Context, as_json: bool) -> None:
     A run whose process has died is marked KILLED in MLflow.
     """
     enter_project(context)
-    from vatt.config import load_params
-    from vatt.tracking.mlflow import mark_dead_runs
+    with changed_in_background() as changes:  # DVC looks while the settings are read
+        from vatt.config import load_params
 
-    params = load_params()
-    dead = mark_dead_runs(params) if params.paths.runs.exists() else []
-    runs = _runs(params.paths.runs)
-    changed = changed_stages()
-    rows = [_row(name, runs.get(name), changed.get(name)) for name in _names(runs, changed)]
+        params = load_params()
+        records = _records(params.paths.runs)
+        dead = _mark_dead(params, records)
+        changed = changes()
+    rows = [
+        _row(name, records.get(name), None if changed is None else changed.get(name, []))
+        for name in _names(records)
+    ]
     if as_json:
-        click.echo(json.dumps({"version": 1, "stages": rows, "marked_killed": dead}, indent=2))
+        print_json(stages=rows, marked_killed=dead)
         return
     for run_id in dead:
         click.echo(f"MLflow run {run_id} has died: marked KILLED", err=True)
     _print_rows(rows)
+    if changed is None:
+        print_rich("a stage is running, so what has changed is not known: vattctl logs STAGE -f")
+    if any(row["state"] == OBSOLETE for row in rows):
+        print_rich(f"{OBSOLETE}: made by earlier settings; no stage of the present ones uses it")
 
 
-def _names(runs: dict[str, Any], changed: dict[str, list[str]]) -> list[str]:
+OBSOLETE = "obsolete"  # a fine-tuning that is no longer in finetune.run or finetune.init
+
+
+def _mark_dead(params: "Params", records: dict[str, dict[str, Any]]) -> list[str]:
+    """Ids of runs whose process has died; MLflow is asked only if there may be one."""
+    from vatt.process import is_dead
+
+    running = [record for record in records.values() if record.get("status") == "RUNNING"]
+    if not any(is_dead(str(record.get("process", ""))) for record in running):
+        return []
+    from vatt.tracking.mlflow import mark_dead_runs
+
+    dead = mark_dead_runs(params)
+    records.update(_records(params.paths.runs))
+    return dead
+
+
+def _names(records: dict[str, Any]) -> list[str]:
     """Stages in the pipeline's order, each with its variants (`finetune@action-scratch`)."""
-    known = {*stages_here(), *runs, *changed}
-    if any(name.startswith("finetune@") for name in known):
-        known.discard("finetune")
-    return sorted(known, key=lambda name: (STAGES.index(name.partition("@")[0]), name))
+    return sorted(
+        {*stage_names(), *records}, key=lambda name: (STAGES.index(name.partition("@")[0]), name)
+    )
 
 
 def _row(name: str, run: dict[str, Any] | None, changes: list[str] | None) -> dict[str, Any]:
+    """One line; `changes` are None while a stage runs."""
     if run is None:
         state = "never run"
+    elif name not in stage_names():
+        state = OBSOLETE
     elif run.get("status") != "FINISHED":
         state = str(run.get("status", "unknown")).lower()
+    elif changes is None:
+        state = "done"
     else:
         state = "changed" if changes else "up to date"
     run = run or {}
@@ -70,7 +113,8 @@ def _row(name: str, run: dict[str, Any] | None, changes: list[str] | None) -> di
     }
 
 
-def _runs(folder: Path) -> dict[str, dict[str, Any]]:
+def _records(folder: Path) -> dict[str, dict[str, Any]]:
+    """The record of each stage's last run."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         name = path.stem
@@ -94,29 +138,86 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
     print_rich(table)
 
 
-def summary(paths: "PathsParams") -> str:
-    """The results of the last evaluation and where to look, as text."""
-    from rich.console import Console
+def complete_stages(context: click.Context, parameter: click.Parameter, typed: str) -> list[str]:
+    """Stages, and each fine-tuning by its task and start."""
+    names = [*STAGES]
+    with contextlib.suppress(OSError, KeyError, TypeError), inside(completion_folder(context)):
+        names = [*dict.fromkeys([*names, *stage_names()])]
+    return [name for name in names if name.startswith(typed)]
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  vattctl logs pretrain                    what the stage printed when it last ran
+  vattctl logs finetune@audio-scratch -f   go on until it ends"""
+)
+@click.argument("stage", shell_complete=complete_stages)
+@click.option("-f", "--follow", is_flag=True, help="Print new lines until the stage ends.")
+@click.pass_context
+def logs(context: click.Context, stage: str, follow: bool) -> None:
+    """Print what STAGE printed when vattctl last ran it."""
+    enter_project(context)
+    if stage.partition("@")[0] not in STAGES:
+        raise SettingsError(f"no stage '{stage}'", hint=f"stages: {', '.join(STAGES)}")
+    try:
+        for line in stage_log(stage, follow=follow):
+            click.echo(line)
+    except KeyboardInterrupt:  # of --follow; the stage goes on
+        context.exit(0)
+
+
+def read_results(stage: str, paths: "PathsParams") -> dict[str, Any]:
+    """What the stage has measured, by its metrics files; of the last two, the whole evaluation."""
+    stem = "evaluate" if stage == "report" else stage
+    return {
+        file.stem: json.loads(file.read_text(encoding="utf-8"))
+        for file in sorted(paths.metrics.glob(f"{stem}*.json"))
+    }
+
+
+def results_table(stage: str, paths: "PathsParams") -> "Table | None":
+    """The results of a stage for a person: what a command that runs it ends with."""
     from rich.table import Table
 
-    file = paths.metrics / "evaluate.json"
-    if not file.exists():
-        return f"no results yet: {file} is missing"
+    found = read_results(stage, paths)
+    if stage in ("evaluate", "report"):
+        return _evaluation_table(found["evaluate"]) if "evaluate" in found else None
+    table = Table(box=None, pad_edge=False)
+    facts = {name: dict(_numbers(content)) for name, content in found.items()}
+    columns = list(dict.fromkeys(key for row in facts.values() for key in row))
+    if not columns:
+        return None
+    for column in ("stage", *columns):
+        heading = column.replace("_", " ")
+        table.add_column(heading, justify="left" if column == "stage" else "right")
+    for name, row in facts.items():
+        table.add_row(name, *(row.get(column, "") for column in columns))
+    return table
+
+
+def _numbers(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The plain numbers of a metrics file."""
+    for key, value in content.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield key, f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _evaluation_table(evaluation: dict[str, Any]) -> "Table":
+    from rich.table import Table
+
+    from vatt.report.tables import too_few
+
     table = Table(box=None, pad_edge=False, title="Results on the test split (95 % interval)")
     for column in ("what", "value", "interval", "chance", "clips"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    for name, metric in headline(json.loads(file.read_text(encoding="utf-8"))):
+    for name, metric in headline(evaluation):
         value, interval, chance, clips = _cells(metric, ranks="median rank" in name)
+        needed = too_few(metric, searched="recall" in name or "rank" in name)
+        if needed:
+            value, interval, clips = "too few clips", "", f"{clips} of {needed}"
         table.add_row(name, value, interval, "" if "difference" in name else chance, clips)
-    console = Console(width=100, color_system=None)
-    with console.capture() as text:
-        console.print(table)
-    where = [
-        f"report:  {paths.report / 'report.html'}  (open it in a browser)",
-        "runs:    vattctl ui  (the MLflow page)",
-        "state:   vattctl status",
-    ]
-    return text.get() + "\n".join(where)
+    return table
 
 
 def _cells(metric: dict[str, Any], *, ranks: bool) -> tuple[str, str, str, str]:
@@ -290,4 +391,4 @@ def _number(name: str, value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-COMMANDS = (status, ui, compare)
+COMMANDS = (status, logs, ui, compare)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vatt.errors import SettingsError, Stopped, VattError
+from vatt.files import inside
 from vatt.process import INTERRUPTED
 from vattctl.dvc import StageFailed, changed_stages
-from vattctl.experiments import Experiment, inside, run_experiment, settings_of
+from vattctl.experiments import Experiment, run_experiment, settings_of
 from vattctl.params import enter_project, print_rich
 
 if TYPE_CHECKING:

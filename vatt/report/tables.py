@@ -53,6 +53,16 @@ def number(value: Any) -> str:
     return re.sub(r"(?<=\d)x(?=\d)", "×", str(value))
 
 
+FEWEST_SEARCHED = 50  # clips: R@10 is 20 % by chance
+FEWEST_TESTED = 30  # clips: below, an interval spans more than 30 points
+
+
+def too_few(metric: dict[str, Any], *, searched: bool = False) -> int | None:
+    """How many test clips are needed to say anything, if there are fewer."""
+    number, fewest = metric.get("n"), FEWEST_SEARCHED if searched else FEWEST_TESTED
+    return fewest if isinstance(number, int) and number < fewest else None
+
+
 def metric_cell(metric: dict[str, Any] | None, kind: CellKind = "ours", *, why: str = "") -> Cell:
     """A share with its interval; `not run` and the reason if there is no metric."""
     if metric is None:
