@@ -34,7 +34,7 @@ from vatt.progress import Progress
 Vectors = NDArray[np.float32]
 
 VERSION = 1
-FACTS, MOMENTS, VECTORS = "index.json", "moments.jsonl", "vectors.faiss"
+FACTS, MOMENTS, VECTORS = "index.json", "moments.jsonl", "vectors.npy"
 BATCH = 16
 DOWNLOAD, PREPROCESS = "download.ledger.jsonl", "preprocess.ledger.jsonl"
 SPLIT = "test"  # what is searched is never trained on
@@ -209,19 +209,18 @@ class Index:
     """An index, opened once for many searches; exact, by the cosine."""
 
     def __init__(self, folder: Path) -> None:
-        import faiss
-
         self.facts = _facts(folder)
-        self._vectors = faiss.read_index(str(folder / VECTORS))
+        self._vectors: Vectors = np.load(folder / VECTORS, mmap_mode="r")
         # Moments are parsed only when found: parsing all of them takes longer than a search.
         self._moments = (folder / MOMENTS).read_text(encoding="utf-8").splitlines()
 
     def nearest(self, vector: Vectors, *, count: int) -> list[Hit]:
         """The moments nearest to a vector (E,), nearest first."""
-        cosines, places = self._vectors.search(vector[None], min(count, len(self._moments)))
+        cosines = self._vectors @ vector
+        places = np.argsort(-cosines, kind="stable")[:count]
         return [
-            Hit(Moment(**json.loads(self._moments[place])), float(cosine))
-            for cosine, place in zip(cosines[0], places[0], strict=True)
+            Hit(Moment(**json.loads(self._moments[place])), float(cosines[place]))
+            for place in places
         ]
 
 
@@ -240,12 +239,8 @@ def write_index(
     out: Path, moments: Sequence[Moment], vectors: Sequence[Vectors], facts: dict[str, Any]
 ) -> None:
     """Write a complete index or nothing: vectors, their moments, and what they were made from."""
-    import faiss
-
-    index = faiss.IndexFlatIP(len(vectors[0]))
-    index.add(np.stack(vectors))
     with atomic_folder(out) as temporary:
-        faiss.write_index(index, str(temporary / VECTORS))
+        np.save(temporary / VECTORS, np.stack(vectors))
         lines = [json.dumps(asdict(moment)) + "\n" for moment in moments]
         (temporary / MOMENTS).write_text("".join(lines), encoding="utf-8")
         (temporary / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
