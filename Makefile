@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo tables tables-seeds test lint bench gpu faults slow clean
+.PHONY: setup demo tables tables-seeds test lint bench gpu faults slow dist lock audit clean
 
 setup: $(READY)
 
@@ -50,6 +50,24 @@ gpu: setup  # at most eight minutes on one H100 or H200; SHARDS=DIR trains the s
 
 faults: setup  # 200 kills and some 40 kinds of damage on a small project: about an hour
 	@PYTHONPATH=. $(BIN)/python bench/faults.py
+
+dist: setup  # dist/vattctl-VERSION-py3-none-any.whl: all that a project without a clone needs
+	@rm -rf build dist
+	@$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@rm -rf build
+	@ls dist/*.whl
+
+lock: setup  # requirements.lock: the pins of constraints.txt with hashes; all but torch and vattctl
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv --constraint constraints.txt
+	@echo "torch ; python_version < '3'" > $(VENV)/no-torch.txt
+	@$(BIN)/uv pip compile pyproject.toml --all-extras --constraint constraints.txt \
+		--override $(VENV)/no-torch.txt --python-version 3.11 --universal --generate-hashes \
+		--no-emit-index-url --no-annotate --custom-compile-command "make lock" --quiet \
+		--output-file requirements.lock
+
+audit: setup  # known weaknesses of the pinned packages; asks pypi.org
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv --constraint constraints.txt
+	@$(BIN)/python .ci/audit.py $(BIN)/uv
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from vatt.data.clips.text import Vocabulary
     from vatt.model.vatt import VATT, Classifier
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(folder: Path | str) -> Union["VATT", "Classifier"]:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from vatt import __version__
 from vatt.errors import MachineError, SettingsError, VattError, redact
 from vattctl.dvc import was_made_by_init
 from vattctl.params import JSON_VERSION, PARAMS, enter_project
