@@ -144,9 +144,7 @@ def _python(project: Path, params: "Params | None") -> Findings:
     if sys.version_info < OLDEST_PYTHON:
         yield Finding("python", "fail", version, "install Python 3.11 or newer")
     else:
-        yield Finding(
-            "python", "ok", f"{version}, vattctl {_version('vattctl') or 'not installed'}"
-        )
+        yield Finding("python", "ok", f"{version}, vattctl {__version__}")
 
 
 def _torch(project: Path, params: "Params | None") -> Findings:
