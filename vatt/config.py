@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -539,10 +539,19 @@ def parse_params(raw: Any, *, source: Path) -> Params:
         raise SettingsError(_explain(error, raw, source)) from None
 
 
+def plain(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of settings as plain values."""
+    return {
+        name: one.model_dump(mode="json") if isinstance(one, BaseModel) else one
+        for name, one in sections.items()
+    }
+
+
 def fingerprint(*sections: Any) -> str:
     """The sha256 of settings; it does not depend on their order in the file."""
-    plain = [s.model_dump(mode="json") if isinstance(s, BaseModel) else s for s in sections]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    numbered = plain({str(place): one for place, one in enumerate(sections)})
+    text = json.dumps(list(numbered.values()), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def known_keys(path: tuple[str, ...]) -> list[str]:

@@ -5,6 +5,7 @@ A stage that vattctl has started also notes its progress in a small file, for va
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -195,7 +196,7 @@ def _table(rows: list[Row], width: int) -> "Table":
 
     bar = 24 if width >= WIDE else 12 if width >= NARROW else 8
     table = Table.grid(padding=(0, 1))
-    names = min(max((len(row.name) for row in rows), default=0), max(width - bar - 28, 8))
+    names = min(max((len(row.name) for row in rows), default=0), max(width - bar - 30, 8))
     table.add_column(no_wrap=True, width=names, overflow="ellipsis")
     table.add_column(no_wrap=True, width=max(len(row.state) for row in rows) if rows else 0)
     table.add_column(no_wrap=True, width=bar)
@@ -214,6 +215,7 @@ STYLES = {"running": "bold", "done": "green", "up to date": "green", "failed": "
 def _shortened(row: Row) -> str:
     """The share done and the time left."""
     left = next((part for part in row.text.split(", ") if part.endswith(" left")), "")
+    left = re.sub(r" \d+ (s|min) left$", " left", left)  # "1 min 14 s left": "1 min left"
     if row.share is None or row.share >= 1:
         return row.text.rpartition(", ")[2]
     return f"{row.share:.0%} {left}".strip()

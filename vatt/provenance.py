@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,20 @@ if TYPE_CHECKING:
 PIPELINE_FILE = Path("dvc.yaml")
 LOCK_FILE = Path("dvc.lock")
 CODE = Path(__file__).parents[1]  # the folder of vatt and stages: a clone, or site-packages
+
+
+def git_commit() -> str:
+    """The commit of this folder, marked if files differ from it; empty outside git."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        return f"{commit}, with changes" if git("status", "--porcelain", "-uno") else commit
+    except FileNotFoundError:
+        return ""
 
 
 def stage_hash(stage: str, params: "Params", **item: str) -> str:

@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tests.report.made_up import HOSTILE, REPORT, leave_run, paths
+from tests.report.made_up import HOSTILE, REPORT, evaluation, leave_run, metric, paths, write
 from vatt.data.clips.manifest import manifest_hash
-from vatt.report.inputs import THUMBNAIL_BYTES, Inputs, read_inputs
+from vatt.report.inputs import THUMBNAIL_BYTES, Inputs, Origin, read_inputs
 from vatt.report.page import compute_facts, duration, markdown, stage_lines, write_report
 from vatt.report.results import classification_protocol, probe_protocol, retrieval_protocol
 
@@ -271,3 +271,66 @@ def test_a_checkpoint_without_words_says_why_there_is_no_text(tmp_path):
     write_report(place, REPORT)
     html = (place.report / "report.html").read_text(encoding="utf-8")
     assert html.count("the checkpoint has no vocabulary.txt") == 2
+
+
+def origin(*tunings: str) -> Origin:
+    settings = {"seed": 3, "data": {"base_urls": ["https://me:secret@host/x"]}}
+    return Origin(seed=3, commit="0123456789ab", settings=settings, tunings=tunings)
+
+
+def page(place) -> str:
+    write_report(place, REPORT, origin("action-pretrained"))
+    return (place.report / "report.html").read_text()
+
+
+def test_date_commit_seed_and_all_settings_are_on_the_page(tmp_path):
+    place = paths(tmp_path)
+    leave_run(place)
+    write(place.runs / "pretrain.json", {"status": "FINISHED", "ended": "2026-01-02T03:04:05"})
+    html = page(place)
+    for key, value in (("date", "2026-01-02"), ("commit", "0123456789ab"), ("seed", "3")):
+        assert f"<dt>{key}</dt><dd>{value}</dd>" in html
+    assert html.index("<dt>seed</dt>") < html.index('class="cards"')
+    assert "base_urls:" in html and "secret" not in html
+
+
+def test_fine_tunings_of_earlier_settings_are_left_out(tmp_path):
+    place = paths(tmp_path)
+    leave_run(place)
+    write(place.metrics / "finetune-old-pretrained.json", {"loss": 1.0})
+    for name in ("old-pretrained", "action-pretrained"):
+        write(place.finetuned / name / "history.json", [{"step": 0, "loss": 2.0}])
+    html = page(place)
+    assert "finetune-old-pretrained" not in html
+    assert "Fine-tuning: action" in html and "Fine-tuning: old" not in html
+
+
+def test_numbers_of_too_few_clips_are_named_and_not_shown_as_results(tmp_path):
+    place = paths(tmp_path)
+    leave_run(place)
+    few = evaluation()
+    for direction in few["retrieval"]["pretrained"].values():
+        for measure in direction.values():
+            measure["n"] = 6
+    few["retrieval"]["pretrained"]["text_to_video"]["recall_at_10"]["value"] = 1.0
+    write(place.metrics / "evaluate.json", few)
+    html = page(place)
+    cards = html[html.index('class="cards"') : html.index("</header>")]
+    assert cards.count("too few clips") == 2
+    assert "6 clips searched; 50 or more are needed" in cards
+    assert "100.0" not in cards
+    assert "Not shown, because 6 test clips are too few" in html
+    assert "6 clips searched; 50" in (place.report / "report.md").read_text()
+
+
+def test_a_task_that_became_worse_is_called_worse_whatever_the_first_one_is(tmp_path):
+    place = paths(tmp_path)
+    leave_run(place)
+    worse = evaluation()
+    worse["classification"]["sound"]["difference"] = metric(-0.1, -0.15, -0.05, 0.0)
+    write(place.metrics / "evaluate.json", worse)
+    assert "action +16.2, sound −10.0 (significantly worse)" in page(place)
+
+
+def test_the_runs_own_curves_come_before_the_published_tables(html):
+    assert html.index('<section id="figures">') < html.index('<section id="paper">')

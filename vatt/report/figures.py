@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import east_asian_width
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -21,6 +22,8 @@ HEAT_COLUMNS, HEAT_LEVELS = 64, 10
 LEGEND_LETTERS = 60
 NAME_LETTERS = 12  # of a class next to a matrix
 NAME_ROOM = 0.08  # share of an axis that stays free for the names of points
+LETTER = 7.4  # the width of a letter
+FEW_CLASSES, TALL = 7, 420  # a matrix of more classes is drawn on a taller board
 COLOURS = 10  # --c0 to --c9 in the style sheet
 
 
@@ -93,9 +96,15 @@ def _short(name: str) -> str:
     return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"
 
 
-def _svg(body: str, alt: str) -> Markup:
+def _room(names: Sequence[str]) -> float:
+    """The width of the longest of these shortened names; East Asian letters are twice as wide."""
+    letters = [sum(1 + (east_asian_width(one) in "WF") for one in _short(name)) for name in names]
+    return LETTER * max(letters) + 10
+
+
+def _svg(body: str, alt: str, height: int = HEIGHT) -> Markup:
     return Markup(
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(alt)}">{body}</svg>'
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(alt)}">{body}</svg>'
     )
 
 
@@ -185,8 +194,12 @@ def matrix(
 ) -> Picture:
     """A confusion matrix: rows are the true classes, columns the predictions."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    size = min(WIDTH - 76, HEIGHT - 40) / len(names)
-    left, top = WIDTH - size * len(names) - 40, 6
+    many, room, top = len(names) > FEW_CLASSES, _room(names), 6
+    height = TALL if many else HEIGHT
+    turned = -90 if many else -35  # so that names of narrow columns do not overlap
+    below = room if many else room * 0.6 + 8
+    size = min(WIDTH - room - 10, height - top - below) / len(names)
+    left = room + max(0.0, (WIDTH - room - 10 - size * len(names)) / 2)
     cells = []
     for i, name in enumerate(names):
         middle = top + (i + 0.5) * size
@@ -202,10 +215,12 @@ def matrix(
     bottom = top + size * len(names)
     for j, answer in enumerate(names):
         x = left + (j + 0.5) * size
-        cells.append(_text(x, bottom + 12, _short(answer), anchor="end", turned=-35))
+        across, down = (x + 4, bottom + 4) if many else (x, bottom + 12)
+        cells.append(_text(across, down, _short(answer), anchor="end", turned=turned))
     right = float(np.trace(counts) / max(counts.sum(), 1))
     alt = f"{title}: {100 * right:.1f} % of {counts.sum()} clips on the diagonal"
-    return Picture(title=title, svg=_svg("".join(cells), alt), alt=alt, caption=caption)
+    svg = _svg("".join(cells), alt, height)
+    return Picture(title=title, svg=svg, alt=alt, caption=caption)
 
 
 def heat(

@@ -48,6 +48,16 @@ class CorpusFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The settings and the code that a report is about."""
+
+    seed: int
+    commit: str  # empty outside git
+    settings: Mapping[str, Any]  # whole sections of params.yaml, without secrets
+    tunings: tuple[str, ...]  # fine-tunings of the present settings: `action-scratch`
+
+
+@dataclass(frozen=True, slots=True)
 class Inputs:
     """All that was found; what is missing has not been run."""
 
@@ -60,6 +70,14 @@ class Inputs:
     examples: tuple[Json, ...] = ()
     thumbnails: Mapping[str, str] = field(default_factory=dict)  # clip -> data: address
     model: Json | None = None  # the checkpoint's config
+    origin: "Origin | None" = None
+
+    @property
+    def date(self) -> str:
+        """The day on which the last stage before the report ended; empty if none has."""
+        ended = [str(run["ended"]) for name, run in self.runs.items()
+                 if run.get("ended") and name != "report"]  # fmt: skip
+        return max(ended, default="")[:10]
 
     @property
     def evaluation(self) -> Json:
@@ -81,15 +99,19 @@ class Inputs:
         return value
 
 
-def read_inputs(paths: PathsParams) -> Inputs:
-    """Read whatever exists below the project's paths."""
+def read_inputs(paths: PathsParams, origin: Origin | None = None) -> Inputs:
+    """Read whatever exists below the project's paths.
+
+    With an origin, fine-tunings that its settings no longer ask for are left out.
+    """
     examples = _read_json(paths.evaluation / "examples.json")
     config = _read_json(paths.pretrained / "config.json")
-    metrics = _read_folder(paths.metrics)
+    metrics = _present(_read_folder(paths.metrics), origin)
     return Inputs(
         metrics=metrics,
-        runs=_read_folder(paths.runs),
-        curves=_read_curves(paths),
+        runs=_present(_read_folder(paths.runs), origin),
+        curves=_present(_read_curves(paths), origin),
+        origin=origin,
         attrition=tuple(
             _read_ledger(stage, file)
             for stage, file in (
@@ -104,6 +126,18 @@ def read_inputs(paths: PathsParams) -> Inputs:
         thumbnails=_read_thumbnails(paths.evaluation),
         model=config if isinstance(config, dict) else None,
     )
+
+
+def _present(found: dict[str, Any], origin: Origin | None) -> dict[str, Any]:
+    """Without the fine-tunings of earlier settings."""
+    if origin is None:
+        return found
+    known = {f"finetune-{name}" for name in origin.tunings}
+    return {
+        name: value
+        for name, value in found.items()
+        if not name.startswith("finetune-") or name in known
+    }
 
 
 def _read_json(file: Path) -> Any:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vatt.config import ModelParams, PathsParams, ReportParams, SizeParams
+from vatt.errors import redact
 from vatt.files import atomic_write
 from vatt.flops import Convention, multimodal_flops
 from vatt.report.figures import (
@@ -20,7 +22,7 @@ from vatt.report.figures import (
     similarity_densities,
     space_maps,
 )
-from vatt.report.inputs import STAGES, Inputs, read_inputs
+from vatt.report.inputs import STAGES, Inputs, Origin, read_inputs
 from vatt.report.published import published_sections
 from vatt.report.results import key_figures, result_tables, scales
 from vatt.report.studies import backbone_table, drop_token_pictures
@@ -43,9 +45,9 @@ class StageLine:
     facts: tuple[tuple[str, str], ...]  # from the stage's metrics file
 
 
-def write_report(paths: PathsParams, params: ReportParams) -> None:
+def write_report(paths: PathsParams, params: ReportParams, origin: Origin | None = None) -> None:
     """Write report.html and report.md from the files that the other stages wrote."""
-    inputs = read_inputs(paths)
+    inputs = read_inputs(paths, origin)
     context = _context(inputs, params)
     for template, name in (("page.html.j2", "report.html"), ("page.md.j2", "report.md")):
         text = render(template, context)
@@ -78,6 +80,8 @@ def _context(inputs: Inputs, params: ReportParams) -> dict[str, Any]:
     return {
         "title": params.title,
         "inputs": inputs,
+        "about": about_facts(inputs),
+        "settings": settings_text(inputs),
         "stages": stage_lines(inputs),
         "model": model_facts(inputs),
         "compute": compute_facts(inputs, params.device_hour_price),
@@ -94,6 +98,32 @@ def _context(inputs: Inputs, params: ReportParams) -> dict[str, Any]:
         "nodes": node_activations(inputs),
         "confusions": confusions(inputs),
     }
+
+
+def about_facts(inputs: Inputs) -> tuple[tuple[str, str], ...]:
+    """When, from which code and with which settings the results were made."""
+    origin, corpus = inputs.origin, inputs.corpus
+    facts = [("date", inputs.date)]
+    if origin is not None:
+        facts += [("commit", origin.commit or "no git repository"), ("seed", str(origin.seed))]
+    if corpus is not None:
+        splits = ", ".join(f"{count:,} {split}" for split, count in corpus.splits.items())
+        facts.append(("clips", splits))
+    if inputs.model is not None:
+        model = ModelParams.model_validate(inputs.model["model"])
+        sizes = [_size(tower.size) for tower in (model.video, model.audio, model.text)]
+        facts.append(("model", f"{model.backbone}: {' / '.join(dict.fromkeys(sizes))}"))
+    steps = inputs.metrics.get("pretrain", {}).get("step")
+    facts.append(("pre-training", f"{steps:,} steps" if steps else ""))
+    return tuple((name, value) for name, value in facts if value)
+
+
+def settings_text(inputs: Inputs) -> str:
+    """All settings, as in params.yaml."""
+    if inputs.origin is None:
+        return ""
+    plain = yaml.safe_dump(dict(inputs.origin.settings), sort_keys=False, allow_unicode=True)
+    return redact(plain, every_query=True)
 
 
 def stage_lines(inputs: Inputs) -> tuple[StageLine, ...]:

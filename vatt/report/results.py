@@ -17,6 +17,7 @@ from vatt.report.tables import (
     plain_cell,
     rank_cell,
     signed,
+    too_few,
     verdict,
 )
 
@@ -46,6 +47,7 @@ class Figure:
     value: str | None
     context: str
     sure: bool = True  # whether the interval excludes chance, or a difference of 0
+    few: bool = False  # whether there is a number, of too few clips to mean anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class ScaleChart:
     ours: str
     baseline: str
     marks: tuple[Mark, ...]
+    left_out: str = ""  # what has too few clips
 
 
 def key_figures(inputs: Inputs) -> tuple[Figure, ...]:
@@ -88,6 +91,8 @@ def _recall_figure(inputs: Inputs, direction: str) -> Figure:
     metric = inputs.lookup("retrieval", "pretrained", direction, "recall_at_10")
     if metric is None:
         return Figure(label, None, WHY)
+    if (needed := too_few(metric, searched=True)) is not None:
+        return Figure(label, None, few_words(metric, needed, "searched"), few=True)
     times = metric["value"] / metric["chance"]
     context = f"{times:.1f} × chance ({percent(metric['chance'])}), {metric['n']} clips searched"
     return Figure(label, percent(metric["value"]), context, sure=metric["low"] > metric["chance"])
@@ -106,12 +111,28 @@ def _difference_figure(label: str, tasks: dict[str, Metric], against: str) -> Fi
     if not tasks:
         return Figure(label, None, "no pair of runs to compare")
     first = next(iter(tasks.values()))
+    if (needed := too_few(first)) is not None:
+        return Figure(label, None, few_words(first, needed, "tested"), few=True)
     if len(tasks) > 1:
         label += f", best of {len(tasks)} tasks"
-    each = ", ".join(f"{name} {signed(100 * metric['value'])}" for name, metric in tasks.items())
-    sure = first["low"] > 0
-    context = f"points {against}: {each}" + ("" if sure else " (no significant difference)")
-    return Figure(label, signed(100 * first["value"]), context, sure=sure)
+    each = ", ".join(
+        f"{name} {signed(100 * metric['value'])}{VERDICTS[verdict(metric).partition(':')[0]]}"
+        for name, metric in tasks.items()
+    )
+    context = f"points {against}: {each}"
+    return Figure(label, signed(100 * first["value"]), context, sure=first["low"] > 0)
+
+
+VERDICTS = {
+    "better": "",
+    "worse": " (significantly worse)",
+    "no significant difference": " (no significant difference)",
+}
+
+
+def few_words(metric: Metric, needed: int, done: str) -> str:
+    """Why a number is not shown as a result."""
+    return f"{metric['n']} clips {done}; {needed} or more are needed to say anything"
 
 
 def _why(inputs: Inputs, direction: str) -> str:
@@ -127,26 +148,43 @@ def _why(inputs: Inputs, direction: str) -> str:
 def scales(inputs: Inputs) -> tuple[ScaleChart, ...]:
     """Charts of what was measured; a chart without values is left out."""
     found = [
-        ScaleChart(
-            title="Zero-shot retrieval",
-            ours="pre-trained",
-            baseline="untrained",
-            marks=tuple(_retrieval_marks(inputs)),
+        _scale(
+            "Zero-shot retrieval",
+            ("pre-trained", "untrained"),
+            _retrieval_marks(inputs),
+            searched=True,
         ),
-        ScaleChart(
-            title="Linear probe on frozen features",
-            ours="pre-trained encoder",
-            baseline="untrained encoder",
-            marks=tuple(_probe_marks(inputs)),
+        _scale(
+            "Linear probe on frozen features",
+            ("pre-trained encoder", "untrained encoder"),
+            _probe_marks(inputs),
         ),
-        ScaleChart(
-            title="Fine-tuning, top-1 accuracy",
-            ours="from the pre-trained weights",
-            baseline="from scratch",
-            marks=tuple(_classification_marks(inputs)),
+        _scale(
+            "Fine-tuning, top-1 accuracy",
+            ("from the pre-trained weights", "from scratch"),
+            _classification_marks(inputs),
         ),
     ]
-    return tuple(scale for scale in found if scale.marks)
+    return tuple(scale for scale in found if scale.marks or scale.left_out)
+
+
+def _scale(
+    title: str, names: tuple[str, str], marks: list[Mark], *, searched: bool = False
+) -> ScaleChart:
+    """A chart of the marks with enough clips; the others are named below it."""
+    few = {
+        mark.label: needed for mark in marks if (needed := too_few(mark.ours, searched=searched))
+    }
+    left_out = ""
+    if few:
+        clips = max(mark.ours["n"] for mark in marks if mark.label in few)
+        names_out = ", ".join(few)
+        left_out = (
+            f"Not shown, because {clips} test clips are too few to say anything "
+            f"({max(few.values())} or more are needed): {names_out}."
+        )
+    shown = tuple(mark for mark in marks if mark.label not in few)
+    return ScaleChart(title, *names, marks=shown, left_out=left_out)
 
 
 def _retrieval_marks(inputs: Inputs) -> list[Mark]:
