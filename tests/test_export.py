@@ -1,7 +1,15 @@
 """Exported forms hold the same model."""
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -10,8 +18,11 @@ from safetensors import safe_open
 
 import vatt
 from tests import tf_bundle
-from vatt.errors import MachineError, VattError
-from vatt.export import FORMS, export_onnx
+from tests.training.tiny import model_params
+from vatt import checkpoint
+from vatt.errors import DataError, MachineError, VattError
+from vatt.export import FORMS, export_onnx, pull, push
+from vatt.model.vatt import VATT
 from vatt.release.convert import import_checkpoint
 from vatt.release.recognise import ONLY
 from vattctl.cli import main
@@ -54,7 +65,7 @@ def test_a_folder_form_loads_as_the_same_model(form: str, pretrained: Path, tmp_
 def test_a_hugging_face_folder_names_classes_and_inputs(classifier: Path, tmp_path: Path) -> None:
     FORMS["huggingface-folder"](classifier, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["architectures"] == ["Classifier"]
+    assert config["architectures"] == ["VattForClassification"]
     assert config["id2label"]["6"] == "6" and config["label2id"]["6"] == 6
     inputs = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     assert inputs["audio"]["samples"] == 1024
@@ -126,3 +137,161 @@ def test_the_command_reports_and_refuses_to_overwrite(
     own = ("--out", str(classifier), "--force")
     assert main_code("export", str(classifier), "--to", "onnx", *own) == 2
     assert (classifier / "model.safetensors").exists()
+
+
+# --- transformers ---------------------------------------------------------------------------------
+
+FAR_AWAY = """
+import sys
+sys.modules["vatt"] = sys.modules["vattctl"] = None  # as where vattctl is not installed
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+inputs = torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad():
+    torch.save(dict(model(**inputs)), sys.argv[3])
+"""
+
+
+def far_away(folder: Path, inputs: dict[str, torch.Tensor], work: Path) -> dict[str, torch.Tensor]:
+    """What AutoModel makes of `inputs`, in a process that cannot import vattctl."""
+    pytest.importorskip("transformers")
+    torch.save(inputs, work / "inputs.pt")
+    call = [sys.executable, "-c", FAR_AWAY, folder, work / "inputs.pt", work / "outputs.pt"]
+    environment = os.environ | {"HF_HOME": str(work / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(call, capture_output=True, text=True, env=environment, cwd=work)
+    assert done.returncode == 0, done.stderr
+    return torch.load(work / "outputs.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("backbone", ["specific", "agnostic"])
+def test_automodel_gives_our_numbers_without_vattctl(backbone: str, tmp_path: Path) -> None:
+    params = model_params(backbone=backbone)
+    torch.manual_seed(0)
+    checkpoint.save(VATT(params), params, tmp_path / "ours")
+    FORMS["huggingface-folder"](tmp_path / "ours", tmp_path / "theirs")
+    inputs = {
+        "video": torch.rand(2, 4, 16, 16, 3) * 2 - 1,
+        "audio": torch.rand(2, params.audio.samples) * 2 - 1,
+        "text": torch.tensor([[[5, 7, 0, 0]], [[1, 2, 3, 4]]]),
+    }
+    theirs = far_away(tmp_path / "theirs", inputs, tmp_path)
+    with torch.no_grad():
+        ours = vatt.load(tmp_path / "ours")(**inputs)
+    assert set(theirs) == {field.name for field in fields(ours)}
+    for name, value in theirs.items():
+        torch.testing.assert_close(value, getattr(ours, name), rtol=0, atol=1e-6)
+
+
+def test_automodel_loads_a_classifier_with_its_labels(classifier: Path, tmp_path: Path) -> None:
+    FORMS["huggingface-folder"](classifier, tmp_path / "out")
+    inputs = torch.rand(2, 1024) * 2 - 1
+    labels = torch.tensor([1, 0])
+    theirs = far_away(tmp_path / "out", {"inputs": inputs, "labels": labels}, tmp_path)
+    with torch.no_grad():
+        ours = vatt.load(classifier)(inputs)
+    torch.testing.assert_close(theirs["logits"], ours, rtol=0, atol=1e-6)
+    wanted = torch.nn.functional.cross_entropy(ours, labels)
+    torch.testing.assert_close(theirs["loss"], wanted)
+
+
+# --- addresses ------------------------------------------------------------------------------------
+
+
+def test_a_pushed_checkpoint_is_pulled_and_loaded_by_its_address(
+    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VATT_CACHE", str(tmp_path / "cache"))
+    address = f"file://{tmp_path}/there/model"
+    assert main_code("push", str(pretrained), address) == 0
+    assert main_code("pull", address, "--out", str(tmp_path / "here")) == 0
+    for file in pretrained.iterdir():
+        assert (tmp_path / "here" / file.name).read_bytes() == file.read_bytes()
+    text = torch.ones(1, 1, 8, dtype=torch.long)
+    ours, theirs = (vatt.load(place)(text=text).text_vt for place in (pretrained, address))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
+    assert (
+        vatt.vocabulary(address).encode("two", 1)[0]
+        == vatt.vocabulary(pretrained).encode("two", 1)[0]
+    )
+
+
+def test_a_checkpoint_is_loaded_from_a_web_server_and_again_when_that_is_away(
+    pretrained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("VATT_CACHE", str(tmp_path / "cache"))
+    push(pretrained, f"file://{tmp_path}/model")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/model"
+        first = vatt.load(address)
+        server.shutdown()
+    again = vatt.load(address)
+    assert "the copy of an earlier time is used" in caplog.text
+    text = torch.ones(1, 1, 8, dtype=torch.long)
+    torch.testing.assert_close(again(text=text).text_vt, first(text=text).text_vt, rtol=0, atol=0)
+
+
+def test_a_push_replaces_what_was_there_and_the_cache_follows(
+    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VATT_CACHE", str(tmp_path / "cache"))
+    address, params = f"file://{tmp_path}/there", model_params()
+    checkpoint.save(VATT(params), params, tmp_path / "other")
+    push(tmp_path / "other", address)
+    assert isinstance(vatt.load(address), VATT)
+    before = vatt.load(address).state_dict()
+    push(pretrained, address)
+    assert vatt.load(address).state_dict().keys() != before.keys()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(b"x"), "its sha256 differs"),
+        (lambda f: (f / "checksums.json").write_text("["), "cannot be read"),
+        (lambda f: (f / "checksums.json").write_text('{"sha256": {"../x": "1"}}'), "name in it"),
+        (lambda f: (f / "checksums.json").write_text('{"sha256": {}}'), "push has not ended"),
+        (lambda f: (f / "config.json").unlink(), "has no checkpoint"),
+    ],
+)
+def test_a_damaged_address_is_refused_and_nothing_is_written(
+    damage: Callable[[Path], object], message: str, pretrained: Path, tmp_path: Path
+) -> None:
+    push(pretrained, f"file://{tmp_path}/there")
+    damage(tmp_path / "there")
+    with pytest.raises(DataError, match=message):
+        pull(f"file://{tmp_path}/there", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_an_unknown_kind_of_address_is_a_wrong_option(pretrained: Path) -> None:
+    assert main_code("push", str(pretrained), "nothing://there") == 2
+    assert main_code("pull", "zip://a::file:///b", "--out", "x") == 2
+
+
+def test_a_model_card_describes_the_run_of_the_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, params = Path(__file__).parents[1], model_params()
+    for name in ("params.yaml", "dvc.yaml"):
+        (tmp_path / name).write_bytes((root / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save(VATT(params), params, tmp_path / "runs/checkpoints/pretrained")
+    metrics = tmp_path / "reports/metrics"
+    metrics.mkdir(parents=True)
+    corpus = {"clips": 9, "splits": {"train": 6, "test": 3}, "sources": {"folder": 9}, "hash": "ab"}
+    (metrics / "download.json").write_text(json.dumps({"corpus": corpus}))
+    r10 = {"value": 0.5, "low": 0.4, "high": 0.6, "chance": 0.1, "n": 100}
+    names = ("recall_at_1", "recall_at_5", "recall_at_10", "median_rank", "class_at_1")
+    found = {"retrieval": {"pretrained": {"text_to_video": dict.fromkeys(names, r10)}}}
+    (metrics / "evaluate.json").write_text(json.dumps(found))
+    call = ("export", "runs/checkpoints/pretrained", "--to", "huggingface-folder", "--out", "hf")
+    assert main_code(*call, "--licence", "cc-by-4.0") == 0
+    card = Path("hf/README.md").read_text()
+    assert "9 clips of folder (9)" in card and "50.0 % (40.0 – 60.0)" in card
+    assert "license: cc-by-4.0" in card and "3 layers" not in card

@@ -1,6 +1,7 @@
 """A person's own videos: moments embedded, indexed once and found by words."""
 
 import json
+from pathlib import Path
 
 import av
 import numpy as np
@@ -131,3 +132,27 @@ def test_words_that_nobody_knows_and_checkpoints_that_do_not_fit_are_clear_error
     )
     with pytest.raises(SettingsError, match="holds a classifier"):
         Embedder(tmp_path / "classifier")
+
+
+def test_the_notebook_searches_a_folder_and_plots_similarities(
+    videos, embedder, tmp_path, monkeypatch
+):
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    root = Path(__file__).parents[1]
+    (tmp_path / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
+    for name, value in {
+        "VIDEOS": str(videos),
+        "CHECKPOINT": str(embedder.folder),
+        "QUERIES": "red, blue",
+        "PYTHONPATH": str(root),
+        "IPYTHONDIR": str(tmp_path),
+    }.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(root / "docs/notebooks/search-your-videos.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert "moments of 2 videos; 1 left out" in printed and "2.0 s  red.mp4" in printed
+    assert any("image/png" in output.get("data", {}) for output in outputs)

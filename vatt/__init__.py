@@ -11,10 +11,13 @@ __version__ = "0.2.0"
 
 
 def load(folder: Path | str) -> Union["VATT", "Classifier"]:
-    """The model of a checkpoint folder, in eval mode, ready to be called."""
+    """The model of a checkpoint folder, in eval mode, ready to be called.
+
+    `folder` may be an address to which `vattctl push` copied one (s3://..., hf://..., https://...).
+    """
     from vatt import checkpoint
 
-    return checkpoint.load(folder)
+    return checkpoint.load(_local(folder))
 
 
 def vocabulary(folder: Path | str) -> "Vocabulary":
@@ -26,10 +29,18 @@ def vocabulary(folder: Path | str) -> "Vocabulary":
     from vatt.data.clips.text import Vocabulary
     from vatt.errors import DataError
 
-    words = Path(folder) / checkpoint.VOCABULARY
+    words = _local(folder) / checkpoint.VOCABULARY
     if not words.exists():
         raise DataError(
             f"{folder} has no {checkpoint.VOCABULARY}, so words have no ids",
             hint="import the checkpoint with --vocab FILE",
         )
     return Vocabulary.load(words)
+
+
+def _local(folder: Path | str) -> Path:
+    if "://" not in str(folder):
+        return Path(folder)
+    from vatt.export import local_copy
+
+    return local_copy(str(folder))

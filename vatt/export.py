@@ -1,7 +1,11 @@
-"""A checkpoint in forms that other software reads: safetensors, ONNX, a Hugging Face folder."""
+"""A checkpoint for others: as safetensors, ONNX or a Hugging Face folder, and at an address."""
 
+import ast
+import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,17 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vatt import checkpoint
-from vatt.errors import MachineError, VattError
-from vatt.files import atomic_folder
+from vatt.errors import DataError, MachineError, SettingsError, VattError
+from vatt.files import atomic_folder, lock
 from vatt.model.vatt import VATT, Classifier
+from vatt.progress import Progress
 
 TOLERANCE = 1e-4  # of the largest value of an output
 _TRACED_CLIPS, _COMPARED_CLIPS = 2, (1, 3)
+_ROOT, _CODE = Path(__file__).parent, "vatt.release.modeling_vatt"
+_AUTO = {
+    "video": "AutoModelForVideoClassification",
+    "audio": "AutoModelForAudioClassification",
+    "image": "AutoModelForImageClassification",
+}
+_PIPELINES = {
+    "video": "video-classification",
+    "audio": "audio-classification",
+    "image": "image-classification",
+}
 _OUTPUTS = {
     "video": ("video_va", "video_vt", "video_features"),
     "audio": ("audio_va", "audio_features"),
@@ -49,15 +66,21 @@ def export_safetensors(folder: Path, out: Path) -> list[Comparison]:
     return []
 
 
-def export_huggingface(folder: Path, out: Path) -> list[Comparison]:
-    """The layout that a model repository has: config, weights, input settings, card."""
+def export_huggingface(
+    folder: Path, out: Path, *, run: str = "", licence: str | None = None
+) -> list[Comparison]:
+    """A folder that transformers' AutoModel loads: config, weights, input settings, code, card.
+
+    `run` is the part of the card that describes the run (Markdown).
+    """
     config, model = checkpoint.load_config(folder), checkpoint.load(folder)
-    kind = type(model).__name__
     classes = config.get("classifier", {}).get("classes")
+    task = config.get("classifier")
     extended = {
         **config,
-        "model_type": "vatt",
-        "architectures": [kind],
+        "model_type": "vatt-classifier" if task else "vatt",
+        "architectures": ["VattForClassification" if task else "VattModel"],
+        "auto_map": _auto_map(task["modality"] if task else None),
         "dtype": "float32",
         "num_parameters": sum(weight.numel() for weight in model.parameters()),
     }
@@ -70,8 +93,9 @@ def export_huggingface(folder: Path, out: Path) -> list[Comparison]:
         inputs = {name: config["model"][name] for name in ("video", "audio", "text")}
         content = {"value_range": [-1.0, 1.0], **inputs}
         (temporary / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n")
-        (temporary / "README.md").write_text(_card(extended), encoding="utf-8")
+        (temporary / "README.md").write_text(_card(extended, run, licence), encoding="utf-8")
         _copy_vocabulary(folder, temporary)
+        _copy_code(temporary)
     return []
 
 
@@ -95,7 +119,7 @@ def export_onnx(folder: Path, out: Path) -> list[Comparison]:
     return comparisons
 
 
-FORMS: dict[str, Callable[[Path, Path], list[Comparison]]] = {
+FORMS: dict[str, Callable[..., list[Comparison]]] = {
     "safetensors": export_safetensors,
     "onnx": export_onnx,
     "huggingface-folder": export_huggingface,
@@ -238,32 +262,221 @@ def _copy_vocabulary(folder: Path, out: Path) -> None:
         shutil.copyfile(vocabulary, out / checkpoint.VOCABULARY)
 
 
-def _card(config: dict[str, Any]) -> str:
-    model, task = config["model"], config.get("classifier")
-    what = (
-        f"a classifier of {task['modality']} into {len(task['classes'])} classes"
-        if task
-        else "embeddings of video, audio and text in common spaces"
+def _auto_map(modality: str | None) -> dict[str, str]:
+    """For config.json: which class each Auto class builds; `modality` is that of a classifier."""
+    if modality is None:
+        found = {"AutoConfig": "VattConfig", "AutoModel": "VattModel"}
+    else:
+        found = {"AutoConfig": "VattClassifierConfig"}
+        found |= dict.fromkeys(("AutoModel", _AUTO[modality]), "VattForClassification")
+    return {auto: f"{_flat_name(_CODE)}.{name}" for auto, name in found.items()}
+
+
+def _copy_code(folder: Path) -> None:
+    """Write AutoModel's classes, and each module of ours that they import, as files of a folder."""
+    wanted, written = [_CODE], set[str]()
+    while wanted:
+        module = wanted.pop()
+        if module in written:
+            continue
+        source = _ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text("utf-8")
+        (folder / f"{_flat_name(module)}.py").write_text(_flattened(source), encoding="utf-8")
+        written.add(module)
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vatt."):
+                wanted.append(node.module or "")
+
+
+def _flat_name(module: str) -> str:
+    """`vatt.model.patches` -> `model_patches`: transformers takes files of one folder only."""
+    return module.removeprefix("vatt.").replace(".", "_")
+
+
+def _flattened(source: str) -> str:
+    """The same code with relative imports."""
+    return re.sub(
+        r"^(\s*from )(vatt\.[\w.]+)(?= import )",
+        lambda found: f"{found[1]}.{_flat_name(found[2])}",
+        source,
+        flags=re.MULTILINE,
     )
-    call = f"model({task['modality']})" if task else "model(video=..., audio=..., text=...)"
+
+
+def _card(config: dict[str, Any], run: str, licence: str | None) -> str:
+    model, task = config["model"], config.get("classifier")
     source = config.get("source", {}).get("prefix")
+    if task:
+        what = f"a classifier of {task['modality']} into {len(task['classes'])} classes"
+        example = "logits = model(inputs).logits  # model.config.id2label names the classes"
+    else:
+        what = "embeddings of video, audio and text in common spaces"
+        example = "out = model(video=..., audio=..., text=...)\nout.video_vt @ out.text_vt[:, 0].T"
+    header = {
+        "library_name": "transformers",
+        "tags": ["vatt", "video", "audio", "text"],
+        **({"license": licence} if licence else {}),
+        **({"pipeline_tag": _PIPELINES[task["modality"]]} if task else {}),
+    }
+    converted = f"Converted from `{source}`; `config.json` holds the hashes of its files.\n"
     return f"""---
-library_name: vatt
-tags: [video, audio, text, vatt]
----
+{yaml.safe_dump(header, sort_keys=False)}---
 # VATT
 
 Video-Audio-Text Transformer (arXiv 2104.11178): {what}.
 Recipe `{model["recipe"]}`, backbone `{model["backbone"]}`, {config["num_parameters"]:,} parameters.
-{f"Converted from `{source}`; `config.json` holds the hashes of its files." if source else ""}
-
+{converted if source else ""}
 ```python
-import vatt
+from transformers import AutoModel
 
-model = vatt.load("path/to/this/folder")
-out = {call}
+model = AutoModel.from_pretrained("path/to/this/folder", trust_remote_code=True)
+{example}
 ```
 
 Video is (clips, frames, height, width, 3) and audio (clips, samples), floats in [-1, 1]; text is
-(clips, candidates, words), word ids, 0 for a pad. Sizes are in `preprocessor_config.json`.
+(clips, candidates, words), word ids, 0 for a pad. Sizes are in `preprocessor_config.json`. The code
+needs torch, einops, pydantic, pyyaml and safetensors. `vatt.load("path/to/this/folder")` gives the
+same model where vattctl is installed.
+
+{run}
+## Licence
+
+{f"`{licence}`." if licence else "None was stated for these weights."} The code is Apache-2.0.
+Training clips keep the licences of their owners.
 """
+
+
+# --- at an address --------------------------------------------------------------------------------
+
+CHECKSUMS = "checksums.json"  # the sha256 of each file; empty while they are being pushed
+CACHE = Path("~/.cache/vatt")  # VATT_CACHE names another one
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs"}
+log = logging.getLogger(__name__)
+
+
+def push(folder: Path, address: str, *, progress: Progress | None = None) -> dict[str, str]:
+    """Copy a checkpoint or an exported folder to an address; returns the sha256 of each file.
+
+    A reader never gets a mixture: until the last file is there, `pull` says that it is unfinished.
+    Raises MachineError when the place cannot be written.
+    """
+    checkpoint.load_config(folder)
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != CHECKSUMS)
+    sums = {file.name: _sha256(file) for file in files}
+    with _place(address) as (filesystem, root):
+        if _remote_sums(filesystem, root, address) == sums:
+            return sums
+        filesystem.makedirs(root, exist_ok=True)
+        filesystem.pipe_file(f"{root}/{CHECKSUMS}", _written({}))
+        for done, file in enumerate(files, start=1):
+            filesystem.put_file(str(file), f"{root}/{file.name}")
+            if progress:
+                progress(done, len(files))
+        filesystem.pipe_file(f"{root}/{CHECKSUMS}", _written(sums))
+    return sums
+
+
+def pull(address: str, out: Path, *, progress: Progress | None = None) -> dict[str, str]:
+    """Copy what `push` wrote to a local folder, complete or not at all; checks every sha256.
+
+    Also takes a folder that somebody else put there, such as a model on a hub: then only its
+    weights, settings and words are copied, and the result is empty because nothing was checked.
+    """
+    with _place(address) as (filesystem, root), atomic_folder(out) as temporary:
+        sums = _remote_sums(filesystem, root, address)
+        if sums == {}:
+            raise DataError(f"{address}: its last push has not ended", hint="push it again")
+        names = list(sums or ())
+        if sums is None:
+            known = (checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.VOCABULARY)
+            names = [name for name in known if filesystem.exists(f"{root}/{name}")]
+        for done, name in enumerate(names, start=1):
+            filesystem.get_file(f"{root}/{name}", str(temporary / name))
+            if sums is not None and _sha256(temporary / name) != sums[name]:
+                raise DataError(
+                    f"{address}/{name} is not the file that was pushed: its sha256 differs",
+                    hint="run it again; if it stays, push the checkpoint again",
+                )
+            if progress:
+                progress(done, len(names))
+        checkpoint.load_config(temporary)
+        (temporary / CHECKSUMS).write_bytes(_written(sums or {}))
+    return sums or {}
+
+
+def local_copy(address: str) -> Path:
+    """The folder of an address in the cache; pulled when it is new there or has changed."""
+    base = Path(os.environ.get("VATT_CACHE") or CACHE).expanduser()
+    out = base / hashlib.sha256(address.encode()).hexdigest()[:16]
+    try:
+        with _place(address) as (filesystem, root):
+            there = _remote_sums(filesystem, root, address)
+    except MachineError as error:
+        if not out.exists():
+            raise
+        log.warning("%s; the copy of an earlier time is used: %s", error.problem, out)
+        return out
+    if not out.exists() or there not in (None, _read_sums((out / CHECKSUMS).read_bytes(), address)):
+        with lock(base / f"{out.name}.lock", busy=f"busy: another process fetches {address}"):
+            pull(address, out)
+    return out
+
+
+@contextmanager
+def _place(address: str) -> Iterator[tuple[Any, str]]:
+    """The file system and the path of an address; its errors as ours."""
+    import fsspec
+    from aiohttp import ClientError
+
+    protocol = address.partition("://")[0]
+    if "::" in address:
+        raise SettingsError(f"{address} is a chain of addresses", hint="give one address")
+    try:
+        filesystem, root = fsspec.core.url_to_fs(address.rstrip("/"))
+    except ImportError as error:
+        package = _PACKAGES.get(protocol)
+        hint = f"pip install {package}" if package else "see fsspec's documentation"
+        raise MachineError(f"{address}: {error}", hint=hint) from None
+    except ValueError as error:
+        raise SettingsError(
+            f"{address}: {error}", hint="s3://, gs://, hf://, https://, ..."
+        ) from None
+    try:
+        yield filesystem, root
+    except FileNotFoundError as error:
+        raise DataError(f"{address} has no checkpoint: {error}", hint="check the address") from None
+    except (OSError, ClientError, NotImplementedError) as error:
+        raise MachineError(
+            f"{address} cannot be used: {error!r}",
+            hint="check the network, and that you may read or write there",
+        ) from None
+
+
+def _remote_sums(filesystem: Any, root: str, address: str) -> dict[str, str] | None:
+    """What checksums.json says there; None where there is no such file."""
+    try:  # a file system may say of a host that is away that a file does not exist there
+        content = filesystem.cat_file(f"{root}/{CHECKSUMS}")
+    except FileNotFoundError:
+        return None
+    return _read_sums(content, address)
+
+
+def _read_sums(content: bytes, address: str) -> dict[str, str]:
+    try:
+        sums = json.loads(content)["sha256"]
+        if not all(_NAME.fullmatch(name) and isinstance(sums[name], str) for name in sums):
+            raise ValueError("a name in it is not that of a file")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(
+            f"{address}/{CHECKSUMS} cannot be read: {error}", hint="push the checkpoint again"
+        ) from None
+    return dict(sums)
+
+
+def _written(sums: dict[str, str]) -> bytes:
+    return json.dumps({"version": 1, "sha256": sums}, indent=2).encode() + b"\n"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -272,7 +272,14 @@ for title, commands in {
     ),
     "Data": data.COMMANDS,
     "Results": (*runs.COMMANDS, *tables.COMMANDS, models.search),
-    "Weights": (models.import_command, models.export_command, models.embed, models.verify_command),
+    "Weights": (
+        models.import_command,
+        models.export_command,
+        models.push_command,
+        models.pull_command,
+        models.embed,
+        models.verify_command,
+    ),
     "Settings": (params.config, doctor.doctor, completion),
 }.items():
     cli.add_section(title, commands)

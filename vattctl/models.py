@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vatt.errors import DataError, SettingsError
+from vatt.errors import DataError, SettingsError, redact
 from vattctl.params import JSON_VERSION, enter_project, print_rich
 
 if TYPE_CHECKING:
@@ -155,19 +155,30 @@ def _describe(imported: "ImportReport", out: str | None) -> str:
     epilog="""\b
 Examples:
   vattctl export runs/checkpoints/pretrained --to onnx --out runs/onnx
-  vattctl export runs/bbs --to huggingface-folder --out runs/bbs-hf""",
+  vattctl export runs/checkpoints/pretrained --to huggingface-folder --out runs/hf""",
 )
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "--to", required=True, type=click.Choice(["safetensors", "onnx", "huggingface-folder"])
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--licence", help="Of the weights, for the model card: a name such as apache-2.0.")
 @click.option("--force", is_flag=True, help="Overwrite --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def export_command(folder: Path, to: str, out: Path, force: bool, as_json: bool) -> None:
+@click.pass_context
+def export_command(
+    context: click.Context,
+    folder: Path,
+    to: str,
+    out: Path,
+    licence: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
     """Write a checkpoint FOLDER in another form.
 
-    An ONNX graph is run with onnxruntime and compared; exit code 1 when it differs.
+    An ONNX graph is run with onnxruntime and compared; exit code 1 when it differs. A Hugging Face
+    folder loads with transformers' AutoModel; its model card describes the project's run.
     """
     from vatt.export import FORMS, TOLERANCE
 
@@ -175,7 +186,9 @@ def export_command(folder: Path, to: str, out: Path, force: bool, as_json: bool)
         raise SettingsError(f"{out} exists", hint="give another --out, or --force to overwrite it")
     if out.resolve() == folder.resolve():
         raise SettingsError("--out is the checkpoint's own folder", hint="give another --out")
-    comparisons = FORMS[to](folder, out)
+    folder, out = folder.resolve(), out.resolve()
+    card = {"run": _run_card(context, folder), "licence": licence}
+    comparisons = FORMS[to](folder, out, **(card if to == "huggingface-folder" else {}))
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
     if as_json:
         rows = [asdict(comparison) for comparison in comparisons]
@@ -186,6 +199,88 @@ def export_command(folder: Path, to: str, out: Path, force: bool, as_json: bool)
         click.echo(f"{row.graph} {row.output}, {row.clips} clips: differs by {row.difference:.1e}")
     for name, size in files.items():
         click.echo(f"{size:>13,} bytes  {out / name}")
+
+
+def _run_card(context: click.Context, folder: Path) -> str:
+    """The run behind a checkpoint in Markdown; empty when it is not one of this project."""
+    try:
+        enter_project(context)
+    except SettingsError:
+        return ""
+    from vatt.config import load_params
+    from vatt.report.page import model_card
+
+    params = load_params()
+    pretrained, finetuned = params.paths.pretrained.resolve(), params.paths.finetuned.resolve()
+    is_ours = folder == pretrained or finetuned in folder.parents
+    return model_card(params.paths, params.report) if is_ours else ""
+
+
+@click.command(
+    "push",
+    epilog="""\b
+Examples:
+  vattctl push runs/checkpoints/pretrained file:///mnt/models/vatt
+  vattctl push runs/hf s3://bucket/models/vatt
+  vattctl push runs/hf hf://me/vatt""",
+)
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("address")
+@click.option("--dry-run", is_flag=True, help="List the files; copy nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def push_command(folder: Path, address: str, dry_run: bool, as_json: bool) -> None:
+    """Copy a checkpoint FOLDER to an address, from which `vatt.load` and `pull` take it.
+
+    ADDRESS is a bucket, a hub or any other place that fsspec knows; credentials come from the usual
+    variables and files of each.
+    """
+    from vatt.export import push
+    from vatt.progress import progress
+
+    if dry_run:
+        sums = dict.fromkeys(file.name for file in sorted(folder.iterdir()) if file.is_file())
+    else:
+        with progress("push", "files") as tick:
+            sums = dict(push(folder, address, progress=tick))
+    _print_files(sums, {"pushed": None if dry_run else redact(address)}, as_json=as_json)
+
+
+@click.command(
+    "pull",
+    epilog="""\b
+Examples:
+  vattctl pull s3://bucket/models/vatt --out runs/vatt
+  vattctl pull hf://me/vatt --out runs/vatt""",
+)
+@click.argument("address")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--force", is_flag=True, help="Overwrite --out.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def pull_command(address: str, out: Path, force: bool, as_json: bool) -> None:
+    """Copy a checkpoint from an ADDRESS to a local folder, and check its files."""
+    from vatt.export import pull
+    from vatt.progress import progress
+
+    if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
+        raise SettingsError(f"{out} exists", hint="give another --out, or --force to overwrite it")
+    with progress("pull", "files") as tick:
+        sums = dict(pull(address, out, progress=tick))
+    if not sums:
+        click.echo("not checked: the address has no checksums.json (vattctl push)", err=True)
+    _print_files(sums, {"pulled": redact(address), "out": str(out)}, as_json=as_json)
+
+
+def _print_files(
+    sums: Mapping[str, str | None], facts: dict[str, object], *, as_json: bool
+) -> None:
+    if as_json:
+        content = {"version": JSON_VERSION, **facts, "sha256": sums}
+        click.echo(json.dumps(content, indent=2))
+        return
+    for name, digest in sums.items():
+        click.echo(f"{(digest or '')[:12]:12}  {name}")
+    for name, value in facts.items():
+        click.echo(f"{name}: {value or 'nothing (--dry-run)'}")
 
 
 @click.command(

@@ -55,6 +55,19 @@ def write_report(paths: PathsParams, params: ReportParams, origin: Origin | None
             temporary.write_text(text, encoding="utf-8")
 
 
+def model_card(paths: PathsParams, params: ReportParams) -> str:
+    """Data, attrition, metrics with intervals, and cost of a project's run, for a model card."""
+    inputs = read_inputs(paths)
+    context = {
+        "inputs": inputs,
+        "stages": stage_lines(inputs),
+        "model": model_facts(inputs),
+        "compute": compute_facts(inputs, params.device_hour_price),
+        "tables": result_tables(inputs) if inputs.evaluation else (),
+    }
+    return render("card.md.j2", context)
+
+
 def render(template: str, context: dict[str, Any]) -> str:
     """Fill a template; in HTML every value is escaped, in Markdown through its `md` filter."""
     environment = Environment(
