@@ -16,6 +16,7 @@ import vatt
 from tests.test_architecture import ROOT
 from tests.test_stages import SMALL, new_project, sets
 from vatt.provenance import write_marks
+from vattctl.experiments import Experiment, inside, write_experiment
 from vattctl.project import project_pipeline
 
 TINY = {**SMALL, "finetune.run": [], "evaluate.probes": {}, "pretrain.steps": 6}
@@ -90,6 +91,24 @@ def test_init_makes_a_repository_of_git_and_dvc(made: Path) -> None:
     assert {path.name for path in made.iterdir()} == names | {".vattctl"}
     assert (made / "params.yaml").read_bytes() == (ROOT / "presets/one-gpu.yaml").read_bytes()
     assert (made / ".dvc/config").read_bytes() == (ROOT / ".dvc/config").read_bytes()
+
+
+def test_all_that_git_should_keep_is_staged(made: Path) -> None:
+    done = subprocess.run(
+        ["git", "status", "--porcelain"], cwd=made, capture_output=True, text=True, check=True
+    )
+    states = {line[3:]: line[:2] for line in done.stdout.splitlines()}
+    assert {"params.yaml", "dvc.yaml", ".gitignore", ".dvc/config", "README.md"} <= set(states)
+    assert set(states.values()) == {"A "}
+
+
+def test_an_experiment_depends_on_the_marks_of_its_project(made: Path) -> None:
+    with inside(made):
+        write_experiment(Experiment(Path("experiments/a/b"), stages=("pretrain", "evaluate")))
+    written = yaml.safe_load((made / "experiments/a/b/dvc.yaml").read_text(encoding="utf-8"))
+    for name, stage in written["stages"].items():
+        assert stage["deps"][0] == f"../../../.vattctl/code/{name}"
+    shutil.rmtree(made / "experiments")
 
 
 def test_every_command_finds_presets_sets_and_tables_without_a_clone(made: Path) -> None:

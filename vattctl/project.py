@@ -82,6 +82,8 @@ def make_project(folder: Path, preset: str) -> None:
             shutil.copytree(SHIPPED / ".dvc/plots", folder / ".dvc/plots", dirs_exist_ok=True)
         (folder / PIPELINE).write_text(shipped_pipeline(), encoding="utf-8")
         refresh_marks(folder)
+        if scm != "none":  # as `dvc init` does with its files
+            subprocess.run(["git", "add", "."], cwd=folder, capture_output=True, check=False)
     except BaseException:
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)
