@@ -13,7 +13,7 @@ from vatt.data.loading.batches import labels_of
 from vatt.errors import DataError, SettingsError
 from vatt.evaluation import passes, retrieval
 from vatt.evaluation.classification import Checkpoints, Predictions, choose
-from vatt.evaluation.evaluate import flatten, save_results
+from vatt.evaluation.evaluate import SUMMARY, recall_curve, save_results, summary
 from vatt.model.vatt import VATT, Classifier
 
 
@@ -180,16 +180,41 @@ def test_results_are_saved_as_json_and_plain_arrays(measured, tmp_path):
     metrics, evidence = measured
     save_results(metrics, evidence, file=tmp_path / "evaluate.json", folder=tmp_path / "arrays")
     assert json.loads((tmp_path / "evaluate.json").read_text()) == metrics
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary(metrics)
     with np.load(tmp_path / "arrays" / "features.npz", allow_pickle=False) as stored:
         assert stored["pretrained/video"].shape[0] == 12
     assert json.loads((tmp_path / "arrays" / "examples.json").read_text()) == evidence.examples
 
 
-def test_flat_names_lead_to_values(measured):
-    flat = flatten(measured[0])
-    nested = measured[0]["retrieval"]["pretrained"]["text_to_video"]["recall_at_10"]["value"]
-    assert flat["retrieval.pretrained.text_to_video.recall_at_10"] == nested
-    assert not any(name.startswith(("clips", "skipped")) for name in flat)
+def test_the_summary_has_few_values_by_the_names_that_compare_prints(measured):
+    metrics = measured[0]
+    found = summary(metrics)
+    nested = metrics["retrieval"]["pretrained"]["text_to_video"]["recall_at_10"]["value"]
+    assert found["text_to_video.recall_at_10"] == nested
+    probes = {name for name in found if name.startswith("probe-")}
+    assert probes == {
+        f"probe-{name}-{kind}.accuracy"
+        for name, kinds in metrics["probes"].items()
+        for kind in kinds
+    }
+    many = {"top_1": {"value": 0.5}, "top_5": {"value": 0.9}}
+    tasks = {f"task{number}": {"modality": "video", "pretrained": many} for number in range(50)}
+    assert len(summary({**metrics, "classification": tasks})) == SUMMARY == 60
+    assert (
+        summary({"retrieval": {}, "classification": tasks, "probes": {}})["task7-pretrained.top_5"]
+        == 0.9
+    )
+
+
+def test_the_curve_of_retrieval_rises_and_passes_through_the_metrics(measured):
+    metrics, evidence = measured
+    one = {row["k"]: row["text_to_video"] for row in evidence.curve}
+    assert list(one.values()) == sorted(one.values())
+    known = metrics["retrieval"]["pretrained"]["text_to_video"]
+    assert {k: one[k] for k in (1, 5, 10) if k in one} == pytest.approx(
+        {k: known[f"recall_at_{k}"]["value"] for k in (1, 5, 10) if k in one}, abs=1e-5
+    )
+    assert recall_curve({}) == []
 
 
 def test_validation_measures_the_same_clips_each_time_and_draws_nothing(project, monkeypatch):

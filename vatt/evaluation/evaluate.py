@@ -33,10 +33,21 @@ from vatt.evaluation.passes import (
     vocabulary_of,
 )
 from vatt.evaluation.probes import ENCODERS, ProbeResults, passes_for, run_probes
-from vatt.evaluation.retrieval import Search, draw_pool, retrieval_metrics, setup, similarities
+from vatt.evaluation.retrieval import (
+    SIMILARITIES,
+    Search,
+    draw_pool,
+    retrieval_metrics,
+    setup,
+    similarities,
+)
 from vatt.files import atomic_folder, atomic_write
 from vatt.metrics import ranks
 from vatt.progress import Progress
+
+CURVE = "retrieval.json"  # recall of each direction by k
+CURVE_RANKS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100)
+SUMMARY = 60  # values at most
 
 Metrics = dict[str, Any]
 Searches = Mapping[str, Mapping[str, Search]]  # encoder -> direction
@@ -48,6 +59,7 @@ class Evidence:
 
     arrays: dict[str, dict[str, Any]]  # file name -> arrays
     examples: list[dict[str, Any]]  # retrievals from best to worst
+    curve: list[dict[str, float]]  # recall of each direction at some ranks
     thumbnails: dict[str, bytes]  # of the clips in them
 
 
@@ -164,7 +176,7 @@ def measure(outputs: ModelOutputs, request: EvaluationRequest) -> tuple[Metrics,
         for init, answers in runs.items()
     }
     if not checkpoints.encoder:
-        return metrics, Evidence(arrays, [], {})
+        return metrics, Evidence(arrays, [], [], {})
     arrays |= probes.arrays | {
         "insides": outputs.insides,
         "features": _features(features),
@@ -174,11 +186,14 @@ def measure(outputs: ModelOutputs, request: EvaluationRequest) -> tuple[Metrics,
     examples = retrieval_examples(searches["pretrained"], words, shown=params.class_labels)
     shown = [clip["clip_id"] for one in examples for clip in (one, *one["hits"])]
     pictures = thumbnails(shards, shown, Loading.of(request.machine)) if shown else {}
-    return metrics, Evidence(arrays, examples, pictures)
+    return metrics, Evidence(arrays, examples, recall_curve(searches["pretrained"]), pictures)
 
 
 def save_results(metrics: Metrics, evidence: Evidence, *, file: Path, folder: Path) -> None:
-    """Write the metrics as JSON and the arrays into a folder, each completely or not at all."""
+    """Write the metrics as JSON and the arrays into a folder, each completely or not at all.
+
+    A second file next to the metrics, summary.json, holds their summary.
+    """
     with atomic_folder(folder) as temporary:
         for name, arrays in evidence.arrays.items():
             with (temporary / f"{name}.npz").open("wb") as handle:
@@ -186,19 +201,39 @@ def save_results(metrics: Metrics, evidence: Evidence, *, file: Path, folder: Pa
         for clip, picture in evidence.thumbnails.items():
             (temporary / f"{clip}.webp").write_bytes(picture)
         (temporary / "examples.json").write_text(_to_json(evidence.examples), encoding="utf-8")
-    with atomic_write(file) as path:
-        path.write_text(_to_json(metrics), encoding="utf-8")
+        (temporary / CURVE).write_text(_to_json(evidence.curve), encoding="utf-8")
+    for path, content in ((file, metrics), (file.with_name("summary.json"), summary(metrics))):
+        with atomic_write(path) as temporary_file:
+            temporary_file.write_text(_to_json(content), encoding="utf-8")
 
 
-def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested metrics -> `retrieval.pretrained.text_to_video.recall_at_10` and its value."""
-    flat: dict[str, float] = {}
-    for name, content in metrics.items():
-        if isinstance(content, Mapping) and "value" in content:
-            flat[prefix + name] = float(content["value"])
-        elif isinstance(content, Mapping):
-            flat |= flatten(content, f"{prefix}{name}.")
-    return flat
+def summary(metrics: Metrics) -> dict[str, float]:
+    """What DVC and MLflow show: `text_to_video.recall_at_10`, `action-pretrained.top_1`.
+
+    At most 60 values of pre-trained and fine-tuned models; evaluate.json holds all, with their
+    intervals.
+    """
+    found = {
+        f"{direction}.{measure}": metric
+        for direction, measures in metrics["retrieval"].get("pretrained", {}).items()
+        if not direction.endswith(SIMILARITIES)
+        for measure, metric in measures.items()
+    }
+    for task, runs in metrics["classification"].items():
+        inits = [init for init in ("pretrained", "scratch") if init in runs]
+        measures = {name: value for init in inits for name, value in runs[init].items()}
+        found |= {
+            f"{task}-{init}.{measure}": runs[init][measure]
+            for measure in measures
+            for init in inits
+        }
+    found |= {
+        f"probe-{name}-{kind}.accuracy": values["pretrained"]
+        for name, kinds in metrics["probes"].items()
+        for kind, values in kinds.items()
+    }
+    values = {name: one["value"] for name, one in found.items() if one.get("value") is not None}
+    return {name: float(value) for name, value in list(values.items())[:SUMMARY]}
 
 
 def _to_json(content: Any) -> str:
@@ -276,6 +311,21 @@ def _prediction_arrays(answers: Predictions) -> dict[str, Any]:
         "classes": np.asarray(answers.classes),
         "confusion": answers.confusion(),
     }
+
+
+def recall_curve(searches: Mapping[str, Search]) -> list[dict[str, float]]:
+    """The share of queries whose clip is among the first k, for each direction."""
+    found = {
+        name: (ranks(search.table, search.own), search.table.shape[1])
+        for name, search in searches.items()
+        if not name.endswith(SIMILARITIES)
+    }
+    pool = max((size for _, size in found.values()), default=0)
+    return [
+        {"k": k} | {name: float((rank <= k).mean()) for name, (rank, _) in found.items()}
+        for k in CURVE_RANKS
+        if k <= pool
+    ]
 
 
 EACH = 3  # examples from the best, from the middle and from the worst

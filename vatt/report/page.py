@@ -1,5 +1,6 @@
 """The files of a run -> one self-contained HTML page, and the same in Markdown."""
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from vatt.report.figures import (
 from vatt.report.inputs import STAGES, Inputs, Origin, read_inputs
 from vatt.report.published import published_sections
 from vatt.report.results import key_figures, result_tables, scales
-from vatt.report.studies import backbone_table, drop_token_pictures
+from vatt.report.studies import backbone_table, drop_token_pictures, drop_token_rows
 from vatt.report.tables import percent
 
 CONVENTIONS: tuple[Convention, ...] = ("true", "paper")
@@ -46,13 +47,18 @@ class StageLine:
 
 
 def write_report(paths: PathsParams, params: ReportParams, origin: Origin | None = None) -> None:
-    """Write report.html and report.md from the files that the other stages wrote."""
+    """Write report.html and report.md from the files that the other stages wrote.
+
+    drop_token.json is for `dvc plots`, which reads no folder of experiments.
+    """
     inputs = read_inputs(paths, origin)
     context = _context(inputs, params)
     for template, name in (("page.html.j2", "report.html"), ("page.md.j2", "report.md")):
         text = render(template, context)
         with atomic_write(paths.report / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
+    with atomic_write(paths.report / "drop_token.json") as temporary:
+        temporary.write_text(json.dumps(drop_token_rows(inputs), indent=1) + "\n", encoding="utf-8")
 
 
 def model_card(paths: PathsParams, params: ReportParams) -> str:

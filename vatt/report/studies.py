@@ -33,6 +33,7 @@ from vatt.studies import (
     STUDIES,
     Answer,
     Study,
+    dropping,
     study,
 )
 
@@ -185,11 +186,29 @@ def backbone_table(inputs: Inputs) -> Table | None:
     )
 
 
+def drop_token_rows(inputs: Inputs) -> list[dict[str, float]]:
+    """DropToken's measures by rate, for `dvc plots`; empty before `vattctl table 5`."""
+    columns = {
+        "text_to_video": STAND_INS["youcook2_r10"][1],
+        "video_to_text": STAND_INS["msrvtt_r10"][1],
+        "accuracy": STAND_INS["k400_top1"][1],
+        "gflops": STAND_INS["multimodal_gflops"][1],
+    }
+    rows = []
+    for rate in DROP_RATES.values():
+        run = dropping(rate)
+        found = {name: measured(inputs, Answer(run, path))[0] for name, path in columns.items()}
+        values = {
+            name: one["value"] if isinstance(one, dict) else one for name, one in found.items()
+        }
+        if None not in values.values():
+            rows.append({"drop_rate": rate, **values})
+    return rows
+
+
 def drop_token_pictures(inputs: Inputs) -> list[Picture]:
     """DropToken's accuracy against the operations of a clip, and against time."""
-    names = {
-        rate: BASE if rate == 0.5 else f"drop-{100 * rate:.0f}" for rate in DROP_RATES.values()
-    }
+    names = {rate: dropping(rate) for rate in DROP_RATES.values()}
     runs = inputs.metrics.get(STUDIES, {}).get("runs", {})
     if not all(name in runs for name in names.values()):
         return []
