@@ -31,7 +31,14 @@ ALLOWED = {  # longest prefix wins; a room may always import itself
         "vatt.checkpoint",
         "vatt.release",
     ),
-    "vatt.tracking": ("vatt.training", "vatt.checkpoint", "vatt.data.loading", "vatt.provenance"),
+    "vatt.tracking": (
+        "vatt.training",
+        "vatt.search",
+        "vatt.checkpoint",
+        "vatt.model",
+        "vatt.data",
+        "vatt.provenance",
+    ),
     "vatt.training": (
         "vatt.model",
         "vatt.data",

@@ -71,7 +71,7 @@ def _leave_with(stage: str, error: BaseException) -> int:
     """The code for what ended the stage; a fault of our own keeps its traceback."""
     if isinstance(error, OSError):
         error = machine_error(error) or error
-    reason = _stop_under(error) or error
+    reason = stop_under(error) or error
     if isinstance(reason, KeyboardInterrupt):
         return _leave(stage, INTERRUPTED, "interrupted; run it again to continue")
     if isinstance(reason, VattError):
@@ -145,7 +145,7 @@ def stop(signum: int, frame: FrameType | None) -> None:
     raise Stopped("stopped by a signal", hint="run it again: it continues where it stopped")
 
 
-def _stop_under(error: BaseException) -> BaseException | None:
+def stop_under(error: BaseException) -> BaseException | None:
     """The stop behind an error, if a library took it for a failure, as MLflow's database does."""
     under: BaseException | None = error
     while under is not None and not isinstance(under, Stopped | KeyboardInterrupt):

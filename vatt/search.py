@@ -7,9 +7,10 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from vatt.data.clips.files import ContentHashes
 from vatt.data.clips.ledger import read_ledger
 from vatt.data.clips.manifest import Clip
 from vatt.data.fetching.download import download
-from vatt.data.loading.batches import Loading, Sampling, eval_batches, model_inputs
+from vatt.data.loading.batches import Batch, Loading, Sampling, eval_batches, model_inputs
 from vatt.data.loading.reader import ShardIndex, ShardReader
 from vatt.data.sharding.shards import write_shards
 from vatt.data.sources.folder import scan
@@ -97,29 +98,50 @@ class Embedder:
 
         `work` keeps what is cut, for the next time; the ledgers in it say what was left out.
         """
-        index = self._cut(clips, location, params, work=work, progress=progress)
-        video = self.model.params.video
-        sampling = Sampling(
-            frames=video.frames,
-            fps=params.pretrain.fps,
-            frame_size=_pair(video.frame_size),
-            samples=0,
-            audio_hz=None,
-            candidates=0,
-            words=0,
-            augmentation=None,
-        )
-        rows = {row.key: row for row in index.rows if row.video is not None}
-        loading = replace(Loading.of(params.machine), cache_gb=0.0, shards_url=None)
-        reader, device = ShardReader(index), next(self.model.parameters()).device
-        seen = replace(index, rows=list(rows.values()))
-        batches = eval_batches(seen, sampling, batch_size=BATCH, loading=loading)
-        for batch in batches:
+        window = Window.of(self.model, params, "video")
+        device = next(self.model.parameters()).device
+        for moments, batch in window.batches(clips, location, params, work=work, progress=progress):
             with torch.inference_mode():
                 found = self.model(video=model_inputs(batch.to(device))[0]).video_vt.cpu().numpy()
-            for key, vector in zip(batch.clip_ids, found, strict=True):
-                url, start, end = reader.origin(rows[key])
-                yield Moment(url.partition(":")[2], start, end), vector
+            yield from zip(moments, found, strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What a model sees of a file at once."""
+
+    modality: str  # video, audio or image
+    sampling: Sampling
+    seconds: float
+
+    @classmethod
+    def of(cls, model: VATT, params: Params, modality: str) -> Self:
+        """A pre-trained model's window on pictures or on sound."""
+        every = Sampling.for_pretraining(model.params, params.pretrain)
+        alone = replace(every, candidates=0, words=0, augmentation=None)
+        if modality == "audio":
+            sampling = replace(alone, frames=0)
+            return cls(modality, sampling, sampling.audio_seconds(params.preprocess.audio_hz))
+        return cls(modality, replace(alone, samples=0), alone.frames / alone.fps)
+
+    def batches(
+        self,
+        clips: Sequence[Clip],
+        location: Path,
+        params: Params,
+        *,
+        work: Path,
+        progress: Progress,
+    ) -> Iterator[tuple[list[Moment], Batch]]:
+        """The moments of the clips' files, each as long as the window, in batches."""
+        index = self._cut(clips, location, params, work=work, progress=progress)
+        kind = "audio" if self.modality == "audio" else "video"
+        rows = {row.key: row for row in index.rows if getattr(row, kind) is not None}
+        loading = replace(Loading.of(params.machine), cache_gb=0.0, shards_url=None)
+        reader, seen = ShardReader(index), replace(index, rows=list(rows.values()))
+        for batch in eval_batches(seen, self.sampling, batch_size=BATCH, loading=loading):
+            origins = [reader.origin(rows[key]) for key in batch.clip_ids]
+            yield [Moment(url.partition(":")[2], *span) for url, *span in origins], batch
         reader.close()
 
     def _cut(
@@ -132,19 +154,18 @@ class Embedder:
         progress: Progress,
     ) -> ShardIndex:
         """The files' moments as shards."""
-        video, fps = self.model.params.video, params.pretrain.fps
         data = params.data.model_copy(
             update={
-                "source": "folder", "location": location, "require": ("video",),
-                "min_clips": 1, "min_share": 0.0, "base_urls": (),
+                "source": "folder", "location": location, "min_clips": 1, "min_share": 0.0,
+                "require": ("audio" if self.modality == "audio" else "video",), "base_urls": (),
             }
         )  # fmt: skip
         preprocess = params.preprocess.model_copy(
             update={
-                "clip_seconds": video.frames / fps,
-                "min_clip_seconds": min(1.0, video.frames / fps) / 2,
-                "fps": math.ceil(fps),
-                "short_side": min(_pair(video.frame_size)),
+                "clip_seconds": self.seconds,
+                "min_clip_seconds": min(1.0, self.seconds) / 2,
+                "fps": math.ceil(self.sampling.fps),
+                "short_side": min(self.sampling.frame_size),
                 "max_failed_share": 1.0,
                 "vocabulary_file": None,
             }
@@ -163,9 +184,18 @@ def embed_file(
     embedder: Embedder, file: Path, params: Params, *, work: Path, progress: Progress
 ) -> list[tuple[Moment, Vectors]]:
     """The moments of one file."""
-    clip = _clip(file.name)
+    with explained(file, work):
+        clips = [clip_of(file)]
+        found = list(embedder.videos(clips, file.parent, params, work=work, progress=progress))
+    return sorted(found, key=lambda one: one[0].start)
+
+
+@contextmanager
+def explained(file: Path, work: Path) -> Iterator[None]:
+    """Where the body finds no moment of a file, say what the ledgers in `work` know of it."""
+    clip = clip_of(file)
     try:
-        found = list(embedder.videos([clip], file.parent, params, work=work, progress=progress))
+        yield
     except DataError:
         known = read_ledger(work / DOWNLOAD) | read_ledger(work / PREPROCESS)
         entry = known.get(clip.clip_id)
@@ -173,7 +203,6 @@ def embed_file(
             raise
         why = f"{entry.state}, {entry.reason}" if entry.reason else entry.state
         raise DataError(f"{file} cannot be embedded: {why}", hint="name another file") from None
-    return sorted(found, key=lambda one: one[0].start)
 
 
 def build_index(
@@ -256,15 +285,12 @@ def _facts(index: Path) -> dict[str, Any]:
     return facts
 
 
-def _clip(name: str) -> Clip:
+def clip_of(file: Path) -> Clip:
+    """A file as the only clip of its folder."""
     return Clip(
-        clip_id="file", source="folder", url=f"folder:{name}", start=0.0, end=None,
+        clip_id="file", source="folder", url=f"folder:{file.name}", start=0.0, end=None,
         split=SPLIT, labels={}, captions=(), licence=None,
     )  # fmt: skip
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
 
 
 def _digest(file: Path) -> str:

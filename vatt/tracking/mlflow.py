@@ -1,6 +1,8 @@
 """What happened, in MLflow: one run a stage, written by rank 0, continued when the stage resumes.
 
-Runs with equal settings (except `machine`) are children of one parent run.
+Runs with equal settings (except `machine`) are children of one parent run, the pipeline: it shows
+their settings, their main metrics and the worst of their states. A store that is away never stops
+a stage: what it did not get is kept next to the results and sent later.
 """
 
 import fcntl
@@ -10,9 +12,11 @@ import logging
 import os
 import sqlite3
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,15 +24,39 @@ from urllib.request import url2pathname
 
 from vatt import process
 from vatt.config import MachineParams, Params, fingerprint
+from vatt.data.clips.samples import INDEX, splits_of
 from vatt.errors import DataError, MachineError, Stopped, redact
-from vatt.tracking.records import MetricLog, MetricValue, Record
+from vatt.tracking.records import Line, MetricLog, MetricValue, Record, Unsent, first_line
 from vatt.training import distributed
 from vatt.training.state import flatten
 
 SECRET = {"machine": {"proxy", "cookies", "mlflow_uri"}}  # may hold secrets
 ARTIFACTS = "mlartifacts"  # the folder beside the database
-PIPELINE_TAG, PROCESS_TAG = "vatt.pipeline", "vatt.process"
+CHECKPOINT = "checkpoint"  # the name of a run's model
+PIPELINE_TAG, PROCESS_TAG, STAGE_TAG = "vatt.pipeline", "vatt.process", "vatt.stage"
+PARENT_TAG, DATA_TAG = "mlflow.parentRunId", "vatt.data_hash"
+NAME_VARIABLES = ("VATTCTL_RUN_NAME", "DVC_EXP_NAME")  # set by `--name` and by `dvc exp run`
 CHUNK = 100  # params in one call, MLflow's limit
+METRICS = 60  # of a pipeline
+# Settings that a stage's run shows: those that it reads, and the model that it is about.
+SHOWN = {
+    "download": ("seed", "data"),
+    "preprocess": ("seed", "data", "preprocess"),
+    "pretrain": ("seed", "model", "pretrain", "machine"),
+    "finetune": ("seed", "model", "machine"),  # and its own task
+    "evaluate": ("seed", "model", "evaluate", "machine"),
+    "report": ("seed", "report"),
+}
+SPLITS = {"pretrain": "train", "finetune": "train", "evaluate": "test"}  # that a stage reads
+CONTEXTS = {"train": "training", "test": "testing", "all": "preprocessing"}
+# MLflow's client would try for minutes, while a training waits: what fails is sent later anyway.
+PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+QUIET |= {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +71,15 @@ class Run:
         metrics: MetricLog | None,
         machine: MachineParams,
         record: Record | None = None,
+        *,
+        line: Line | None = None,
+        params: Params | None = None,
     ) -> None:
         self.run_id = run_id
-        self._record = record
-        self._client = client
-        self._metrics = metrics
-        self._machine = machine
+        self.unsent_tags: dict[str, str] = {}
+        self._record, self._client, self._metrics = record, client, metrics
+        self._machine, self._params = machine, params
+        self.line = line or Line(_is_away)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Note metrics of a step; a step that the run already has is not logged again."""
@@ -58,42 +89,54 @@ class Run:
             self._record.drew(metrics["power_watts"])
 
     def flush(self) -> None:
-        """Return when all metrics are stored."""
+        """Return when all metrics are stored, or wait because the store is away."""
         if self._metrics is not None:
             self._metrics.flush()
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag of the run."""
-        if self._client is not None:
-            self._client.set_tag(self.run_id, name, value)
+        if self._client is not None and not self.line.attempt(
+            self._client.set_tag, self.run_id, name, value
+        ):
+            self.unsent_tags[name] = value
 
     def artifact(self, path: Path) -> None:
         """Store a file or folder with the run; of a large one, only its path."""
         if self._client is None:
             return
-        self._client.set_tag(self.run_id, f"{path.name}.path", str(path))
+        self.tag(f"{path.name}.path", str(path))
         files = [file for file in (path, *path.rglob("*")) if file.is_file()]
         if sum(file.stat().st_size for file in files) / 1e6 > self._machine.max_artifact_mb:
             return
         if path.is_dir():
-            self._client.log_artifacts(self.run_id, str(path), path.name)
+            self.line.attempt(self._client.log_artifacts, self.run_id, str(path), path.name)
         else:
-            self._client.log_artifact(self.run_id, str(path))
+            self.line.attempt(self._client.log_artifact, self.run_id, str(path))
 
     def checkpoint(self, folder: Path) -> None:
-        """Store a checkpoint with the run; of a large one, only its path and hashes."""
+        """Store a checkpoint as a model, registered; of a large one, only its path and hashes."""
         if self._client is None:
             return
         files = sorted(file for file in folder.rglob("*") if file.is_file())
-        client, run_id = self._client, self.run_id
-        client.set_tag(run_id, "checkpoint.path", str(folder))
-        client.set_tag(run_id, "checkpoint.dvc", _dvc_hash(folder, files))
+        self.tag("checkpoint.path", str(folder))
+        self.tag("checkpoint.dvc", _dvc_hash(folder, files))
         for file in files:
             name = f"checkpoint.sha256.{file.relative_to(folder)}"
-            client.set_tag(run_id, name, _digest(file, "sha256"))
+            self.tag(name, _digest(file, "sha256"))
         megabytes = sum(file.stat().st_size for file in files) / 1e6
-        if megabytes <= self._machine.max_artifact_mb:
-            client.log_artifacts(run_id, str(folder), "checkpoint")
+        if megabytes > self._machine.max_artifact_mb:
+            return
+        if self._params is not None and (folder / "config.json").is_file():
+            self.line.attempt(self._log_model, folder)
+        else:
+            self.line.attempt(self._client.log_artifacts, self.run_id, str(folder), CHECKPOINT)
+
+    def _log_model(self, folder: Path) -> None:
+        from vatt.tracking.models import log_model
+
+        assert self._params is not None
+        stage = self._client.get_run(self.run_id).data.tags[STAGE_TAG]
+        log_model(self._client, self.run_id, folder, self._params, stage=stage, name=CHECKPOINT)
 
 
 @contextmanager
@@ -108,41 +151,92 @@ def run(
     if distributed.rank() > 0:
         yield Run(None, "", None, params.machine)
         return
-    mark_dead_runs(params)
-    client = _connect(params.machine)
     record = Record.read(params.paths.runs / f"{stage}.json")
-    run_id = record.unfinished(stage_hash)
-    if run_id is None or not _exists(client, run_id):
-        run_id = _create(client, stage, params, stage_hash, data_hash)
-    client.update_run(run_id, status="RUNNING")
-    client.set_tag(run_id, PROCESS_TAG, process.myself())
+    line = Line(_is_away)
+    opened = _open(stage, params, record.unfinished(stage_hash), (stage_hash, data_hash))
+    client, run_id, last = opened or (None, "", {})
     device, devices = distributed.hardware()
     record.begin(stage, run_id, stage_hash, device=device, devices=devices)
-    metrics = MetricLog(partial(_send, client, run_id), _last_steps(client, run_id))
+    metrics = MetricLog(partial(_send, client, line, run_id), last) if client else None
+    made = Run(client, run_id, metrics, params.machine, record, line=line, params=params)
     status = "FAILED"
     try:
-        yield Run(client, run_id, metrics, params.machine, record)
+        yield made
         status = "FINISHED"
     except (Stopped, KeyboardInterrupt):
         status = "KILLED"
         raise
     finally:
-        metrics.close()
-        client.set_terminated(run_id, status)
         record.end(status)
+        if metrics is not None:
+            made.log(record.facts["starts"], {"seconds": record.facts["seconds"]})
+            _end(client, made, metrics, params, status)
+
+
+def _open(
+    stage: str, params: Params, known: str | None, hashes: tuple[str, str | None]
+) -> tuple[Any, str, dict[str, int]] | None:
+    """The store, the run and its last steps; None and a warning when a server is away."""
+    try:
+        client = _connect(params.machine)
+        _look_after(client, params)
+        run_id = known if known and _exists(client, known) else None
+        run_id = run_id or _create(client, stage, params, hashes)
+        _set_running(client, run_id)
+        return client, run_id, _last_steps(client, run_id)
+    except Exception as error:
+        is_away = isinstance(error, MachineError) or _is_away(error)
+        if not is_away or not _is_server(store_uri(params.machine)):
+            raise
+        log.warning("%s runs without MLflow: %s", stage, first_line(error))
+        return None
+
+
+def _end(client: Any, made: Run, metrics: MetricLog, params: Params, status: str) -> None:
+    """Store the rest of a run, its state and its pipeline's; keep what the store does not take."""
+    line = made.line
+    line.try_again()
+    tags, made.unsent_tags = made.unsent_tags, {}
+    for name, value in tags.items():
+        made.tag(name, value)
+    unsent = Unsent(made.run_id, metrics.close(), made.unsent_tags, status)
+    complete = not unsent.metrics and not unsent.tags
+    if complete and line.attempt(client.set_terminated, made.run_id, status):
+        line.attempt(_update_pipeline, client, made.run_id, params)
+    else:
+        file = unsent.keep(params.paths.runs)
+        log.warning("MLflow lacks a part of run %s; it is kept in %s", made.run_id, file)
 
 
 def mark_dead_runs(params: Params) -> list[str]:
     """Mark runs as KILLED when their process on this machine is gone; returns their ids."""
-    client = _connect(params.machine)
-    experiment = _experiment(client, params.machine.experiment, params.machine)
+    return _look_after(_connect(params.machine), params)
+
+
+def _look_after(client: Any, params: Params) -> list[str]:
+    """Send what an earlier run could not, and mark dead runs."""
+    line = Line(_is_away)
+    for unsent in Unsent.kept_in(params.paths.runs):
+        if line.attempt(_deliver, client, unsent):
+            unsent.forget(params.paths.runs)
+            line.attempt(_update_pipeline, client, unsent.run_id, params)
+    experiment = _experiment(client, params.machine)
     running = client.search_runs([experiment], "attributes.status = 'RUNNING'")
     dead = [one for one in running if process.is_dead(one.data.tags.get(PROCESS_TAG, ""))]
     for one in dead:
         client.set_terminated(one.info.run_id, "KILLED")
     for path in sorted(params.paths.runs.glob("*.json")):
         Record.read(path).bury()
-    return [one.info.run_id for one in dead]
+    return [one.info.run_id for one in dead if PIPELINE_TAG not in one.data.tags]
+
+
+def _deliver(client: Any, unsent: Unsent) -> None:
+    if not _exists(client, unsent.run_id):
+        return
+    for name, value in unsent.tags.items():
+        client.set_tag(unsent.run_id, name, value)
+    _log_batch(client, unsent.run_id, unsent.metrics)
+    client.set_terminated(unsent.run_id, unsent.status)
 
 
 def artifact_of(params: Params, run_id: str, stage: str, name: str) -> Path:
@@ -151,7 +245,7 @@ def artifact_of(params: Params, run_id: str, stage: str, name: str) -> Path:
     Raises DataError when there is no such run, several, or it kept no such folder.
     """
     client = _connect(params.machine)
-    experiment = _experiment(client, params.machine.experiment, params.machine)
+    experiment = _experiment(client, params.machine)
     runs = client.search_runs([experiment], f"tags.`vatt.stage` = '{stage}'", max_results=10_000)
     mine = [one for one in runs if one.info.run_id.startswith(run_id)]
     mine = (
@@ -192,7 +286,9 @@ def store_uri(machine: MachineParams) -> str:
 
 
 def _connect(machine: MachineParams) -> Any:
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ |= QUIET
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -204,15 +300,35 @@ def _connect(machine: MachineParams) -> Any:
             _check_database(uri)
             _keep_artifacts_beside(uri)
             client = MlflowClient(uri)
-            _experiment(client, machine.experiment, machine)
+            _experiment(client, machine)
     except (MlflowException, OSError, sqlite3.Error) as error:
+        if process.stop_under(error) is not None:
+            raise
         raise MachineError(
             f"the MLflow store does not answer: {error}", hint="look at machine.mlflow_uri"
         ) from None
     return client
 
 
-def _experiment(client: Any, name: str, machine: MachineParams) -> str:
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://", "databricks"))
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether a store failed, not this program; a signal that a library took for that is none."""
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    away: tuple[type, ...] = (MlflowException, requests.RequestException, ConnectionError)
+    if "botocore" in sys.modules:  # where artifacts are in S3
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        away += (BotoCoreError, ClientError)
+    return isinstance(error, (*away, TimeoutError)) and process.stop_under(error) is None
+
+
+def _experiment(client: Any, machine: MachineParams) -> str:
+    name = machine.experiment
     known = client.get_experiment_by_name(name)
     if known is not None:
         return known.experiment_id
@@ -226,37 +342,85 @@ def _artifacts_of(uri: str, experiment: str) -> str:
     return (Path(uri.removeprefix("sqlite:///")).parent / ARTIFACTS / experiment).as_uri()
 
 
-def _create(client: Any, stage: str, params: Params, stage_hash: str, data_hash: str | None) -> str:
-    from mlflow.entities import Param
-
-    experiment = _experiment(client, params.machine.experiment, params.machine)
-    tags = {"vatt.stage": stage, "vatt.stage_hash": stage_hash, **_git_tags()}
+def _create(client: Any, stage: str, params: Params, hashes: tuple[str, str | None]) -> str:
+    """A run of a stage with its hash and that of its data, its settings, data set and parent."""
+    experiment, (stage_hash, data_hash) = _experiment(client, params.machine), hashes
+    tags = {STAGE_TAG: stage, "vatt.stage_hash": stage_hash, **_git_tags()}
     if data_hash is not None:
-        tags["vatt.data_hash"] = data_hash
-    tags["mlflow.parentRunId"] = _parent(client, experiment, params)
+        tags[DATA_TAG] = data_hash
+    tags[PARENT_TAG] = _parent(client, experiment, params)
     run_id: str = client.create_run(experiment, run_name=stage, tags=tags).info.run_id
-    flat = flatten(params.model_dump(mode="json", exclude=SECRET))
-    entities = [
-        Param(key, redact(json.dumps(value), every_query=True)[:6000])
-        for key, value in flat.items()
-    ]
-    for start in range(0, len(entities), CHUNK):
-        client.log_batch(run_id, params=entities[start : start + CHUNK])
+    kind, _, variant = stage.partition("-")
+    sections = params.model_dump(mode="json", exclude=SECRET)
+    shown = {name: sections[name] for name in SHOWN.get(kind, sections)}
+    task = variant.rpartition("-")[0]
+    if kind == "finetune" and task in sections["finetune"]["tasks"]:
+        shown["finetune"] = {"tasks": {task: sections["finetune"]["tasks"][task]}}
+    _log_params(client, run_id, shown)
+    if data_hash is not None:
+        for one in (run_id, tags[PARENT_TAG]):
+            _log_data(client, one, kind, params, data_hash)
     return run_id
 
 
-def _send(client: Any, run_id: str, measured: list[MetricValue]) -> bool:
+def _log_params(client: Any, run_id: str, sections: dict[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    entities = [
+        Param(key, redact(_readable(value), every_query=True)[:6000])
+        for key, value in flatten(sections).items()
+    ]
+    for start in range(0, len(entities), CHUNK):
+        client.log_batch(run_id, params=entities[start : start + CHUNK])
+
+
+def _readable(value: Any) -> str:
+    """`specific`, `0.0008`, `[4, 16, 16]`, `null`."""
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def _log_data(client: Any, run_id: str, kind: str, params: Params, data_hash: str) -> None:
+    """The clips that a stage reads, as a data set of MLflow: its name, hash, size and use."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source, shards = params.data.source, params.paths.shards
+    split, place = SPLITS.get(kind, "all"), shards
+    if split == "all":
+        counts, place = _listed_clips(params), params.paths.manifest
+    else:
+        counts = splits_of(shards) if (shards / INDEX).exists() else {}
+    made_of = "+".join(params.data.mix or ()) if source == "mix" else str(source)
+    profile = json.dumps({"clips": counts.get(split), "split": split})
+    known = Dataset(
+        f"{made_of}/{split}",
+        data_hash[:16],
+        "local",
+        json.dumps({"uri": str(place)}),
+        profile=profile,
+    )
+    context = InputTag("mlflow.data.context", CONTEXTS[split])
+    client.log_inputs(run_id, [DatasetInput(known, [context])])
+
+
+def _listed_clips(params: Params) -> dict[str, int]:
+    try:
+        text = (params.paths.metrics / "download.json").read_text(encoding="utf-8")
+        return {"all": json.loads(text)["corpus"]["clips"]}
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def _send(client: Any, line: Line, run_id: str, measured: list[MetricValue]) -> bool:
     """Store metrics; False when the store is away, which must not end a training."""
+    return line.attempt(_log_batch, client, run_id, measured)
+
+
+def _log_batch(client: Any, run_id: str, measured: list[MetricValue]) -> None:
     from mlflow.entities import Metric
-    from mlflow.exceptions import MlflowException
 
     metrics = [Metric(one.name, one.value, one.milliseconds, one.step) for one in measured]
-    try:
-        client.log_batch(run_id, metrics=metrics)
-    except MlflowException as error:
-        log.warning("MLflow does not answer; metrics wait in memory: %s", error)
-        return False
-    return True
+    for start in range(0, len(metrics), 1000):
+        client.log_batch(run_id, metrics=metrics[start : start + 1000])
 
 
 def _last_steps(client: Any, run_id: str) -> dict[str, int]:
@@ -272,13 +436,72 @@ def _parent(client: Any, experiment: str, params: Params) -> str:
     sections = params.model_dump(mode="json", exclude={"machine"})
     pipeline = fingerprint(sections)
     found = client.search_runs([experiment], f"tags.`{PIPELINE_TAG}` = '{pipeline}'")
+    wanted = next((os.environ[one] for one in NAME_VARIABLES if os.environ.get(one)), None)
     if found:
-        return found[0].info.run_id
-    tags = {PIPELINE_TAG: pipeline, **_git_tags()}
-    name = f"{Path.cwd().name} {pipeline[:8]}"  # a stage runs in the folder of its project
-    made = client.create_run(experiment, run_name=name, tags=tags)
-    client.set_terminated(made.info.run_id)  # a group has no process that could die
-    return made.info.run_id
+        run_id = str(found[0].info.run_id)
+        if wanted is not None and wanted != found[0].info.run_name:
+            client.update_run(run_id, name=wanted)
+        return run_id
+    tags = {PIPELINE_TAG: pipeline, STAGE_TAG: "pipeline", **_git_tags()}
+    name = wanted or f"{Path.cwd().name} {pipeline[:8]}"  # a stage runs in its project's folder
+    run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+    del sections["paths"], sections["report"]
+    finetune = sections["finetune"]
+    finetune["tasks"] = {name: finetune["tasks"][name] for name in finetune["run"]}
+    _log_params(client, run_id, sections)
+    return run_id
+
+
+def _set_running(client: Any, run_id: str) -> None:
+    """A run and its pipeline; both belong to this process, and are KILLED when it dies."""
+    parent = client.get_run(run_id).data.tags.get(PARENT_TAG)
+    for one in filter(None, (run_id, parent)):
+        client.update_run(one, status="RUNNING")
+        client.set_tag(one, PROCESS_TAG, process.myself())
+
+
+def _update_pipeline(client: Any, run_id: str, params: Params) -> None:
+    """Give a pipeline the worst state of its stages' last runs, and their main metrics."""
+    own = client.get_run(run_id)
+    parent = own.data.tags.get(PARENT_TAG)
+    if parent is None:
+        return
+    query = f"tags.`{PARENT_TAG}` = '{parent}'"
+    last: dict[str, Any] = {}
+    for one in client.search_runs([own.info.experiment_id], query):  # newest first
+        last.setdefault(one.data.tags[STAGE_TAG], one)
+    worst = max((one.info.status for one in last.values()), key=STATES.index)
+    for stage in _stages_of(params):  # not run again because nothing that they need has changed
+        record = Record.read(params.paths.runs / f"{stage}.json").facts
+        is_done = stage not in last and record.get("status") == "FINISHED"
+        if is_done and _exists(client, record.get("run_id")):
+            last[stage] = client.get_run(record["run_id"])
+        if stage == own.data.tags[STAGE_TAG]:
+            break
+    now = own.info.end_time or own.info.start_time
+    found = _main_metrics(last).items()
+    _log_batch(client, parent, [MetricValue(name, value, now, 0) for name, value in found])
+    client.set_terminated(parent, worst)
+
+
+STATES = ("FINISHED", "SCHEDULED", "KILLED", "FAILED", "RUNNING")  # from good to bad
+
+
+def _stages_of(params: Params) -> list[str]:
+    tuned = [f"finetune-{task}-{init}" for task in params.finetune.run
+             for init in params.finetune.init]  # fmt: skip
+    return ["download", "preprocess", "pretrain", *tuned, "evaluate", "report"]
+
+
+def _main_metrics(stages: Mapping[str, Any]) -> dict[str, float]:
+    """All of the evaluation, the last loss of each training, the seconds of all stages."""
+    metrics = {stage: dict(one.data.metrics) for stage, one in stages.items()}
+    seconds = {"seconds": sum(found.pop("seconds", 0.0) for found in metrics.values())}
+    found = seconds | metrics.get("evaluate", {})
+    for stage in sorted(metrics, key=lambda name: name != "pretrain"):
+        if "loss" in metrics[stage]:
+            found[f"{stage}.loss"] = metrics[stage]["loss"]
+    return dict(islice(found.items(), METRICS))
 
 
 def _exists(client: Any, run_id: str | None) -> bool:

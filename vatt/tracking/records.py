@@ -1,20 +1,26 @@
 """The record of a run next to its results, and the queue of metrics on their way to MLflow."""
 
 import json
+import logging
 import math
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 from vatt import process
+from vatt.errors import redact
 from vatt.files import atomic_write
 
 SECONDS = 5.0  # between two batches
+SILENT_SECONDS = 60.0  # before a store that was away is tried again
+UNSENT = "unsent"  # in the folder of records
+
+log = logging.getLogger(__name__)
 LARGEST_BATCH = 1000  # MLflow's limit
 
 
@@ -58,10 +64,11 @@ class MetricLog:
         """Return when all metrics are stored, or the store is found to be away."""
         self._sender.submit(self._send_waiting).result()
 
-    def close(self) -> None:
-        """Store what is left."""
+    def close(self) -> list[MetricValue]:
+        """Store what is left; returns what the store does not take."""
         self.flush()
         self._sender.shutdown()
+        return self._waiting
 
     def _send_waiting(self) -> None:
         with self._guard:
@@ -71,6 +78,73 @@ class MetricLog:
                 with self._guard:
                     self._waiting = batch[start:] + self._waiting
                 return
+
+
+class Line:
+    """Calls to a store; while it is away, none is tried for a while, and nothing fails."""
+
+    def __init__(self, is_away: Callable[[Exception], bool]) -> None:
+        self._is_away = is_away
+        self._silent_until = 0.0
+
+    def try_again(self) -> None:
+        """End the silence."""
+        self._silent_until = 0.0
+
+    def attempt(self, call: Callable[..., Any], *arguments: Any) -> bool:
+        """Whether the store answered."""
+        if time.monotonic() < self._silent_until:
+            return False
+        try:
+            call(*arguments)
+        except Exception as error:  # of many libraries; `is_away` knows them
+            if not self._is_away(error):
+                raise
+            log.warning("MLflow does not answer; the run goes on: %s", first_line(error))
+            self._silent_until = time.monotonic() + SILENT_SECONDS
+            return False
+        return True
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of a message that may be long."""
+    return redact(str(error)).partition("\n")[0][:200]
+
+
+@dataclass(frozen=True, slots=True)
+class Unsent:
+    """What a store has not got of a run; a file keeps it until the store answers."""
+
+    run_id: str
+    metrics: list[MetricValue]
+    tags: dict[str, str]
+    status: str
+
+    def keep(self, runs: Path) -> Path:
+        """Write the file, next to the records."""
+        with atomic_write(self._file(runs)) as path:
+            path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        return self._file(runs)
+
+    def forget(self, runs: Path) -> None:
+        """The store has it now."""
+        self._file(runs).unlink(missing_ok=True)
+
+    @classmethod
+    def kept_in(cls, runs: Path) -> list[Self]:
+        """All that is kept; an unreadable file is left out."""
+        found = []
+        for file in sorted((runs / UNSENT).glob("*.json")):
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+                metrics = [MetricValue(**one) for one in content.pop("metrics")]
+                found.append(cls(metrics=metrics, **content))
+            except (OSError, ValueError, TypeError, KeyError, AttributeError):
+                log.warning("%s cannot be read; it is left there", file)
+        return found
+
+    def _file(self, runs: Path) -> Path:
+        return runs / UNSENT / f"{self.run_id}.json"
 
 
 class Record:
@@ -96,7 +170,7 @@ class Record:
 
     def begin(self, stage: str, run_id: str, stage_hash: str, *, device: str, devices: int) -> None:
         """Note that this process works on the run, with the kind and number of its devices."""
-        if run_id != self.facts.get("run_id"):
+        if not run_id or run_id != self.facts.get("run_id"):
             self.facts = {"stage": stage, "run_id": run_id, "stage_hash": stage_hash}
             self.facts |= {"began": _now(), "starts": 0, "seconds": 0.0}
         self._write(
