@@ -1,13 +1,16 @@
 """What MLflow holds after stages that end well, fail, are stopped, killed or resumed."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -309,3 +312,151 @@ def test_artifacts_of_an_experiment_that_lies_elsewhere_stay_there(database, tmp
     with mlflow.run("pretrain", params, stage_hash="h") as run:
         pass
     assert client_of(params).get_run(run.run_id).info.artifact_uri.startswith(elsewhere)
+
+
+def pipeline_of(params, run_id):
+    client = client_of(params)
+    return client.get_run(client.get_run(run_id).data.tags["mlflow.parentRunId"])
+
+
+def test_a_pipeline_shows_settings_metrics_and_data_of_its_stages(project, tmp_path):
+    shards, metrics = project.paths.shards, project.paths.metrics
+    for folder in (shards, metrics):
+        folder.mkdir(parents=True)
+    (metrics / "download.json").write_text(json.dumps({"corpus": {"clips": 7}}))
+    with mlflow.run("preprocess", project, stage_hash="1", data_hash="d" * 64):
+        pass
+    with mlflow.run("pretrain", project, stage_hash="2") as run:
+        run.log(1, {"loss": 2.0, "nce": 1.0})
+        run.log(2, {"loss": 1.5, "nce": 0.5})
+    with mlflow.run("evaluate", project, stage_hash="3") as run:
+        run.log(0, {"text_to_video.recall_at_10": 0.5, "action-pretrained.top_1": 0.25})
+    found = pipeline_of(project, run.run_id)
+    assert found.data.metrics.pop("seconds") > 0
+    assert found.data.metrics == {
+        "text_to_video.recall_at_10": 0.5,
+        "action-pretrained.top_1": 0.25,
+        "pretrain.loss": 1.5,
+    }
+    assert found.data.params["model.backbone"] == "specific"  # without JSON's quotes
+    assert found.data.params["model.video.patch"] == "[4, 16, 16]"
+    assert found.data.params["preprocess.vocabulary_file"] == "null"
+    assert not any(key.startswith(("machine", "paths")) for key in found.data.params)
+    (data,) = found.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("demo/all", "d" * 16)
+    assert json.loads(data.dataset.profile) == {"clips": 7, "split": "all"}
+    assert [(tag.key, tag.value) for tag in data.tags] == [("mlflow.data.context", "preprocessing")]
+
+
+def test_a_stage_shows_only_settings_that_it_reads(project):
+    with mlflow.run("finetune-audio-scratch", project, stage_hash="1") as run:
+        pass
+    known = client_of(project).get_run(run.run_id).data.params
+    assert known["finetune.tasks.audio.steps"] == "150"
+    assert not any(key.startswith(("data", "finetune.tasks.action", "evaluate")) for key in known)
+
+
+def test_a_pipeline_has_the_worst_state_of_the_last_runs_of_its_stages(project):
+    def state():
+        return pipeline_of(project, run.run_id).info.status
+
+    with pytest.raises(Stopped), mlflow.run("pretrain", project, stage_hash="1") as run:
+        assert state() == "RUNNING"
+        raise Stopped("x")
+    assert state() == "KILLED"
+    with mlflow.run("evaluate", project, stage_hash="2") as run:
+        pass
+    assert state() == "KILLED"  # not green over a child that was killed
+    with pytest.raises(RuntimeError), mlflow.run("report", project, stage_hash="3") as run:
+        raise RuntimeError("x")
+    assert state() == "FAILED"
+    for stage in ("pretrain", "report"):
+        with mlflow.run(stage, project, stage_hash=stage) as run:
+            pass
+    assert state() == "FINISHED"
+
+
+def test_a_pipeline_shows_what_its_unchanged_stages_had_measured(project):
+    with mlflow.run("pretrain", project, stage_hash="1") as run:
+        run.log(1, {"loss": 1.5})
+    evaluate = project.evaluate.model_copy(update={"bootstrap": 7})
+    changed = project.model_copy(update={"evaluate": evaluate})
+    with mlflow.run("evaluate", changed, stage_hash="2") as run:
+        run.log(0, {"text_to_video.recall_at_10": 0.5})
+    found = pipeline_of(project, run.run_id).data.metrics
+    assert (found["pretrain.loss"], found["text_to_video.recall_at_10"]) == (1.5, 0.5)
+
+
+def test_a_pipeline_has_the_name_that_was_asked_for_last(project, monkeypatch):
+    for variable, name in (("DVC_EXP_NAME", "shy-aunt"), ("VATTCTL_RUN_NAME", "wide")):
+        monkeypatch.setenv(variable, name)
+        with mlflow.run("evaluate", project, stage_hash="1") as run:
+            pass
+        assert pipeline_of(project, run.run_id).info.run_name == name
+
+
+def serve(database, port, log):
+    """A tracking server; returns once it answers."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"],
+        env={
+            **os.environ,
+            "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{database}",
+            "MLFLOW_ARTIFACTS_DESTINATION": str(database.parent / "served"),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        },
+        stdout=log.open("ab"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    for _ in range(600):
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            return process
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.2)
+    raise AssertionError("the server does not answer")
+
+
+def test_a_server_that_dies_stops_no_training_and_gets_the_rest_later(
+    database, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    shutil.copy(database, tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    params = with_machine(PARAMS, mlflow_uri=f"http://127.0.0.1:{port}", experiment="remote")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    server = serve(tmp_path / "mlflow.db", port, tmp_path / "server.log")
+    try:
+        with mlflow.run("pretrain", params, stage_hash="h") as run:
+            run.log(1, {"loss": 2.0})
+            run.flush()
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+            run.log(2, {"loss": 1.0})
+            run.flush()
+            run.tag("vatt.note", "said while it was away")
+            run.checkpoint(folder)
+        assert record()["status"] == "FINISHED"
+        assert "MLflow does not answer" in caplog.text
+        assert "MLflow lacks a part of run" in caplog.text
+        with mlflow.run("evaluate", params, stage_hash="e") as later:  # it is still away
+            later.log(0, {"text_to_video.recall_at_10": 0.5})
+        assert "evaluate runs without MLflow" in caplog.text
+        assert record("evaluate")["status"] == "FINISHED"
+        server = serve(tmp_path / "mlflow.db", port, tmp_path / "server.log")
+        mlflow.mark_dead_runs(params)
+        client = client_of(params)
+        stored = client.get_run(run.run_id)
+        assert stored.info.status == "FINISHED"
+        assert steps(client, run.run_id) == [1, 2]
+        assert stored.data.tags["vatt.note"] == "said while it was away"
+        assert not list((params.paths.runs / "unsent").iterdir())
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

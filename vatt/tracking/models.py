@@ -81,7 +81,7 @@ def describe(folder: Path, params: Params, *, task: str | None, out: Path, model
     """Write into `out` the files that make an MLflow model of a checkpoint's folder."""
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model
-    from mlflow.types import Array, ColSpec, DataType, Schema
+    from mlflow.types.schema import Array, ColSpec, DataType, Schema
 
     config = checkpoint.load_config(folder)
     labels = config.get("classifier")
