@@ -43,8 +43,7 @@ def main() -> None:
                 run.log(0, summary(metrics))
                 file = paths.metrics / "evaluate.json"
                 save_results(metrics, arrays, file=file, folder=paths.evaluation)
-                run.artifact(paths.evaluation)
-                run.artifact(file)
+                run.artifacts(paths.evaluation, file)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from vatt.config import load_params
 from vatt.data.clips.ledger import read_ledger
 from vatt.data.clips.manifest import manifest_hash, read_manifest
 from vatt.data.sharding.shards import TEXT_FACTS, write_shards
-from vatt.data.sources.attrition import account, shares
+from vatt.data.sources.official import account, shares
 from vatt.files import atomic_write
 from vatt.process import run_stage
 from vatt.progress import progress

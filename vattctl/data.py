@@ -23,7 +23,7 @@ from vattctl.pipeline import (
 
 if TYPE_CHECKING:
     from vatt.config import Params
-    from vatt.data.sources.attrition import Attrition, Loss
+    from vatt.data.sources.official import Attrition, Loss
 
 WORST = 15  # classes shown
 
@@ -190,7 +190,7 @@ def ledger(context: click.Context, clips: tuple[str, ...], as_json: bool) -> Non
     enter_project(context)
     from vatt.config import load_params
     from vatt.data.clips.ledger import JOURNAL
-    from vatt.data.sources.attrition import account
+    from vatt.data.sources.official import account
 
     params = load_params()
     paths = params.paths
@@ -237,7 +237,7 @@ def _text(value: Any) -> str:
 
 
 def _as_json(found: "Attrition") -> dict[str, Any]:
-    from vatt.data.sources.attrition import shares
+    from vatt.data.sources.official import shares
 
     def row(loss: "Loss") -> dict[str, Any]:
         return {"official": loss.official, "listed": loss.listed, "states": loss.counts()}
@@ -285,7 +285,7 @@ def _print(found: "Attrition", params: "Params") -> None:
 
 
 def _shortfalls(found: "Attrition") -> list[str]:
-    from vatt.data.sources.attrition import shares
+    from vatt.data.sources.official import shares
 
     lines = [
         f"{row['source']} {row['of']}: {row['kept']:,} of the official {row['official']:,} are here"

@@ -113,6 +113,11 @@ class Run:
         else:
             self.line.attempt(self._client.log_artifact, self.run_id, str(path))
 
+    def artifacts(self, *paths: Path) -> None:
+        """Store several files or folders with the run."""
+        for path in paths:
+            self.artifact(path)
+
     def checkpoint(self, folder: Path) -> None:
         """Store a checkpoint as a model, registered; of a large one, only its path and hashes."""
         if self._client is None:

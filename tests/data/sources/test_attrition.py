@@ -5,7 +5,7 @@ from dataclasses import replace
 from tests.data.corpus import make_clip
 from vatt.data.clips.ledger import Entry, write_ledger
 from vatt.data.clips.manifest import manifest_hash, write_manifest
-from vatt.data.sources.attrition import account, shares
+from vatt.data.sources.official import account, shares
 
 
 def test_every_clip_counts_once_in_the_state_of_its_last_stage(tmp_path):
