@@ -152,7 +152,9 @@ def test_inside_a_repository_no_second_one_is_made(tmp_path: Path) -> None:
 def test_an_update_brings_the_pipeline_and_keeps_the_settings(made: Path) -> None:
     wanted, settings = ((made / name).read_bytes() for name in ("dvc.yaml", "params.yaml"))
     (made / "dvc.yaml").write_bytes(wanted + b"# of an older version\n")
+    assert "would be written" in vattctl(made, "init", "--update", ".", "--dry-run").stdout
     assert "written again" in vattctl(made, "init", "--update", ".").stdout
+    assert "fits this version" in vattctl(made, "init", "--update", ".").stdout
     assert (made / "dvc.yaml").read_bytes() == wanted
     assert (made / "params.yaml").read_bytes() == settings
 

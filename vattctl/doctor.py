@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -29,7 +28,7 @@ import click
 from vatt import __version__
 from vatt.errors import MachineError, SettingsError, VattError, redact
 from vattctl.dvc import was_made_by_init
-from vattctl.params import JSON_VERSION, PARAMS, enter_project
+from vattctl.params import PARAMS, enter_project, json_option, print_json
 from vattctl.project import shipped_pipeline
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ Examples:
   vattctl doctor
   vattctl doctor --json"""
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.pass_context
 def doctor(context: click.Context, as_json: bool) -> None:
     """Check the machine, the installed programs and the project, with a remedy for each problem.
@@ -79,8 +78,7 @@ def doctor(context: click.Context, as_json: bool) -> None:
     findings = list(examine(*_project(context)))
     counts = {state: sum(one.state == state for one in findings) for state in COLOURS}
     if as_json:
-        content = {"version": JSON_VERSION, "counts": counts, "checks": list(map(asdict, findings))}
-        click.echo(json.dumps(content, indent=2))
+        print_json(counts=counts, checks=list(map(asdict, findings)))
     else:
         for one in findings:
             click.echo(f"{click.style(f'{one.state:4}', COLOURS[one.state])}  {_line(one)}")

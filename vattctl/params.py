@@ -382,7 +382,7 @@ def set_(context: click.Context, settings: tuple[str, ...], dry_run: bool, as_js
 
 
 @config.command("use")
-@click.argument("preset")
+@click.argument("preset", shell_complete=complete_presets)
 @click.pass_context
 def use(context: click.Context, preset: str) -> None:
     """Replace params.yaml by a preset: demo, one-gpu or paper.

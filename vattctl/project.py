@@ -16,7 +16,15 @@ import click
 from vatt.errors import MachineError, SettingsError
 from vatt.process import MARKS
 from vattctl.dvc import init_repository, refresh_marks, was_made_by_init
-from vattctl.params import PARAMS, SHIPPED, preset_text
+from vattctl.params import (
+    PARAMS,
+    SHIPPED,
+    complete_presets,
+    dry_run_option,
+    json_option,
+    preset_text,
+    print_json,
+)
 
 PIPELINE, README = Path("dvc.yaml"), Path("README.md")
 COPIED = (".gitignore", ".dvcignore")
@@ -121,8 +129,8 @@ def _start_git(folder: Path) -> str:
     return "git"
 
 
-def update_project(folder: Path) -> bool:
-    """Write dvc.yaml again for the installed version; whether it has changed."""
+def update_project(folder: Path, *, write: bool) -> bool:
+    """Write dvc.yaml again for the installed version; returns whether it changes."""
     from vatt.files import atomic_write
 
     pipeline = folder / PIPELINE
@@ -133,7 +141,7 @@ def update_project(folder: Path) -> bool:
         )
     wanted = shipped_pipeline()
     changed = wanted != pipeline.read_text(encoding="utf-8")
-    if changed:
+    if changed and write:
         with atomic_write(pipeline) as path:
             path.write_text(wanted, encoding="utf-8")
     return changed
@@ -147,34 +155,43 @@ Examples:
   vattctl init --update .          after an upgrade of vattctl: the new pipeline, your settings"""
 )
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--preset", default="demo", show_default=True, help="demo, one-gpu or paper.")
+@click.option(
+    "--preset",
+    default="demo",
+    show_default=True,
+    shell_complete=complete_presets,
+    help="demo, one-gpu or paper.",
+)
 @click.option("--update", is_flag=True, help="Write dvc.yaml of an existing project again.")
-@click.option("--dry-run", is_flag=True, help="Check DIR and the preset; write nothing.")
-def init(folder: Path, preset: str, update: bool, dry_run: bool) -> None:
+@dry_run_option("Check DIR and the preset; write nothing.")
+@json_option
+def init(folder: Path, preset: str, update: bool, dry_run: bool, as_json: bool) -> None:
     """Make a project in a new or empty folder DIR: settings, pipeline, git and DVC.
 
     Nothing of a project lies in the installed package: data, runs and reports go to DIR.
     """
     folder = folder.resolve()
     if update:
-        changed = not dry_run and update_project(folder)
-        click.echo(f"{folder / PIPELINE}: {'written again' if changed else 'not changed'}")
-        click.echo("next: vattctl config validate")
-        return
-    if dry_run:
+        words = "would be written again" if dry_run else "written again"
+        changed = update_project(folder, write=not dry_run)
+        done = f"{folder / PIPELINE}: {words if changed else 'fits this version already'}"
+        following = "vattctl config validate"
+    elif dry_run:
         preset_text(preset)
         _refuse_full(folder)
-        click.echo(f"would make a project with the preset {preset} in {folder}")
-        return
-    make_project(folder, preset)
-    click.echo(f"{folder}: a project with the preset {preset}")
-    following = "vattctl demo" if preset == "demo" else "vattctl ingest DIR_OF_YOUR_VIDEOS"
-    place = "" if folder == Path.cwd() else f"cd {folder.name if _is_here(folder) else folder} && "
-    click.echo(f"next: {place}{following}")
-
-
-def _is_here(folder: Path) -> bool:
-    return folder.parent == Path.cwd()
+        done = f"would make a project with the preset {preset} in {folder}"
+        following = f"vattctl init {folder.name}"
+    else:
+        make_project(folder, preset)
+        done = f"{folder}: a project with the preset {preset}"
+        place = folder.name if folder.parent == Path.cwd() else folder
+        following = "vattctl demo" if preset == "demo" else "vattctl ingest DIR_OF_YOUR_VIDEOS"
+        if folder != Path.cwd():
+            following = f"cd {place} && {following}"
+    if as_json:
+        print_json(folder=str(folder), preset=preset, written=not dry_run, next=following)
+    else:
+        click.echo(f"{done}\nnext: {following}")
 
 
 if __name__ == "__main__":  # the stage `code`
