@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tests.data.corpus import HZ, demo_params
+from tests.data.corpus import HZ, demo_params, write_media
 from tests.data.sharding.test_images import write_image
 from tests.test_architecture import ROOT
 from tests.test_stages import new_project, sets, vattctl
@@ -335,3 +335,92 @@ def test_sounds_of_one_s_own_go_from_files_to_a_report(tmp_path):
     again = vattctl(home, *command)
     assert "Stage 'finetune@csv-scratch' didn't change" in again.stderr
     assert not (home / "experiments/tones/data").exists()  # the shards are the set's
+
+
+# --- files of one's own as the clips of the project -----------------------------------------------
+
+
+def own_videos(root: Path, *names: str, seconds: float = 1.0) -> Path:
+    """One made video under several names; each copy is another file."""
+    for number, name in enumerate(names):
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_media(file, seconds=seconds + number / 10)
+    return root
+
+
+def run_cli(*arguments: str) -> str:
+    answer = CliRunner().invoke(cli, arguments)
+    assert answer.exit_code == 0, answer.output
+    return answer.output
+
+
+CLASSES = [f"{kind}/{number}.mp4" for kind in ("cats", "dogs") for number in range(5)]
+
+
+def test_ingest_takes_a_preset_for_own_videos_and_makes_tasks_of_their_labels(inside, tmp_path):
+    folder = own_videos(tmp_path / "Vidéos", *CLASSES)
+    output = run_cli("ingest", str(folder))
+    params = load_params()
+    assert (inside / "params.yaml").read_text().startswith("# Your own videos")
+    assert params.report.title == "VATT on Vidéos" and "Vidéos" in output
+    assert params.finetune.run == ("class", "class_sound") == tuple(params.finetune.tasks)
+    assert {probe.label for probe in params.evaluate.probes.values()} == {"class"}
+    assert set(params.evaluate.probes) == {"class", "class_sound"}
+    assert params.preprocess.clip_seconds == 1.0 and params.pretrain.fps == 10  # files of a second
+    assert params.pretrain.batch_size <= 8 and params.evaluate.retrieval_pool <= 4
+    assert "too few to learn from" in output and "released weights" in output
+
+
+def test_videos_without_labels_have_no_tasks_and_longer_ones_the_papers_window(inside, tmp_path):
+    folder = own_videos(tmp_path / "videos", "a.mp4", "b.mp4", seconds=9)
+    run_cli("ingest", str(folder))
+    params = load_params()
+    assert params.finetune.run == () and params.evaluate.probes == {}
+    assert params.model.audio.samples == 3.2 * params.preprocess.audio_hz
+    assert params.model.video.frames / params.pretrain.fps == 3.2
+
+
+def test_the_labels_of_a_csv_become_tasks(inside, tmp_path):
+    rows = [f"clip{n}.mp4,0,9,{'train' if n < 6 else 'test'},{n % 2}" for n in range(8)]
+    own_videos(tmp_path, *(f"clip{n}.mp4" for n in range(8)))
+    list_file = tmp_path / "list.csv"
+    list_file.write_text("\n".join(["path,start,end,split,loud noise", *rows]))
+    run_cli("ingest", str(list_file))
+    params = load_params()
+    assert (params.data.source, params.data.location) == ("urls", list_file)
+    assert params.finetune.run == ("loud_noise",)
+    assert params.finetune.tasks["loud_noise"].label == "loud noise"
+
+
+def test_another_preset_keeps_own_data_and_demo_does_not(inside, tmp_path):
+    folder = own_videos(tmp_path / "videos", *CLASSES)
+    run_cli("ingest", str(folder))
+    run_cli("config", "set", "machine.workers=1", "data.file_kind=recordings")
+    assert "data as before" in run_cli("config", "use", "one-gpu")
+    params = load_params()
+    assert params.data.location == folder and params.data.file_kind == "recordings"
+    assert params.model.video.size == "base" and params.machine.workers == 1
+    assert params.data.min_clips <= 10 and params.pretrain.batch_size < 10
+    assert params.finetune.tasks["class"].label == "class"
+    run_cli("config", "use", "demo")
+    assert (inside / "params.yaml").read_bytes() == (ROOT / "presets/demo.yaml").read_bytes()
+
+
+def test_sizes_that_a_person_chose_stay(inside, tmp_path):
+    folder = own_videos(tmp_path / "videos", *CLASSES)
+    run_cli("config", "set", "model.va_dim=64")
+    before = (inside / "params.yaml").read_text()
+    run_cli("ingest", str(folder), "--dry-run")
+    assert (inside / "params.yaml").read_text() == before
+    run_cli("ingest", str(folder))
+    params = load_params()
+    assert params.model.va_dim == 64 and params.model.video.frame_size == 64
+    assert params.data.location == folder
+
+
+@pytest.mark.parametrize("preset", ["small", "one-gpu"])
+def test_a_preset_for_own_videos_says_nothing_of_the_demo(preset):
+    text = (ROOT / f"presets/{preset}.yaml").read_text().lower()
+    for word in ("the demo", "digit", "rhythm", "motion"):
+        assert word not in text

@@ -10,8 +10,19 @@ import click
 from vatt.errors import SettingsError
 from vattctl.params import (
     JSON_VERSION,
+    PARAMS,
+    Edit,
+    complete_presets,
+    config,
+    dry_run_option,
     edit,
     enter_project,
+    json_option,
+    keep_edited,
+    preset_text,
+    print_json,
+    shortened,
+    use_preset,
 )
 from vattctl.pipeline import (
     RunOptions,
@@ -20,51 +31,139 @@ from vattctl.pipeline import (
     run,
     stage_options,
 )
+from vattctl.sets import carried, expectations, own_preset, own_settings, own_source
 
 if TYPE_CHECKING:
     from vatt.config import Params
+    from vatt.data.sources.folder import Found
     from vatt.data.sources.official import Attrition, Loss
 
 WORST = 15  # classes shown
 
 
-@click.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--dry-run", is_flag=True, help="Count the files; change nothing.")
+@click.command(
+    epilog="""\b
+Examples:
+  vattctl ingest ~/videos && vattctl repro
+  vattctl ingest ~/videos --dry-run              count the files; show the settings
+  vattctl ingest list.csv                        paths or addresses with spans, words and labels
+  vattctl ingest ~/videos --preset keep          only data settings; sizes stay as they are"""
+)
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--preset",
+    metavar="NAME",
+    shell_complete=complete_presets,
+    help="Preset to start from, or `keep`; default: what fits the files and this machine.",
+)
+@dry_run_option("Count the files and show the settings; change nothing.")
+@json_option
 @click.pass_context
-def ingest(context: click.Context, folder: Path, as_json: bool, dry_run: bool) -> None:
-    """Use your own videos: a FOLDER of them, and their subtitle files if there are any.
+def ingest(
+    context: click.Context, source: Path, preset: str | None, dry_run: bool, as_json: bool
+) -> None:
+    """Use your own videos: a folder, with subtitle files if there are any, or a csv list.
 
-    A file in a sub-folder named like a class gets that name as its label. Writes the manifest and
-    points params.yaml to the folder; the videos stay where they are.
-
-    \b
-    Example:
-      vattctl ingest ~/videos && vattctl repro
+    Sub-folders (or columns of the list) become labels, and labels become tasks. Chooses a preset,
+    fits lengths, batch and steps to the files, and writes params.yaml and the manifest. The videos
+    stay where they are.
     """
-    folder = folder.resolve()
+    source = source.resolve()
     enter_project(context)
     from vatt.config import load_params
-    from vatt.data.clips.files import ContentHashes
-    from vatt.data.sources.folder import ingest_settings, scan
 
     params = load_params()
-    hashes = ContentHashes.beside(params.paths.media, writes=not dry_run)
-    found = scan(folder, params.data, params.preprocess, hashes=hashes)
-    changed = edit(ingest_settings(found, folder, params))
-    lines = changed.lines if dry_run else changed.write()
+    found, changed, chosen = own_edit(source, params, preset, writes=not dry_run)
+    preprocess = changed.params.preprocess
+    counts = found.counts(preprocess)
+    tests = counts["by_split"].get("test", 0) * counts["clips"] // max(len(found.clips), 1)
+    advice = expectations(counts["clips"], tests)
     if not dry_run:
         from vatt.data.clips.manifest import write_manifest
 
+        keep_edited()
+        changed.write()
         write_manifest(params.paths.manifest, found.clips)
     if as_json:
-        click.echo(json.dumps({"version": 1, **found.counts(), "changes": lines}))
+        print_json(**counts, preset=chosen, changes=changed.lines, expect=list(advice))
         return
-    for line in lines:
-        click.echo(f"params.yaml: {line}", err=True)
-    click.echo(found.describe())
-    click.echo("next: vattctl repro")
+    if chosen is not None:
+        click.echo(f"params.yaml: preset {chosen}, fitted to these files", err=True)
+    for line in changed.lines:
+        click.echo(f"params.yaml: {shortened(line)}", err=True)
+    click.echo("\n".join([found.describe(preprocess), *advice]))
+    click.echo("nothing written (--dry-run)" if dry_run else "next: vattctl repro")
+
+
+def own_edit(
+    source: Path, params: "Params", preset: str | None, *, writes: bool
+) -> "tuple[Found, Edit, str | None]":
+    """Files of one's own, settings fitted to them, and the preset that these start from."""
+    from vatt.data.clips.files import ContentHashes
+
+    hashes = ContentHashes.beside(params.paths.media, writes=writes)
+    found = own_source(source, params.data, hashes)
+    chosen = own_preset(found, params) if preset is None else preset
+    if chosen in (None, "keep"):
+        return found, edit(own_settings(found, source, params)), None
+    text, kept = preset_text(str(chosen)), carried(params, str(chosen))
+    base = edit(kept, document=text).params
+    if found.seconds and source.is_dir():  # the preset has shares of its own for test and val
+        found = replace(
+            own_source(source, base.data, hashes, opens=False),
+            seconds=found.seconds,
+            sounding=found.sounding,
+            broken=found.broken,
+        )
+    return found, edit(kept | own_settings(found, source, base), document=text), chosen
+
+
+@config.command("use")
+@click.argument("preset", shell_complete=complete_presets)
+@dry_run_option("Print what would change; write nothing.")
+@json_option
+@click.pass_context
+def use(context: click.Context, preset: str, dry_run: bool, as_json: bool) -> None:
+    """Replace params.yaml by a preset: demo, small, one-gpu or paper.
+
+    After `vattctl ingest`, the data settings are kept, and the preset is fitted to your files.
+    Only `demo` goes back to the generated corpus.
+
+    \b
+    Examples:
+      vattctl config use one-gpu --dry-run
+      vattctl config use demo
+    """
+    enter_project(context)
+    lines = _kept_data(preset, write=not dry_run)
+    if lines is None and dry_run:
+        preset_text(preset)  # raises where there is no such preset
+        lines = [f"params.yaml would equal presets/{preset}.yaml"]
+    elif lines is None:
+        lines = use_preset(preset)
+    if as_json:
+        print_json(preset=preset, changes=lines, written=not dry_run)
+        return
+    click.echo("\n".join(lines))
+    click.echo("nothing written (--dry-run)" if dry_run else "next: vattctl repro")
+
+
+def _kept_data(preset: str, *, write: bool) -> list[str] | None:
+    """Take a preset with the data of the project; None where it has no data of its own."""
+    from vatt.config import load_params
+
+    if preset == "demo" or not PARAMS.exists():
+        return None
+    params = load_params()
+    if params.data.source not in ("folder", "urls") or not params.data.location:
+        return None
+    if not params.data.location.exists():
+        return None
+    _, changed, _ = own_edit(params.data.location, params, preset, writes=write)
+    kept = keep_edited() if write else []
+    if write:
+        changed.write()
+    return [f"params.yaml: preset {preset}, data as before", *changed.lines, *kept]
 
 
 @click.command()

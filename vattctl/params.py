@@ -28,6 +28,7 @@ PRESETS = SHIPPED / "presets"
 Settings = dict[tuple[str, ...], Any]  # ("pretrain", "steps") -> 1000
 SIZES = ("tiny", "small", "base", "medium", "large")
 JSON_VERSION = 1  # of what --json prints; it rises when a field changes its meaning
+LINE_LETTERS = 160  # of a change that is printed
 PIPED_WIDTH = 300  # columns; a pipe has no width, and a name that is cut off there is lost
 
 
@@ -208,6 +209,11 @@ class Edit:
         return self.lines
 
 
+def shortened(line: str) -> str:
+    """A change for a person: a value of many settings is cut off."""
+    return line if len(line) <= LINE_LETTERS else f"{line[: LINE_LETTERS - 1]}…"
+
+
 def edit(
     settings: Mapping[tuple[str, ...], Any], *, source: Path = PARAMS, document: str | None = None
 ) -> Edit:
@@ -305,15 +311,20 @@ def preset_text(name: str) -> str:
 def use_preset(name: str) -> list[str]:
     """Make params.yaml equal to a preset; a file that was edited is kept as params.yaml.bak."""
     wanted = preset_text(name)
-    current = PARAMS.read_text(encoding="utf-8") if PARAMS.exists() else None
-    if current == wanted:
-        return [f"params.yaml already equals the preset {name}"]
-    lines = [f"params.yaml now equals the preset {name}"]
-    if current is not None and current not in map(preset_text, preset_names()):
-        shutil.copyfile(PARAMS, "params.yaml.bak")
-        lines.append("your edited settings are kept in params.yaml.bak")
+    if PARAMS.exists() and PARAMS.read_text(encoding="utf-8") == wanted:
+        return [f"params.yaml already equals presets/{name}.yaml"]
+    kept = keep_edited()
     _write(wanted)
-    return lines
+    return [f"params.yaml now equals presets/{name}.yaml", *kept]
+
+
+def keep_edited() -> list[str]:
+    """Keep a params.yaml that is no preset as params.yaml.bak, before it is replaced."""
+    known = {path.read_text(encoding="utf-8") for path in PRESETS.glob("*.yaml")}
+    if not PARAMS.exists() or PARAMS.read_text(encoding="utf-8") in known:
+        return []
+    shutil.copyfile(PARAMS, "params.yaml.bak")
+    return ["your edited settings are kept in params.yaml.bak"]
 
 
 @click.group()
@@ -379,22 +390,6 @@ def set_(context: click.Context, settings: tuple[str, ...], dry_run: bool, as_js
         click.echo(f"params.yaml: {line}")
     if dry_run:
         click.echo("nothing written (--dry-run)")
-
-
-@config.command("use")
-@click.argument("preset", shell_complete=complete_presets)
-@click.pass_context
-def use(context: click.Context, preset: str) -> None:
-    """Replace params.yaml by a preset: demo, one-gpu or paper.
-
-    \b
-    Example:
-      vattctl config use one-gpu
-    """
-    enter_project(context)
-    for line in use_preset(preset):
-        click.echo(line)
-    click.echo("next: vattctl repro")
 
 
 @config.command("validate")

@@ -29,6 +29,7 @@ from vattctl.params import (
     print_json,
     print_rich,
     set_option,
+    shortened,
     size_settings,
     use_preset,
     yaml_plain,
@@ -132,7 +133,7 @@ def run(
     if trains(targets):
         ask_before_hours(plan_run(changed, targets, force=force), yes=options.yes)
     for line in changed.write():
-        click.echo(f"params.yaml: {line}", err=True)
+        click.echo(f"params.yaml: {shortened(line)}", err=True)
     if _needs_clips(targets, params.paths):
         run_dvc(["repro", "preprocess"], quiet=quiet)
         check_clips(params)

@@ -26,6 +26,7 @@ from vattctl.params import (
     print_json,
     print_rich,
     set_option,
+    shortened,
     size_settings,
     yaml_plain,
 )
@@ -241,7 +242,7 @@ def show_plan(changed: Edit, plans: Sequence[StagePlan], *, as_json: bool) -> No
         print_json(dry_run=True, changes=changed.lines, **facts)
         return
     for line in changed.lines:
-        click.echo(f"params.yaml would change: {line}")
+        click.echo(f"params.yaml would change: {shortened(line)}")
     print_rich(plan_table(plans))
     runs = [one for one in plans if one.why]
     if runs:

@@ -213,7 +213,7 @@ def _evaluation_table(evaluation: dict[str, Any]) -> "Table":
         table.add_column(column, justify="left" if column == "what" else "right")
     for name, metric in headline(evaluation):
         value, interval, chance, clips = _cells(metric, ranks="median rank" in name)
-        needed = too_few(metric, searched="recall" in name or "rank" in name)
+        needed = too_few(metric, searched=not name.startswith(("probe", "fine")))
         if needed:
             value, interval, clips = "too few clips", "", f"{clips} of {needed}"
         table.add_row(name, value, interval, "" if "difference" in name else chance, clips)

@@ -1,7 +1,8 @@
 """A data set by its name: presets/sets/<set>.yaml and the recipe that it names -> settings.
 
 It makes two sub-projects: sets/<set> downloads and preprocesses, experiments/<name> fine-tunes,
-evaluates and reports on its shards, from the checkpoint that --from names.
+evaluates and reports on its shards, from the checkpoint that --from names. `vattctl ingest` makes
+files of one's own the clips of the project itself; its settings are fitted to them here too.
 """
 
 import difflib
@@ -9,7 +10,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,10 @@ from vattctl.experiments import Experiment
 from vattctl.params import PARAMS, PRESETS, Settings
 
 if TYPE_CHECKING:
-    from vatt.config import ModelParams, Params
+    from vatt.config import DataParams, ModelParams, Params
+    from vatt.data.clips.files import ContentHashes
     from vatt.data.clips.manifest import Clip
+    from vatt.data.sources.folder import Found
 
 SETS, RECIPES = PRESETS / "sets", PRESETS / "recipes"
 OWN = ("folder", "csv")
@@ -314,6 +317,220 @@ def fit_rates(tree: Tree, model: "ModelParams", project: "Params") -> None:
     evaluate.setdefault("fps", min(shown, preprocess["fps"]))
     if task.get("modality") == "video" and task["fps"] is None:
         task["fps"] = min(shown, preprocess["fps"]) if open_fps else preprocess["fps"] / 2
+
+
+# --- files of one's own as the clips of the project -----------------------------------------------
+
+SMALL, LARGE = "small", "one-gpu"  # presets for files of one's own
+WINDOWS = (3.2, 1.6, 0.8)  # seconds that the model sees at once; the first is the paper's
+LONG_ENOUGH = 0.8  # share of the files that must be as long as the window
+LARGE_CLIPS, LARGE_MEMORY = 1000, 20 * 2**30  # clips and bytes of a GPU: from there on one-gpu
+PASSES, TASK_PASSES = 30, 20  # over the train clips, of pre-training and of a task
+MOST_BATCH, LEAST_STEPS, MOST_STEPS = 64, 100, 2000
+MOST_TASKS = 3  # labels that become tasks
+FITTED = {("data", key) for key in ("source", "location", "location_hash", "min_clips")}
+
+
+def own_source(
+    source: Path, data: "DataParams", hashes: "ContentHashes", *, opens: bool = True
+) -> "Found":
+    """What a folder, or a csv list, holds; with `opens` its files are opened, too."""
+    from vatt.data.sources.choice import listed, mark_of_lists
+    from vatt.data.sources.folder import Found, scan
+
+    if source.is_dir():
+        return scan(source, data, opens=opens, hashes=hashes)
+    listing = data.model_copy(update={"source": "urls", "location": source})
+    clips = list(listed(listing, 0))
+    if not clips:
+        raise DataError(f"{source} lists no clip", hint="docs/own-data.md describes the columns")
+    spans = [clip.end - clip.start for clip in clips if clip.end is not None]
+    return Found(
+        clips,
+        with_captions=sum(bool(clip.captions) for clip in clips),
+        broken=[],
+        seconds=tuple(spans),
+        sounding=frozenset(),
+        ignored={},
+        captions_dropped=0,
+        mark=mark_of_lists(listing, hashes) or "",
+        notes=() if spans else ("the list gives no spans: the lengths of the clips are not known",),
+    )
+
+
+def own_preset(found: "Found", project: "Params") -> str | None:
+    """The preset that fits; None where the project has a model of its own choice."""
+    from vatt.config import load_params
+
+    shipped = [load_params(PRESETS / f"{name}.yaml").model for name in ("demo", SMALL)]
+    if project.model not in shipped:
+        return None
+    clips = sum(int(length // 10) for length in found.seconds)  # of ten seconds
+    return LARGE if clips >= LARGE_CLIPS and _gpu_memory() >= LARGE_MEMORY else SMALL
+
+
+def _gpu_memory() -> int:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+
+
+def carried(project: "Params", preset: str) -> Settings:
+    """What a person has changed in the project: it stays when another preset is taken."""
+    from vatt.config import load_params
+
+    for name in ("demo", SMALL, LARGE, "paper"):
+        known = load_params(PRESETS / f"{name}.yaml")
+        if known.model == project.model:
+            break
+    else:
+        known = load_params(PRESETS / f"{preset}.yaml")
+    before, now = known.model_dump(mode="json"), project.model_dump(mode="json")
+    return {
+        (section, key): value
+        for section in ("data", "paths", "machine")
+        for key, value in now[section].items()
+        if value != before[section].get(key) and (section, key) not in FITTED
+    }
+
+
+def own_settings(found: "Found", source: Path, base: "Params") -> Settings:
+    """The settings that make the pipeline run well on these files; sizes of the preset `small` are
+    fitted, those of others only where they could not work."""
+    from vatt.config import load_params
+
+    small = load_params(PRESETS / f"{SMALL}.yaml").model
+    settings: Settings = {
+        ("data", "source"): "folder" if source.is_dir() else "urls",
+        ("data", "location"): str(source),
+        ("data", "location_hash"): found.mark or None,
+        ("report", "title"): f"VATT on {source.stem if source.is_file() else source.name}",
+    }
+    if base.model == small and found.seconds:
+        settings |= _fitted_windows(found.seconds)
+    length = settings.get(("preprocess", "clip_seconds"), base.preprocess.clip_seconds)
+    least = settings.get(("preprocess", "min_clip_seconds"), base.preprocess.min_clip_seconds)
+    cut = base.preprocess.model_copy(update={"clip_seconds": length, "min_clip_seconds": least})
+    clips = found.num_samples(cut) if found.seconds else len(found.clips)
+    splits = Counter(clip.split for clip in found.clips)
+    each = clips / len(found.clips)
+    if clips < base.data.min_clips:
+        settings["data", "min_clips"] = max(clips // 2, 1)
+    tests = int(splits["test"] * each)
+    if tests < base.evaluate.retrieval_pool:
+        settings["evaluate", "retrieval_pool"] = max(tests, 2)
+    settings |= _fitted_steps(int(splits["train"] * each), base, fits=base.model == small)
+    return settings | _label_tasks(found, base, settings)
+
+
+def _fitted_windows(seconds: Sequence[float]) -> Settings:
+    """Window and length of a clip for files of these lengths: more, shorter clips of few files."""
+    window = next(
+        (w for w in WINDOWS if sum(s >= w for s in seconds) >= LONG_ENOUGH * len(seconds)),
+        WINDOWS[-1],
+    )
+    many = sum(int(length // 10) for length in seconds) >= LARGE_CLIPS
+    fps = 8 / window  # of the small preset's 8 frames
+    return {
+        ("preprocess", "clip_seconds"): 10.0 if many else 1.25 * window,
+        ("preprocess", "min_clip_seconds"): window,
+        ("model", "audio", "samples"): int(8000 * window),
+        ("pretrain", "fps"): fps,
+        ("evaluate", "fps"): fps,
+    }
+
+
+def _fitted_steps(train: int, base: "Params", *, fits: bool) -> Settings:
+    """A batch that the train clips fill; for the small preset steps of some passes, too."""
+    most = MOST_BATCH if fits else base.pretrain.batch_size
+    batch = most
+    while batch > 2 and batch * 2 > train and train < most * 2:
+        batch //= 2
+    settings: Settings = {}
+    if batch != base.pretrain.batch_size and (fits or train < base.pretrain.batch_size):
+        settings["pretrain", "batch_size"] = batch
+    if fits:
+        steps = min(max(PASSES * train // batch, LEAST_STEPS), MOST_STEPS)
+        settings["pretrain", "steps"] = steps
+        settings["pretrain", "optimizer", "warmup_steps"] = steps // 5
+    return settings
+
+
+def _label_tasks(found: "Found", base: "Params", settings: Settings) -> Settings:
+    """A task and a probe for each label that train and test share, of picture and of sound."""
+    clips = found.clips
+    names = [name for name in dict.fromkeys(key for clip in clips for key in clip.labels)
+             if _is_learnable(clips, name)][:MOST_TASKS]  # fmt: skip
+    heard = [clip for clip in clips if clip.url in found.sounding]
+    tasks: Tree = {}
+    for name in names:
+        plain = re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_") or "label"
+        for kind, usable in (("video", clips), ("audio", heard)):
+            task = _task_like(kind, base, settings) if _is_learnable(usable, name) else None
+            if task is not None:
+                count = sum(clip.split == "train" and name in clip.labels for clip in usable)
+                steps = min(max(TASK_PASSES * count // task["batch_size"], LEAST_STEPS), 1000)
+                fitted = {"label": name, "train_labels": None, "steps": steps}
+                tasks[f"{plain}_sound" if kind == "audio" else plain] = {**task, **fitted}
+    probes = {
+        name: {"modality": task["modality"], "label": task["label"], "train_labels": None,
+               "folds": []}
+        for name, task in tasks.items()
+    }  # fmt: skip
+    return {
+        ("finetune", "run"): list(tasks),
+        **({("finetune", "tasks"): tasks} if tasks else {}),
+        ("evaluate", "class_labels"): names,
+        ("evaluate", "probes"): probes,
+    }
+
+
+def _is_learnable(clips: "Sequence[Clip]", name: str) -> bool:
+    """Two classes to learn, and something to test."""
+    values = {
+        split: {clip.labels[name] for clip in clips if clip.split == split and name in clip.labels}
+        for split in ("train", "test")
+    }
+    return len(values["train"]) > 1 and bool(values["test"])
+
+
+def _task_like(kind: str, base: "Params", settings: Settings) -> Tree | None:
+    """The first task of the preset with this modality, in the window of the settings."""
+    for task in base.finetune.tasks.values():
+        if task.modality == kind:
+            plain = task.model_dump(mode="json")
+            if kind == "video":
+                plain["fps"] = settings.get(("pretrain", "fps"), plain["fps"])
+            else:
+                plain["audio_samples"] = settings.get(
+                    ("model", "audio", "samples"), plain["audio_samples"]
+                )
+            return plain
+    return None
+
+
+def expectations(clips: int, tests: int) -> tuple[str, ...]:
+    """What can be learned from so many clips, and what to try first."""
+    from vatt.report.tables import FEWEST_SEARCHED
+
+    if clips < 200:
+        learned = "too few to learn from: a run shows that everything works, no more"
+    elif clips < 10_000:
+        learned = "enough to try out settings; features will be far behind the released weights"
+    else:
+        learned = "enough for features of some use; the paper used millions of clips"
+    lines = [f"{clips:,} clips: {learned}"]
+    if tests < FEWEST_SEARCHED:
+        lines.append(
+            f"{tests} test clips: {FEWEST_SEARCHED} or more are needed before retrieval means "
+            "anything; add files, or raise data.test_share"
+        )
+    if clips < 10_000:
+        lines.append(
+            "to search or classify now, start from released weights: docs/released-weights.md, "
+            "then vattctl search WORDS --in DIR --checkpoint FOLDER, or vattctl finetune folder"
+        )
+    return tuple(lines)
 
 
 def _read(path: Path) -> Tree:

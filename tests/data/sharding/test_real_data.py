@@ -33,7 +33,7 @@ DATA = Path(TEST_DATA or "/nowhere")
 def ingest(root: Path, folder: Path, **preprocess) -> tuple[Found, dict[str, Entry]]:
     """Folder -> shards; the ledger by the file's name."""
     params = demo_params(source="folder", location=folder, require=(), min_clips=1)
-    found = scan(folder, params.data, params.preprocess)
+    found = scan(folder, params.data, opens=True)
     machine = params.machine.model_copy(update={"workers": 2})
     ledger = root / "download.jsonl"
     download(found.clips, params.data, machine, media=root / "media", ledger=ledger)

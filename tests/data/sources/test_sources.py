@@ -11,7 +11,7 @@ from tests.data.sharding.test_shards import write
 from vatt.data.clips.ledger import read_ledger
 from vatt.data.clips.manifest import read_manifest, write_manifest
 from vatt.data.fetching.download import download
-from vatt.data.sources.folder import ingest_settings, scan
+from vatt.data.sources.folder import scan
 from vatt.errors import DataError
 
 PARAMS = demo_params(test_share=0.25)
@@ -40,8 +40,8 @@ def folder(tmp_path_factory):
 
 
 def test_every_file_is_accounted_for(folder):
-    found = scan(folder, PARAMS.data, PARAMS.preprocess)
-    counts = found.counts()
+    found = scan(folder, PARAMS.data, opens=True)
+    counts = found.counts(PARAMS.preprocess)
     assert counts["videos"] == 12 and counts["with_captions"] == 2 and counts["captions"] == 2
     assert counts["captions_dropped"] == 1 and counts["labelled"] == 9
     assert counts["ignored"] == {
@@ -49,7 +49,7 @@ def test_every_file_is_accounted_for(folder):
         "unfinished downloads": 1, "folders named like a video": 1,
     }  # fmt: skip
     assert sorted(name for name, _ in found.broken) == ["broken.mp4", "empty.webm"]
-    assert "cannot be used: empty.webm: empty file" in found.describe()
+    assert "cannot be used: empty.webm: empty file" in found.describe(PARAMS.preprocess)
     files = [path for path in folder.rglob("*") if path.is_file()]
     subtitles = 2
     # the folder that is named like a video is not a file
@@ -71,7 +71,7 @@ def test_what_is_no_file_or_has_no_name_is_left_out_and_counted(tmp_path):
     os.mkfifo(root / "pipe.mp4")  # whoever opens it waits for a writer
     shutil.copy(root / "a\nb.mp4", os.fsencode(root) + b"/caf\xe9.mp4")
     (root / "link.srt").mkdir()
-    found = scan(root, PARAMS.data, PARAMS.preprocess)
+    found = scan(root, PARAMS.data, opens=True)
     write_manifest(tmp_path / "manifest.jsonl", found.clips)
     assert sorted(clip.url for clip in read_manifest(tmp_path / "manifest.jsonl")) == [
         "folder:a\nb.mp4", "folder:dangling.mp4", "folder:link.mp4", "folder:loop.mp4",
@@ -132,21 +132,6 @@ def test_a_folder_goes_through_to_shards_in_place(folder, tmp_path):
     ledger = read_ledger(tmp_path / "ledger.jsonl")
     assert set(ledger) == {clip.clip_id for clip in clips}
     assert sorted(path.stat().st_mtime_ns for path in folder.rglob("*")) == before
-
-
-def test_the_settings_follow_what_is_there(folder, tmp_path):
-    found = scan(folder, PARAMS.data, PARAMS.preprocess)
-    settings = ingest_settings(found, folder, PARAMS)
-    assert settings["data", "source"] == "folder"
-    assert settings["data", "location"] == str(folder)
-    assert settings["finetune", "tasks", "action", "label"] == "class"
-    assert settings["evaluate", "class_labels"] == ["class"]
-    assert settings["evaluate", "retrieval_pool"] < 10
-    write_media(tmp_path / "a.mp4")
-    write_media(tmp_path / "b.mp4", seconds=2)
-    plain = ingest_settings(scan(tmp_path, PARAMS.data, PARAMS.preprocess), tmp_path, PARAMS)
-    assert plain["finetune", "run"] == [] and plain["evaluate", "probes"] == {}
-    assert plain["data", "location_hash"] != settings["data", "location_hash"]
 
 
 def test_a_share_is_held_out_to_validate_and_the_tests_stay_the_same(folder):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vatt.config import DataParams, Params, PreprocessParams
+from vatt.config import DataParams, PreprocessParams
 from vatt.data.clips.files import (
     IMAGES,
     MEDIA,
@@ -20,7 +20,7 @@ from vatt.data.clips.files import (
     why_missing,
 )
 from vatt.data.clips.manifest import Clip
-from vatt.data.clips.media import BrokenMediaError, probe
+from vatt.data.clips.media import BrokenMediaError, Media, probe
 from vatt.data.clips.samples import windows_of
 from vatt.data.sources.subtitles import (
     SUFFIXES,
@@ -43,13 +43,18 @@ class Found:
     clips: list[Clip]
     with_captions: int
     broken: list[tuple[str, str]]  # file and reason; they stay in the manifest, the ledger says why
-    num_samples: int  # clips of preprocess.clip_seconds that can be cut
+    seconds: tuple[float, ...]  # of each file that could be opened; empty: none was looked at
+    sounding: frozenset[str]  # addresses of the clips with sound, of those
     ignored: dict[str, int]  # other files, by what they are
     captions_dropped: int  # cues that could not be read
     mark: str  # changes when a file comes, goes or changes
     notes: tuple[str, ...]  # what was guessed, and the setting that overrides it
 
-    def counts(self) -> dict[str, Any]:
+    def num_samples(self, preprocess: PreprocessParams) -> int:
+        """Clips that can be cut from the files."""
+        return sum(len(windows_of(0.0, length, preprocess)) for length in self.seconds)
+
+    def counts(self, preprocess: PreprocessParams) -> dict[str, Any]:
         """Numbers, for `--json`."""
         return {
             "videos": len(self.clips),
@@ -58,20 +63,20 @@ class Found:
             "with_captions": self.with_captions,
             "captions": sum(len(clip.captions) for clip in self.clips),
             "captions_dropped": self.captions_dropped,
-            "clips": self.num_samples,
+            "clips": self.num_samples(preprocess),
             "broken": len(self.broken),
             "ignored": self.ignored,
             "notes": list(self.notes),
         }
 
-    def describe(self) -> str:
+    def describe(self, preprocess: PreprocessParams) -> str:
         """Some lines for a person."""
-        counts = self.counts()
+        counts = self.counts(preprocess)
         splits = ", ".join(f"{count} {split}" for split, count in counts["by_split"].items())
         lines = [
             f"{counts['videos']} media files ({splits}), about {counts['clips']} clips",
             f"{counts['with_captions']} with captions ({counts['captions']} sentences), "
-            f"{counts['labelled']} labelled by their folder",
+            f"{counts['labelled']} labelled",
         ]
         if self.captions_dropped:
             lines.append(f"{self.captions_dropped} captions could not be read")
@@ -85,13 +90,13 @@ class Found:
 def scan(
     folder: Path,
     data: DataParams,
-    preprocess: PreprocessParams | None = None,
     *,
+    opens: bool = False,
     hashes: ContentHashes | None = None,
 ) -> Found:
     """List the media in a folder and below; a file that cannot be opened is listed too.
 
-    With `preprocess` the files are also opened, to count the clips that they will give.
+    With `opens` the files are also opened, to know their lengths and whether they have sound.
     """
     listing = list_files(folder)
     ignored = listing.skipped
@@ -113,14 +118,19 @@ def scan(
         _clip(name, read[name], layout.split_of(name) or held_out.get(name, "train"), layout)
         for name in files
     ]
-    num_samples, broken = _count_samples(folder, files, preprocess)
+    opened, broken = _opened(folder, files) if opens else ({}, [])
     for name in subtitles.unmatched:
         ignored[".json files" if name.lower().endswith(".json") else "subtitles of no video"] += 1
     return Found(
         clips,
         with_captions=sum(bool(subtitles.captions) for subtitles in read.values()),
         broken=broken,
-        num_samples=num_samples,
+        seconds=tuple(media.seconds for media in opened.values()),
+        sounding=frozenset(
+            clip.url
+            for name, clip in zip(files, clips, strict=True)
+            if name in opened and opened[name].audio is not None
+        ),
         ignored=dict(+ignored),
         captions_dropped=sum(subtitles.dropped for subtitles in read.values()),
         mark=_mark(digests, clips),
@@ -128,50 +138,17 @@ def scan(
     )
 
 
-def _count_samples(
-    folder: Path, files: Sequence[str], preprocess: PreprocessParams | None
-) -> tuple[int, list[tuple[str, str]]]:
-    """Clips that can be cut, and the files that cannot be opened with the reason."""
+def _opened(folder: Path, files: Sequence[str]) -> tuple[dict[str, Media], list[tuple[str, str]]]:
+    """What the files hold, and those that cannot be opened with the reason."""
     broken: list[tuple[str, str]] = []
-    count = 0
-    for name in files if preprocess is not None else ():
-        assert preprocess is not None
+    opened = {}
+    for name in files:
         try:
-            count += len(windows_of(0.0, probe(folder / name).seconds, preprocess))
+            opened[name] = probe(folder / name)
         except BrokenMediaError as error:
             is_there = (folder / name).exists()
             broken.append((name, str(error) if is_there else why_missing(folder / name)))
-    return count, broken
-
-
-def ingest_settings(found: Found, folder: Path, params: Params) -> dict[tuple[str, ...], Any]:
-    """The settings that make the pipeline run on what was found."""
-    tests = sum(clip.split == "test" for clip in found.clips)
-    samples_a_file = found.num_samples / len(found.clips)
-    settings: dict[tuple[str, ...], Any] = {
-        ("data", "source"): "folder",
-        ("data", "location"): str(folder),
-        ("data", "location_hash"): found.mark,
-    }
-    if found.num_samples < params.data.min_clips:
-        settings["data", "min_clips"] = max(found.num_samples // 2, 1)
-    if tests * samples_a_file < params.evaluate.retrieval_pool:
-        settings["evaluate", "retrieval_pool"] = max(int(tests * samples_a_file), 2)
-    return settings | _label_settings(found, params)
-
-
-def _label_settings(found: Found, params: Params) -> dict[tuple[str, ...], Any]:
-    """Tasks learn the names of the sub-folders; without two of them there are no tasks."""
-    labels = {split: _classes(found.clips, split) for split in ("train", "test")}
-    if len(labels["train"]) < 2 or not labels["test"]:
-        return {
-            ("finetune", "run"): [],
-            ("evaluate", "class_labels"): [],
-            ("evaluate", "probes"): {},
-        }
-    tasks = {("finetune", "tasks", name, "label"): LABEL for name in params.finetune.run}
-    probes = {("evaluate", "probes", name, "label"): LABEL for name in params.evaluate.probes}
-    return tasks | probes | {("evaluate", "class_labels"): [LABEL]}
+    return opened, broken
 
 
 def _classes(clips: Iterable[Clip], split: str) -> set[str]:
