@@ -30,6 +30,7 @@ TRACEBACK = FOLDER / "traceback.txt"
 MARKS = FOLDER / "code"  # in a project without a clone: the installed code of each stage
 SETTINGS_LOCK = FOLDER / "settings.lock"  # shared by what reads params.yaml while it runs
 DEBUG_VARIABLE = "VATTCTL_DEBUG"  # set by `vattctl --debug`
+RUN_NAME_VARIABLE = "VATTCTL_RUN_NAME"  # set by `--name`: the pipeline's name in MLflow
 VERBOSE_VARIABLE = "VATTCTL_VERBOSE"  # set by `vattctl --verbose`
 DVC_VARIABLE = "VATTCTL_DVC"  # the id of the DVC process that vattctl started
 LAUNCHED_VARIABLE = "VATT_LAUNCHED"  # set by vatt.training.distributed for the processes it starts

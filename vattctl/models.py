@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vatt.errors import DataError, SettingsError, redact
-from vattctl.params import JSON_VERSION, enter_project, print_rich
+from vattctl.params import JSON_VERSION, CheckpointFolder, enter_project, print_rich
 
 if TYPE_CHECKING:
     from vatt.release.convert import ImportReport
@@ -157,7 +157,7 @@ Examples:
   vattctl export runs/checkpoints/pretrained --to onnx --out runs/onnx
   vattctl export runs/checkpoints/pretrained --to huggingface-folder --out runs/hf""",
 )
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=CheckpointFolder(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "--to", required=True, type=click.Choice(["safetensors", "onnx", "huggingface-folder"])
 )
@@ -224,7 +224,7 @@ Examples:
   vattctl push runs/hf s3://bucket/models/vatt
   vattctl push runs/hf hf://me/vatt""",
 )
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=CheckpointFolder(exists=True, file_okay=False, path_type=Path))
 @click.argument("address")
 @click.option("--dry-run", is_flag=True, help="List the files; copy nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -344,8 +344,8 @@ INDICES = Path("runs/search")  # indices, by folder; safe to delete
 
 _checkpoint = click.option(
     "--checkpoint",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A pre-trained checkpoint's folder; without it, the project's last one.",
+    type=CheckpointFolder(exists=True, file_okay=False, path_type=Path),
+    help="A pre-trained checkpoint's folder or address in MLflow; default: the project's last.",
 )
 
 
@@ -364,7 +364,8 @@ def _embedder(given: Path | None, trained: Path):  # type: ignore[no-untyped-def
     epilog="""\b
 Examples:
   vattctl embed cat.mp4
-  vattctl embed cat.mp4 --checkpoint runs/bbs --json""",
+  vattctl embed cat.mp4 --checkpoint runs/bbs --json
+  vattctl embed cat.mp4 --checkpoint models:/vatt/1""",
 )
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @_checkpoint

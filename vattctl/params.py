@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vatt.errors import SettingsError, redact
+from vatt.files import inside
 
 if TYPE_CHECKING:
     from vatt.config import Params
@@ -118,6 +119,20 @@ def parse_settings(
 def completion_folder(context: click.Context) -> Path:
     """The project whose values are completed; here without one."""
     return project_folder(context.find_root().params.get("project")) or Path()
+
+
+class CheckpointFolder(click.Path):
+    """A checkpoint's folder, or the address of one in MLflow (`runs:/...`, `models:/...`)."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The folder; that of an address is fetched into the project."""
+        if not str(value).startswith(("runs:/", "models:/")) or ctx is None:
+            return super().convert(value, param, ctx)
+        with inside(project_folder(ctx.find_root().params.get("project")) or Path()):
+            from vatt.config import load_params
+            from vatt.tracking.mlflow import checkpoint_of
+
+            return checkpoint_of(load_params(), str(value))
 
 
 def complete_keys(context: click.Context, parameter: click.Parameter, typed: str) -> list[str]:

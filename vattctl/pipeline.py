@@ -14,11 +14,12 @@ import click
 
 from vatt.errors import DataError, SettingsError
 from vatt.files import inside
-from vatt.process import join_step
+from vatt.process import RUN_NAME_VARIABLE, join_step
 from vattctl.dvc import STAGES, run_dvc, stages_here
 from vattctl.experiments import Experiment, run_experiment, write_experiment
 from vattctl.params import (
     SIZES,
+    CheckpointFolder,
     Edit,
     Settings,
     dry_run_option,
@@ -84,6 +85,20 @@ def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         result = option(result)
     return result
+
+
+def name_run(context: click.Context, parameter: click.Parameter, name: str | None) -> None:
+    """Tell the stages how their pipeline is called in MLflow."""
+    if name is not None:
+        os.environ[RUN_NAME_VARIABLE] = name
+
+
+name_option = click.option(
+    "--name",
+    expose_value=False,
+    callback=name_run,
+    help="Name of the pipeline's run in MLflow; default: the folder and a hash of the settings.",
+)
 
 
 def machines_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -233,6 +248,7 @@ def show_outcome(
 @click.option(
     "--backbone", type=click.Choice(["specific", "agnostic"]), help="Three towers or one."
 )
+@name_option
 @stage_options
 @click.argument("launcher_arguments", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
@@ -315,7 +331,12 @@ Examples:
 @click.argument("name", metavar="[SET]", required=False, shell_complete=complete_sets)
 @click.option("--data", "location", type=FOLDER, help="Folder of your files; for csv, the list.")
 @click.option("--annotations", type=FOLDER, help="Folder that holds SET/ with the official lists.")
-@click.option("--from", "start", type=FOLDER, help="Checkpoint to start from, trained or imported.")
+@click.option(
+    "--from",
+    "start",
+    type=CheckpointFolder(path_type=Path, resolve_path=True),
+    help="Checkpoint to start from: its folder, or its address in MLflow.",
+)
 @click.option(
     "--init",
     multiple=True,
@@ -332,7 +353,7 @@ Examples:
     type=click.FloatRange(0, 1, max_open=True),
     help="Share of tokens that DropToken drops.",
 )
-@click.option("--name", "experiment", help="Name of the experiment; default: SET.")
+@click.option("--name", "experiment", help="Name of the experiment (default: SET) or the run.")
 @stage_options
 @click.pass_context
 def finetune(context: click.Context, /, name: str | None, options: RunOptions, **own: Any) -> None:
@@ -344,6 +365,7 @@ def finetune(context: click.Context, /, name: str | None, options: RunOptions, *
     folder for each class), csv. The recipe is the paper's; --set changes it.
     """
     if name is None:
+        name_run(context, context.command.params[0], own.pop("experiment"))
         given = [f"--{key}" for key, value in own.items() if value not in (None, ())]
         if given:
             raise SettingsError(
@@ -450,9 +472,11 @@ def _run_set(made: "SetPlan", options: RunOptions, *, quiet: bool) -> None:
     "--from",
     "given",
     metavar="FOLDER",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A checkpoint's folder, as `vattctl import --out` writes it: encoder or classifier.",
+    type=CheckpointFolder(exists=True, file_okay=False, path_type=Path),
+    help="Encoder or classifier: a folder, as `vattctl import --out` writes it, or its address in "
+    "MLflow.",
 )
+@name_option
 @stage_options
 @click.pass_context
 def evaluate(
@@ -514,6 +538,7 @@ def _evaluate_checkpoint(experiment: Experiment, options: RunOptions, *, quiet: 
 
 
 @click.command()
+@name_option
 @stage_options
 @click.pass_context
 def report(context: click.Context, options: RunOptions) -> None:
@@ -529,6 +554,7 @@ def report(context: click.Context, options: RunOptions) -> None:
 
 @click.command()
 @click.argument("targets", nargs=-1, shell_complete=complete_stages)
+@name_option
 @stage_options
 @click.pass_context
 def repro(context: click.Context, targets: tuple[str, ...], options: RunOptions) -> None:
@@ -538,6 +564,7 @@ def repro(context: click.Context, targets: tuple[str, ...], options: RunOptions)
     Examples:
       vattctl repro
       vattctl repro --dry-run
+      vattctl repro --name half-the-steps --set pretrain.steps=200
       vattctl repro finetune@audio-scratch
     """
     for target in targets:
@@ -548,6 +575,7 @@ def repro(context: click.Context, targets: tuple[str, ...], options: RunOptions)
 
 
 @click.command()
+@name_option
 @stage_options
 @click.pass_context
 def demo(context: click.Context, options: RunOptions) -> None:

@@ -6,8 +6,11 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,6 +25,9 @@ from vattctl.params import (
     print_json,
     print_rich,
 )
+
+HOME = "127.0.0.1"  # what only this machine reaches
+READY_SECONDS = 120  # that a page may take to start
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -261,26 +267,54 @@ def _judged_by(run: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@click.command()
+@click.command(
+    epilog="""\b
+Examples:
+  vattctl ui
+  vattctl ui --port 5001 --host 0.0.0.0    for other machines too"""
+)
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--host", default=HOME, show_default=True, help="The address to listen on.")
+@click.option("--open/--no-open", "opens", default=None, help="Open a browser; default: on a desk.")
 @click.pass_context
-def ui(context: click.Context, port: int) -> None:
-    """Serve the MLflow page with all runs on 127.0.0.1 (Ctrl-C ends it)."""
+def ui(context: click.Context, port: int, host: str, opens: bool | None) -> None:
+    """Serve the MLflow page of this project's runs (Ctrl-C ends it).
+
+    Whoever reaches the address can read and delete runs: by default only this machine does.
+    """
     enter_project(context)
     from vatt.config import load_params
-    from vatt.tracking.mlflow import store_uri
+    from vatt.tracking.mlflow import runs_page, store_uri
 
     if not _port_is_free(port):
         raise MachineError(f"port {port} is in use", hint=f"vattctl ui --port {port + 1}")
-    store = store_uri(load_params().machine)
-    click.echo(f"http://127.0.0.1:{port}  (ready in some seconds; Ctrl-C ends it)")
+    machine = (params := load_params()).machine
+    if host != HOME:
+        click.echo(f"note: anyone who reaches {host}:{port} can change the runs", err=True)
+    shown = HOME if host == "0.0.0.0" else host
+    address = f"http://{shown}:{port}/{runs_page(params)}"
+    click.echo(f"{address}\n(ready in some seconds; Ctrl-C ends it)")
+    if opens or (opens is None and sys.stdout.isatty() and os.environ.get("DISPLAY")):
+        Thread(target=_open_when_ready, args=(address, port), daemon=True).start()
     command = [
-        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
+        *(sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)),
         *("--workers", "1"),
     ]
-    code = serve(command, {"MLFLOW_BACKEND_STORE_URI": store})
+    store = store_uri(machine)
+    beside = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_REGISTRY_STORE_URI": store}
+    code = serve(command, beside)
     if code != 0:
         raise MachineError(f"the MLflow server ended with {code}", hint="its message is above")
+
+
+def _open_when_ready(address: str, port: int) -> None:
+    import webbrowser
+
+    for _ in range(READY_SECONDS):
+        if not _port_is_free(port):
+            webbrowser.open(address)
+            return
+        time.sleep(1)
 
 
 # `read` returns when vattctl has ended, however it ends: its pipe is closed then.
@@ -297,7 +331,8 @@ def serve(command: list[str], variables: Mapping[str, str] | None = None) -> int
 
     `variables` may hold a password, which must not be in the command line.
     """
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", **(variables or {})}
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    environment = {**os.environ, **quiet, **(variables or {})}
     server = subprocess.Popen(command, env=environment, process_group=0)
     guard = subprocess.Popen(
         ["sh", "-c", GUARD, "sh", str(server.pid)],
@@ -344,22 +379,66 @@ def compare(context: click.Context, first: str, second: str, resamples: int, as_
     from vatt.evaluation.comparison import compare_evaluations
 
     params = load_params()
-    folders = [
-        path if path.is_dir() else _kept(params, run)
-        for path, run in zip(given, (first, second), strict=True)
-    ]
+    pairs = list(zip(given, (first, second), strict=True))
+    folders = [path if path.is_dir() else _kept(params, run) for path, run in pairs]
     rows = compare_evaluations(*folders, resamples=resamples, seed=params.seed)
+    one, other = ({} if path.is_dir() else _settings(params, run) for path, run in pairs)
+    settings = differing(one, other) if one and other else None
     if as_json:
-        content = {"version": 1, "first": first, "second": second, "rows": rows}
-        click.echo(json.dumps(content, indent=2))
+        print_json(first=first, second=second, rows=rows, settings=settings)
+        return
+    _print(rows)
+    if settings is None:
+        print_rich("settings: known only when both are MLflow runs")
+    elif not settings:
+        print_rich("settings: the same")
     else:
-        _print(rows)
+        from rich.table import Table
+
+        table = Table("setting", "first", "second", box=None, pad_edge=False)
+        for key, values in settings.items():
+            table.add_row(key, *(value or "-" for value in values))
+        print_rich(table)
 
 
 def _kept(params: "Params", run: str) -> Path:
     from vatt.tracking.mlflow import artifact_of
 
     return artifact_of(params, run, "evaluate", params.paths.evaluation.name)
+
+
+def _settings(params: "Params", run: str) -> dict[str, str]:
+    from vatt.tracking.mlflow import settings_behind
+
+    return settings_behind(params, run)
+
+
+def differing(
+    first: Mapping[str, str], second: Mapping[str, str]
+) -> dict[str, tuple[str | None, str | None]]:
+    """The settings that differ, by key, with both values."""
+    return {
+        key: (first.get(key), second.get(key))
+        for key in sorted({*first, *second})
+        if first.get(key) != second.get(key)
+    }
+
+
+def in_words(name: str) -> str:
+    """`text_to_video.recall_at_10` -> `text to video, R@10`."""
+    what, _, measure = name.rpartition(".")
+    if what.startswith("probe-"):
+        probe, _, kind = what.removeprefix("probe-").rpartition("-")
+        return f"{probe} probe, {CLASSIFIERS.get(kind, kind)}"
+    task, dash, start = what.rpartition("-")
+    if dash:
+        what = f"{task} {STARTS[start]}" if start in STARTS else what
+    measure = measure.replace("recall_at_", "R@").replace("class_at_", "class@")
+    return f"{what}, {measure}".replace("top_", "top-").replace("_", " ")
+
+
+CLASSIFIERS = {"svm": "linear SVM", "low_rank": "low-rank classifier"}
+STARTS = {"pretrained": "fine-tuned", "scratch": "from scratch"}
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
@@ -369,15 +448,14 @@ def _print(rows: list[dict[str, Any]]) -> None:
     for column in ("measure", "first", "second", "difference", "95 % interval", "clips", ""):
         table.add_column(column, justify="left" if column in ("measure", "") else "right")
     for row in rows:
-        gap = row["difference"]
+        gap, name = row["difference"], row["name"]
         clear = not gap["low"] <= 0 <= gap["high"]
         one, other, change, low, high = (
-            _number(row["name"], value)
+            show_value(name, value)
             for value in (row["first"]["value"], row["second"]["value"], *_span(gap))
         )
-        table.add_row(
-            row["name"], one, other, change, f"{low} to {high}", str(gap["n"]), "*" if clear else ""
-        )
+        clips, mark = str(gap["n"]), "*" if clear else ""
+        table.add_row(in_words(name), one, other, change, f"{low} to {high}", clips, mark)
     print_rich(table, "* the interval of the difference (first - second) excludes 0")
 
 
@@ -385,10 +463,72 @@ def _span(gap: dict[str, Any]) -> tuple[float, float, float]:
     return gap["value"], gap["low"], gap["high"]
 
 
-def _number(name: str, value: float) -> str:
-    if name.endswith(("median_rank", "d_prime")):
+def show_value(name: str, value: float) -> str:
+    """A measure as a person reads it."""
+    if name.endswith(("median_rank", "d_prime", "loss")):
         return f"{value:.2f}"
     return f"{100 * value:.1f} %"
 
 
-COMMANDS = (status, logs, ui, compare)
+@click.command(
+    "runs",
+    epilog="""\b
+Examples:
+  vattctl runs                        the last pipelines, and what each changed
+  vattctl runs --count 50 --json""",
+)
+@click.option("--count", default=10, show_default=True, type=click.IntRange(1), help="How many.")
+@json_option
+@click.pass_context
+def runs_command(context: click.Context, count: int, as_json: bool) -> None:
+    """List the last pipelines in MLflow: their state, main results and changed settings.
+
+    A pipeline is all runs of stages with the same settings. `vattctl compare` takes two ids.
+    """
+    enter_project(context)
+    from vatt.config import load_params
+    from vatt.tracking.mlflow import pipelines
+
+    found = pipelines(load_params(), count=count)
+    rows = []
+    for number, one in enumerate(found):
+        before = found[number + 1].settings if number + 1 < len(found) else {}
+        changes = differing(before, one.settings) if before and one.settings else {}
+        rows.append({**asdict(one), "changed": {key: new for key, (_, new) in changes.items()}})
+    if as_json:
+        for row in rows:
+            del row["settings"]
+        print_json(pipelines=rows)
+    else:
+        _print_pipelines(rows)
+
+
+def _print_pipelines(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    from vatt.progress import duration
+
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    shown = [name for name in MAIN if name in names]
+    shown += [name for name in names if name.endswith("-pretrained.top_1")][:2]
+    table = Table(box=None, pad_edge=False)
+    for column in ("run", "name", "state", "began (UTC)", "took", *map(in_words, shown)):
+        table.add_column(column, overflow="fold", justify="left")
+    table.add_column("changed", overflow="fold")
+    for row in rows:
+        measured = row["metrics"]
+        values = [show_value(name, measured[name]) if name in measured else "" for name in shown]
+        changed = [f"{key}={value}" for key, value in row["changed"].items()]
+        more = [f"and {len(changed) - SHOWN} more"] if len(changed) > SHOWN else []
+        took = duration(measured["seconds"]) if "seconds" in measured else ""
+        table.add_row(
+            row["run_id"][:8], row["name"], row["status"].lower(), row["began"][:16], took,
+            *values, "\n".join([*changed[:SHOWN], *more]),
+        )  # fmt: skip
+    print_rich(table if rows else "no runs yet: vattctl demo")
+
+
+MAIN = ("text_to_video.recall_at_10", "video_to_audio.recall_at_10")
+SHOWN = 4  # changed settings of a pipeline
+
+COMMANDS = (status, runs_command, logs, ui, compare)

@@ -49,7 +49,7 @@ def test_shared_clips_are_compared_as_a_naive_loop_does(tmp_path):
         ]
         return np.mean(hits)
 
-    row = rows["predictions-pets-scratch.top_1"]
+    row = rows["pets-scratch.top_1"]
     assert row["first"]["value"] == pytest.approx(top_1(ours, 0), abs=1e-6)
     assert row["second"]["value"] == pytest.approx(top_1(theirs, 12), abs=1e-6)
     assert row["difference"]["n"] == 18
@@ -92,7 +92,7 @@ def test_clips_with_several_labels_are_compared_by_mean_average_precision(tmp_pa
             classes=CLASSES,
         )
     rows = compared(tmp_path / "a", tmp_path / "b")
-    row = rows["predictions-sounds-scratch.mean_ap"]
+    row = rows["sounds-scratch.mean_ap"]
     assert row["first"]["value"] == pytest.approx(
         average_precision_score(truth, logits["a"]), abs=1e-6
     )

@@ -57,7 +57,8 @@ def compare_evaluations(
             difference = measured_difference(
                 *values, resamples=resamples, seed=seed, statistic=statistic
             )
-            rows.append({"name": measure, "first": one, "second": other, "difference": difference})
+            shown = measure.removeprefix(PREDICTIONS)  # as in summary.json
+            rows.append({"name": shown, "first": one, "second": other, "difference": difference})
     if not rows:
         raise DataError(
             f"{first} and {second} have no measure in common on the same clips",
@@ -138,7 +139,7 @@ def _multi_label(
     gaps = measured_multi_label_difference(one, other, truth, **how)
     return [
         {
-            "name": f"{name}.{measure}",
+            "name": f"{name.removeprefix(PREDICTIONS)}.{measure}",
             "first": first[measure],
             "second": second[measure],
             "difference": gaps[measure],

@@ -10,11 +10,16 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -35,7 +40,9 @@ ARTIFACTS = "mlartifacts"  # the folder beside the database
 CHECKPOINT = "checkpoint"  # the name of a run's model
 PIPELINE_TAG, PROCESS_TAG, STAGE_TAG = "vatt.pipeline", "vatt.process", "vatt.stage"
 PARENT_TAG, DATA_TAG = "mlflow.parentRunId", "vatt.data_hash"
-NAME_VARIABLES = ("VATTCTL_RUN_NAME", "DVC_EXP_NAME")  # set by `--name` and by `dvc exp run`
+NAME_VARIABLES = (process.RUN_NAME_VARIABLE, "DVC_EXP_NAME")  # `dvc exp run` sets the second
+VIEW = "vattctl"  # the name of the view of the table of runs
+FETCHED = Path("runs/fetched")  # checkpoints from a server, by address; safe to delete
 CHUNK = 100  # params in one call, MLflow's limit
 METRICS = 60  # of a pipeline
 # Settings that a stage's run shows: those that it reads, and the model that it is about.
@@ -244,33 +251,146 @@ def _deliver(client: Any, unsent: Unsent) -> None:
     client.set_terminated(unsent.run_id, unsent.status)
 
 
+# --- reading ------------------------------------------------------------------------------------
+
+
 def artifact_of(params: Params, run_id: str, stage: str, name: str) -> Path:
     """A folder that a stage's run has kept; `run_id` may be shortened, or be its pipeline's.
 
     Raises DataError when there is no such run, several, or it kept no such folder.
     """
     client = _connect(params.machine)
-    experiment = _experiment(client, params.machine)
-    runs = client.search_runs([experiment], f"tags.`vatt.stage` = '{stage}'", max_results=10_000)
-    mine = [one for one in runs if one.info.run_id.startswith(run_id)]
-    mine = (
-        mine
-        or [one for one in runs if one.data.tags.get("mlflow.parentRunId", "").startswith(run_id)][
-            :1
-        ]
-    )  # newest first
-    if len(mine) != 1:
-        many = f"{len(mine)} runs begin" if mine else f"no {stage} run begins"
+    found = _run_of(client, params, run_id, stage).info.run_id
+    if name not in {item.path for item in client.list_artifacts(found)}:
         raise DataError(
-            f"{many} with '{run_id}'", hint="`vattctl status` and `vattctl ui` show the runs' ids"
-        )
-    if name not in {found.path for found in client.list_artifacts(mine[0].info.run_id)}:
-        raise DataError(
-            f"run {mine[0].info.run_id} has no {name}: it did not end, or was larger than"
+            f"run {found} has no {name}: it did not end, or was larger than"
             " machine.max_artifact_mb",
             hint=f"give the {name} folder itself",
         )
-    return Path(client.download_artifacts(mine[0].info.run_id, name))
+    return Path(client.download_artifacts(found, name))
+
+
+def _run_of(client: Any, params: Params, run_id: str, stage: str | None) -> Any:
+    """The run of a stage by its id, or the newest of a pipeline; ids and names may be shortened."""
+    experiment = _experiment(client, params.machine)
+    query = f"tags.`{STAGE_TAG}` = '{stage}'" if stage else ""
+    runs = client.search_runs([experiment], query, max_results=10_000)  # newest first
+    mine = [one for one in runs if one.info.run_id.startswith(run_id)]
+    if not mine:
+        mine = [one for one in runs if one.data.tags.get(PARENT_TAG, "").startswith(run_id)][:1]
+    if len(mine) != 1:
+        many = f"{len(mine)} runs begin" if mine else f"no {stage or 'stage'} run begins"
+        raise DataError(
+            f"{many} with '{run_id}'", hint="`vattctl runs` and `vattctl ui` show the runs' ids"
+        )
+    return mine[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A pipeline's run: what `vattctl runs` lists."""
+
+    run_id: str
+    name: str
+    status: str
+    began: str  # UTC
+    settings: dict[str, str]
+    metrics: dict[str, float]
+
+
+def pipelines(params: Params, *, count: int) -> list[Pipeline]:
+    """The last pipelines, newest first."""
+    client = _connect(params.machine)
+    experiment = _experiment(client, params.machine)
+    query = f"tags.`{STAGE_TAG}` = 'pipeline'"
+    return [
+        Pipeline(
+            run_id=one.info.run_id,
+            name=one.info.run_name,
+            status=one.info.status,
+            began=datetime.fromtimestamp(one.info.start_time / 1000, UTC).isoformat(" ", "minutes"),
+            settings=dict(one.data.params),
+            metrics=dict(one.data.metrics),
+        )
+        for one in client.search_runs([experiment], query, max_results=count)
+    ]
+
+
+def settings_behind(params: Params, run_id: str) -> dict[str, str]:
+    """All settings of the pipeline that an evaluation belongs to; empty for runs before 0.2."""
+    client = _connect(params.machine)
+    parent = _run_of(client, params, run_id, "evaluate").data.tags[PARENT_TAG]
+    return dict(client.get_run(parent).data.params)
+
+
+def checkpoint_of(params: Params, address: str) -> Path:
+    """The folder of a checkpoint named `runs:/RUN`, `models:/NAME/VERSION` or `models:/NAME@ALIAS`.
+
+    A run may be that of a training or its pipeline's (then the pre-training counts), shortened.
+    """
+    from mlflow import artifacts
+    from mlflow.exceptions import MlflowException
+
+    client, uri = _connect(params.machine), store_uri(params.machine)
+    if address.startswith("runs:/"):
+        run_id, _, path = address.removeprefix("runs:/").partition("/")
+        trained = _run_of(client, params, run_id, None)
+        address = f"runs:/{trained.info.run_id}/{path or CHECKPOINT}"
+        if trained.data.tags[STAGE_TAG] == "pipeline":
+            trained = _run_of(client, params, run_id, "pretrain")
+            address = f"runs:/{trained.info.run_id}/{path or CHECKPOINT}"
+    place = FETCHED / re.sub(r"[^\w.-]+", "-", address.partition(":/")[2].strip("/"))
+    is_fixed = address.startswith("runs:/") or address.rpartition("/")[2].isdecimal()
+    if is_fixed and (place / "model.safetensors").is_file():
+        return place.absolute()
+    FETCHED.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=FETCHED) as work:
+        wanted = Path(work) / "model"
+        wanted.mkdir()
+        try:
+            kept = artifacts.download_artifacts(address, dst_path=str(wanted), tracking_uri=uri)
+        except (MlflowException, OSError) as error:
+            raise DataError(
+                f"{address} cannot be read: {first_line(error)}",
+                hint="`vattctl runs` lists runs, `vattctl ui` the models",
+            ) from None
+        if not (Path(kept) / "model.safetensors").is_file():
+            raise DataError(
+                f"{address} holds no checkpoint",
+                hint="name a pretrain or finetune run, whose model was not larger than"
+                " machine.max_artifact_mb",
+            )
+        shutil.rmtree(place, ignore_errors=True)
+        Path(kept).rename(place)
+    return place.absolute()
+
+
+def runs_page(params: Params) -> str:
+    """The address of this project's pipelines within MLflow's page, sorted, with their columns.
+
+    MLflow keeps a view of its table of runs as a tag of the experiment.
+    """
+    client = _connect(params.machine)
+    experiment = _experiment(client, params.machine)
+    query = f"tags.`{STAGE_TAG}` = 'pipeline'"
+    names = {
+        name: None
+        for one in client.search_runs([experiment], query, max_results=20)
+        for name in one.data.metrics
+    }
+    shown = [*filter(names.__contains__, ("text_to_video.recall_at_10",))]
+    shown += [name for name in names if name.endswith("svm.accuracy")][:1]
+    shown += [name for name in names if name.endswith(("-pretrained.top_1", ".mean_ap"))][:2]
+    columns = [f"params.`{name}`" for name in ("model.video.size", "model.backbone")]
+    columns += [f"metrics.`{name}`" for name in [*shown, "pretrain.loss", "seconds"]]
+    view = {
+        "searchFilter": "", "orderByKey": "attributes.start_time", "orderByAsc": False,
+        "startTime": "ALL", "lifecycleFilter": "Active", "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": [f"tags.`{STAGE_TAG}`", *columns, "attributes.`Duration`"],
+    }  # fmt: skip
+    client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))
+    return f"#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
 
 
 def metric_values(params: Params, run_id: str, name: str) -> list[float]:
