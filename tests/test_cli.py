@@ -191,7 +191,9 @@ def test_two_evaluations_are_compared_in_the_terminal_and_as_json(project: Path)
     folders = [str(project / name) for name in ("a", "b")]
     shown = vattctl(project, "compare", *folders)
     assert shown.returncode == 0, shown.stderr
-    assert "text_to_video.recall_at_10" in shown.stdout
+    assert "text to video, R@10" in shown.stdout
+    assert "text_to_video.recall_at_10" in shown.stdout  # the name in MLflow and DVC
+    assert "it/s" not in shown.stdout + shown.stderr  # no progress bar of MLflow
     rows = json.loads(vattctl(project, "compare", *folders, "--json").stdout)["rows"]
     assert {"name", "first", "second", "difference"} == rows[0].keys()
     unknown = vattctl(project, "compare", folders[0], "3f2a91")

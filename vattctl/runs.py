@@ -445,8 +445,10 @@ def _print(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in ("measure", "first", "second", "difference", "95 % interval", "clips", ""):
-        table.add_column(column, justify="left" if column in ("measure", "") else "right")
+    columns = ("measure", "first", "second", "difference", "95 % interval", "clips", "", "name")
+    for column in columns:
+        is_text = column in ("measure", "", "name")
+        table.add_column(column, justify="left" if is_text else "right", overflow="fold")
     for row in rows:
         gap, name = row["difference"], row["name"]
         clear = not gap["low"] <= 0 <= gap["high"]
@@ -455,8 +457,11 @@ def _print(rows: list[dict[str, Any]]) -> None:
             for value in (row["first"]["value"], row["second"]["value"], *_span(gap))
         )
         clips, mark = str(gap["n"]), "*" if clear else ""
-        table.add_row(in_words(name), one, other, change, f"{low} to {high}", clips, mark)
-    print_rich(table, "* the interval of the difference (first - second) excludes 0")
+        table.add_row(in_words(name), one, other, change, f"{low} to {high}", clips, mark, name)
+    print_rich(
+        table,
+        "* the interval of the difference (first - second) excludes 0; names as in MLflow and DVC",
+    )
 
 
 def _span(gap: dict[str, Any]) -> tuple[float, float, float]:
