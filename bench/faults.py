@@ -41,8 +41,16 @@ from tests.test_stages import SMALL, environment, new_project
 STAGES = ("download", "preprocess", "pretrain", "finetune@audio-scratch", "evaluate", "report")
 SHARE = (0.25, 0.25, 0.2, 0.1, 0.1, 0.1)  # of the kills; the first two have the most to lose
 VICTIMS = ("stage", "stage", "vattctl", "dvc", "all")
-GRACE = 20.0  # seconds in which what was left behind must end by itself
-LIMIT = 240.0  # seconds; a command that takes longer hangs
+GRACE = 60.0  # seconds in which what was left behind must end by itself, on a busy machine
+LIMIT = 600.0  # seconds; a command that takes longer hangs, also on a busy machine
+SMALLER = SMALL | {
+    "data.demo.train_clips": 48,
+    "data.demo.test_clips": 24,
+    "preprocess.samples_per_shard": 16,
+    "finetune.tasks.audio.train_labels": 16,
+    "evaluate.retrieval_pool": 16,
+    "report.tsne_clips": 20,
+}
 
 
 # --- a project and its truth ----------------------------------------------------------------------
@@ -121,12 +129,15 @@ class Truth:
 
 
 def undisturbed(root: Path) -> Truth:
-    """Run every stage once, with a copy of the project before each."""
-    truth, project = Truth(root), root / "project"
-    project.mkdir()
+    """Run every stage once, with a copy of the project before each; or read what an earlier try left."""
+    truth, project, known = Truth(root), root / "project", root / "truth.json"
+    if known.exists():
+        facts_of = json.loads(known.read_text(encoding="utf-8"))
+        return Truth(root, facts_of["made"], facts_of["seconds"])
+    project.mkdir(parents=True)
     new_project(project)
     settings = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))
-    for key, value in SMALL.items():
+    for key, value in SMALLER.items():
         *sections, name = key.split(".")
         reduce(operator.getitem, sections, settings)[name] = value
     (project / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
@@ -141,6 +152,7 @@ def undisturbed(root: Path) -> Truth:
     code, text = run(project, "repro")
     assert code == 0, text
     project.rename(truth.finished)
+    known.write_text(json.dumps({"made": truth.made, "seconds": truth.seconds}), encoding="utf-8")
     return truth
 
 
@@ -222,7 +234,7 @@ class Kills:
     changed: int = 0
     wedged: int = 0
     orphans: int = 0
-    victims: Counter[str] = field(default_factory=Counter)
+    victims: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -230,7 +242,7 @@ def kill_rounds(truth: Truth, stage: str, wanted: int, chance: random.Random) ->
     """Kill a stage until there were enough kills; compare each time that it got to its end."""
     account = Kills(stage)
     while account.kills < wanted:
-        project = truth.root / "killed"
+        project = truth.root / f"killed-{os.getpid()}"
         shutil.copytree(truth.before(stage), project, symlinks=True)
         ended = False
         while not ended:
@@ -241,7 +253,7 @@ def kill_rounds(truth: Truth, stage: str, wanted: int, chance: random.Random) ->
             account.lost, account.doubled = account.lost + lost, account.doubled + more
             account.changed += changed
         shutil.rmtree(project)
-        print(f"kills {account.kills}/{wanted} of {stage}", file=sys.stderr)
+        print(f"of {wanted}: {kill_line(account)}", file=sys.stderr)
     return account
 
 
@@ -264,7 +276,7 @@ def kill_once(
                 kind = "all"  # DVC or the stage is not there yet
             process.wait()
             account.kills += 1
-            account.victims[kind] += 1
+            account.victims[kind] = account.victims.get(kind, 0) + 1
             account.orphans += orphans(project)
             return False
         process.kill()
@@ -470,13 +482,13 @@ class Outcome:
 @contextmanager
 def copied(truth: Truth, fault: Fault) -> Iterator[Path]:
     source = truth.finished if fault.stage == "finished" else truth.before(fault.stage)
-    project = truth.root / "faulty" / "project"
+    project = truth.root / f"faulty-{os.getpid()}" / "project"
     shutil.copytree(source, project, symlinks=True)
     try:
         yield project
     finally:
         orphans(project)
-        shutil.rmtree(truth.root / "faulty", ignore_errors=True)
+        shutil.rmtree(project.parent, ignore_errors=True)
 
 
 def try_fault(truth: Truth, fault: Fault) -> Outcome:
@@ -545,32 +557,41 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--only", choices=["kills", "faults"])
-    parser.add_argument("--match", default="", help="faults whose name holds this text")
+    parser.add_argument("--match", default="", help="stages and faults whose name holds this text")
+    parser.add_argument("--folder", type=Path, help="keep the undisturbed project, or use it again")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
+    kills: list[Kills] = []
+    outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        truth = undisturbed(Path(folder))
-        kills, outcomes = [], []
-        if chosen.only != "faults":
-            chance = random.Random(chosen.seed)
-            for stage, share in zip(STAGES, SHARE, strict=True):
-                kills.append(kill_rounds(truth, stage, round(chosen.kills * share), chance))
-                print(kill_line(kills[-1]), flush=True)
-        if chosen.only != "kills":
-            for fault in FAULTS:
-                if chosen.match in fault.name:
-                    outcomes.append(try_fault(truth, fault))
-                    print(fault_line(outcomes[-1]), flush=True)
-    if chosen.json:
-        rows = {"kills": list(map(asdict, kills)), "faults": list(map(asdict, outcomes))}
-        chosen.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        truth = undisturbed((chosen.folder or Path(folder)).absolute())
+        for account in tried(truth, chosen):
+            (kills if isinstance(account, Kills) else outcomes).append(account)  # type: ignore[arg-type]
+            print(
+                kill_line(account) if isinstance(account, Kills) else fault_line(account),
+                flush=True,
+            )
+            if chosen.json:
+                rows = {"kills": list(map(asdict, kills)), "faults": list(map(asdict, outcomes))}
+                chosen.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     bad = sum(k.lost + k.doubled + k.changed + k.wedged + k.orphans for k in kills)
     red = sum(outcome.state == "red" for outcome in outcomes)
     total = sum(k.kills for k in kills)
     green = sum(outcome.state == "green" for outcome in outcomes)
     print(f"{total} kills, {bad} of them with a loss; {green} faults green, {red} red")
     return 1 if bad or red else 0
+
+
+def tried(truth: Truth, chosen: argparse.Namespace) -> Iterator["Kills | Outcome"]:
+    """The account of each stage and the outcome of each fault that the options choose."""
+    chance = random.Random(chosen.seed)
+    for stage, share in zip(STAGES, SHARE, strict=True):
+        if (chosen.only == "kills" and chosen.match in stage) or not chosen.only:
+            yield kill_rounds(truth, stage, round(chosen.kills * share), chance)
+    for fault in FAULTS:
+        if chosen.only != "kills" and chosen.match in fault.name:
+            yield try_fault(truth, fault)
 
 
 def kill_line(account: Kills) -> str:

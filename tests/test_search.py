@@ -14,7 +14,7 @@ from vatt import checkpoint
 from vatt.config import ModelParams
 from vatt.errors import DataError, SettingsError
 from vatt.model.vatt import VATT, Classifier
-from vatt.search import FACTS, Embedder, build_index, embed_file, search
+from vatt.search import FACTS, MOMENTS, VECTORS, Embedder, build_index, embed_file, search
 
 SECONDS, FPS = 2, 10
 
@@ -156,3 +156,16 @@ def test_the_notebook_searches_a_folder_and_plots_similarities(
     printed = "".join(output.get("text", "") for output in outputs)
     assert "moments of 2 videos; 1 left out" in printed and "2.0 s  red.mp4" in printed
     assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+@pytest.mark.parametrize("name", [FACTS, MOMENTS, VECTORS])
+def test_a_damaged_index_is_named_and_made_again(embedder, videos, params, tmp_path, name):
+    folder = tmp_path / "index"
+    build_index(embedder, videos, params, out=folder, progress=quiet)
+    hits = search(embedder, folder, "red", count=3)
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=f"{name} is (damaged|not what)"):
+        search(embedder, folder, "red", count=1)
+    build_index(embedder, videos, params, out=folder, progress=quiet)
+    assert search(embedder, folder, "red", count=3) == hits

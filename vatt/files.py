@@ -1,14 +1,19 @@
 """Files that appear whole: written under a temporary name, flushed to disk, then renamed."""
 
 import fcntl
+import json
 import os
 import secrets
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
-from vatt.errors import MachineError
+from vatt.errors import DataError, MachineError
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -41,6 +46,36 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json(path: Path, kind: type[T], *, hint: str) -> T:
+    """The dict or list of a JSON file of ours; a damaged file is an error that names it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, kind):
+            raise ValueError(f"it holds no {kind.__name__}")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error}", hint=hint) from None
+    return content
+
+
+def read_arrays(path: Path, *, hint: str) -> dict[str, Any]:
+    """The arrays of an npz file by name; a damaged file is an error that names it."""
+    import numpy as np  # slow to import
+
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+    except FileNotFoundError:
+        raise
+    except (*_BAD_ARRAYS, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is damaged: {error}", hint=hint) from None
+
+
+# What numpy and zipfile raise for damaged bytes.
+_BAD_ARRAYS = (
+    OSError, ValueError, EOFError, LookupError, TypeError, MemoryError, SyntaxError, RuntimeError,
+)  # fmt: skip
 
 
 @contextmanager

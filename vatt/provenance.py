@@ -1,7 +1,6 @@
 """What a stage was made from: one hash over its settings, its code and its input data."""
 
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vatt.files import atomic_write
+from vatt.files import atomic_write, read_json
 from vatt.process import MARKS
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ def data_hash(shards: Path) -> str:
 def listed_hash(metrics: Path) -> str | None:
     """The sha256 that names the clips of the manifest, as the download stage noted it."""
     try:
-        found = json.loads((metrics / "download.json").read_text(encoding="utf-8"))
+        found = read_json(metrics / "download.json", dict, hint="run `vattctl download --force`")
     except FileNotFoundError:
         return None
     return found.get("corpus", {}).get("hash")

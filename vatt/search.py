@@ -28,17 +28,18 @@ from vatt.data.loading.reader import ShardIndex, ShardReader
 from vatt.data.sharding.shards import write_shards
 from vatt.data.sources.folder import scan
 from vatt.errors import DataError, SettingsError
-from vatt.files import atomic_folder
+from vatt.files import atomic_folder, read_json
 from vatt.model.vatt import VATT
 from vatt.progress import Progress
 
 Vectors = NDArray[np.float32]
 
-VERSION = 1
+VERSION = 2
 FACTS, MOMENTS, VECTORS = "index.json", "moments.jsonl", "vectors.npy"
 BATCH = 16
 DOWNLOAD, PREPROCESS = "download.ledger.jsonl", "preprocess.ledger.jsonl"
 SPLIT = "test"  # what is searched is never trained on
+AGAIN = "delete the index and make it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +221,7 @@ def build_index(
         "checkpoint": embedder.mark,
         "fps": params.pretrain.fps,
     }
-    if is_index(out) and _facts(out).items() >= facts.items():
+    if _is_current(out, facts):
         return _facts(out)
     work = out.with_name(f".{out.name}.work")
     clips = [replace(clip, split=SPLIT, captions=(), labels={}) for clip in found.clips]
@@ -272,7 +273,9 @@ def write_index(
         np.save(temporary / VECTORS, np.stack(vectors))
         lines = [json.dumps(asdict(moment)) + "\n" for moment in moments]
         (temporary / MOMENTS).write_text("".join(lines), encoding="utf-8")
-        (temporary / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        sums = {name: _digest(temporary / name) for name in (VECTORS, MOMENTS)}
+        text = json.dumps(facts | {"version": VERSION, "sha256": sums}, indent=2)
+        (temporary / FACTS).write_text(text + "\n", encoding="utf-8")
 
 
 def is_index(folder: Path) -> bool:
@@ -281,8 +284,22 @@ def is_index(folder: Path) -> bool:
 
 
 def _facts(index: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((index / FACTS).read_text(encoding="utf-8"))
+    facts = read_json(index / FACTS, dict, hint=AGAIN)
+    sums = facts.get("sha256")
+    if facts.get("version") != VERSION or not isinstance(sums, dict):
+        raise DataError(f"{index / FACTS} is of another version", hint=AGAIN)
+    for file in (index / VECTORS, index / MOMENTS):
+        if not file.is_file() or _digest(file) != sums.get(file.name):
+            raise DataError(f"{file} is not what {FACTS} describes", hint=AGAIN)
     return facts
+
+
+def _is_current(index: Path, facts: dict[str, Any]) -> bool:
+    """Whether an undamaged index was made from this."""
+    try:
+        return _facts(index).items() >= facts.items()
+    except (DataError, FileNotFoundError):
+        return False
 
 
 def clip_of(file: Path) -> Clip:

@@ -214,6 +214,8 @@ def show_outcome(
 
     `folder` is that of the experiment, whose `paths` count from there.
     """
+    from vatt.tracking.records import Record
+
     last = (targets[-1] if targets else "report").partition("@")[0]
     paths = paths.below(folder)
     places = {
@@ -225,7 +227,7 @@ def show_outcome(
         "report": paths.report / "report.html",
     }
     runs = {
-        path.stem: json.loads(path.read_text(encoding="utf-8")).get("run_id")
+        path.stem: Record.read(path).facts.get("run_id")
         for path in sorted(paths.runs.glob(f"{last}*.json"))
     }
     then = then or NEXT[last]

@@ -156,8 +156,10 @@ def _differences(key: str, before: Any, now: Any) -> Iterator[str]:
 
 def _takes(name: str, changed: Edit, locked: dict[str, Any] | None) -> tuple[float | None, str]:
     """Seconds of a stage: as measured here, scaled to the settings; else forecast if it trains."""
+    from vatt.tracking.records import Record
+
     file = changed.params.paths.runs / f"{name.replace('@', '-')}.json"
-    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    record = Record.read(file).facts
     measured = float(record["seconds"]) if record.get("status") == "FINISHED" else None
     if name != "pretrain":
         scale = _task_scale(name, changed, locked) if measured is not None else None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vatt.errors import MachineError, SettingsError
-from vatt.files import inside
+from vatt.files import inside, read_json
 from vattctl.dvc import STAGES, changed_in_background, stage_log, stage_names
 from vattctl.params import (
     completion_folder,
@@ -121,11 +121,13 @@ def _row(name: str, run: dict[str, Any] | None, changes: list[str] | None) -> di
 
 def _records(folder: Path) -> dict[str, dict[str, Any]]:
     """The record of each stage's last run."""
+    from vatt.tracking.records import Record
+
     found = {}
     for path in sorted(folder.glob("*.json")):
         name = path.stem
         stage, dash, variant = name.partition("-")
-        found[f"{stage}@{variant}" if dash else name] = json.loads(path.read_text(encoding="utf-8"))
+        found[f"{stage}@{variant}" if dash else name] = Record.read(path).facts
     return found
 
 
@@ -177,7 +179,7 @@ def read_results(stage: str, paths: "PathsParams") -> dict[str, Any]:
     """What the stage has measured, by its metrics files; of the last two, the whole evaluation."""
     stem = "evaluate" if stage == "report" else stage
     return {
-        file.stem: json.loads(file.read_text(encoding="utf-8"))
+        file.stem: read_json(file, dict, hint=f"run `vattctl repro --force {stem}`")
         for file in sorted(paths.metrics.glob(f"{stem}*.json"))
     }
 

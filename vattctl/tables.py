@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vatt.errors import SettingsError, Stopped, VattError
-from vatt.files import inside
+from vatt.files import inside, read_json
 from vatt.process import INTERRUPTED
 from vattctl.dvc import StageFailed, changed_stages
 from vattctl.experiments import Experiment, run_experiment, settings_of
@@ -154,9 +154,11 @@ def missing(run: "StudyRun") -> list[str]:
 
 def _seconds(folder: Path) -> dict[str, float]:
     """What the stages of a project took, by name."""
+    from vatt.tracking.records import Record
+
     found = {}
     for file in sorted((folder / "reports/runs").glob("*.json")):
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts = Record.read(file).facts
         if facts.get("status") == "FINISHED":
             found[file.stem] = float(facts["seconds"])
     return found
@@ -167,11 +169,12 @@ def _training_seconds(params: "Params", folder: Path) -> float | None:
     from statistics import median
 
     from vatt.tracking.mlflow import metric_values
+    from vatt.tracking.records import Record
 
     file = folder / params.paths.runs / "pretrain.json"
-    if not file.exists():
+    run_id = Record.read(file).facts.get("run_id")
+    if run_id is None:
         return None
-    run_id = json.loads(file.read_text(encoding="utf-8"))["run_id"]
     with inside(folder):  # a relative store counts from there
         speeds = metric_values(params, run_id, "samples_per_second")
     samples = params.pretrain.steps * params.pretrain.batch_size
@@ -243,7 +246,7 @@ def _measured(folder: Path, file: Path) -> dict[str, Any]:
     from vatt.training.finetune import task_model
 
     params = load_params(folder / "params.yaml")
-    results = json.loads(file.read_text(encoding="utf-8"))
+    results = read_json(file, dict, hint="run `vattctl evaluate --force` in that experiment")
     checkpoint = load_config(folder / params.paths.pretrained)
     whole, rate = ModelParams.model_validate(checkpoint["model"]), params.pretrain.drop_rate
     gflops = {"pretrain": multimodal_flops(whole, drop_rate=rate, convention="true") / 1e9}

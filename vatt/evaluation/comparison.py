@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vatt.errors import DataError
 from vatt.evaluation.classification import TOP, Predictions
 from vatt.evaluation.retrieval import RECALLS
+from vatt.files import read_arrays
 from vatt.metrics import (
     Statistic,
     by_clip,
@@ -70,8 +71,7 @@ def compare_evaluations(
 def _load(folder: Path) -> dict[str, ClipArrays]:
     found: dict[str, ClipArrays] = {}
     for path in sorted(folder.glob("*.npz")):
-        with np.load(path, allow_pickle=False) as file:
-            found[path.stem] = dict(file)
+        found[path.stem] = read_arrays(path, hint="run `vattctl evaluate --force`")
     if not found:
         raise DataError(f"there is no evaluation in {folder}", hint="run `vattctl evaluate`")
     return found

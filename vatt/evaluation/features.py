@@ -5,6 +5,7 @@ windows, K candidate texts, L words, D encoder width, E common-space width.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -21,12 +22,13 @@ import vatt
 from vatt.config import Precision
 from vatt.data.loading.batches import Batch, model_inputs
 from vatt.errors import DataError, MachineError
-from vatt.files import atomic_write
+from vatt.files import atomic_write, read_arrays
 from vatt.model.transformer import Block
 from vatt.model.vatt import VATT
 from vatt.progress import Progress
 
 _NOTHING = object()
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,15 +233,16 @@ def cached(
     if folder is None:
         return compute(list(keys))
     files = {name: folder / f"{key}.npz" for name, key in keys.items()}
-    missing = share.from_rank_0([name for name, file in files.items() if not file.exists()])
+    stored = {name: load_features(file) for name, file in files.items() if share.rank == 0}
+    missing = share.from_rank_0([name for name in keys if stored.get(name) is None])
     computed = compute(missing) if missing else {}
     if share.rank > 0:
         return {}
-    found = {name: load_features(file) for name, file in files.items() if name not in missing}
     for name, features in computed.items():
         save_features(features, files[name])
     _forget_old(folder, kept=set(files.values()))
-    return {name: computed.get(name) or found[name] for name in keys}
+    known = {name: features for name, features in stored.items() if features is not None}
+    return known | computed
 
 
 def cached_arrays(
@@ -253,8 +256,9 @@ def cached_arrays(
     if folder is None:
         return compute()
     file = folder / f"{key}.npz"
-    if share.from_rank_0(file.exists()):
-        return _load(file) if share.rank == 0 else {}
+    stored = _load(file) if share.rank == 0 else None
+    if share.from_rank_0(stored is not None):
+        return stored or {}
     found = compute()
     if share.rank == 0:
         _save(found, file)
@@ -291,9 +295,11 @@ def save_features(features: FeatureSet, file: Path) -> None:
     _save({"clip_ids": features.clip_ids, **arrays}, file)
 
 
-def load_features(file: Path) -> FeatureSet:
-    """Read what `save_features` wrote."""
+def load_features(file: Path) -> FeatureSet | None:
+    """Read what `save_features` wrote; None if there is no file or it is damaged."""
     stored = _load(file)
+    if stored is None or not {"clip_ids", *ARRAYS} <= stored.keys():
+        return None
     labels = {
         name.removeprefix("labels/"): values
         for name, values in stored.items()
@@ -308,10 +314,16 @@ def _save(arrays: Mapping[str, Any], file: Path) -> None:
         np.savez(handle, **arrays)
 
 
-def _load(file: Path) -> dict[str, Array]:
-    with np.load(file, allow_pickle=False) as stored:
-        file.touch()  # the least recently used are deleted first
-        return dict(stored)
+def _load(file: Path) -> dict[str, Array] | None:
+    try:
+        stored = read_arrays(file, hint="delete it")
+    except FileNotFoundError:
+        return None
+    except DataError as error:
+        log.warning("%s; it is computed again", error.problem)
+        return None
+    file.touch()  # the least recently used are deleted first
+    return stored
 
 
 def _forget_old(folder: Path, *, kept: set[Path]) -> None:

@@ -9,18 +9,22 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from vatt.config import PathsParams
+from vatt.errors import DataError
+from vatt.files import read_arrays, read_json
 
 THUMBNAIL_BYTES = 2_000_000  # all together
 STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate")
 
 Json = dict[str, Any]
 NamedArrays = dict[str, NDArray[Any]]
+T = TypeVar("T", dict[str, Any], list[Any])
+
+AGAIN = "delete it, then run `vattctl repro`: the stage that wrote it writes it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +108,7 @@ def read_inputs(paths: PathsParams, origin: Origin | None = None) -> Inputs:
 
     With an origin, fine-tunings that its settings no longer ask for are left out.
     """
-    examples = _read_json(paths.evaluation / "examples.json")
-    config = _read_json(paths.pretrained / "config.json")
+    config = _read_json(paths.pretrained / "config.json", dict)
     metrics = _present(_read_folder(paths.metrics), origin)
     return Inputs(
         metrics=metrics,
@@ -122,9 +125,9 @@ def read_inputs(paths: PathsParams, origin: Origin | None = None) -> Inputs:
         ),
         corpus=_read_corpus(metrics),
         arrays=_read_arrays(paths.evaluation),
-        examples=tuple(examples) if isinstance(examples, list) else (),
+        examples=tuple(_read_json(paths.evaluation / "examples.json", list)),
         thumbnails=_read_thumbnails(paths.evaluation),
-        model=config if isinstance(config, dict) else None,
+        model=config or None,
     )
 
 
@@ -140,16 +143,13 @@ def _present(found: dict[str, Any], origin: Origin | None) -> dict[str, Any]:
     }
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+def _read_json(file: Path, kind: type[T]) -> T:
+    """The file's content; empty without the file."""
+    return read_json(file, kind, hint=AGAIN) if file.exists() else kind()
 
 
 def _read_folder(folder: Path) -> dict[str, Json]:
-    found = {file.stem: _read_json(file) for file in sorted(folder.glob("*.json"))}
-    return {name: content for name, content in found.items() if isinstance(content, dict)}
+    return {file.stem: _read_json(file, dict) for file in sorted(folder.glob("*.json"))}
 
 
 def _read_curves(paths: PathsParams) -> dict[str, list[dict[str, float]]]:
@@ -158,17 +158,19 @@ def _read_curves(paths: PathsParams) -> dict[str, list[dict[str, float]]]:
         f"finetune-{file.parent.name}": file
         for file in sorted(paths.finetuned.glob("*/history.json"))
     }
-    curves = {name: _read_json(file) for name, file in files.items()}
+    curves = {name: _read_json(file, list) for name, file in files.items()}
     return {name: curve for name, curve in curves.items() if curve}
 
 
-def _read_lines(file: Path) -> list[Json]:
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
-
-
 def _read_ledger(stage: str, file: Path) -> StateCounts:
-    last = {entry["clip_id"]: entry for entry in _read_lines(file)}
+    last = {}
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                last[entry["clip_id"]] = {"state": str(entry["state"]), **entry}
+            except (ValueError, LookupError, TypeError, RecursionError):
+                raise DataError(f"{file}:{number} is damaged", hint=AGAIN) from None
     states = Counter(str(entry["state"]) for entry in last.values())
     reasons: dict[str, Counter[str]] = {}
     for entry in last.values():
@@ -203,8 +205,4 @@ def _read_thumbnails(folder: Path) -> dict[str, str]:
 
 
 def _read_arrays(folder: Path) -> dict[str, NamedArrays]:
-    found = {}
-    for file in sorted(folder.glob("*.npz")):
-        with np.load(file, allow_pickle=False) as stored:
-            found[file.stem] = {name: stored[name] for name in stored}
-    return found
+    return {file.stem: read_arrays(file, hint=AGAIN) for file in sorted(folder.glob("*.npz"))}

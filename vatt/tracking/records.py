@@ -147,6 +147,12 @@ class Unsent:
         return runs / UNSENT / f"{self.run_id}.json"
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "stage": (str,), "run_id": (str,), "stage_hash": (str,), "status": (str,), "starts": (int,),
+    "seconds": (int, float),
+}  # fmt: skip
+
+
 class Record:
     """The facts of one file; an unreadable one counts as empty."""
 
@@ -159,9 +165,10 @@ class Record:
         """The record as it stands."""
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            facts = {}
-        return cls(path, facts if isinstance(facts, dict) else {})
+            is_sound = all(isinstance(facts[name], kinds) for name, kinds in _KINDS.items())
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            is_sound = False
+        return cls(path, facts if is_sound else {})
 
     def unfinished(self, stage_hash: str) -> str | None:
         """The run that a start with this hash continues."""

@@ -6,6 +6,7 @@ resumed run has no gap; the best checkpoint is kept there too.
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -146,18 +147,23 @@ class History:
             if name in REPEATABLE or name.startswith(VALIDATION)
         }
         row = {"step": step, **repeatable}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with self.path.open("a+b") as file:
+            # A writer that died in the middle of a line must not spoil the next one.
+            is_torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n"
+            file.write(b"\n" * is_torn + json.dumps(row).encode() + b"\n")
 
     def rows(self) -> list[dict[str, Any]]:
         """The curve, by step."""
         if not self.path.exists():
             return []
         rows: list[dict[str, Any]] = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_bytes().splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:  # killed in the middle of this line; its step was reported again
+                is_row = type(row["step"]) is int
+            except (ValueError, LookupError, TypeError, RecursionError):
+                is_row = False
+            if not is_row:  # killed in the middle of this line; its step was reported again
                 continue
             while rows and rows[-1]["step"] >= row["step"]:
                 rows.pop()

@@ -175,11 +175,16 @@ def _difference(meta: dict[str, Any], identity: dict[str, Any]) -> str:
 
 
 def _read_meta(folder: Path) -> dict[str, Any] | None:
+    """What a state's meta.json says; None when it is damaged. Its step is in the folder's name."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        return meta if {"step", "files", "engine", "identity"} <= meta.keys() else None
-    except (OSError, ValueError, AttributeError):
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        is_sound = all(isinstance(meta[name], kind) for name, kind in _META.items())
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
+    return meta if is_sound and folder.name == f"step-{meta['step']:08d}" else None
+
+
+_META = {"step": int, "files": dict, "engine": str, "identity": dict}
 
 
 def _read_whole(folder: Path) -> dict[str, Any] | None:
@@ -187,11 +192,12 @@ def _read_whole(folder: Path) -> dict[str, Any] | None:
     meta = _read_meta(folder)
     if meta is None:
         return None
-    for name, expected in meta["files"].items():
-        file = folder / name
-        if not file.is_file() or _sha256(file) != expected:
-            return None
-    return meta
+    files = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
+    files.pop("meta.json")
+    whole = files.keys() == meta["files"].keys() and all(
+        _sha256(file) == meta["files"][name] for name, file in files.items()
+    )
+    return meta if whole else None
 
 
 def _sha256(file: Path, *, flush: bool = False) -> str:

@@ -164,10 +164,11 @@ def _read_part(shard: Shard, setting: WriterSettings) -> dict[str, Any] | None:
     try:
         text = (setting.folder / PARTS / part_name(shard.name)).read_text(encoding="utf-8")
         size = (setting.folder / shard.name).stat().st_size
-        part = json.loads(text)
-    except (OSError, ValueError):
+        part: dict[str, Any] = json.loads(text)
+        is_finished = (part["stamp"], part["bytes"]) == (setting.stamp(shard), size)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    return part if (part["stamp"], part["bytes"]) == (setting.stamp(shard), size) else None
+    return part if is_finished else None
 
 
 def _check_failures(tried: Sequence[Entry], preprocess: PreprocessParams, ledger: Path) -> None:
