@@ -41,6 +41,7 @@ from tests.test_stages import SMALL, environment, new_project
 STAGES = ("download", "preprocess", "pretrain", "finetune@audio-scratch", "evaluate", "report")
 SHARE = (0.25, 0.25, 0.2, 0.1, 0.1, 0.1)  # of the kills; the first two have the most to lose
 VICTIMS = ("stage", "stage", "vattctl", "dvc", "all")
+MEDIA = 24 * "[0-9a-f]"  # the names of downloaded files
 GRACE = 60.0  # seconds in which what was left behind must end by itself, on a busy machine
 LIMIT = 600.0  # seconds; a command that takes longer hangs, also on a busy machine
 SMALLER = SMALL | {
@@ -86,9 +87,9 @@ def facts(project: Path, stage: str) -> dict[str, Any]:
     if stage == "download":
         rows = lines(data / "download.ledger.jsonl")
         found: dict[str, Any] = {f"clip {row['clip_id']}": row["state"] for row in rows}
-        found |= {
-            f"media {path.name}": sha(path) for path in sorted((data / "media").glob("*.mp4"))
-        }
+        media = sorted((data / "media").glob(MEDIA))
+        assert media, "no media"
+        found |= {f"media {path.name}": sha(path) for path in media}
         return found | {"rows": len(rows), "manifest": sha(data / "manifest.jsonl")}
     if stage == "preprocess":
         rows = lines(data / "preprocess.ledger.jsonl")
@@ -334,23 +335,25 @@ def remove(pattern: str) -> Callable[[Path], None]:
     return damage
 
 
-def mounted(folder: str, options: str) -> Callable[[Path], Callable[[], None]]:
-    """A disk of its own over a folder, with what the folder held."""
+def mounted(
+    folder: str, *, spare: int, read_only: bool = False
+) -> Callable[[Path], Callable[[], None]]:
+    """A disk of its own over a folder, with what the folder held and `spare` free kilobytes."""
 
     def damage(project: Path) -> Callable[[], None]:
-        target = project / folder
+        target, held, saved = (project / folder, *(project.parent / n for n in ("held", "saved")))
         target.mkdir(parents=True, exist_ok=True)
-        held = project.parent / "held"
         shutil.copytree(target, held, symlinks=True)
-        mount = ["mount", "-t", "tmpfs", "-o", options.partition(" ")[0], "tmpfs", str(target)]
+        # Half a page is lost at the end of each file, and a page for each folder.
+        used = sum(4 * (1 + path.lstat().st_size // 4096) for path in held.rglob("*"))
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={used + spare}k", "tmpfs", str(target)]
         subprocess.run(mount, check=True)
         shutil.copytree(held, target, symlinks=True, dirs_exist_ok=True)
         shutil.rmtree(held)
-        if options.endswith(" ro"):
+        if read_only:
             subprocess.run(["mount", "-o", "remount,ro", str(target)], check=True)
 
         def undo() -> None:
-            saved = project.parent / "saved"
             shutil.copytree(target, saved, symlinks=True)
             subprocess.run(["umount", "-l", str(target)], check=True)
             shutil.rmtree(target)
@@ -423,17 +426,18 @@ def signalled(number: signal.Signals) -> Callable[[Path], None]:
 
 
 RWLOCK = ".dvc/tmp/rwlock"
-DEAD = '{"data/shards": {"write": {"pid": 4194303, "cmd": "dvc repro"}}}'
+DEAD = '{"write": {"data/shards": {"pid": 4194303, "cmd": "dvc repro"}}}'
 FAULTS = (
     Fault("empty lock of DVC", "preprocess", write(RWLOCK, ""), (0,)),
     Fault("torn lock of DVC", "preprocess", write(RWLOCK, DEAD[:20]), (0,)),
     Fault("lock of DVC held by a dead process", "preprocess", write(RWLOCK, DEAD), (0,)),
+    Fault("lock of DVC with something else in it", "preprocess", write(RWLOCK, '{"a": 1}'), (0,)),
     Fault("torn dvc.lock", "finished", truncate("dvc.lock"), (0, 2, 3, 4), ("repro",)),
     Fault("empty dvc.lock", "finished", truncate("dvc.lock", 0), (0, 2, 3, 4), ("repro",)),
     Fault("torn params.yaml", "pretrain", truncate("params.yaml", 0.3), (2,)),
     Fault("last line of the ledger torn", "preprocess", truncate("data/download.ledger.jsonl", 0.97), (0, 3)),
     Fault("manifest cut short", "preprocess", truncate("data/manifest.jsonl"), (0, 3)),
-    Fault("a media file cut short", "preprocess", truncate("data/media/*.mp4"), (0, 3)),
+    Fault("a media file cut short", "preprocess", truncate(f"data/media/{MEDIA}"), (0, 3)),
     Fault("media folder lost", "preprocess", remove("data/media"), (0, 3)),
     Fault("a shard cut short", "pretrain", truncate("data/shards/train-*.tar"), (0, 3)),
     Fault("index of the shards cut short", "pretrain", truncate("data/shards/index.jsonl", 0.511), (0, 3)),
@@ -450,12 +454,19 @@ FAULTS = (
     Fault("MLflow's server never answers", "pretrain", silent_server, (0, 4)),
     Fault("clock set back by a day", "pretrain", clock_set_back, (0,)),
     Fault("files left by a killed writer", "preprocess", write("data/.shards.tmp/x", "rest"), (0,)),
-    Fault("disk full while shards are written", "preprocess", mounted("data/.shards.work", "size=64k"), (0, 4)),
-    Fault("disk full while a state is saved", "pretrain", mounted("runs", "size=2m"), (4,)),
-    Fault("disk full while media are fetched", "download", mounted("data", "size=300k"), (4,)),
-    Fault("data folder read-only", "preprocess", mounted("data", "size=200m ro"), (4,)),
-    Fault("runs folder read-only", "pretrain", mounted("runs", "size=200m ro"), (4,)),
-    Fault("reports folder read-only", "report", mounted("reports", "size=200m ro"), (4,)),
+    Fault("disk full while shards are written", "preprocess", mounted("data", spare=150), (4,)),
+    Fault("disk full while a state is saved", "pretrain", mounted("runs", spare=2000), (4,)),
+    Fault("disk full while media are fetched", "download", mounted("data", spare=300), (4,)),
+    Fault("disk full everywhere, download", "download", mounted(".", spare=500), (4,)),
+    Fault("disk full everywhere, preprocess", "preprocess", mounted(".", spare=100), (4,)),
+    Fault("disk full everywhere, pretrain", "pretrain", mounted(".", spare=2000), (4,)),
+    Fault("disk full everywhere, evaluate", "evaluate", mounted(".", spare=100), (4,)),
+    Fault("disk full everywhere, report", "report", mounted(".", spare=100), (4,)),
+    Fault("disk without one free byte", "pretrain", mounted(".", spare=0), (4,)),
+    Fault("data folder read-only", "preprocess", mounted("data", spare=9000, read_only=True), (4,)),
+    Fault("runs folder read-only", "pretrain", mounted("runs", spare=9000, read_only=True), (4,)),
+    Fault("reports folder read-only", "report", mounted("reports", spare=9000, read_only=True), (4,)),
+    Fault("whole project read-only", "pretrain", mounted(".", spare=9000, read_only=True), (4,)),
     Fault("two at once", "pretrain", another_writer, (4,)),
     *(
         Fault(f"SIGTERM to {stage.partition('@')[0]}", stage, signalled(signal.SIGTERM), (0, 75))
@@ -557,7 +568,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--only", choices=["kills", "faults"])
-    parser.add_argument("--match", default="", help="stages and faults whose name holds this text")
+    parser.add_argument("--match", nargs="+", default=[""], help="parts of names of stages, faults")
     parser.add_argument("--folder", type=Path, help="keep the undisturbed project, or use it again")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -587,10 +598,10 @@ def tried(truth: Truth, chosen: argparse.Namespace) -> Iterator["Kills | Outcome
     """The account of each stage and the outcome of each fault that the options choose."""
     chance = random.Random(chosen.seed)
     for stage, share in zip(STAGES, SHARE, strict=True):
-        if (chosen.only == "kills" and chosen.match in stage) or not chosen.only:
+        if chosen.only != "faults" and any(part in stage for part in chosen.match):
             yield kill_rounds(truth, stage, round(chosen.kills * share), chance)
     for fault in FAULTS:
-        if chosen.only != "kills" and chosen.match in fault.name:
+        if chosen.only != "kills" and any(part in fault.name for part in chosen.match):
             yield try_fault(truth, fault)
 
 

@@ -90,10 +90,11 @@ class Stopped(VattError):
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+FAILING = (errno.EIO, errno.ESTALE, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def machine_error(error: OSError) -> MachineError | None:
-    """A full disk or a place that may not be written or read, as such an error; else None."""
+    """A disk that is full, failing or may not be written, as such an error; else None."""
     place = error.filename or "a file"
     if error.errno in FULL:
         return MachineError(
@@ -104,5 +105,10 @@ def machine_error(error: OSError) -> MachineError | None:
         return MachineError(
             f"no permission: {place}: {error.strerror}",
             hint="change the permissions, or name another place in `paths` of params.yaml",
+        )
+    if error.errno in FAILING:
+        return MachineError(
+            f"{error.strerror}: {place}",
+            hint="repair what the system reports, then run it again: it continues",
         )
     return None

@@ -51,6 +51,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 VATTCTL_VARIABLE = "VATTCTL_PROCESS"  # the id of the process that started DVC
 WATCH_SECONDS, LOOK_SECONDS, PATIENCE_SECONDS, LOCK_SECONDS = 1.0, 0.2, 5.0, 3.0
 CONFIG_ERROR, DVC_INTERRUPTED, DVC_FAILED = 251, 252, 255  # DVC's exit codes
+LARGEST_PID = 2**31
 FINAL_INTERRUPT = 3  # this many Ctrl-C do not wait for the stage
 
 
@@ -480,12 +481,20 @@ def _is_stale(rwlock: Path) -> bool:
         written = rwlock.stat().st_mtime
         content = json.loads(rwlock.read_text(encoding="utf-8"))
         readers = [info for infos in content.get("read", {}).values() for info in infos]
-        owners = {int(info["pid"]) for info in [*readers, *content.get("write", {}).values()]}
+        uses = [*readers, *content.get("write", {}).values()]
+        owners = {use["pid"] for use in uses}
+        is_sound = content.keys() <= {"read", "write"} and all(map(_is_use, uses))
     except FileNotFoundError:
         return False
-    except (ValueError, AttributeError, TypeError, KeyError):
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
         return True
-    return bool(owners) and not any(_was_alive(pid, written) for pid in owners)
+    return not is_sound or (bool(owners) and not any(_was_alive(pid, written) for pid in owners))
+
+
+def _is_use(use: dict[str, Any]) -> bool:
+    """Whether DVC, which accepts nothing else in this file, can read an entry."""
+    types = {key: type(value) for key, value in use.items()}
+    return types == {"pid": int, "cmd": str} and 0 <= use["pid"] < LARGEST_PID
 
 
 def _was_alive(pid: int, moment: float) -> bool:

@@ -26,6 +26,7 @@ PARAMS = Path("params.yaml")
 _PACKAGED = Path(__file__).parent / "shipped"
 SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1]
 PRESETS = SHIPPED / "presets"
+REPAIR = "correct it, or `vattctl config use PRESET`"
 Settings = dict[tuple[str, ...], Any]  # ("pretrain", "steps") -> 1000
 SIZES = ("tiny", "small", "base", "medium", "large")
 JSON_VERSION = 1  # of what --json prints; it rises when a field changes its meaning
@@ -234,6 +235,9 @@ def edit(
 ) -> Edit:
     """Read params.yaml (or take the text `document`) and change settings; nothing is written."""
     from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    from vatt.config import read_yaml
 
     yaml = YAML()
     yaml.preserve_quotes = True
@@ -241,10 +245,17 @@ def edit(
     yaml.representer.add_representer(type(None), _null)
     yaml.indent(mapping=2, sequence=4, offset=2)
     try:
+        if document is None:
+            read_yaml(PARAMS)  # says what is wrong with a damaged file
         text = PARAMS.read_text(encoding="utf-8") if document is None else document
+        loaded = yaml.load(text)
     except FileNotFoundError:
         raise SettingsError(f"{PARAMS} is missing", hint="run `vattctl config use demo`") from None
-    edited = Edit(yaml, yaml.load(text), source)
+    except YAMLError as error:
+        raise SettingsError(f"{PARAMS} cannot be read: {error}", hint=REPAIR) from None
+    if not isinstance(loaded, dict):
+        raise SettingsError(f"{PARAMS} does not hold sections", hint=REPAIR)
+    edited = Edit(yaml, loaded, source)
     for keys, value in settings.items():
         edited.set(keys, value)
     return edited

@@ -16,6 +16,7 @@ import torch
 from tests.data.corpus import TEST_DATA, demo_params, make_corpus, needs_data, write_media
 from tests.data.loading.test_batches import SAMPLING, same
 from tests.data.sharding.test_shards import write
+from tests.fuzzing import Reader, fuzz_long
 from vatt.data.clips.ledger import read_ledger
 from vatt.data.clips.samples import INDEX, IndexRow, read_index, row_of, write_index
 from vatt.data.clips.storage import Storage, decode_frames, encode_sound, wav_header
@@ -103,6 +104,34 @@ def test_any_changed_byte_gives_a_broken_sample_or_a_whole_one(shards, form):
             assert row.key in error.problem and error.hint
             broken += 1
     assert broken > FLIPS / 5
+
+
+MEMBERS = [
+    ("jpeg", "pcm", "video"), ("h264", "flac", "video"), ("jpeg", "pcm", "audio"),
+    ("h264", "flac", "audio"), ("h264", "aac", "audio"), ("jpeg", "pcm", "json"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("member", MEMBERS, ids="-".join)
+def test_a_mutated_member_for_a_long_time(folders, tmp_path, member):
+    video, audio, name = member
+    folder = Path(shutil.copytree(folders[video, audio], tmp_path / "shards"))
+    row = ShardIndex.load(folder, split="train").rows[0]
+    vocabulary = Vocabulary.load(folder / "vocabulary.txt")
+    shard, (first, size) = folder / row.shard, getattr(row, name)
+    data = shard.read_bytes()
+
+    def read_mutated(path):
+        shard.write_bytes(data + path.read_bytes())
+        changed = replace(row, **{name: (len(data), path.stat().st_size)})
+        try:
+            read(ShardIndex.load(folder, split="train"), changed, vocabulary)
+        except BrokenSampleError as error:
+            assert row.key in error.problem
+
+    seed = data[first : first + size]
+    fuzz_long(f"sample: {'-'.join(member)}", Reader("member", seed, read_mutated), tmp_path)
 
 
 @pytest.mark.parametrize("form", FORMS)

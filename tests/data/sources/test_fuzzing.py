@@ -1,65 +1,39 @@
 """Whatever bytes a file holds, its reader gives clips or captions, or names the file and the fault.
 
-The short form runs some hundred mutations of each seed. The long form runs for
+The short form reads some dozens of mutations of each seed. The long form runs for
 VATT_FUZZ_SECONDS seconds a reader: `VATT_FUZZ_SECONDS=600 pytest -m slow tests/data/sources`.
 """
 
 import json
 import math
-import os
-import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from tests.data.corpus import demo_params, make_clip
+from tests.fuzzing import Reader, fuzz, fuzz_long, run
 from vatt.data.clips.ledger import read_ledger
 from vatt.data.clips.manifest import LONGEST_TIME, describe_manifest, write_manifest
 from vatt.data.clips.text import Vocabulary
 from vatt.data.sources.choice import READERS
 from vatt.data.sources.subtitles import read_subtitles
 from vatt.data.sources.urls import read_urls
-from vatt.errors import DataError
 
 DATA = demo_params().data
-SECONDS = float(os.environ.get("VATT_FUZZ_SECONDS", "20"))
-A_HANG = 10.0  # seconds
-TEXTS = {
-    "srt": b"1\n00:00:01,000 --> 00:00:02,000\ncaf\xc3\xa9 <i>one</i>\n\n2\n00:00:02,500 --> 00:00:04,000\ntwo &amp;\n",
-    "vtt": b"WEBVTT\n\nNOTE x\n\n00:01.000 --> 00:02.000 align:start\none<00:00:01.500><c> two</c>\n\nb\n00:02.000 --> 00:03.000\none two\nthree\n",
-    "json": b'{"segments": [{"start": 0.5, "end": 12.5, "text": " a b", "words": [{"word": "a", "start": 0, "end": 1}]}, {"start": 3, "end": 4e0, "text": "c"}]}',
-    "urls": b'url,start,end,split,label,text\nhttp://a/b.mp4,1,2.5,test,"x, y","say ""hi"""\nhttp://a/c.mp4,,,,z,\n',
-    "howto100m": b'{"abcdefghijk": {"start": [0.5, 1], "end": [1, 2], "text": ["a", "b"]}, "lmnopqrstuv": {"start": [], "end": [], "text": []}}',
-    "audioset": b'# num_ytids=2, num_segs=2\nabcdefghijk, 30.000, 40.000, "/m/09x0r,/t/dd00088"\nlmnopqrstuv, 0.000, 10.000, "/m/09x0r"\n',
-    "kinetics": b'label,youtube_id,time_start,time_end,split\n"arm, x",abcdefghijk,1,11,train\n',
-    "msrvtt": b'{"sentences": [{"video_id": "video0", "caption": "a car"}]}',
-    "vocabulary": b"<pad>\n<unk>\nthe\nof\n",
-    "ledger": b'{"clip_id": "a", "has": ["video"], "seconds": 1.5, "stage": "download", "state": "ok"}\n',
-}
-SPLICES = [
-    b"\0", b"\xff", b"\xc3", b'"', b"'", b",", b"\n", b"\r", b"\r\r\n", b"-->", b"00:", b"[", b"{", b"}]", b"NaN",
-    b"1e999", b"-1", b"9" * 400, b"\\ud800", b"\xef\xbb\xbf", b"\xff\xfe", b"&#x110000;", b"<", b"null", b"true", b"[" * 2000,
-]  # fmt: skip
-
-
-@st.composite
-def mutated(draw, seed: bytes) -> bytes:
-    """A seed with some bytes changed, lost, repeated or put in."""
-    data = bytearray(seed)
-    for _ in range(draw(st.integers(1, 5))):
-        at = draw(st.integers(0, len(data)))
-        length = draw(st.integers(0, 12))
-        how = draw(st.integers(0, 3))
-        if how == 0:
-            data[at : at + 1] = bytes([draw(st.integers(0, 255))])
-        elif how == 1:
-            del data[at : at + length]
-        elif how == 2:
-            data[at:at] = draw(st.sampled_from(SPLICES))
-        else:
-            data[at:at] = data[max(at - length, 0) : at] * draw(st.integers(1, 3))
-    return bytes(data)
+SRT = b"1\n00:00:01,000 --> 00:00:02,000\ncaf\xc3\xa9 <i>one</i>\n\n2\n00:00:02,500 --> 00:00:04,000\ntwo &amp;\n"
+VTT = b"WEBVTT\n\nNOTE x\n\n00:01.000 --> 00:02.000 align:start\none<00:00:01.500><c> two</c>\n\nb\n00:02.000 --> 00:03.000\none two\nthree\n"
+WHISPER = b'{"segments": [{"start": 0.5, "end": 12.5, "text": " a b", "words": [{"word": "a", "start": 0, "end": 1}]}, {"start": 3, "end": 4e0, "text": "c"}]}'
+WHISPERX = b'{"segments": [{"start": 0.5, "end": 2.5, "text": " a b", "words": [{"word": "a", "start": 0.5, "end": 1, "score": 0.5}, {"word": "b"}]}], "word_segments": [{"word": "a", "start": 0.5, "end": 1}]}'
+YOUTUBE = b'{"events": [{"tStartMs": 0, "dDurationMs": 2000, "segs": [{"utf8": "one"}, {"utf8": " two", "tOffsetMs": 500}]}, {"tStartMs": 1990, "segs": [{"utf8": "\\n"}]}]}'
+URLS = b'url,start,end,split,label,text\nhttp://a/b.mp4,1,2.5,test,"x, y","say ""hi"""\nhttp://a/c.mp4,,,,z,\n'
+VIDEOS = b"video_id,category_1,category_2,rank,task_id\nabcdefghijk,A,B,1,7\nlmnopqrstuv,,,1,7\n"
+SPOKEN = b'{"abcdefghijk": {"start": [0.5, 1], "end": [1, 2], "text": ["a", "b"]}, "lmnopqrstuv": {"start": [], "end": [], "text": []}}'
+SEGMENTS = b'# num_ytids=2, num_segs=2\nabcdefghijk, 30.000, 40.000, "/m/09x0r,/t/dd00088"\nlmnopqrstuv, 0.000, 10.000, "/m/09x0r"\n'
+KINETICS = b'label,youtube_id,time_start,time_end,split\n"arm, x",abcdefghijk,1,11,train\n'
+COOKS = b"end,start,task,text,video_id\n60,47,226,pick the ends,abcdefghijk\n89,67,226,combine,abcdefghijk\n"
+LEDGER = b'{"clip_id": "a", "has": ["video"], "seconds": 1.5, "stage": "download", "state": "ok"}\n'
+SPLITS_UCF = {f"{s}list0{n}.txt": b"Archery/v_a.avi 1\n" for s in ("train", "test") for n in "123"}
 
 
 def read_captions(path):
@@ -79,100 +53,123 @@ def read_words(path):
     Vocabulary.load(path).encode("the café of", 4)
 
 
-def read_set(name, *others):
-    """A reader of official lists, whose folder holds `others` too."""
+def official(name: str, file: str, seed: bytes, **others: bytes) -> Reader:
+    """The reader of official lists, whose folder holds `others` too."""
 
-    def read(path):
-        for file, content in others:
-            (path.parent / file).write_bytes(content)
-        clips = list(READERS[name](path.parent, DATA))
-        write_manifest(
-            path.parent / "manifest.jsonl", {clip.clip_id: clip for clip in clips}.values()
-        )
+    def read(path: Path) -> None:
+        clips = {clip.clip_id: clip for clip in READERS[name](path.parent, data)}
+        write_manifest(path.parent.parent / "manifest.jsonl", clips.values())
 
-    return read
+    data = DATA
+    folder = f"{name}/"
+    if name == "imagenet":  # its images are looked for
+        data = DATA.model_copy(update={"location": IMAGES})
+        others = {"LOC_synset_mapping.txt": SYNSETS, "LOC_val_solution.csv": SOLUTION} | others
+    around = {folder + other: content for other, content in others.items()}
+    return Reader(folder + file, seed, read, others=around)
 
 
-VIDEOS = b"video_id,category_1,category_2,rank,task_id\nabcdefghijk,A,B,1,7\nlmnopqrstuv,,,1,7\n"
-CASES = {
-    "srt": ("a.srt", read_captions),
-    "vtt": ("a.vtt", read_captions),
-    "json": ("a.json", read_captions),
-    "urls": ("list.csv", read_list),
-    "howto100m": ("caption.json", read_set("howto100m", ("HowTo100M_v1.csv", VIDEOS))),
-    "audioset": ("eval_segments.csv", read_set("audioset")),
-    "kinetics": ("a.csv", read_set("kinetics400")),
-    "msrvtt": (
-        "MSRVTT_data.json",
-        read_set(
-            "msrvtt",
-            ("MSRVTT_train.9k.csv", b"video_id\nvideo0\n"),
-            ("MSRVTT_JSFUSION_test.csv", b"video_id,sentence\nvideo1,x\n"),
-        ),
+IMAGES = Path(__file__).parent  # replaced by the fixture below
+SOLUTION = b"ImageId,PredictionString\nILSVRC2012_val_00000001,n01440764 1 2 3 4\n"
+SYNSETS = b"n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\n"
+CASES: dict[str, Callable[[], Reader]] = {
+    "srt": lambda: Reader("a.srt", SRT, read_captions),
+    "vtt": lambda: Reader("a.vtt", VTT, read_captions),
+    "captions of Whisper": lambda: Reader("a.json", WHISPER, read_captions),
+    "captions of WhisperX": lambda: Reader("a.json", WHISPERX, read_captions),
+    "captions of YouTube": lambda: Reader("a.json", YOUTUBE, read_captions),
+    "urls": lambda: Reader("list.csv", URLS, read_list),
+    "howto100m, captions": lambda: official(
+        "howto100m", "caption.json", SPOKEN, **{"HowTo100M_v1.csv": VIDEOS}
     ),
-    "vocabulary": ("v.txt", read_words),
-    "ledger": ("l.jsonl", read_ledger),
-}
+    "howto100m, videos": lambda: official(
+        "howto100m", "HowTo100M_v1.csv", VIDEOS, **{"caption.json": SPOKEN}
+    ),
+    "audioset": lambda: official("audioset", "eval_segments.csv", SEGMENTS),
+    "audioset, classes": lambda: official(
+        "audioset", "class_labels_indices.csv", b'index,mid,display_name\n0,/m/09x0r,"Speech"\n',
+        **{"eval_segments.csv": SEGMENTS},
+    ),
+    "audioset, ontology": lambda: official(
+        "audioset", "ontology.json", b'[{"id": "/m/09x0r", "name": "Speech"}]',
+        **{"eval_segments.csv": SEGMENTS},
+    ),
+    "kinetics": lambda: official("kinetics400", "a.csv", KINETICS),
+    "moments": lambda: official(
+        "moments", "trainingSet.csv", b"diving/a.mp4,diving,3,0\nsinging/b c.mp4,singing,2,1\n",
+        **{"validationSet.csv": b"diving/c.mp4,diving,3,0\n"},
+    ),
+    "vggsound": lambda: official(
+        "vggsound", "vggsound.csv", b'abcdefghijk,1,"a, b",train\nlmnopqrstuv,30,c,test\n'
+    ),
+    "ucf101": lambda: official(
+        "ucf101", "trainlist01.txt", b"Archery/v_a.avi 3\nBiking/v_b.avi 4\n", **SPLITS_UCF
+    ),
+    "hmdb51": lambda: official("hmdb51", "wave_test_split1.txt", b"a.avi 1\nb [x].avi 2\nc.avi 0\n"),
+    "esc50": lambda: official(
+        "esc50", "esc50.csv", b"filename,fold,target,category\n1-1-A-0.wav,1,0,dog\nb.wav,5,1,cat\n"
+    ),
+    "youcook2": lambda: official("youcook2", "validation_youcook.csv", COOKS),
+    "msrvtt": lambda: official(
+        "msrvtt", "MSRVTT_data.json", b'{"sentences": [{"video_id": "video0", "caption": "a car"}]}',
+        **{
+            "MSRVTT_train.9k.csv": b"video_id\nvideo0\n",
+            "MSRVTT_JSFUSION_test.csv": b"video_id,sentence\nvideo1,x\n",
+        },
+    ),
+    "imagenet, classes": lambda: official(
+        "imagenet", "LOC_synset_mapping.txt", SYNSETS, **{"imagenet_real_labels.json": b"[[0, 1]]"}
+    ),
+    "imagenet, images": lambda: official(
+        "imagenet", "LOC_val_solution.csv", SOLUTION
+    ),
+    "imagenet, reassessed": lambda: official(
+        "imagenet", "imagenet_real_labels.json", b"[[], [0, 1], [1]]"
+    ),
+    "vocabulary": lambda: Reader("v.txt", b"<pad>\n<unk>\nthe\nof\n", read_words),
+    "ledger": lambda: Reader("l.jsonl", LEDGER, read_ledger),
+}  # fmt: skip
 
 
-def manifest_seed(folder, name: str) -> bytes:
+@pytest.fixture(scope="module", autouse=True)
+def images(tmp_path_factory):
+    """An empty val folder of ImageNet."""
+    global IMAGES
+    IMAGES = tmp_path_factory.mktemp("images")
+    (IMAGES / "val").mkdir()
+
+
+def manifest(folder: Path, name: str) -> Reader:
     write_manifest(folder / name, [make_clip(1), make_clip(2, end=None)])
-    return (folder / name).read_bytes()
-
-
-def run(read, path, data: bytes) -> None:
-    """Read it; only an error that names the file is allowed, and only within the time."""
-    path.write_bytes(data)
-    begun = time.monotonic()
-    try:
-        read(path)
-    except DataError as error:
-        assert path.name in error.problem and error.hint
-    assert time.monotonic() - begun < A_HANG
-
-
-def fuzz(read, path, seed: bytes, *, examples: int) -> None:
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        derandomize=examples < 1000,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(mutated(seed))
-    def each(data):
-        run(read, path, data)
-
-    each()
+    return Reader(name, (folder / name).read_bytes(), describe_manifest)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_mutated_texts_are_read_or_refused(tmp_path, name):
-    file, read = CASES[name]
-    run(read, tmp_path / file, TEXTS[name])
-    fuzz(read, tmp_path / file, TEXTS[name], examples=60)
+    case = CASES[name]()
+    run(case, tmp_path, case.seed)
+    fuzz(case, tmp_path, examples=60)
 
 
 @pytest.mark.parametrize("name", ["m.jsonl", "m.parquet"])
 def test_mutated_manifests_are_read_or_refused(tmp_path, name):
-    seed = manifest_seed(tmp_path, name)
-    fuzz(describe_manifest, tmp_path / name, seed, examples=150)
+    fuzz(manifest(tmp_path, name), tmp_path, examples=150)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*CASES, "m.jsonl", "m.parquet"])
 def test_mutations_for_a_long_time(tmp_path, name):
-    file, read = CASES.get(name, (name, describe_manifest))
-    seed = TEXTS[name] if name in TEXTS else manifest_seed(tmp_path, name)
-    begun = time.monotonic()
-    while time.monotonic() - begun < SECONDS:
-        fuzz(read, tmp_path / file, seed, examples=1000)
+    case = CASES[name]() if name in CASES else manifest(tmp_path, name)
+    fuzz_long(name, case, tmp_path)
 
 
 def test_the_seeds_are_good(tmp_path):
-    assert json.loads(TEXTS["json"]) and len(list(READERS)) >= 13
-    (tmp_path / "a.srt").write_bytes(TEXTS["srt"])
-    assert [caption.text for caption in read_subtitles(tmp_path / "a.srt").captions] == [
-        "café one",
-        "two &",
-    ]
+    assert json.loads(WHISPER) and len(list(READERS)) >= 13
+    for name, seed, texts in (
+        ("a.srt", SRT, ["café one", "two &"]),
+        ("a.json", WHISPERX, ["a b"]),
+        ("b.json", YOUTUBE, ["one two"]),
+    ):
+        (tmp_path / name).write_bytes(seed)
+        found = [caption.text for caption in read_subtitles(tmp_path / name).captions]
+        assert found == texts

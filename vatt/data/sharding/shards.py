@@ -87,7 +87,8 @@ def write_shards(
 
 def _tidy(folder: Path, shards: Sequence[Shard], work: Path) -> None:
     """Remove what is not of this plan, and what a killed run left half done."""
-    shutil.rmtree(work, ignore_errors=True)
+    if work.exists():
+        shutil.rmtree(work)
     work.mkdir(parents=True)
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     keep = {shard.name for shard in shards} | {INDEX, VOCABULARY, TEXT_FACTS, PARTS}

@@ -85,7 +85,8 @@ def read_real(folder: Path, classes: dict[str, str]) -> list[str] | None:
     try:
         return [LABEL_SEPARATOR.join(known[n] for n in right) for right in read_json(path)]
     except (TypeError, KeyError) as error:
-        raise DataError(f"{path} is broken: {error}", hint=MANGLED) from None
+        reason = f"no class has the number {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{path} is broken: {reason}", hint=MANGLED) from None
 
 
 def read_val(folder: Path) -> dict[int, str] | None:
@@ -175,7 +176,10 @@ def _val_images(
         )
     unknown = sorted(set(synsets.values()) - set(classes))
     if unknown:
-        raise DataError(f"'{unknown[0]}' is a val label and not a class", hint=MANGLED)
+        file = next(
+            folder / name for name in (KAGGLE, BY_NUMBER, DEVKIT) if (folder / name).is_file()
+        )
+        raise DataError(f"{file}: '{unknown[0][:40]}' is not a class", hint=MANGLED)
     for number, synset in synsets.items():
         name = place / f"ILSVRC2012_val_{number:08d}.JPEG"
         yield synset, name.relative_to(location).as_posix()
