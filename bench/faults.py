@@ -437,7 +437,7 @@ FAULTS = (
     Fault("torn params.yaml", "pretrain", truncate("params.yaml", 0.3), (2,)),
     Fault("last line of the ledger torn", "preprocess", truncate("data/download.ledger.jsonl", 0.97), (0, 3)),
     Fault("manifest cut short", "preprocess", truncate("data/manifest.jsonl"), (0, 3)),
-    Fault("a media file cut short", "preprocess", truncate(f"data/media/{MEDIA}"), (0, 3)),
+    Fault("a media file cut short", "preprocess", truncate(f"data/media/{MEDIA}"), (3,)),
     Fault("media folder lost", "preprocess", remove("data/media"), (0, 3)),
     Fault("a shard cut short", "pretrain", truncate("data/shards/train-*.tar"), (0, 3)),
     Fault("index of the shards cut short", "pretrain", truncate("data/shards/index.jsonl", 0.511), (0, 3)),

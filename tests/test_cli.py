@@ -83,6 +83,15 @@ def test_set_keeps_comments_and_prints_the_change(project: Path) -> None:
     assert different[0][1].strip() == "steps: 1234"
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_a_params_file_that_was_cut_off_is_a_settings_error(project: Path, share: float) -> None:
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text[: int(share * len(text))])
+    done = vattctl(project, "pretrain", "--set", "pretrain.steps=9")
+    assert done.returncode == 2 and "params.yaml" in done.stderr
+    assert (project / "params.yaml").read_text() == text[: int(share * len(text))]
+
+
 @pytest.mark.parametrize(
     ("size", "backbone", "sizes"),
     [

@@ -213,8 +213,23 @@ def finished(run_once: Path, tmp_path: Path) -> Path:
         "\0\0\0",
         json.dumps({"write": {}, "read": {"/": [{"pid": 2**22 + 1, "cmd": "dvc repro"}]}}),
         json.dumps({"write": {"/": {"pid": os.getpid(), "cmd": "dvc repro"}}, "read": {}}),
+        json.dumps({"write": {}, "read": {}, "more": {}}),
+        json.dumps({"write": {"/": {"pid": 1}}, "read": {}}),
+        json.dumps({"write": {"/": {"pid": 10**20, "cmd": "dvc repro"}}, "read": {}}),
+        "[" * 100_000,
     ],
-    ids=["empty", "cut off", "not a table", "zeros", "dead", "its number is another process's"],
+    ids=[
+        "empty",
+        "cut off",
+        "not a table",
+        "zeros",
+        "dead",
+        "its number is another process's",
+        "another key",
+        "no command",
+        "no process",
+        "deep",
+    ],
 )
 def test_a_stale_rwlock_is_removed(
     tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]

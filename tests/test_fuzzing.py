@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -322,3 +323,37 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_mutations_for_a_long_time(tmp_path: Path, name: str) -> None:
     fuzz_long(name, CASES[name](), tmp_path)
+
+
+def test_a_history_keeps_every_whole_line(tmp_path: Path) -> None:
+    lines = [
+        b'\x80"step": 1}',
+        b'{"tep": 2}',
+        b"[" * 5000,
+        b'{"step": 3, "loss": 1.0}',
+        b'{"step": 4',
+    ]
+    (tmp_path / "history.jsonl").write_bytes(b"\n".join(lines))
+    history = History(tmp_path)
+    history.add(4, {"loss": 2.0})
+    assert history.rows() == [{"step": 3, "loss": 1.0}, {"step": 4, "loss": 2.0}]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": 5}, {"step": "4"}, {"step": True}, {"files": {}}, {"files": []}, {"identity": None}],
+)
+def test_a_state_whose_facts_were_changed_is_not_resumed(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    file = "step-00000004/meta.json"
+    content = json.dumps(json.loads(state_files()[file]) | change)
+    run(reader(file, state_files(), resume), tmp_path, content.encode())
+    with open_states(tmp_path, {"seed": 0}, keep=2) as states:
+        assert states.resume(engine()) == 2
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"status": "RUNNING"}', '{"a": 1', "[" * 100_000])
+def test_a_record_of_a_run_that_lacks_its_facts_counts_as_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "pretrain.json").write_text(text)
+    assert Record.read(tmp_path / "pretrain.json").facts == {}

@@ -47,6 +47,8 @@ def test_success_leaves_no_outcome(tmp_path: Path) -> None:
             4,
             "disk is full: data/x",
         ),
+        ("raise OSError(errno.EIO, 'Input/output error', 'data/x')", 4, "Input/output error: dat"),
+        ("raise OSError(errno.EBUSY, 'Device busy', 'data/x')", 4, "Device busy: data/x"),
         ("raise KeyboardInterrupt", 130, "interrupted"),
         ("raise RuntimeError('oh')", 101, "RuntimeError: oh"),
     ],

@@ -1,5 +1,6 @@
 """Small media with known content: frame k is grey level 10 k, sound is a ramp or a tone."""
 
+import hashlib
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -71,6 +72,10 @@ def write_media(
             container.mux(audio.encode(None))
 
 
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def make_clip(number: int, *, split="train", end: float | None = 1.0, captions=None) -> Clip:
     """A clip of the file `urls:<number>`, with two captions."""
     spoken = (Caption(0.0, 0.4, f"word{number} first"), Caption(0.6, 1.0, f"word{number} second"))
@@ -96,7 +101,8 @@ def make_corpus(media: Path, count: int, *, tests=0) -> tuple[list[Clip], dict[s
         write_media(media / clip.media_name, size=(32, 32 + 4 * (number % 3)))
         clips.append(clip)
     entries = {
-        clip.clip_id: Entry(clip.clip_id, "ok", "download", seconds=1.0, sha256=clip.url)
+        clip.clip_id: Entry(clip.clip_id, "ok", "download", seconds=1.0, sha256=sha256_of(path))
         for clip in clips
+        for path in [media / clip.media_name]
     }
     return clips, entries

@@ -1,5 +1,6 @@
 """Features: every clip once, views averaged, the same from the cache as from the model."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from vatt.evaluation.features import (
     ProcessShare,
     cache_key,
     cached,
+    cached_arrays,
     computing_in,
     extract,
     load_features,
@@ -151,6 +153,20 @@ def test_only_what_the_cache_lacks_is_computed(encoder, tmp_path):
     np.testing.assert_array_equal(both["second"].video, again["second"].video)
     cached(None, {"first": "a"}, compute)
     assert asked[-1] == ["first"]
+
+
+@pytest.mark.parametrize("length", [0, 30, 2000])
+def test_a_damaged_file_of_the_cache_is_made_again(encoder, tmp_path, length):
+    made = features(encoder)
+    cached(tmp_path, {"one": "key"}, lambda names: {"one": made})
+    os.truncate(tmp_path / "key.npz", length)
+    cached(tmp_path, {"one": "key"}, lambda names: {"one": made})
+    back = cached(tmp_path, {"one": "key"}, lambda names: {})["one"]
+    np.testing.assert_array_equal(back.video, made.video)
+    cached_arrays(tmp_path, "other", lambda: {"a": np.ones(2)})
+    os.truncate(tmp_path / "other.npz", length // 10)
+    again = cached_arrays(tmp_path, "other", lambda: {"a": np.zeros(2)})
+    assert again["a"].tolist() == [0, 0]
 
 
 def test_the_cache_forgets_the_oldest(encoder, tmp_path):

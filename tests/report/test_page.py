@@ -1,6 +1,7 @@
 """The report: self-contained, escaped, complete, and honest about what was not run."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -8,6 +9,7 @@ import pytest
 
 from tests.report.made_up import HOSTILE, REPORT, evaluation, leave_run, metric, paths, write
 from vatt.data.clips.manifest import manifest_hash
+from vatt.errors import DataError
 from vatt.report.inputs import THUMBNAIL_BYTES, Inputs, Origin, read_inputs
 from vatt.report.page import compute_facts, duration, markdown, stage_lines, write_report
 from vatt.report.results import classification_protocol, probe_protocol, retrieval_protocol
@@ -82,6 +84,18 @@ def test_results_stand_with_interval_chance_and_baseline(html):
 def test_a_difference_whose_interval_holds_zero_is_not_told_apart(html):
     assert "no significant difference: the interval contains 0" in html
     assert re.search(r'class="unsure">\+0\.7\s*points', html)
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics/evaluate.json", "evaluation/similarities.npz", "download.ledger.jsonl"]
+)
+def test_a_damaged_file_is_named(tmp_path, name):
+    place = paths(tmp_path)
+    leave_run(place)
+    [file] = [path for path in tmp_path.rglob("*") if path.as_posix().endswith(name)]
+    os.truncate(file, file.stat().st_size // 2 + 1)
+    with pytest.raises(DataError, match=rf"{file.name}.* is damaged"):
+        read_inputs(place)
 
 
 def test_the_manifest_is_named_by_its_hash(place, html):

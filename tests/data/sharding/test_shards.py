@@ -179,6 +179,7 @@ def test_every_clip_ends_in_one_state_with_its_reason(tmp_path):
 def test_too_many_failures_or_too_few_clips_stop_the_pipeline(tmp_path):
     clips, entries = make_corpus(tmp_path / "media", 4)
     (tmp_path / "media" / clips[0].media_name).write_bytes(b"")
+    entries["clip-000"] = replace(entries["clip-000"], sha256=None)
     with pytest.raises(
         DataError, match=r"1 of 4 clips failed \(1 corrupt\).*max_failed_share"
     ) as e:
@@ -203,6 +204,22 @@ def test_lost_media_are_missing_before_the_first_shard_is_written(tmp_path):
     assert "download --retry missing" in caught.value.hint
     assert str(tmp_path / "media") in caught.value.problem
     assert not list((tmp_path / "shards").glob("*.tar"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_media_that_changed_since_the_download_are_no_corrupt_clips(corpus, tmp_path, workers):
+    root, clips, entries = corpus
+    shutil.copytree(root / "media", tmp_path / "media")
+    file = tmp_path / "media" / clips[1].media_name
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=f"{file.name} has changed since") as caught:
+            write(tmp_path, clips, entries, workers=workers)
+        assert "download --retry missing" in caught.value.hint
+    file.write_bytes(whole)
+    assert write(tmp_path, clips, entries, workers=workers) == {"ok": 11}
+    assert digests(tmp_path) == digests(root)
 
 
 def test_finished_shards_need_no_media(corpus, tmp_path):

@@ -7,6 +7,7 @@ VATT_FUZZ_SECONDS seconds a reader: `VATT_FUZZ_SECONDS=600 pytest -m slow tests/
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from vatt.data.clips.text import Vocabulary
 from vatt.data.sources.choice import READERS
 from vatt.data.sources.subtitles import read_subtitles
 from vatt.data.sources.urls import read_urls
+from vatt.errors import DataError
 
 DATA = demo_params().data
 SRT = b"1\n00:00:01,000 --> 00:00:02,000\ncaf\xc3\xa9 <i>one</i>\n\n2\n00:00:02,500 --> 00:00:04,000\ntwo &amp;\n"
@@ -161,6 +163,27 @@ def test_mutated_manifests_are_read_or_refused(tmp_path, name):
 def test_mutations_for_a_long_time(tmp_path, name):
     case = CASES[name]() if name in CASES else manifest(tmp_path, name)
     fuzz_long(name, case, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        (
+            "imagenet, images",
+            b"ImageId,PredictionString\nILSVRC2012_val_00000001,n01 1 2 3 4\n",
+            r"LOC_val_solution\.csv: 'n01' is not a class",
+        ),
+        (
+            "imagenet, reassessed",
+            b"[[], [0, 1], [7]]",
+            r"imagenet_real_labels\.json is broken: no class has the number 7",
+        ),
+    ],
+)
+def test_what_fuzzing_found(tmp_path, name, data, message):
+    case = replace(CASES[name](), errors=())
+    with pytest.raises(DataError, match=message):
+        run(case, tmp_path, data)
 
 
 def test_the_seeds_are_good(tmp_path):

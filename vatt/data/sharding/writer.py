@@ -257,6 +257,7 @@ def _cuts(
     for source, group in groupby(enumerate(jobs), key=lambda item: item[1].source):
         members = list(group)
         source = root / source
+        _check_content(source, members[0][1])
         try:
             media = probe(source)
         except BrokenMediaError as error:
@@ -276,6 +277,19 @@ def _cuts(
             part = wanted[first : first + WINDOWS_A_CALL]
             windows = tuple(window for window, _ in part)
             yield Cut(source, media, windows), [owner for _, owner in part]
+
+
+def _check_content(source: Path, job: ClipJob) -> None:
+    """Stop at a file that is not what was downloaded: its clips are damaged, not unusable."""
+    if job.sha256 is None or not source.is_file():
+        return
+    with source.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() == job.sha256:
+            return
+    again = "run `vattctl download` again"
+    if not job.clip.url.startswith("folder:"):
+        again = "delete it, then `vattctl download --retry missing` fetches it, and only it"
+    raise DataError(f"{source} has changed since it was downloaded or found", hint=again)
 
 
 def _is_in_pause(window: Window, media: Media) -> bool:
