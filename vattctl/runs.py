@@ -1,7 +1,6 @@
 """What has run: status, results in one table, two runs compared, and the MLflow page."""
 
 import contextlib
-import json
 import os
 import socket
 import subprocess
