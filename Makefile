@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo tables tables-seeds test lint bench gpu faults slow dist lock audit clean
+.PHONY: setup demo tables tables-seeds test lint bench gpu faults slow dist docs lock audit clean
 
 setup: $(READY)
 
@@ -50,6 +50,10 @@ gpu: setup  # at most eight minutes on one H100 or H200; SHARDS=DIR trains the s
 
 faults: setup  # 200 kills and some 40 kinds of damage on a small project: about an hour
 	@PYTHONPATH=. $(BIN)/python bench/faults.py
+
+docs: setup  # the site, in site/; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "docs: open site/index.html"
 
 dist: setup  # dist/vattctl-VERSION-py3-none-any.whl: all that a project without a clone needs
 	@rm -rf build dist
