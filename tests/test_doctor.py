@@ -138,12 +138,32 @@ def test_offloading_without_a_compiler_fails(monkeypatch: pytest.MonkeyPatch) ->
     assert "finds no g++" in lost.detail
 
 
-def test_youtube_without_javascript_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
+def program(folder: Path, name: str, output: str) -> None:
+    """A program on PATH that prints one line."""
+    (folder / name).write_text(f"#!/bin/sh\necho '{output}'\n", encoding="utf-8")
+    (folder / name).chmod(0o755)
+
+
+def test_youtube_needs_deno_and_its_scripts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = params(data__allow_youtube=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert only(doctor._yt_dlp(ROOT, params())).state == "ok"
-    lost = only(doctor._yt_dlp(ROOT, params(data__allow_youtube=True)))
-    assert lost.state == "fail"
-    assert "deno" in (lost.remedy or "")
+    assert "no JavaScript" in only(doctor._yt_dlp(ROOT, asked)).detail
+    program(tmp_path, "deno", "deno 1.46.3 (stable)")
+    assert "deno 2.3.0 or newer" in (only(doctor._yt_dlp(ROOT, asked)).remedy or "")
+    program(tmp_path, "deno", "deno 2.5.1 (stable)")
+    found = only(doctor._yt_dlp(ROOT, asked))
+    assert "JavaScript: deno 2.5.1" in found.detail
+    assert found.state != "fail" or "vattctl[youtube]" in (found.remedy or "")
+
+
+def test_a_program_that_is_no_ffmpeg_fails(tmp_path: Path) -> None:
+    program(tmp_path, "ffmpeg", "not an ffmpeg")
+    found = only(doctor._ffmpeg(ROOT, params(machine__ffmpeg=str(tmp_path / "ffmpeg"))))
+    assert found.state == "fail"
+    assert "cannot encode libx264" in found.detail
 
 
 def test_a_model_that_does_not_fit_fails_and_names_plan() -> None:
@@ -157,15 +177,27 @@ def test_a_model_that_does_not_fit_fails_and_names_plan() -> None:
 
 
 def test_the_disk_must_hold_shards_states_and_checkpoints(tmp_path: Path) -> None:
-    paths = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["paths"]
-    empty = {name: str(tmp_path / place) for name, place in paths.items()}
-    demo = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["data"]["demo"]
-    small = doctor._needed_disk(_at(empty, demo))
-    large = doctor._needed_disk(_at(empty, demo | {"train_clips": 10**9}))
+    tree = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    empty = {name: str(tmp_path / place) for name, place in tree["paths"].items()}
+    demo = tree["data"]["demo"]
+    small = sum(need for _, need in doctor._needed_disk(_at(empty, demo)))
     assert 0.1e9 < small < 5e9
-    assert large > 1e12
     lost = only(doctor._disk(tmp_path, _at(empty, demo | {"train_clips": 10**9})))
     assert lost.state == "fail"
+    assert "another disk in `paths`" in (lost.remedy or "")
+
+
+def test_paths_on_another_disk_get_a_line_of_their_own(tmp_path: Path) -> None:
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second disk here")
+    tree = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    places = {name: str(tmp_path / place) for name, place in tree["paths"].items()}
+    found = list(
+        doctor._disk(tmp_path, _at(places | {"shards": "/dev/shm/x"}, tree["data"]["demo"]))
+    )
+    assert len(found) == 2
+    assert "at /dev/shm" in found[0].detail
 
 
 def _at(paths: dict[str, str], demo: dict[str, Any]) -> Params:

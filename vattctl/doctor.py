@@ -42,8 +42,9 @@ OLDEST_PYTHON = (3, 11)
 UI_PORT = 5000
 CLOCK_SECONDS = 2.0  # that the clocks of this machine and its disk may differ
 OLD_DAYS = 60  # of yt-dlp: sites change
-JAVASCRIPT = ("deno", "node", "bun", "qjs")  # that yt-dlp can use for YouTube
+OLDEST_DENO = (2, 3, 0)  # that yt-dlp can use
 DECODERS = ("h264", "hevc", "vp9", "av1", "aac", "mp3", "opus", "vorbis")  # of common videos
+REPEATS = 8  # of a product that is measured
 SPARE_GB = 5.0  # of disk, below which a warning is due
 ANSWER_SECONDS = 2.0  # that a tracking server may take
 
@@ -125,6 +126,9 @@ def examine(project: Path | None, params: "Params | None", about: Finding) -> Fi
             yield from check(project or Path.cwd(), params)
         except VattError as error:
             yield Finding(check.__name__.strip("_"), "fail", error.problem, error.hint)
+        except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+            detail = redact(f"cannot be checked: {type(error).__name__}: {error}").splitlines()[0]
+            yield Finding(check.__name__.strip("_"), "fail", detail, "install vattctl again")
 
 
 def _version(package: str) -> str | None:
@@ -202,7 +206,7 @@ def _precision(project: Path, params: "Params | None") -> Findings:
 
 
 def _product(left: Any, right: Any, exact: Any) -> tuple[float, float]:
-    """The seconds of a product (best of three), and its largest error, relative to its largest."""
+    """The seconds of a product (the best), and its largest error, relative to its largest value."""
     import torch
 
     def finish() -> None:
@@ -210,7 +214,7 @@ def _product(left: Any, right: Any, exact: Any) -> tuple[float, float]:
             torch.cuda.synchronize()
 
     took = []
-    for _ in range(4):  # the first one also prepares
+    for _ in range(REPEATS):  # the first one also prepares
         start = time.perf_counter()
         answer = left @ right
         finish()
@@ -333,20 +337,35 @@ def _yt_dlp(project: Path, params: "Params | None") -> Findings:
     if version is None:
         yield Finding("yt-dlp", "fail", "not installed", "pip install yt-dlp")
         return
-    uses_youtube = params is not None and params.data.allow_youtube
-    runtime = next(filter(None, map(shutil.which, JAVASCRIPT)), None)
     found = re.match(r"(\d{4})\.(\d+)\.(\d+)", version)
     age = (datetime.now(UTC).date() - date(*map(int, found.groups()))).days if found else 0
-    detail = f"{version}, {max(age, 0)} days old; " + (
-        f"JavaScript: {Path(runtime).name}" if runtime else "no JavaScript runtime"
-    )
-    if uses_youtube and runtime is None:
-        remedy = "YouTube needs one: install deno (https://deno.com) or node"
+    deno, scripts = _deno_version(), _version("yt-dlp-ejs")
+    detail = f"{version}, {max(age, 0)} days old"
+    detail += f"; JavaScript: deno {'.'.join(map(str, deno))}" if deno else "; no JavaScript (deno)"
+    if params is None or not params.data.allow_youtube:
+        yield Finding("yt-dlp", "ok", detail)
+    elif deno is None or deno < OLDEST_DENO:
+        wanted = ".".join(map(str, OLDEST_DENO))
+        remedy = f"YouTube needs deno {wanted} or newer: https://deno.com"
         yield Finding("yt-dlp", "fail", detail, remedy)
-    elif uses_youtube and age > OLD_DAYS:
+    elif scripts is None:
+        remedy = "YouTube needs them: pip install 'vattctl[youtube]'"
+        yield Finding("yt-dlp", "fail", f"{detail}; its scripts are not installed", remedy)
+    elif age > OLD_DAYS:
         yield Finding("yt-dlp", "warn", detail, "sites change: pip install --upgrade yt-dlp")
     else:
         yield Finding("yt-dlp", "ok", detail)
+
+
+def _deno_version() -> tuple[int, ...] | None:
+    """Of the only runtime that yt-dlp uses unasked, because it shuts scripts in."""
+    if shutil.which("deno") is None:
+        return None
+    done = subprocess.run(
+        ["deno", "--version"], capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS
+    )
+    found = re.match(r"deno (\d+)\.(\d+)\.(\d+)", done.stdout)
+    return tuple(map(int, found.groups())) if found else None
 
 
 def _extras(project: Path, params: "Params | None") -> Findings:
@@ -373,39 +392,53 @@ def _extras(project: Path, params: "Params | None") -> Findings:
 
 
 def _disk(project: Path, params: "Params | None") -> Findings:
-    usage = shutil.disk_usage(project)
-    free = usage.free / GB
+    """A line for each disk on which something will be written."""
     if not os.access(project, os.W_OK):
         yield Finding(
-            "disk", "fail", f"no permission to write in {project}", "change it with chmod"
+            "disk", "fail", f"no permission to write in {project}", "change it: chmod u+w"
         )
         return
-    need = _needed_disk(params) / GB if params else 0.0
-    detail = f"{free:,.0f} GB free of {usage.total / GB:,.0f}"
-    detail += f"; params.yaml needs about {need:,.1f}" if params else ""
+    needs: dict[int, tuple[Path, float]] = {}
+    for place, need in _needed_disk(params) if params else [(project, 0.0)]:
+        folder = next(one for one in (project / place, *(project / place).parents) if one.exists())
+        disk = folder.stat().st_dev
+        known, before = needs.get(disk, (folder, 0.0))
+        needs[disk] = known, before + need
+    for folder, need in needs.values():
+        yield _room(folder, need / GB, is_known=params is not None)
+
+
+def _room(folder: Path, need: float, *, is_known: bool) -> Finding:
+    usage = shutil.disk_usage(folder)
+    free = usage.free / GB
+    detail = f"{free:,.0f} GB free of {usage.total / GB:,.0f} at {folder}"
+    detail += f"; params.yaml needs about {need:,.1f}" if is_known else ""
     remedy = "free some space, or name another disk in `paths` of params.yaml"
     if free < need:
-        yield Finding("disk", "fail", detail, remedy)
-    elif free < max(1.5 * need, need + SPARE_GB):
-        yield Finding("disk", "warn", detail, remedy)
-    else:
-        yield Finding("disk", "ok", detail)
+        return Finding("disk", "fail", detail, remedy)
+    if free < max(1.5 * need, need + SPARE_GB):
+        return Finding("disk", "warn", detail, remedy)
+    return Finding("disk", "ok", detail)
 
 
-def _needed_disk(params: "Params") -> float:
-    """Bytes still to be written: shards of the clips that are listed, states and checkpoints."""
+def _needed_disk(params: "Params") -> list[tuple[Path, float]]:
+    """Places and the bytes still to be written: shards of all clips, states, checkpoints."""
     from vatt.plan.memory import ADAM_STATES, FP32, SGD_STATES, count
 
     paths, weights = params.paths, count(params.model).all * FP32
-    need = 0.0
+    shards, states = 0.0, 0.0
     if not (paths.shards / "index.jsonl").exists():
-        need += _num_clips(params) * _clip_bytes(params) * 2  # shards, and DVC's cache of them
+        shards = _num_clips(params) * _clip_bytes(params)
     if not paths.pretrained.exists():
         moments = SGD_STATES if params.pretrain.optimizer.name == "sgd" else ADAM_STATES
-        need += weights * (1 + moments) * (params.pretrain.keep_states + 1)
-    classifiers = len(params.finetune.run) * len(params.finetune.init)
-    copies = 3  # a checkpoint, DVC's cache of it, MLflow's artifact
-    return need + weights * copies * (1 + classifiers)
+        states = weights * (1 + moments) * (params.pretrain.keep_states + 1)
+    checkpoints = weights * (1 + len(params.finetune.run) * len(params.finetune.init))
+    return [
+        (paths.shards, shards),
+        (paths.pretrain_state, states),
+        (paths.checkpoints, checkpoints),
+        (Path(), shards + 2 * checkpoints),  # DVC's cache of both, MLflow's artifacts
+    ]
 
 
 def _num_clips(params: "Params") -> float:
@@ -445,10 +478,13 @@ def _memory(project: Path, params: "Params | None") -> Findings:
     place = this_place(params)
     one = forecast_memory(params, as_set(params, place), place).total
     if place.on_gpu:
-        room, total = int(place.memory), one
+        import torch
+
+        room, total = torch.cuda.mem_get_info()[0], one
         detail += f"; on the GPU {room / 2**30:.0f} GiB"
     else:
-        total = one * params.machine.processes + params.machine.cache_gb * GB
+        one *= params.machine.processes
+        total = one + params.machine.cache_gb * GB  # the cache fills as far as there is room
     detail += f"; a pre-training needs about {total / 2**30:.1f} GiB"
     if total > room:
         remedy = "`vattctl plan` finds settings that fit, such as machine.micro_batch_size"
@@ -646,8 +682,10 @@ def _pipeline(project: Path, params: "Params | None") -> Findings:
     from vatt.files import lock
     from vatt.process import SETTINGS_LOCK
 
+    if not (project / SETTINGS_LOCK).exists():  # nothing has run
+        return
     try:
-        with lock(SETTINGS_LOCK):
+        with lock(project / SETTINGS_LOCK):
             pass
     except MachineError:
         remedy = "wait until it has ended, or stop it; `vattctl status` shows which"
