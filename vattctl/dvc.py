@@ -155,7 +155,7 @@ RUNNING = re.compile(r"Running stage '(?:.*:)?([^']+)':")
 SKIPPED = re.compile(r"Stage '(?:.*:)?([^']+)' (?:didn't change|is cached)")
 FAILED = re.compile(r"ERROR: failed to reproduce '(?:.*:)?([^']+)'")
 NOISE = re.compile(  # in addition to a table
-    r"\s*$|> |\t|(Updat|Generat)ing lock file|To (track|enable)|Use `dvc push`|"
+    r"\s*$|> |\t|(Updating|Generating) lock file|To (track|enable)|Use `dvc push`|"
     r".*: \d+/\d+ \w+|Data and pipelines"
 )
 LOGS, KEPT_LOGS = FOLDER / "logs", 20
