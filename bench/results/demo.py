@@ -4,7 +4,8 @@
     `make tables tables-seeds`; then
     python bench/results/demo.py PROJECT0 PROJECT1 PROJECT2 --tables PROJECT0 --write
 
-Without --write it prints. Between the marks of the two files nothing is written by hand.
+Without --write it prints. Between the marks of the two files nothing is written by hand; the tables
+stay as they are without --tables.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from vatt.report.studies import backbone_table, study_table
 from vatt.report.tables import Table
 
 ROOT = Path(__file__).parents[2]
-BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
+DEMO, TABLES = "demo", "tables"  # marks in the files: <!-- demo: begin --> ... <!-- demo: end -->
 TASKS = {
     "action": "action task: who does what (digit and motion, 80 classes)",
     "audio": "audio task: motion from its rhythm",
@@ -129,12 +130,13 @@ def tables(project: Path) -> list[str]:
     return [remark, "", *lines]
 
 
-def replaced(file: Path, lines: Sequence[str]) -> str:
-    """The file with these lines between its marks."""
-    before, begin, rest = file.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert begin and end, f"{file} has no marks"
-    return f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{after}"
+def replaced(file: Path, mark: str, lines: Sequence[str]) -> str:
+    """The file with these lines between the marks of a part."""
+    first, last = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    before, begin, rest = file.read_text(encoding="utf-8").partition(first)
+    _, end, after = rest.partition(last)
+    assert begin and end, f"{file} has no marks of {mark}"
+    return f"{before}{first}\n" + "\n".join(lines) + f"\n{last}{after}"
 
 
 def main() -> None:
@@ -160,12 +162,14 @@ def main() -> None:
         "difference over the test clips:",
         "",
         *differences(seeds, numbers),
-        *(["", *tables(chosen.tables)] if chosen.tables else []),
     ]
-    files = {ROOT / "README.md": short, ROOT / "docs/results.md": whole}
-    for file, lines in files.items():
+    results = ROOT / "docs/results.md"
+    parts = [(ROOT / "README.md", DEMO, short), (results, DEMO, whole)]
+    if chosen.tables:
+        parts.append((results, TABLES, tables(chosen.tables)))
+    for file, mark, lines in parts:
         if chosen.write:
-            file.write_text(replaced(file, lines), encoding="utf-8")
+            file.write_text(replaced(file, mark, lines), encoding="utf-8")
         else:
             print("\n".join([f"== {file.name}", *lines]))
 
