@@ -382,7 +382,7 @@ def runs_page(params: Params) -> str:
     shown += [name for name in names if name.endswith("svm.accuracy")][:1]
     shown += [name for name in names if name.endswith(("-pretrained.top_1", ".mean_ap"))][:2]
     columns = [f"params.`{name}`" for name in ("model.video.size", "model.backbone")]
-    columns += [f"metrics.`{name}`" for name in [*shown, "pretrain.loss", "seconds"]]
+    columns += [f"metrics.`{name}`" for name in [*shown, "seconds"]]
     view = {
         "searchFilter": "", "orderByKey": "attributes.start_time", "orderByAsc": False,
         "startTime": "ALL", "lifecycleFilter": "Active", "datasetsFilter": [],
