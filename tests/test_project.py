@@ -149,6 +149,15 @@ def test_inside_a_repository_no_second_one_is_made(tmp_path: Path) -> None:
     assert (tmp_path / "films/.dvc/config").is_file()
 
 
+def test_without_git_dvc_works_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    vattctl(tmp_path, "init", "films")
+    assert not (tmp_path / "films/.git").exists()
+    status = [sys.executable, "-m", "dvc", "status", "--json"]
+    done = subprocess.run(status, cwd=tmp_path / "films", capture_output=True, text=True)
+    assert "download" in json.loads(done.stdout), done.stderr
+
+
 def test_an_update_brings_the_pipeline_and_keeps_the_settings(made: Path) -> None:
     wanted, settings = ((made / name).read_bytes() for name in ("dvc.yaml", "params.yaml"))
     (made / "dvc.yaml").write_bytes(wanted + b"# of an older version\n")

@@ -27,7 +27,7 @@ from vattctl.params import (
 )
 
 PIPELINE, README = Path("dvc.yaml"), Path("README.md")
-COPIED = (".gitignore", ".dvcignore")
+COPIED = (".gitignore", ".dvcignore", ".dvc/config")
 HEADER = """\
 # Made by `vattctl init`; `vattctl init --update` writes it again for another version of vattctl.
 # Six stages: download -> preprocess -> pretrain -> finetune -> evaluate -> report. The stage `code`
@@ -84,8 +84,14 @@ def make_project(folder: Path, preset: str) -> None:
         (folder / README).write_text(ABOUT.format(name=folder.name), encoding="utf-8")
         scm = _start_git(folder)
         init_repository(folder, scm)
-        for name in (*COPIED, ".dvc/config"):
+        for name in COPIED:
             shutil.copyfile(SHIPPED / name, folder / name)
+        if scm == "none":  # DVC's own setting, which says so, is replaced
+            config = folder / ".dvc/config"
+            text = config.read_text(encoding="utf-8")
+            config.write_text(
+                text.replace("[core]\n", "[core]\n    no_scm = true\n"), encoding="utf-8"
+            )
         if (SHIPPED / ".dvc/plots").is_dir():
             shutil.copytree(SHIPPED / ".dvc/plots", folder / ".dvc/plots", dirs_exist_ok=True)
         (folder / PIPELINE).write_text(shipped_pipeline(), encoding="utf-8")
