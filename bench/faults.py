@@ -61,15 +61,15 @@ def vattctl(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "vattctl.cli", *arguments]
 
 
-def run(project: Path, *arguments: str, limit: float = LIMIT) -> tuple[int, str]:
+def run(project: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> tuple[int, str]:
     """A command's exit code and what it printed."""
     try:
         done = subprocess.run(
-            vattctl(*arguments), cwd=project, env=environment(), text=True, timeout=limit,
+            [*prefix, *vattctl(*arguments)], cwd=project, env=environment(), text=True, timeout=LIMIT,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return -1, f"no end after {limit:.0f} s"
+        return -1, f"no end after {LIMIT:.0f} s"
     return done.returncode, done.stdout
 
 
@@ -301,7 +301,7 @@ class Fault:
     damage: Callable[[Path], Any]  # may return what undoes it
     codes: tuple[int, ...]
     command: tuple[str, ...] = ()  # empty: repro of the stage
-    mend: Callable[[Path], Any] | None = None
+    prefix: tuple[str, ...] = ()  # a program that runs the command
 
 
 def truncate(pattern: str, share: float = 0.5) -> Callable[[Path], None]:
@@ -395,12 +395,13 @@ def another_writer(project: Path) -> Callable[[], None]:
 
 
 def silent_server(project: Path) -> Callable[[], None]:
-    """The settings name a mirror that accepts connections and never answers."""
+    """The settings name an MLflow server that accepts connections and never answers."""
     server = socket.create_server(("127.0.0.1", 0))
     settings = project / "params.yaml"
     text = settings.read_text(encoding="utf-8")
-    address = f"http://127.0.0.1:{server.getsockname()[1]}"
-    settings.write_text(text.replace("mlflow_uri: null", f"mlflow_uri: {address}"))
+    content = yaml.safe_load(text)
+    content["machine"]["mlflow_uri"] = f"http://127.0.0.1:{server.getsockname()[1]}"
+    settings.write_text(yaml.safe_dump(content), encoding="utf-8")
 
     def undo() -> None:
         server.close()
@@ -452,6 +453,7 @@ FAULTS = (
     Fault("MLflow's database cut short", "pretrain", truncate("mlflow.db"), (0, 4)),
     Fault("MLflow's database locked", "pretrain", locked_database, (0, 4)),
     Fault("MLflow's server never answers", "pretrain", silent_server, (0, 4)),
+    Fault("network gone", "download", write("a", ""), (3, 4), prefix=("unshare", "--net")),
     Fault("clock set back by a day", "pretrain", clock_set_back, (0,)),
     Fault("files left by a killed writer", "preprocess", write("data/.shards.tmp/x", "rest"), (0,)),
     Fault("disk full while shards are written", "preprocess", mounted("data", spare=150), (4,)),
@@ -510,7 +512,7 @@ def try_fault(truth: Truth, fault: Fault) -> Outcome:
         except (subprocess.CalledProcessError, FileNotFoundError) as error:
             return Outcome(fault.name, -1, "", "skipped", f"cannot be made here: {error}")
         params = (project / "params.yaml").read_text(encoding="utf-8", errors="replace")
-        code, text = run(project, *(fault.command or ("repro", fault.stage)))
+        code, text = run(project, *(fault.command or ("repro", fault.stage)), prefix=fault.prefix)
         if callable(undo):
             undo()
         said = next((line for line in reversed(text.splitlines()) if line.strip()), "")
