@@ -419,6 +419,8 @@ def _connect(machine: MachineParams) -> Any:
 
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It prints the traceback of an error that it raises, too: a full disk, a locked database.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     uri = store_uri(machine)
     try:
         with _one_at_a_time(uri):  # two that make the same new database spoil it
