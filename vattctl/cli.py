@@ -132,7 +132,8 @@ def cli(
 
 BASH = """\
 %(complete_func)s() {
-    local IFS=$'\\n' line
+    local IFS=$'\\n' line word="${COMP_WORDS[COMP_CWORD]}"
+    if [[ $word == [=:@] ]]; then word=; fi
     COMPREPLY=()
     while IFS= read -r line; do
         case $line in
@@ -140,7 +141,7 @@ BASH = """\
             dir,*) compopt -o dirnames ;;
             file,*) compopt -o default ;;
         esac
-    done < <(COMP_WORDS="${COMP_WORDS[*]}" COMP_CWORD=$COMP_CWORD \
+    done < <(COMP_WORDS="${COMP_LINE:0:COMP_POINT}" COMP_PART="$word" \
         %(complete_var)s=bash_complete "$1")
     if [[ ${COMPREPLY[0]-} == *= ]]; then compopt -o nospace; fi
 }
@@ -173,38 +174,29 @@ class Zsh(ShellComplete):
     name, source_template = "zsh", ZSH
 
     def get_completion_args(self) -> tuple[list[str], str]:
-        place = int(os.environ["COMP_CWORD"])
-        words = split_arg_string(os.environ["COMP_WORDS"])[1 : place + 1]
-        words = self.joined(words if len(words) == place else [*words, ""])
-        return words[:-1], words[-1]
-
-    def joined(self, words: list[str]) -> list[str]:
-        """The words as they were typed."""
-        return words
+        place = int(os.environ["COMP_CWORD"]) - 1  # of the word under the cursor
+        words = split_arg_string(os.environ["COMP_WORDS"])[1:]
+        return words[:place], words[place] if len(words) > place else ""
 
     def format_completion(self, item: CompletionItem) -> str:
         return f"{item.type},{item.value}"
 
 
-class Bash(Zsh):
-    """Completion in bash, which takes `key=value` for three words."""
+class Bash(ShellComplete):
+    """Completion in bash, which takes the parts around `=`, `:` and `@` for words of their own."""
 
     name, source_template = "bash", BASH
-    cuts = False  # whether the word to complete begins after a `=`
+    cut = 0  # letters of the typed word before the part that bash replaces
 
-    def joined(self, words: list[str]) -> list[str]:
-        whole: list[str] = []
-        for before, word in zip(["", *words], words, strict=False):
-            self.cuts = bool(whole) and "=" in (before, word)
-            if self.cuts:
-                whole[-1] += word
-            else:
-                whole.append(word)
-        return whole
+    def get_completion_args(self) -> tuple[list[str], str]:
+        line = os.environ["COMP_WORDS"]  # up to the cursor
+        words = split_arg_string(line)[1:]
+        typed = "" if line[-1:].isspace() or not words else words.pop()
+        self.cut = len(typed) - len(os.environ["COMP_PART"])
+        return words, typed
 
     def format_completion(self, item: CompletionItem) -> str:
-        value = item.value.partition("=")[2] if self.cuts else item.value
-        return f"{item.type},{value}"
+        return f"{item.type},{item.value[self.cut :]}"
 
 
 for shell in (Bash, Zsh):

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 import click
 
 from vatt.errors import DataError, SettingsError, redact
-from vattctl.params import JSON_VERSION, CheckpointFolder, enter_project, print_rich
+from vattctl.params import (
+    JSON_VERSION,
+    CheckpointFolder,
+    dry_run_option,
+    enter_project,
+    print_json,
+    print_rich,
+)
 
 if TYPE_CHECKING:
     from vatt.release.convert import ImportReport
@@ -164,6 +171,7 @@ Examples:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--licence", help="Of the weights, for the model card: a name such as apache-2.0.")
 @click.option("--force", is_flag=True, help="Overwrite --out.")
+@dry_run_option("Check the folders; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def export_command(
@@ -173,6 +181,7 @@ def export_command(
     out: Path,
     licence: str | None,
     force: bool,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Write a checkpoint FOLDER in another form.
@@ -180,6 +189,7 @@ def export_command(
     An ONNX graph is run with onnxruntime and compared; exit code 1 when it differs. A Hugging Face
     folder loads with transformers' AutoModel; its model card describes the project's run.
     """
+    from vatt.checkpoint import load_config
     from vatt.export import FORMS, TOLERANCE
 
     if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
@@ -187,6 +197,10 @@ def export_command(
     if out.resolve() == folder.resolve():
         raise SettingsError("--out is the checkpoint's own folder", hint="give another --out")
     folder, out = folder.resolve(), out.resolve()
+    if dry_run:
+        load_config(folder)  # raises where it is no checkpoint
+        _would_write(f"{folder} as {to}", out, as_json=as_json)
+        return
     card = {"run": _run_card(context, folder), "licence": licence}
     comparisons = FORMS[to](folder, out, **(card if to == "huggingface-folder" else {}))
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
@@ -255,19 +269,31 @@ Examples:
 @click.argument("address")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--force", is_flag=True, help="Overwrite --out.")
+@dry_run_option("Check the folder; fetch nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def pull_command(address: str, out: Path, force: bool, as_json: bool) -> None:
+def pull_command(address: str, out: Path, force: bool, dry_run: bool, as_json: bool) -> None:
     """Copy a checkpoint from an ADDRESS to a local folder, and check its files."""
     from vatt.export import pull
     from vatt.progress import progress
 
     if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
         raise SettingsError(f"{out} exists", hint="give another --out, or --force to overwrite it")
+    if dry_run:
+        _would_write(redact(address), out, as_json=as_json)
+        return
     with progress("pull", "files") as tick:
         sums = dict(pull(address, out, progress=tick))
     if not sums:
         click.echo("not checked: the address has no checksums.json (vattctl push)", err=True)
     _print_files(sums, {"pulled": redact(address), "out": str(out)}, as_json=as_json)
+
+
+def _would_write(what: str, out: Path, *, as_json: bool) -> None:
+    """The answer to --dry-run of a command that writes a folder."""
+    if as_json:
+        print_json(dry_run=True, source=what, out=str(out))
+    else:
+        click.echo(f"would write {what} to {out}\nnothing written (--dry-run)")
 
 
 def _print_files(
@@ -438,7 +464,7 @@ def search(
     index = place
     if not is_index(place):
         index = INDICES / hashlib.sha256(str(place).encode()).hexdigest()[:12]
-        with progress("index", "videos") as tick:
+        with progress("index", "moments") as tick:
             facts = build_index(embedder, place, params, out=index, progress=tick)
         if facts["left_out"]:
             ledger = index.with_name(f".{index.name}.work") / "preprocess.ledger.jsonl"

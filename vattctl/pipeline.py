@@ -368,10 +368,11 @@ def finetune(context: click.Context, /, name: str | None, options: RunOptions, *
     """
     if name is None:
         name_run(context, context.command.params[0], own.pop("experiment"))
-        given = [f"--{key}" for key, value in own.items() if value not in (None, ())]
+        words = {"location": "data", "start": "from"}
+        given = [words.get(key, key) for key, value in own.items() if value not in (None, ())]
         if given:
             raise SettingsError(
-                f"{given[0].replace('location', 'data').replace('start', 'from')} needs a SET",
+                f"--{given[0].replace('_', '-')} needs a SET",
                 hint="e.g. vattctl finetune folder --data DIR; vattctl finetune --help lists them",
             )
         enter_project(context)

@@ -161,12 +161,16 @@ Examples:
 )
 @click.argument("stage", shell_complete=complete_stages)
 @click.option("-f", "--follow", is_flag=True, help="Print new lines until the stage ends.")
+@json_option
 @click.pass_context
-def logs(context: click.Context, stage: str, follow: bool) -> None:
+def logs(context: click.Context, stage: str, follow: bool, as_json: bool) -> None:
     """Print what STAGE printed when vattctl last ran it."""
     enter_project(context)
     if stage.partition("@")[0] not in STAGES:
         raise SettingsError(f"no stage '{stage}'", hint=f"stages: {', '.join(STAGES)}")
+    if as_json:
+        print_json(stage=stage, lines=list(stage_log(stage, follow=follow)))
+        return
     try:
         for line in stage_log(stage, follow=follow):
             click.echo(line)
