@@ -10,7 +10,6 @@ from tests.data.corpus import demo_params
 from tests.data.sharding.odd_media import (
     CHANGE,
     GREY,
-    LATE,
     SECONDS,
     STEP,
     TONE,
@@ -21,8 +20,10 @@ from tests.data.sharding.odd_media import (
 from tests.data.sharding.test_shards import write
 from vatt.data.clips.ledger import Entry, read_ledger
 from vatt.data.clips.manifest import Clip
-from vatt.data.clips.media import probe
+from vatt.data.clips.media import find_ffmpeg, probe
+from vatt.data.clips.storage import decode_frames, whole
 from vatt.data.loading.reader import ShardIndex, ShardReader
+from vatt.data.sharding.cut import Cut, cut
 
 HZ = 8000
 QUICK = [
@@ -37,6 +38,14 @@ QUICK = [
     Case("mp4", "plain", 3),
     Case("mp4", "late"),
     Case("opus", "restart"),
+    Case("mp4", "joined", 0, 0.0, "b"),
+    Case("wav", "joined"),
+    Case("ts", "streams", 3, 0.0),
+    Case("ts", "mute"),
+    Case("mkv", "plain", 0, 0.0, "tracks"),
+    Case("ts", "restart", 0, 0.0, "open"),
+    Case("flv", "plain", 0, 0.0, "uneven"),
+    Case("mp4", "plain", 0, 0.0, "hidden"),
 ]
 
 
@@ -66,7 +75,8 @@ def check(root: Path, cases: list[Case]) -> dict[Case, Counter[str]]:
         start = int(row.key.partition("+")[2] or 0)
         frames = reader.frames(row, range(row.num_frames)) if row.video else None
         sound = reader.audio(row, 0, row.num_samples) if row.audio else None
-        if sound is not None or case.change == "early":  # without its sound it counts as lost
+        second = case.second_at(start) or 0
+        if sound is not None or case.is_silent(second):  # without its sound it counts as lost
             found[case]["right" if is_right(case, start, frames, sound) else "wrong"] += 1
     reader.close()
     for name, (_, case) in clips.items():
@@ -86,8 +96,8 @@ def is_right(case: Case, start: int, frames: np.ndarray | None, sound: np.ndarra
         grey = frames[1:-1].mean(axis=(1, 2, 3)) / GREY - 1
         if np.abs(grey - (case.picture_at(second) or 0)).max() > 0.3:
             return False
-    if case.change == "early" and second <= LATE:
-        return True  # the sound sets in later
+    if case.is_silent(second):
+        return True
     assert sound is not None
     wave = sound[HZ // 10 : -HZ // 10].astype(float)
     for part in np.array_split(wave, 2):
@@ -108,6 +118,18 @@ def test_windows_keep_their_second_across_breaks_and_held_pictures(tmp_path):
         most = 2 if case.change == "late" else 1  # before the picture; at a break
         assert not counts["wrong"] and not counts["lost without a reason"], table(found)
         assert counts["lost"] <= most, table(found)
+
+
+def test_a_picture_of_another_shape_keeps_it_within_a_window(tmp_path):
+    path = make(tmp_path, Case("ts", "shape"))
+    params = demo_params().preprocess.model_copy(update={"fps": 10, "short_side": 64, "crf": 1})
+    item = Cut(path, probe(path), ((4.5, 5.5),))
+    [piece] = cut([item], params, program=find_ffmpeg(None), work=tmp_path)[0].pieces
+    assert (piece.height, piece.width, piece.num_frames) == (64, 96, 10)
+    frames = whole(decode_frames(piece.video[0], range(10), fps=10), 10)
+    np.testing.assert_allclose(frames[0], GREY * 5, atol=3)
+    assert frames[9][:, :24].max() < 12 and frames[9][:, -24:].max() < 12  # 42 of 96 columns
+    np.testing.assert_allclose(frames[9][2:-2, 30:-30], GREY * 6, atol=3)
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ decoding them and gives each one a time on the clips' clock:
   part before. Streams that jump together stay in step; a stream that jumps alone goes on alone.
 - A forward leap of all streams is closed in the same way in formats whose clock may leap (MPEG-TS,
   MPEG-PS, Ogg). In others the stamps are right: nothing was recorded there, and nothing is cut.
+- Recordings that are joined in one file follow each other, also where each has its own header or
+  its own streams.
 - A picture stays until the next one. The last one lasts as long as its packet says; in a file whose
   pictures stay for seconds, as long as the longest before it, but not longer than the sound.
 
@@ -16,6 +18,7 @@ Everything unusual about it is a remark for the ledger.
 """
 
 import contextlib
+import mmap
 import os
 import re
 import resource
@@ -58,6 +61,8 @@ OFF_RATE, MIN_STEPS = 0.05, 8  # share by which the pace of sound may be wrong; 
 PAUSE = 1.0  # no packet for longer is worth a remark
 ALONE = 60.0  # seconds; a longer picture without sound is not a film
 INDEXED = {"matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "avi", "gif"}  # a seek finds key frames
+JOINED = 100  # recordings in one file, at most
+OVERLAP = 0.02  # share of a file by which one stream may begin before the end of another
 MIXED = 8  # channels; FFmpeg has no rule to mix more of them
 _CLOCK_LEAPS = av.format.Flags.ts_discont.value
 _NOT_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -90,14 +95,26 @@ class Media:
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """A stream to read in a part of the file."""
+
+    stream: int  # its index where only this part is opened
+    begin: int = 0  # bytes
+    end: int = 0  # bytes; 0: the end of the file
+    start: float = -np.inf  # the time stamp from which on it is shown; an edit list hides the rest
+
+
+@dataclass(frozen=True, slots=True)
 class Packets:
-    """The packets of the chosen streams, in the file's order. P: packets."""
+    """The packets of the chosen streams, those of each kind in order. P: packets."""
 
     sound: np.ndarray  # (P,) bool; the others are pictures
     time: np.ndarray  # (P,) of presentation, in seconds on the clips' clock
     length: np.ndarray  # (P,) seconds; 0 where the file does not say
     key: np.ndarray  # (P,) bool: decoding can begin here
     shift: np.ndarray  # (P,) seconds added to the file's time stamps
+    pictures: tuple[Reading, ...] = ()  # where they come from
+    sounds: tuple[Reading, ...] = ()
     zero: float = 0.0  # and taken off then
 
 
@@ -117,14 +134,18 @@ def scan(path: Path) -> tuple[Media, Packets]:
     """What a file of pictures and sound holds, and when; raises BrokenMediaError."""
     try:
         with open_media(path) as container:
-            return _scan(container)
+            return _scan(path, container)
     except av.FFmpegError as error:
         raise BrokenMediaError(f"not a media file: {error.strerror}") from None
 
 
-def open_media(path: Path) -> av.container.InputContainer:
-    """A file whose format is one of ours; its titles may be any bytes."""
-    return av.open(f"file:{path.resolve()}", options=_OPTIONS, metadata_errors="replace")
+def open_media(path: Path, begin: int = 0, end: int = 0) -> av.container.InputContainer:
+    """A file (or some bytes of it) whose format is one of ours; its titles may be any bytes."""
+    name, options = f"file:{path.resolve()}", _OPTIONS
+    if begin or end:
+        name = f"subfile,,start,{begin},end,{end},,:{name}"
+        options = {**_OPTIONS, "protocol_whitelist": "file,subfile"}
+    return av.open(name, options=options, metadata_errors="replace")
 
 
 def image_format(path: Path) -> str | None:
@@ -177,43 +198,203 @@ def stamped_packets(
             pts = dts if packet.pts is None or counts_frames else packet.pts
             if pts is not None and dts is not None and packet.size:
                 yield packet, pts, dts
-    except av.FFmpegError:
+    except (av.FFmpegError, IndexError):  # IndexError: at its end, where streams have been added
         pass  # what came before counts
 
 
-def _scan(container: av.container.InputContainer) -> tuple[Media, Packets]:
+class _Columns:
+    """What is noted of each packet while files are read."""
+
+    def __init__(self) -> None:
+        # time of presentation, of decoding, length; whether sound, whether key; byte in the file
+        self.columns: tuple[array[Any], ...] = tuple(array(kind) for kind in "dddbbd")
+        self.readings: dict[bool, list[Reading]] = {False: [], True: []}
+        self.starts: dict[int, float] = {}  # of recordings after the first, by their first packet
+
+    def read(
+        self, container: av.container.InputContainer, streams: Sequence[Any], begin: int, end: int
+    ) -> int:
+        """Note the packets of streams; returns where the last one ends in the file."""
+        units = {stream.index: float(stream.time_base) for stream in streams}
+        sound = {stream.index: stream.type == "audio" for stream in streams}
+        reached, count, first = begin, 0, len(self.columns[0])
+        start = -np.inf
+        if begin and container.start_time is not None:
+            start = self.starts[first] = container.start_time / 1e6
+        for packet, pts, dts in stamped_packets(container, streams):
+            place = -1 if packet.pos is None else packet.pos + begin
+            reached, count = max(reached, place + packet.size), count + 1
+            unit = units[packet.stream_index]
+            facts = (pts * unit, dts * unit, (packet.duration or 0) * unit)
+            flags = (sound[packet.stream_index], packet.is_keyframe, place)
+            for column, value in zip(self.columns, (*facts, *flags), strict=True):
+                column.append(value)
+        for stream in streams if count else ():
+            self.readings[sound[stream.index]].append(Reading(stream.index, begin, end, start))
+        return reached
+
+    def packets(self, *, leaps: bool) -> tuple[Packets, list[tuple[float, float]]]:
+        """The packets, and where and by how much their time stamps jump."""
+        presented, decoded, length = (np.array(column) for column in self.columns[:3])
+        sound, key = (np.array(column, bool) for column in self.columns[3:5])
+        if not presented.size:
+            raise BrokenMediaError("no packet in it")
+        away = np.abs(presented - decoded) > LEAP  # stamps from both sides of a break
+        presented[away] = decoded[away]
+        order = _order(sound, np.array(self.columns[5]))
+        part = _parts(sound, decoded, order, leaps=leaps)
+        starts = {int(part[at]): start for at, start in self.starts.items() if at < len(part)}
+        shift, jumps = _close(sound, part, presented, length, starts)
+        pictures, sounds = (tuple(self.readings[kind]) for kind in (False, True))
+        return Packets(sound, presented + shift, length, key, shift, pictures, sounds), jumps
+
+    def time_at(self, place: int) -> float:
+        """About when something was recorded that begins at a byte of the file."""
+        after = [time for time, at in zip(self.columns[0], self.columns[5], strict=True)
+                 if at >= place]  # fmt: skip
+        return min(after, default=0.0) - min(self.columns[0], default=0.0)
+
+
+def _scan(path: Path, container: av.container.InputContainer) -> tuple[Media, Packets]:
     video, audio = _chosen(container.streams.video), _chosen(container.streams.audio)
     chosen = [stream for stream in (video, audio) if stream is not None]
     if not chosen:
         raise BrokenMediaError("it has no picture and no sound that can be decoded")
-    units = {stream.index: float(stream.time_base) for stream in chosen}
-    columns = array("d"), array("d"), array("d"), array("b"), array("b"), array("d")
-    for packet, pts, dts in stamped_packets(container, chosen):
-        unit = units[packet.stream_index]
-        columns[0].append(pts * unit)
-        columns[1].append(dts * unit)
-        columns[2].append((packet.duration or 0) * unit)
-        columns[3].append(audio is not None and packet.stream_index == audio.index)
-        columns[4].append(packet.is_keyframe)
-        columns[5].append(-1 if packet.pos is None else packet.pos)
-    presented, decoded, length = (np.array(column) for column in columns[:3])
-    sound, key = (np.array(column, bool) for column in columns[3:5])
-    if not presented.size:
-        raise BrokenMediaError("no packet in it")
-    leaps = bool(container.format.flags & _CLOCK_LEAPS)
-    away = np.abs(presented - decoded) > LEAP  # stamps from both sides of a break
-    presented[away] = decoded[away]
-    order = _order(sound, np.array(columns[5]))
-    part = _parts(sound, decoded, order, leaps=leaps)
-    shift, jumps = _close(sound, part, presented, length)
-    packets = Packets(sound, presented + shift, length, key, shift)
-    return _describe(
-        container,
-        None if sound.all() else video,
-        audio if sound.any() else None,
-        packets,
-        jumps,
-    )
+    columns, form = _Columns(), container.format.name
+    reached = columns.read(container, chosen, 0, 0)
+    with contextlib.ExitStack() as opened:
+        more, remarks = _joined(path, form, columns, reached, opened)
+        if form == "mpegts":
+            more, remarks = _later_streams(path, container, columns, chosen, opened)
+        packets, jumps = columns.packets(
+            leaps=bool(container.format.flags & _CLOCK_LEAPS) or bool(more)
+        )
+        streams = [*chosen, *more]
+        kinds = {kind: [s for s in streams if s.type == kind] for kind in ("video", "audio")}
+        return _describe(
+            container,
+            None if packets.sound.all() else kinds["video"][0],
+            kinds["audio"][0] if packets.sound.any() else None,
+            packets,
+            jumps,
+            remarks,
+        )
+
+
+# How a recording begins, in formats whose readers stop where another one is joined to the first.
+_HEADS = {
+    "mov,mp4,m4a,3gp,3g2,mj2": rb"\0\0\0.ftyp",
+    "flv": rb"FLV\x01.\0\0\0\x09",
+    "wav": rb"RIFF.{4}WAVE",
+    "w64": rb"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb",
+    "aiff": rb"FORM.{4}AIF[FC]",
+    "caf": rb"caff\0\x01\0\0",
+    "asf": rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\x00\xaa\x00\x62\xce\x6c",
+}
+
+
+def _joined(
+    path: Path, form: str, columns: _Columns, reached: int, opened: contextlib.ExitStack
+) -> tuple[list[Any], list[str]]:
+    """Read the recordings that follow the first one in a file; remarks on those that cannot be."""
+    streams: list[Any] = []
+    remarks: list[str] = []
+    size = path.stat().st_size
+    if form not in _HEADS or reached >= size:
+        return streams, remarks
+    head = re.compile(_HEADS[form], re.DOTALL)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        while len(streams) < 2 * JOINED and (found := head.search(data, reached)):
+            begin = found.start()
+            try:
+                container = opened.enter_context(open_media(path, begin))
+                chosen = [_chosen(container.streams.video), _chosen(container.streams.audio)]
+                chosen = [stream for stream in chosen if stream is not None]
+                reached = columns.read(container, chosen, begin, 0) if chosen else begin
+                streams += chosen if reached > begin else []
+            except av.FFmpegError:
+                reached = begin
+            if reached == begin:
+                remarks.append(f"another recording that begins at byte {begin:,} cannot be read")
+                reached = found.end()
+    return streams, remarks
+
+
+def _later_streams(
+    path: Path,
+    container: av.container.InputContainer,
+    columns: _Columns,
+    chosen: Sequence[Any],
+    opened: contextlib.ExitStack,
+) -> tuple[list[Any], list[str]]:
+    """Read the streams of an MPEG-TS that begin where the chosen ones have ended.
+
+    Remarks on those that begin while the chosen ones go on.
+    """
+    spans, tables = _pids(path)
+    known = {stream.id for stream in container.streams}
+    slack = OVERLAP * path.stat().st_size
+    ends = {stream.type: spans.get(stream.id, (0, 0))[1] - slack for stream in chosen}
+    later: list[Any] = []
+    remarks: list[str] = []
+    for pid, (first, last) in sorted(spans.items(), key=lambda item: item[1]):
+        before = tables[tables <= first]
+        if pid in {stream.id for stream in chosen} or not before.size:
+            continue
+        begin = int(before[-1])
+        try:
+            part = opened.enter_context(open_media(path, begin))
+        except av.FFmpegError:
+            continue
+        streams = [s for s in (*part.streams.video, *part.streams.audio) if s.id == pid]
+        for stream in [s for s in streams if _chosen([s]) is not None]:
+            if first >= ends.get(stream.type, 0):
+                columns.read(part, [stream], begin, 0)
+                ends[stream.type] = last - slack
+                later.append(stream)
+            elif pid not in known:
+                what = "sound" if stream.type == "audio" else "picture"
+                time = columns.time_at(first)
+                remarks.append(f"another {what} begins at {time:.1f} s and is not used")
+    return later, remarks
+
+
+def _pids(path: Path) -> tuple[dict[int, tuple[int, int]], np.ndarray]:
+    """Where each stream of an MPEG-TS begins and ends, and where its tables of streams are."""
+    data = np.memmap(path, np.uint8, "r")
+    spans: dict[int, tuple[int, int]] = {}
+    tables: list[np.ndarray] = []
+    place = 0
+    while (found := _in_step(data, place)) is not None:
+        place, stride, count = found
+        heads = data[place : place + count * stride].reshape(count, stride)
+        pids = (heads[:, 1].astype(np.int64) & 0x1F) << 8 | heads[:, 2]
+        for pid in np.unique(pids).tolist():
+            at = np.flatnonzero(pids == pid) * stride + place
+            if pid == 0:
+                tables.append(at)
+            elif pid != _NULL_PID:
+                spans[pid] = spans.get(pid, (int(at[0]), 0))[0], int(at[-1])
+        place += count * stride
+    return spans, np.concatenate(tables) if tables else np.zeros(0, np.int64)
+
+
+_SYNC, _NULL_PID = 0x47, 0x1FFF
+_SEARCHED = 2**16  # bytes, for the next packet
+
+
+def _in_step(data: np.ndarray, place: int) -> tuple[int, int, int] | None:
+    """The next run of packets of MPEG-TS: where it begins, the length and number of its packets."""
+    part = data[place : place + _SEARCHED]
+    for first in np.flatnonzero(part == _SYNC):
+        for stride in (188, 192, 204):
+            marks = data[place + first :: stride]
+            if len(marks) > 4 and (marks[:5] == _SYNC).all():
+                wrong = np.flatnonzero(marks != _SYNC)
+                begin = place + int(first)
+                count = int(wrong[0]) if wrong.size else (len(data) - begin) // stride
+                return begin, stride, max(count, 1)
+    return None
 
 
 def _chosen(streams: Sequence[Any]) -> Any | None:
@@ -282,7 +463,11 @@ def _parts(sound: np.ndarray, dts: np.ndarray, order: np.ndarray, *, leaps: bool
 
 
 def _close(
-    sound: np.ndarray, part: np.ndarray, pts: np.ndarray, length: np.ndarray
+    sound: np.ndarray,
+    part: np.ndarray,
+    pts: np.ndarray,
+    length: np.ndarray,
+    starts: Mapping[int, float],
 ) -> tuple[np.ndarray, list[tuple[float, float]]]:
     """What to add to each packet's time stamp, and where and by how much the stamps jump."""
     length = _lengths(sound, pts, length)
@@ -294,6 +479,7 @@ def _close(
         members = {kind: inside for kind, inside in members.items() if inside.any()}
         begin = _part_begin({kind: float(pts[inside].min()) for kind, inside in members.items()})
         if number:
+            begin = max(begin, starts.get(number, begin))
             known = {kind: ends[kind] for kind in members if np.isfinite(ends[kind])} or ends
             end = _part_end(known)
             jumps.append((end, before - (end - begin)))
@@ -327,6 +513,7 @@ def _describe(
     audio: Any | None,
     packets: Packets,
     jumps: Sequence[tuple[float, float]],
+    remarks: Sequence[str],
 ) -> tuple[Media, Packets]:
     sound, time = packets.sound, packets.time
     kinds = [kind for kind in (False, True) if (sound == kind).any()]
@@ -351,6 +538,8 @@ def _describe(
     pauses = _pauses(shown, heard)
     field_order = 0 if video is None else video.codec_context.field_order
     jumped = [(at - zero - start, by) for at, by in jumps]
+    joined = max(len(packets.pictures), len(packets.sounds)) > 1 or _begins_later(packets)
+    odd = _is_odd(packets, shown, longest, container.format.name)
     return Media(
         video=None if video is None else video.index,
         audio=None if audio is None else audio.index,
@@ -358,13 +547,18 @@ def _describe(
         seconds=seconds,
         num_frames=len(shown),
         interlaced=field_order > PROGRESSIVE,
-        exact=bool(jumps) or moved or _is_odd(packets, shown, longest, container.format.name),
+        exact=bool(jumps) or moved or joined or odd,
         mix="" if audio is None else _mix(audio),
         stereo=audio is not None and audio.codec_context.layout.nb_channels == 2,
         heard=heard,
         pauses=tuple(pauses),
-        remark=_remark(jumped, pauses),
+        remark=_remark(jumped, pauses, remarks),
     ), packets
+
+
+def _begins_later(packets: Packets) -> bool:
+    """Whether a stream is not there at the beginning of the file, where ffmpeg looks for it."""
+    return any(one.begin for one in (*packets.pictures, *packets.sounds))
 
 
 def _is_odd(packets: Packets, shown: np.ndarray, longest: float, form: str) -> bool:
@@ -442,8 +636,11 @@ def _pauses(shown: np.ndarray, heard: Sequence[Span]) -> list[Span]:
     return pauses
 
 
-def _remark(jumps: Sequence[tuple[float, float]], pauses: Sequence[Span]) -> str:
-    said = [
+def _remark(
+    jumps: Sequence[tuple[float, float]], pauses: Sequence[Span], others: Sequence[str]
+) -> str:
+    said = [*others]
+    said += [
         f"its time stamps {'start again' if by < 0 else f'leap by {by:.1f} s'} at {at:.1f} s"
         for at, by in jumps
     ]

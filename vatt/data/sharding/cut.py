@@ -34,6 +34,7 @@ from vatt.data.clips.media import (
     Limits,
     Media,
     Packets,
+    Reading,
     off_rate,
     open_media,
     run_limited,
@@ -90,7 +91,12 @@ class CutResult:
     """The pieces in the windows' order, and what the decoder complained of."""
 
     pieces: list[Piece]
-    complaint: str
+    complaints: tuple[str, ...] = ()
+
+    @property
+    def complaint(self) -> str:
+        """All of them, in one line."""
+        return "; ".join(self.complaints)
 
 
 def cut(
@@ -104,8 +110,7 @@ def cut(
     for item in cuts:
         result = None if item.media.exact else next(found)
         result = _cut_exactly(item, tool) if result is None else _verify(item, result, tool)
-        complaint = _join(item.media.remark, result.complaint)
-        results.append(CutResult(result.pieces, complaint))
+        results.append(CutResult(result.pieces, _distinct(item.media.remark, *result.complaints)))
     return results
 
 
@@ -136,8 +141,8 @@ class _Tool:
         return self.run([command[0], *_GLOBAL, *_LEVEL, *command[1:]], limits, log)
 
 
-def _join(*complaints: str) -> str:
-    return "; ".join(complaint for complaint in complaints if complaint)
+def _distinct(*complaints: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(filter(None, complaints)))
 
 
 def _cut_ordinary(cuts: Sequence[Cut], tool: _Tool) -> list[CutResult | None]:
@@ -170,19 +175,19 @@ def _verify(item: Cut, result: CutResult, tool: _Tool) -> CutResult:
     pieces = list(result.pieces)
     wrong = _doubtful(item, result, tool.params)
     silent = [k for k in _silent(item, pieces) if k not in wrong]
-    complaint = result.complaint
+    complaints = result.complaints
     for numbers, pictures in ((wrong, True), (silent, False)):
         if not numbers:
             continue
         windows = tuple(item.windows[k] for k in numbers)
         again = _cut_exactly(replace(item, windows=windows), tool, pictures=pictures)
-        complaint = complaint or again.complaint
+        complaints = _distinct(*complaints, *again.complaints)
         for k, piece in zip(numbers, again.pieces, strict=True):
             old, hz = pieces[k], tool.params.audio_hz
             length = round(old.num_frames / tool.params.fps * hz) if old.num_frames else None
             sound = None if piece.audio is None else piece.audio[:length]
             pieces[k] = piece if pictures else replace(old, audio=sound)
-    return CutResult(pieces, complaint)
+    return CutResult(pieces, complaints)
 
 
 def _doubtful(item: Cut, result: CutResult, params: PreprocessParams) -> list[int]:
@@ -342,14 +347,14 @@ def _collect(item: Cut, params: PreprocessParams, prefix: str, complaint: str) -
     track, side = (_samples(f"{prefix}-{name}") for name in ("sound", "side"))
     seek, _ = _span(item)
     hz = params.audio_hz
-    pieces = []
+    pieces, complaints = [], [complaint]
     for number, (start, end) in enumerate(item.windows):
         first = round((item.media.start + start - seek) * hz)
         inside = slice(first, first + round((end - start) * hz))
         sound, cancelled = _mixed(track[inside], side[inside])
-        complaint = complaint or cancelled
+        complaints.append(cancelled)
         pieces.append(_piece(f"{prefix}-{number}.mp4", sound, end - start, params))
-    return CutResult(pieces, complaint)
+    return CutResult(pieces, _distinct(*complaints))
 
 
 def _samples(path: str) -> np.ndarray:
@@ -422,7 +427,7 @@ def _cut_exactly(item: Cut, tool: _Tool, *, pictures: bool = True) -> CutResult:
         Path(f"{name}/request").write_text(json.dumps(request), encoding="utf-8")
         limits = _exact_limits(item, params)
         command = [sys.executable, "-m", __name__, f"{name}/request"]
-        complaint = tool.run(command, limits, Path(f"{name}/log"), python=True)
+        complaints = [tool.run(command, limits, Path(f"{name}/log"), python=True)]
         films = [Path(f"{prefix}-{number}.y4m") for number in range(len(item.windows))]
         outputs = [
             ffmpeg.input(f"file:{film}", f="yuv4mpegpipe").output(
@@ -433,15 +438,14 @@ def _cut_exactly(item: Cut, tool: _Tool, *, pictures: bool = True) -> CutResult:
         ]
         for first in range(0, len(outputs), FILMS_A_CALL):
             part = outputs[first : first + FILMS_A_CALL]
-            encoding = tool.encode(part, limits, Path(f"{name}/log"))
-            complaint = complaint or encoding
+            complaints.append(tool.encode(part, limits, Path(f"{name}/log")))
         pieces = []
         for number, (start, end) in enumerate(item.windows):
             tracks = [_samples(f"{prefix}-{number}-{track}") for track in ("sound", "side")]
             sound, cancelled = _mixed(*tracks)
-            complaint = complaint or cancelled
+            complaints.append(cancelled)
             pieces.append(_piece(f"{prefix}-{number}.mp4", sound, end - start, params))
-    return CutResult(pieces, complaint)
+    return CutResult(pieces, _distinct(*complaints))
 
 
 def _exact_limits(item: Cut, params: PreprocessParams) -> Limits:
@@ -464,14 +468,14 @@ def main(path: str) -> None:
             for number, window in enumerate(windows)
         ]
         needed = _needed_pictures(packets, windows, whole=request["whole"])
-        _shoot(films, _decode(source, media.video, packets, needed, errors), media, packets)
+        _shoot(films, _decode(source, packets.pictures, packets, needed, errors), media, packets)
         errors += [film.fault for film in films if film.fault][:1]
     if media.audio is not None:
         tracks = {}
         for chunk in {int(x // SOUND_GRID) for a, b in windows for x in (*np.arange(a, b), b)}:
             # Each from a new decoder: its noise must not depend on what else is wanted.
             needed = _needed_sound(packets, chunk, whole=request["whole"])
-            heard = list(_hear(_decode(source, media.audio, packets, needed, errors), media))
+            heard = list(_hear(_decode(source, packets.sounds, packets, needed, errors), media))
             heard, wrong = _in_rate(heard)
             errors += wrong
             tracks[chunk] = _place(heard, chunk * SOUND_GRID, params.audio_hz)
@@ -505,29 +509,37 @@ def _needed_sound(packets: Packets, chunk: int, *, whole: bool) -> np.ndarray:
 
 
 def _decode(
-    source: Path, index: int, packets: Packets, needed: np.ndarray, errors: list[str]
+    source: Path,
+    readings: Sequence[Reading],
+    packets: Packets,
+    needed: np.ndarray,
+    errors: list[str],
 ) -> Iterator[Decoded]:
     """The frames of the packets that are needed, each with its time on the clips' clock."""
-    with open_media(source) as container:
-        stream = container.streams[index]
-        shifts = packets.shift[packets.sound == (stream.type == "audio")]
-        codec = stream.codec_context
-        codec.thread_type, codec.thread_count = "NONE", 1
-        codec.options = {"max_pixels": str(MAX_PIXELS)} if stream.type == "video" else {}
-        unit = float(stream.time_base)
-        decoding = False
-        for number, (packet, pts, dts) in enumerate(stamped_packets(container, [stream])):
-            if number >= len(needed) or not needed[number]:
-                if decoding:
+    shifts = packets.shift[packets.sound == (readings is packets.sounds)]
+    number = 0
+    for reading in readings:
+        with open_media(source, reading.begin, reading.end) as container:
+            stream = container.streams[reading.stream]
+            codec = stream.codec_context
+            codec.thread_type, codec.thread_count = "NONE", 1
+            codec.options = {"max_pixels": str(MAX_PIXELS)} if stream.type == "video" else {}
+            unit = float(stream.time_base)
+            decoding = False
+            shown_from = reading.start + float(shifts[number : number + 1].sum()) - packets.zero
+            for packet, pts, dts in stamped_packets(container, [stream]):
+                is_needed = number < len(needed) and needed[number]
+                if is_needed:
+                    ticks = round(shifts[number] / unit)
+                    packet.pts, packet.dts = pts + ticks, dts + ticks
+                    frames = _timed(codec, packet, unit, packets.zero, errors)
+                    yield from (frame for frame in frames if frame[0] > shown_from - LOOK_AHEAD)
+                elif decoding:
                     yield from _timed(codec, None, unit, packets.zero, errors)
                     codec.flush_buffers()
-                decoding = False
-                continue
-            decoding, ticks = True, round(shifts[number] / unit)
-            packet.pts, packet.dts = pts + ticks, dts + ticks
-            yield from _timed(codec, packet, unit, packets.zero, errors)
-        if decoding:
-            yield from _timed(codec, None, unit, packets.zero, errors)
+                decoding, number = is_needed, number + 1
+            if decoding:
+                yield from _timed(codec, None, unit, packets.zero, errors)
 
 
 def _timed(
@@ -545,7 +557,10 @@ def _timed(
 
 
 class _Film:
-    """The picture of one window, written frame by frame; all frames have the size of the first."""
+    """The picture of one window, written frame by frame.
+
+    All frames have the size of the first; one of another shape is fitted into it, with black bars.
+    """
 
     def __init__(self, path: str, window: Window, params: PreprocessParams) -> None:
         self.path, self.params = Path(path), params
@@ -583,9 +598,9 @@ class _Film:
         size = _stored_size(frame, shape, self.params)
         if quarters % 2:
             size = size[::-1]
-        if self.size is None:
-            self.size = size
-        width, height = self.size[::-1] if quarters % 2 else self.size
+        self.size = self.size or size
+        inside = _fitted(size, self.size)
+        width, height = inside[::-1] if quarters % 2 else inside
         full = self.params.video_storage == "jpeg"
         unknown = frame.colorspace in (2, 3)  # unspecified, reserved
         picture = frame.reformat(
@@ -602,7 +617,8 @@ class _Film:
             np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
             for plane in picture.planes
         ]
-        return b"".join(np.rot90(plane, quarters).tobytes() for plane in planes)
+        upright = [np.rot90(plane, quarters) for plane in planes]
+        return b"".join(_framed(upright, self.size, black=0 if full else 16))
 
 
 def _stored_size(
@@ -613,6 +629,28 @@ def _stored_size(
     short, most = min(width, height) / params.short_side, MAX_ASPECT * params.short_side
     stored = [2 * int(min(side / short, most) / 2 + 0.5) for side in (width, height)]
     return stored[0], stored[1]
+
+
+def _fitted(size: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int]:
+    """The even width and height of a picture scaled to touch a frame from inside."""
+    scale = min(outer / own for own, outer in zip(size, frame, strict=True))
+    width, height = (
+        outer if abs(own * scale - outer) <= 2 else max(2 * round(own * scale / 2), 2)
+        for own, outer in zip(size, frame, strict=True)
+    )
+    return width, height
+
+
+def _framed(planes: Sequence[np.ndarray], size: tuple[int, int], *, black: int) -> Iterator[bytes]:
+    """The bytes of planes in the middle of a black frame."""
+    inner = planes[0].shape[1], planes[0].shape[0]
+    left, top = (2 * ((outer - own) // 4) for own, outer in zip(inner, size, strict=True))
+    for number, plane in enumerate(planes):
+        share = 2 if number else 1  # U and V have half as many rows and columns
+        frame = np.full((size[1] // share, size[0] // share), 128 if number else black, np.uint8)
+        rows, columns = plane.shape
+        frame[top // share :, left // share :][:rows, :columns] = plane
+        yield frame.tobytes()
 
 
 def _shoot(
