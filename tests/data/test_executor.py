@@ -1,15 +1,19 @@
 """The same work here, in processes and on a cluster that loses a machine: the same bytes."""
 
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from tests.data.corpus import demo_params, make_clip, make_corpus, write_media
 from tests.data.sharding.test_shards import digests, write
+from vatt.data.clips.ledger import read_ledger
+from vatt.data.clips.media import find_ffmpeg
 from vatt.data.fetching.download import download
 from vatt.data.workers import start_workers
 from vatt.errors import DataError, MachineError
@@ -63,6 +67,55 @@ def test_a_worker_that_dies_is_the_machines_fault():
         start_workers(machine(workers=1)) as pool,
     ):
         list(pool.map(os._exit, [9]))
+
+
+def die_at(fatal, marks, number):
+    """End the worker at some numbers: always, or once where a mark is left first."""
+    mark = marks / str(number)
+    if number in fatal and not (number % 2 and mark.exists()):
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_what_a_dying_worker_takes_along_is_done_again_and_one_cause_found(tmp_path):
+    """4 dies whenever it runs; 5 only the first time, as when others take the memory."""
+    with start_workers(machine(workers=2)) as pool:
+        found = dict(pool.map(partial(die_at, {4, 5}, tmp_path), range(12), instead=lambda n: [-n]))
+    assert found == {number: number for number in (*range(4), -4, *range(5, 12))}
+
+
+def test_workers_that_keep_dying_end_the_stage():
+    with (
+        pytest.raises(MachineError, match="a worker process died"),
+        start_workers(machine(workers=1)) as pool,
+    ):
+        list(pool.map(os._exit, [9] * 20, instead=lambda code: [code]))
+
+
+DEADLY = """#!/bin/sh
+case "$*" in *victim*) kill -9 $PPID; sleep 5;; esac
+exec {ffmpeg} "$@"
+"""
+
+
+def test_a_clip_that_kills_its_worker_is_one_lost_clip(tmp_path):
+    clips, entries = make_corpus(tmp_path / "media", 6)
+    data = tmp_path / "files"
+    data.mkdir()
+    victim = replace(make_clip(3), url="folder:victim.mp4")
+    write_media(data / "victim.mp4")
+    clips[3] = victim
+    program = tmp_path / "ffmpeg"
+    program.write_text(DEADLY.format(ffmpeg=find_ffmpeg(None)))
+    program.chmod(0o755)
+    params = demo_params(location=data, require=())
+    here = {"ffmpeg": program, "workers": 2}
+    counts = write(tmp_path, clips, entries, params=params, samples_per_shard=6, machine=here)
+    assert counts == {"ok": 5, "corrupt": 1}
+    lost = read_ledger(tmp_path / "ledger.jsonl")["clip-003"]
+    assert lost.state == "corrupt"
+    assert lost.reason == "the process that cut it was killed, perhaps because memory ran out"
 
 
 def test_ray_that_is_not_installed_is_named(monkeypatch):

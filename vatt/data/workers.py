@@ -1,8 +1,8 @@
 """Where work runs: in this process, in worker processes, or on a Ray cluster.
 
 Worker processes end with their parent. The machines of a Ray cluster share a file system and have
-the same vattctl installed. When a worker is lost, its task runs again elsewhere: a task must give
-the same result each time, and write complete files or none.
+the same vattctl installed. When a worker dies, as when memory runs out, what it worked on runs
+again, alone: a task must give the same result each time, and write complete files or none.
 """
 
 import multiprocessing
@@ -11,10 +11,11 @@ import signal
 import socket
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -89,32 +90,89 @@ def _end_with_parent() -> None:
 
 
 R = TypeVar("R")
+MOST_DEATHS = 8  # of workers that did only one thing; after more, the machine is at fault
+
+
+class LostWorkerError(MachineError):
+    """The process that worked on an item is dead."""
 
 
 class Workers:
     """Calls a function on many items at once."""
 
-    def __init__(self, pool: Executor, *, ahead: int) -> None:
-        self._pool = pool
+    def __init__(self, start: Callable[[], Executor], *, ahead: int) -> None:
+        self._start = start
+        self._pool = start()
         self._ahead = ahead  # items taken before their results are needed
+        self._deaths = 0
 
-    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
-        """Each item with its result, as they complete; items are taken as there is room."""
+    def map(
+        self,
+        function: Callable[[T], R],
+        items: Iterable[T],
+        *,
+        instead: Callable[[T], Iterable[T]] | None = None,
+    ) -> Iterator[tuple[T, R]]:
+        """Each item with its result, as they complete; items are taken as there is room.
+
+        `instead` says what to do in place of an item on which a worker died while no other worked.
+        """
         left = iter(items)
         waiting: dict[Future[R], T] = {}
+        while True:
+            for item in islice(left, max(self._ahead - len(waiting), 0)):
+                waiting[self._submit(function, item)] = item
+            if not waiting:
+                return
+            ended = wait(waiting, return_when=FIRST_COMPLETED).done
+            if any(map(_is_lost, ended)):  # all others end, or are lost with it
+                ended = set(waiting)
+            lost = []
+            for future in ended:
+                item = waiting.pop(future)
+                if _is_lost(future):
+                    lost.append(item)
+                else:
+                    yield item, future.result()
+            if lost:
+                yield from self._one_by_one(function, lost, instead)
+
+    def _submit(self, function: Callable[[T], R], item: T) -> "Future[R]":
         try:
-            while True:
-                for item in islice(left, max(self._ahead - len(waiting), 0)):
-                    waiting[self._pool.submit(function, item)] = item
-                if not waiting:
-                    return
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    yield waiting.pop(future), future.result()
-        except BrokenProcessPool:
-            raise MachineError(
-                "a worker process died, perhaps because memory ran out",
-                hint="lower machine.workers and run it again: what is finished is kept",
-            ) from None
+            return self._pool.submit(function, item)
+        except BrokenProcessPool as error:
+            future: Future[R] = Future()
+            future.set_exception(error)
+            return future
+
+    def _one_by_one(
+        self,
+        function: Callable[[T], R],
+        items: Iterable[T],
+        instead: Callable[[T], Iterable[T]] | None,
+    ) -> Iterator[tuple[T, R]]:
+        """Do what was lost again, each item while no other worker needs memory."""
+        left = deque(items)
+        self._pool = self._start()
+        while left:
+            item = left.popleft()
+            future = self._submit(function, item)
+            if not _is_lost(future):
+                yield item, future.result()
+                continue
+            self._deaths += 1
+            if instead is None or self._deaths > MOST_DEATHS:
+                raise LostWorkerError(
+                    "a worker process died, perhaps because memory ran out",
+                    hint="lower machine.workers and run it again: what is finished is kept",
+                )
+            left.extendleft(reversed(list(instead(item))))
+            self._pool = self._start()
+
+
+def _is_lost(future: "Future[Any]") -> bool:
+    """Whether the worker died; waits for the end."""
+    return isinstance(future.exception(), BrokenProcessPool | LostWorkerError)
 
 
 @contextmanager
@@ -123,12 +181,16 @@ def start_workers(
 ) -> Iterator[Workers]:
     """The workers of the settings, at most `most`; on an error they are ended at once."""
     if machine.executor == "ray":
-        with cluster(machine.ray_address) as (pool, cores):
-            yield Workers(pool, ahead=2 * cores)
-    else:
-        count = machine.workers if most is None else min(machine.workers, most)
-        with worker_pool(count, preload=preload) as pool:
-            yield Workers(pool, ahead=2 * count or 1)
+        with cluster(machine.ray_address) as (executor, cores):
+            yield Workers(lambda: executor, ahead=2 * cores)
+        return
+    count = machine.workers if most is None else min(machine.workers, most)
+    with ExitStack() as pools:
+
+        def start() -> Executor:
+            return pools.enter_context(worker_pool(count, preload=preload))
+
+        yield Workers(start, ahead=2 * count or 1)
 
 
 PATIENCE = 10.0  # seconds
@@ -168,7 +230,7 @@ def _hand_on(done: "Future[T]", result: "Future[T]") -> None:
     elif isinstance(error, RayError):
         problem = f"the cluster lost a task {RETRIES} times: {type(error).__name__}"
         hint = "look at `ray status`, and run it again: what is finished is kept"
-        result.set_exception(MachineError(problem, hint=hint))
+        result.set_exception(LostWorkerError(problem, hint=hint))
     else:
         result.set_exception(error)
 

@@ -33,6 +33,7 @@ from vatt.data.fetching.fetch import (
     Outcome,
     TimeRange,
     fetch_all,
+    without_deadly,
 )
 from vatt.data.fetching.hosts import Hosts
 from vatt.data.fetching.network import SETTING as ALLOW_PRIVATE
@@ -146,7 +147,8 @@ class _Work:
         self.done = self.total - sum(len(clip_ids) for _, clip_ids in self.todo)
         self.progress(self.done, self.total)
         fetch = partial(fetch_all, fetching=self.fetching)
-        for _, outcomes in workers.map(fetch, _chunks(self._requests())):
+        requests = _chunks(self._requests())
+        for _, outcomes in workers.map(fetch, requests, instead=without_deadly):
             for outcome in outcomes:
                 self._note(self.out.pop(outcome.name), outcome)
                 self.room -= outcome.num_bytes

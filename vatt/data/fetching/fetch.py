@@ -112,6 +112,7 @@ def _headers(stream: dict[str, Any]) -> dict[str, str]:
     return {k: v for k, v in headers.items() if k.lower() not in ("cookie", "authorization")}
 
 
+KILLED = "the process that read it was killed, perhaps because memory ran out"
 PARTIAL = ".partial"
 PAUSES = (1.0, 2.0, 4.0)  # seconds before another try
 MAX_BYTES = 4 * 2**30  # of one file
@@ -131,6 +132,7 @@ class FetchRequest:
     section: TimeRange | None = None  # the part of the video that is wanted; None: all
     here: Path | None = None  # a file of the user: probed, not moved
     sha256: str | None = None  # of that file, where it is known
+    is_deadly: bool = False  # the worker that fetched it was killed: it is not tried again now
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +173,17 @@ def fetch_all(orders: Sequence[FetchRequest], fetching: Fetching) -> list[Outcom
         return list(pool.map(partial(fetch, fetching=fetching), orders))
 
 
+def without_deadly(orders: list[FetchRequest]) -> list[list[FetchRequest]]:
+    """What to fetch instead of files on which a worker died: each by itself, then not that one."""
+    if len(orders) > 1:
+        return [[order] for order in orders]
+    return [[replace(order, is_deadly=True) for order in orders]]
+
+
 def fetch(order: FetchRequest, fetching: Fetching) -> Outcome:
     """Fetch a file unless it is there; the best outcome of its addresses."""
+    if order.is_deadly:
+        return Outcome(order.name, "corrupt", KILLED)
     if order.here is not None and not order.here.exists():
         return Outcome(order.name, "not-found", f"{why_missing(order.here)} in data.location")
     if order.here is not None:

@@ -16,6 +16,7 @@ from yt_dlp.utils import GeoRestrictedError, UnsupportedError
 from vatt.errors import MachineError, redact
 
 LOOK_EVERY = 0.05  # seconds, while all places are taken
+LONGEST_WORD = 80  # characters: an address must not hide what is wrong with it
 LONGEST = 120.0  # seconds that a host can make us wait
 
 
@@ -103,7 +104,8 @@ class Refusal:
 def explain(error: Exception) -> Refusal:
     """What an error of yt-dlp means; a full disk is not the fault of a clip."""
     said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).removeprefix("ERROR: ")
-    reason = redact(" ".join(said.split()))[:200]
+    words = (word if len(word) <= LONGEST_WORD else f"{word[:30]}..." for word in said.split())
+    reason = redact(" ".join(words))[:200]
     if "No space left on device" in said or "Errno 122" in said:
         raise MachineError("the disk of the media folder is full", hint="free some space")
     cause = _cause(error)

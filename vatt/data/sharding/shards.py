@@ -35,6 +35,7 @@ from vatt.data.sharding.writer import (
     no_space,
     part_name,
     plan_shards,
+    without_deadly,
     write_shard,
 )
 from vatt.data.workers import start_workers
@@ -123,7 +124,11 @@ def _run(
         with start_workers(
             machine, most=len(missing), preload=["vatt.data.sharding.writer"]
         ) as workers:
-            for shard, part in workers.map(partial(write_shard, setting=setting), missing):
+            for shard, part in workers.map(
+                partial(write_shard, setting=setting),
+                missing,
+                instead=partial(without_deadly, setting=setting),
+            ):
                 parts[shard.name] = part
                 done += shard.num_samples
                 progress(done, total)
@@ -154,8 +159,9 @@ def _merge(first: Entry | None, second: Entry) -> Entry:
         return second
     better, other = (first, second) if first.state == "ok" else (second, first)
     has = tuple(name for name in ("video", "audio", "text") if name in better.has + other.has)
+    reasons = [better.reason, *([] if other.reason in better.reason else [other.reason])]
     return Entry(
-        better.clip_id, better.state,"preprocess", better.reason or other.reason, has,
+        better.clip_id, better.state, "preprocess", "; ".join(filter(None, reasons)), has,
         samples=first.samples + second.samples,
     )  # fmt: skip
 

@@ -46,6 +46,7 @@ class ClipJob:
     source: Path
     windows: tuple[tuple[str, Window], ...]  # key and span
     sha256: str | None
+    is_deadly: bool = False  # the worker that cut it was killed: it is not tried again now
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Shard:
     name: str
     split: str
     jobs: tuple[ClipJob, ...]
+    one_by_one: bool = False  # each source in a call of its own: a worker has died
 
     @property
     def num_samples(self) -> int:
@@ -134,6 +136,8 @@ PARTS = "parts"  # folder of the part files
 WINDOWS_A_CALL = 32  # outputs of one ffmpeg call
 SOURCES_A_CALL = 16  # starting ffmpeg costs more than a second of small video
 SECONDS_A_CALL = 64.0  # of sources that share a call
+SHOWN = 3  # complaints about a clip in the ledger; the others are counted
+KILLED = "the process that cut it was killed, perhaps because memory ran out"
 NEIGHBOURS = 32  # captions kept with a sample in addition to those within it
 
 
@@ -154,7 +158,9 @@ class WriterSettings:
         jobs = [
             [asdict(job.clip), job.windows, job.sha256 or str(job.source)] for job in shard.jobs
         ]
-        return fingerprint(FORMAT, self.version, self.params, self.require, shard.split, jobs)
+        deadly = [job.clip.clip_id for job in shard.jobs if job.is_deadly]
+        made_from = (FORMAT, self.version, self.params, self.require, shard.split, jobs)
+        return fingerprint(*made_from, *([deadly] if deadly else []))
 
     def here(self) -> Self:
         """For this machine; another vattctl or ffmpeg on it would write other bytes."""
@@ -191,18 +197,25 @@ class Tally:
     rows: list[IndexRow] = field(default_factory=list)
     has: set[str] = field(default_factory=set)
     losses: Counter[str] = field(default_factory=Counter)
-    complaint: str = ""
+    complaints: dict[str, None] = field(default_factory=dict)  # each once, in order
+
+    def lose(self, count: int, complaint: str) -> None:
+        """Note windows that cannot be cut, and why."""
+        self.losses["corrupt"] += count
+        self.complaints[complaint] = None
 
     def entry(self, clip: Clip) -> Entry:
         """The clip's state, as far as this shard knows it."""
         lost = sum(self.losses.values())
+        complaints = list(self.complaints)
+        more = len(complaints) - SHOWN
+        said = [*complaints[:SHOWN], *([f"{more} more complaints"] if more > 0 else [])]
         if not self.rows:
-            return Entry(clip.clip_id, self.losses.most_common(1)[0][0], STAGE, self.complaint)
-        reason = f"{lost} of its windows are lost; {self.complaint}" if lost else self.complaint
+            state = self.losses.most_common(1)[0][0]
+            return Entry(clip.clip_id, state, STAGE, "; ".join(said))
+        reason = "; ".join([*([f"{lost} of its windows are lost"] if lost else []), *said])
         names = tuple(name for name in ("video", "audio", "text") if name in self.has)
-        return Entry(
-            clip.clip_id, "ok", STAGE, reason.removesuffix("; "), names, samples=len(self.rows)
-        )
+        return Entry(clip.clip_id, "ok", STAGE, reason, names, samples=len(self.rows))
 
 
 def write_shard(shard: Shard, setting: WriterSettings) -> dict[str, Any]:
@@ -213,7 +226,12 @@ def write_shard(shard: Shard, setting: WriterSettings) -> dict[str, Any]:
     try:
         with atomic_write(path) as temporary:
             writer = ShardWriter(temporary, name=shard.name)
-            for call in _calls(shard.jobs, tallies, setting.root):
+            note = setting.work / _note_name(shard)
+            for call in _calls(shard, tallies, setting.root, note):
+                clips = {
+                    shard.jobs[number].clip.clip_id for _, owners in call for number, _ in owners
+                }
+                note.write_text("\n".join(clips), encoding="utf-8")
                 _add(call, tallies, shard, setting, writer)
             writer.close()
         entries = [tally.entry(job.clip) for job, tally in zip(shard.jobs, tallies, strict=True)]
@@ -234,13 +252,39 @@ Owner = tuple[int, str]  # number of the job, key of the sample
 Call = list[tuple[Cut, list[Owner]]]  # what one run of ffmpeg cuts, and for whom, window by window
 
 
-def _calls(jobs: Sequence[ClipJob], tallies: Sequence[Tally], root: Path) -> Iterator[Call]:
+def without_deadly(shard: Shard, setting: WriterSettings) -> list[Shard]:
+    """What to write instead of a shard whose worker died, by the note of what it worked on."""
+    try:
+        noted = (setting.work / _note_name(shard)).read_text(encoding="utf-8").split("\n")
+    except OSError:
+        noted = []
+    sources = {job.source for job in shard.jobs if job.clip.clip_id in noted}
+    if len(sources) > 1 and not shard.one_by_one:
+        return [replace(shard, one_by_one=True)]
+    if len(sources) != 1 or all(job.is_deadly for job in shard.jobs if job.source in sources):
+        raise MachineError(
+            f"the process that wrote {shard.name} was killed, and not because of a clip",
+            hint="look for its reason in the system's log (dmesg); what is finished is kept",
+        )
+    jobs = tuple(
+        replace(job, is_deadly=job.is_deadly or job.source in sources) for job in shard.jobs
+    )
+    return [replace(shard, jobs=jobs, one_by_one=True)]
+
+
+def _note_name(shard: Shard) -> str:
+    """Of the file in which a worker notes the clips that it works on."""
+    return f"{shard.name}.now"
+
+
+def _calls(shard: Shard, tallies: Sequence[Tally], root: Path, note: Path) -> Iterator[Call]:
     """Group the jobs in calls of ffmpeg: several short sources in one, a long one in several."""
     call: Call = []
     room, seconds = WINDOWS_A_CALL, SECONDS_A_CALL
-    for item, owners in _cuts(jobs, tallies, root):
+    most = 1 if shard.one_by_one else SOURCES_A_CALL
+    for item, owners in _cuts(shard.jobs, tallies, root, note):
         length = item.media.seconds
-        fits = len(owners) <= room and length <= seconds and len(call) < SOURCES_A_CALL
+        fits = len(owners) <= room and length <= seconds and len(call) < most
         if call and (not fits or call[-1][0].source == item.source):
             yield call
             call, room, seconds = [], WINDOWS_A_CALL, SECONDS_A_CALL
@@ -251,26 +295,20 @@ def _calls(jobs: Sequence[ClipJob], tallies: Sequence[Tally], root: Path) -> Ite
 
 
 def _cuts(
-    jobs: Sequence[ClipJob], tallies: Sequence[Tally], root: Path
+    jobs: Sequence[ClipJob], tallies: Sequence[Tally], root: Path, note: Path
 ) -> Iterator[tuple[Cut, list[Owner]]]:
     """The windows of each source, those of all its clips together: it is decoded once."""
     for source, group in groupby(enumerate(jobs), key=lambda item: item[1].source):
         members = list(group)
         source = root / source
-        _check_content(source, members[0][1])
-        try:
-            media = probe(source)
-        except BrokenMediaError as error:
-            for number, job in members:
-                tallies[number].losses["corrupt"] += len(job.windows)
-                tallies[number].complaint = str(error)
+        media = _media_of(source, members, tallies, note)
+        if media is None:
             continue
         wanted = []
         for number, job in members:
             for key, window in job.windows:
                 if _is_in_pause(window, media):
-                    tallies[number].losses["corrupt"] += 1
-                    tallies[number].complaint = media.remark
+                    tallies[number].lose(1, media.remark)
                 else:
                     wanted.append((window, (number, key)))
         for first in range(0, len(wanted), WINDOWS_A_CALL):
@@ -292,6 +330,23 @@ def _check_content(source: Path, job: ClipJob) -> None:
     raise DataError(f"{source} has changed since it was downloaded or found", hint=again)
 
 
+def _media_of(
+    source: Path, members: Sequence[tuple[int, ClipJob]], tallies: Sequence[Tally], note: Path
+) -> Media | None:
+    """What a source holds; None, and its clips are lost, where nobody can say."""
+    why = KILLED
+    if not any(job.is_deadly for _, job in members):
+        note.write_text(members[0][1].clip.clip_id, encoding="utf-8")
+        _check_content(source, members[0][1])
+        try:
+            return probe(source)
+        except BrokenMediaError as error:
+            why = str(error)
+    for number, job in members:
+        tallies[number].lose(len(job.windows), why)
+    return None
+
+
 def _is_in_pause(window: Window, media: Media) -> bool:
     """Whether nothing was recorded in a tenth of a window or more."""
     lost = sum(max(0.0, min(end, window[1]) - max(begin, window[0])) for begin, end in media.pauses)
@@ -308,7 +363,7 @@ def _add(
     for (item, owners), result in zip(call, results, strict=True):
         for (number, key), window, piece in zip(owners, item.windows, result.pieces, strict=True):
             clip, tally = shard.jobs[number].clip, tallies[number]
-            tally.complaint = tally.complaint or result.complaint
+            tally.complaints |= dict.fromkeys(result.complaints)
             captions = _nearby(clip.captions, window)
             has = _has(piece, captions)
             loss = _loss(piece, has, setting, picture=item.media.video is not None)
