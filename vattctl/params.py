@@ -432,7 +432,8 @@ def validate(context: click.Context, file: Path | None, as_json: bool) -> None:
     """
     from vatt.config import load_params
 
-    enter_project(context)
+    if file is None:
+        enter_project(context)
     problems: list[str] = []
     try:
         load_params(file or PARAMS)

@@ -31,6 +31,7 @@ class Server(ThreadingHTTPServer):
         self.ranges = True
         self.cut_after: int | None = None  # bytes of a response before the line breaks
         self.version = "one"
+        self.moved_to = ""
         self.requests: list[tuple[str, int]] = []
 
     @property
@@ -48,6 +49,11 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(with_body=True)
 
     def _answer(self, *, with_body: bool) -> None:
+        if self.server.moved_to:
+            self.send_response(302)
+            self.send_header("Location", self.server.moved_to + self.path)
+            self.end_headers()
+            return
         file = self.server.folder / self.path.lstrip("/")
         if not file.is_file():
             self.send_error(404)
@@ -156,6 +162,12 @@ def test_files_that_do_not_belong_are_refused(server: Server, tmp_path: Path) ->
         fetch_checkpoint(f"{server.url}/page", tmp_path / "here")
     with pytest.raises(MachineError, match="404"):
         fetch_checkpoint(f"{server.url}/none", tmp_path / "here")
+
+
+def test_a_redirect_to_a_private_host_is_not_followed(server: Server, tmp_path: Path) -> None:
+    server.moved_to = f"http://127.0.0.1:{server.server_address[1] - 1}"
+    with pytest.raises(DataError, match=r"leads to another host: 127\.0\.0\.1 is a private"):
+        fetch_checkpoint(f"{server.url}/ckpt-9", tmp_path / "here")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 from aiohttp import ClientError
 
-from vatt.errors import DataError, MachineError, SettingsError
+from vatt.errors import DataError, MachineError, SettingsError, VattError
 from vatt.progress import Progress
 from vatt.release.sstable import MalformedTableError
 from vatt.release.tf_checkpoint import INDEX_SUFFIX, MAX_INDEX_BYTES, parse_index, shard_path
@@ -33,7 +33,10 @@ def fetch_checkpoint(url: str, folder: Path, *, progress: Progress | None = None
 
     What an earlier call left in `folder` is continued, if the source has not changed since.
     """
+    from vatt.data.fetching.network import guard_address
+
     url = url.removesuffix(INDEX_SUFFIX)
+    guard_address(url).refused = ""
     filesystem, remote = _open_url(url)
     folder.mkdir(parents=True, exist_ok=True)
     name = remote.rpartition("/")[2]
@@ -191,13 +194,27 @@ def _describe(filesystem: Any, remote: str) -> tuple[int | None, dict[str, Any]]
 
 def _is_final(error: BaseException) -> bool:
     """Whether asking again is useless; fsspec calls every failed first request 'not found'."""
+    if _refused():
+        return True
     status = getattr(error.__cause__ or error, "status", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 429)
     return isinstance(error, FileNotFoundError | PermissionError) and error.__cause__ is None
 
 
-def _unreachable(remote: str, error: BaseException) -> MachineError:
+def _refused() -> str:
+    """The last host that may not be reached."""
+    from vatt.data.fetching.network import guard_address
+
+    return guard_address("").refused
+
+
+def _unreachable(remote: str, error: BaseException) -> VattError:
+    if refused := _refused():
+        return DataError(
+            f"{remote} leads to another host: {refused.partition(': ')[0]}",
+            hint="only the host of the address itself may be a private one",
+        )
     return MachineError(
         f"{remote} cannot be fetched: {error.__cause__ or error!r}",
         hint="check the address; run the same command again to continue",

@@ -30,6 +30,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.ranges, self.failures = folder, True, Counter()
         self.sent: Counter[str] = Counter()
+        self.moved_to = ""  # the address of another server
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -49,6 +50,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self, *, body=True):
         name = self.path.rpartition("/")[2]
         path = self.server.folder / name
+        if self.server.moved_to:
+            self.send_response(302)
+            self.send_header("Location", f"{self.server.moved_to}/{name}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if body and self.server.failures[name] > 0:
             self.server.failures[name] -= 1
             self.send_error(503)
@@ -170,6 +177,17 @@ def test_failures_are_told_apart(server, tmp_path):
     with pytest.raises(SettingsError, match="ftp:// is not supported"):
         ShardCache("ftp://somewhere", tmp_path, 10**9).fetch("train-00000.tar")
     assert not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_server_of_the_settings_may_be_private_but_its_redirects_may_not(
+    shards, server, tmp_path
+):
+    inner = Server(shards)
+    server.moved_to = inner.url
+    with pytest.raises(DataError, match=r"leads to another host: 127\.0\.0\.1 is a private"):
+        reader.download(f"{server.url}/train-00000.tar", tmp_path / "shard")
+    assert not inner.sent
+    inner.shutdown()
 
 
 def test_any_fsspec_address_will_do(shards, tmp_path):

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies
 
+from fsspec.asyn import get_loop
 from yt_dlp.networking import Request, Response
 from yt_dlp.networking.exceptions import HTTPError, RequestError
 
@@ -127,6 +128,31 @@ def guarding(guard: Guard) -> Iterator[None]:
         yield
     finally:
         _local.guard = None
+
+
+_named = Guard(private=False)
+
+
+def guard_address(address: str) -> Guard:
+    """Check all connections that fsspec makes in this process, now and later.
+
+    Reached are public hosts and those of addresses that a person gave here: an address of the
+    settings may be private, what it redirects to may not. Buckets have servers of their own.
+    """
+    place = place_of(address)
+    if urlsplit(address).scheme in ("http", "https") and place is not None:
+        if place not in _named.trusted:
+            _named.trusted += (place,)
+        _install_hook()
+        ready = threading.Event()
+
+        def begin() -> None:
+            _local.guard = _named
+            ready.set()
+
+        get_loop().call_soon_threadsafe(begin)  # all connections of fsspec are made in its thread
+        ready.wait()
+    return _named
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:

@@ -16,9 +16,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import av
 import numpy as np
@@ -39,6 +40,9 @@ from vatt.data.clips.storage import (
 )
 from vatt.errors import DataError, MachineError, SettingsError
 from vatt.files import atomic_write
+
+if TYPE_CHECKING:
+    from vatt.data.fetching.network import Guard
 
 OPEN_SHARDS = 32
 WINDOW = 2048  # rows
@@ -359,13 +363,17 @@ class ShardCache:
 
 def download(url: str, target: Path) -> None:
     """Copy one remote file, range by range, each tried again when the connection fails."""
+    from vatt.data.fetching.network import guard_address
+
+    guard = guard_address(url)
     filesystem, remote = _open_url(url)
-    size = int(_retry(url, lambda: filesystem.info(remote)["size"] or 0))
+    size = int(_retry(url, lambda: filesystem.info(remote)["size"] or 0, guard))
     log.info("fetching %s, %.1f MB", url, size / 1e6)
     with target.open("wb") as out:
         while out.tell() < size:
             first, last = out.tell(), min(out.tell() + RANGE_BYTES, size)
-            part = _retry(url, lambda: _range(filesystem, remote, first, last))  # noqa: B023
+            ask = partial(_range, filesystem, remote, first, last)
+            part = _retry(url, ask, guard)
             if len(part) == size:  # the whole file: the server ignores ranges
                 out.seek(0)
             out.write(part)
@@ -394,13 +402,19 @@ def _open_url(url: str) -> tuple[Any, str]:
         raise MachineError(f"{url}: {error}", hint=f"pip install {package}") from None
 
 
-def _retry(url: str, ask: Callable[[], T]) -> T:
+def _retry(url: str, ask: Callable[[], T], guard: "Guard") -> T:
     from aiohttp import ClientError
 
     for attempt in range(ATTEMPTS):
+        guard.refused = ""
         try:
             return ask()
         except (OSError, ClientError, TimeoutError) as error:
+            if guard.refused:
+                raise DataError(
+                    f"{url} leads to another host: {guard.refused.partition(': ')[0]}",
+                    hint="only the host of machine.shards_url itself may be a private one",
+                ) from None
             if _is_final(error):
                 raise DataError(
                     f"{url} does not exist: {error.__cause__ or error!r}",
