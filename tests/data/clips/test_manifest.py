@@ -1,11 +1,13 @@
 """A manifest holds what was written, and refuses what could do harm."""
 
 import json
+import resource
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 
@@ -158,6 +160,25 @@ def test_a_parquet_file_that_unpacks_to_more_than_the_limit_is_refused(tmp_path,
     assert (tmp_path / "m.parquet").stat().st_size < 2**14
     with pytest.raises(DataError, match=r"m\.parquet .*: row group 0 unpacks to 2,"):
         describe_manifest(tmp_path / "m.parquet")
+
+
+def test_a_parquet_file_whose_pages_hide_gigabytes_is_refused_in_bounded_memory(tmp_path):
+    """One caption, four million times: its page says some bytes, and so does the file."""
+    count = 4_000_000
+    write_manifest(tmp_path / "m.parquet", [make_clip(1)])
+    table = pyarrow.parquet.read_table(tmp_path / "m.parquet")
+    text = pyarrow.DictionaryArray.from_arrays(np.zeros(count, np.int32), ["x" * 1000])
+    parts = [pyarrow.array(np.zeros(count)), pyarrow.array(np.ones(count)), text]
+    captions = pyarrow.StructArray.from_arrays(parts, ["start", "end", "text"])
+    whole = pyarrow.ListArray.from_arrays([0, count], captions)
+    table = table.set_column(table.schema.get_field_index("captions"), "captions", whole)
+    pyarrow.parquet.write_table(table, tmp_path / "m.parquet", store_schema=False)
+    assert (tmp_path / "m.parquet").stat().st_size < 2**20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=r"m\.parquet is not a Parquet manifest: "):
+        describe_manifest(tmp_path / "m.parquet")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2_000_000
 
 
 def test_clips_of_one_url_share_their_media():

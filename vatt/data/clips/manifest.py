@@ -8,11 +8,14 @@ import json
 import os
 import re
 import reprlib
+import resource
+import subprocess
 import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -359,7 +362,10 @@ def _faults(record: Any) -> CaptionFaults:
 
 ROWS = 1024  # of a row group; captions make a row some kilobytes
 BATCH = 256
-LARGEST_GROUP = 2**29  # bytes, unpacked
+LARGEST_GROUP = 2**29  # bytes, unpacked, as the file says
+LARGEST_BATCH = 2**27  # bytes; as Python's objects it takes ten times as much
+MEMORY = 2**30  # bytes that the unpacking of a Parquet file may take
+_DAMAGED = 3  # exit code
 
 
 def write_parquet(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -379,34 +385,84 @@ def write_parquet(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     """The records in the file's order; other columns are passed over."""
-    import pyarrow
-    import pyarrow.parquet
-
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path, **_BOUNDS) as file:
-            names = set(file.schema_arrow.names)
-            missing = set(_schema().names) - names - {_FAULTS}
-            if missing:
-                raise DataError(
-                    f"{path} has no column {', '.join(sorted(missing))}",
-                    hint="run `vattctl download`",
-                )
-            _check_sizes(file.metadata)
-            columns = [name for name in _schema().names if name in names]
-            for batch in file.iter_batches(BATCH, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    row["captions"] = [tuple(c[name] for name in _CAPTION) for c in row["captions"]]
-                    row["labels"] = _once(row["labels"])
-                    yield row
-    except (
-        pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError,
-        OverflowError, MemoryError,
-    ) as error:  # fmt: skip
+        facts = path.stat()
+        _try_apart(path, facts.st_size, facts.st_mtime_ns)
+        for batch in _batches(path):
+            for row in batch.to_pylist():
+                number += 1
+                row["captions"] = [tuple(c[name] for name in _CAPTION) for c in row["captions"]]
+                row["labels"] = _once(row["labels"])
+                yield row
+    except _faults_of_parquet() as error:
         reason = str(error)[:200]
         problem = f"is damaged after row {number}" if number else "is not a Parquet manifest"
         raise DataError(f"{path} {problem}: {reason}", hint="run `vattctl download`") from None
+
+
+def _batches(path: Path) -> Iterator[Any]:
+    """The rows of a file, some at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path, **_BOUNDS) as file:
+        names = set(file.schema_arrow.names)
+        missing = set(_schema().names) - names - {_FAULTS}
+        if missing:
+            raise DataError(
+                f"{path} has no column {', '.join(sorted(missing))}",
+                hint="run `vattctl download`",
+            )
+        _check_sizes(file.metadata)
+        columns = [name for name in _schema().names if name in names]
+        for batch in file.iter_batches(BATCH, columns=columns, use_threads=False):
+            if batch.nbytes > LARGEST_BATCH:
+                raise ValueError(f"{batch.num_rows} rows unpack to {batch.nbytes:,} bytes")
+            yield batch
+
+
+def _faults_of_parquet() -> tuple[type[Exception], ...]:
+    """What reading a damaged file may raise."""
+    import pyarrow
+
+    return (
+        pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError,
+        OverflowError, MemoryError,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _try_apart(path: Path, size: int, changed: int) -> None:
+    """Unpack a file in a process that may take little memory: its pages may lie about their size.
+
+    A file of the same size and time is not tried again.
+    """
+    found = {"PYTHONPATH": os.pathsep.join(sys.path), "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    env = {**os.environ, **found}
+    command = [sys.executable, "-m", "vatt.data.clips.manifest", str(path)]
+    done = subprocess.run(
+        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False
+    )
+    said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+    if done.returncode == _DAMAGED:
+        raise ValueError(said)
+    if done.returncode:
+        raise ValueError(f"it does not unpack in {MEMORY / 2**30:g} GiB of memory")
+
+
+def main(path: str) -> None:
+    """Unpack a Parquet file under a limit of memory; ends with _DAMAGED if that is impossible."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    try:
+        for _ in _batches(Path(path)):
+            pass
+    except _faults_of_parquet() as error:
+        sys.stderr.write(" ".join(str(error).split())[:300] or type(error).__name__)
+        raise SystemExit(_DAMAGED) from None
+    except DataError:
+        pass  # the reader itself will say it
 
 
 def _check_sizes(metadata: Any) -> None:
@@ -436,3 +492,7 @@ def _schema() -> Any:
             ("captions", pyarrow.list_(caption)), ("licence", text), (_FAULTS, faults),
         ]
     )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
