@@ -86,3 +86,9 @@ def test_channels_that_cancel_each_other_are_not_mixed(tmp_path):
     result = cut_file(DATA / "attack" / "antiphase_sound.mp4", [(0.0, 1.0), (1.0, 2.0)], tmp_path)
     assert result.complaint == "its two channels cancel each other: the left one was taken"
     assert all(np.abs(piece.audio).max() > 50 for piece in result.pieces)
+
+
+def test_one_frame_is_kept_for_its_time(tmp_path):
+    media = probe(DATA / "attack" / "one_frame.mp4")
+    assert media.num_frames == 1 and media.seconds < 0.1
+    assert windows_of(0.0, media.seconds, PARAMS) == []  # the ledger says: too short

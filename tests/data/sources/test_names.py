@@ -1,16 +1,20 @@
 """What files and folders are called: splits, classes, captions, links and what is passed over."""
 
 import os
+import shutil
+import subprocess
 import unicodedata
 from pathlib import Path
 
 import pytest
 
-from tests.data.corpus import TEST_DATA, demo_params, needs_data
-from vatt.data.clips.files import find_file, list_files, why_missing
+from tests.data.corpus import TEST_DATA, demo_params, needs_data, write_media
+from vatt.data.clips.files import copied_link, find_file, list_files, why_missing
 from vatt.data.clips.manifest import path_in_folder
+from vatt.data.clips.media import BrokenMediaError, probe
 from vatt.data.sources.choice import listed
 from vatt.data.sources.folder import scan, split_word
+from vatt.data.sources.official import listed_files
 from vatt.data.sources.subtitles import match_subtitles
 from vatt.data.sources.urls import read_urls
 from vatt.errors import DataError
@@ -211,8 +215,44 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path):
     assert why_missing(tmp_path / "linked" / "a.mp4") == (
         f"{tmp_path}/linked is a link to {tmp_path}/unplugged, which is not there"
     )
-    assert "text is a file, not a folder" in why_missing(tmp_path / "text" / "a.mp4")
+    assert why_missing(tmp_path / "text" / "a.mp4") == (
+        f"{tmp_path}/text is a file, not a folder: a link to ../disk that was copied as text"
+    )
     assert why_missing(tmp_path / "b.mp4") == "no such file"
+
+
+def test_a_link_that_was_copied_as_text_is_named(tmp_path):
+    ann = tmp_path / "ucf101"
+    ann.mkdir()
+    for name in ("trainlist01.txt", "testlist01.txt"):
+        (ann / name).write_text("Archery/v_Archery_g08_c01.avi 1")  # a list of one line
+    assert len(listed_files(ann, "trainlist01.txt")) == 1
+    (ann / "testlist01.txt").write_text("../../lists/testlist01.txt")
+    with pytest.raises(
+        DataError, match=r"testlist01.txt is not the list but a link to \.\./\.\./lis"
+    ):
+        listed_files(ann, "testlist01.txt")
+    (tmp_path / "a.mp4").write_bytes(b"!<symlink>\xff\xfe" + "/disk/a.mp4\0".encode("utf-16-le"))
+    with pytest.raises(BrokenMediaError, match=r"a link to /disk/a.mp4 that was copied as text"):
+        probe(tmp_path / "a.mp4")
+    make(tmp_path, "b.mp4")
+    (tmp_path / "more").write_text("../disk/more")
+    assert scan(tmp_path, DATA).ignored["links that were copied as text"] == 1
+    (tmp_path / "page.html").write_text("<a href=x.html>")
+    assert copied_link(tmp_path / "page.html") is None
+
+
+def test_files_that_are_too_short_are_counted_with_the_setting_that_decides(tmp_path):
+    write_media(tmp_path / "a.mp4", seconds=0.5)
+    write_media(tmp_path / "b.mp4", seconds=0.8)
+    found, preprocess = scan(tmp_path, DATA, opens=True), demo_params().preprocess
+    assert found.num_samples(preprocess) == 0
+    note = (
+        "2 of 2 files give no clip: they are shorter than 0.9 s (the longest: 0.80 s); "
+        "to change this set preprocess.min_clip_seconds"
+    )
+    assert note in found.counts(preprocess)["notes"]
+    assert f"note: {note}" in found.describe(preprocess)
 
 
 def test_a_list_and_an_official_set_follow_links_too(tmp_path):
@@ -355,7 +395,7 @@ def test_of_several_languages_the_wanted_one_is_read_first(tmp_path):
 @needs_data
 def test_reported_names_of_subtitles_are_found():
     found = scan(REPORTED / "10_subtitle_names", DATA)
-    assert {clip.url for clip in found.clips if not clip.captions} <= {"folder:whisper.mp4"}
+    assert len(found.clips) == 10 and all(clip.captions for clip in found.clips)
     assert found.ignored.get("subtitles of no video") is None
     assert {clip.split for clip in found.clips} == {"train", "test"}
 
@@ -377,6 +417,63 @@ def test_reported_folders_give_their_classes(place, classes, files):
     for clip in found.clips:
         named = split_word(clip.url.removeprefix("folder:").split("/")[0])
         assert named in (None, clip.split) or "vehicles" in place
+
+
+@needs_data
+def test_a_reported_video_alone_is_named_as_too_little_to_test_on():
+    found = scan(REPORTED / "03_repro_one_video", DATA)
+    assert [clip.split for clip in found.clips] == ["train"] and found.clips[0].captions
+    assert any(note.startswith("no file is left for testing") for note in found.notes)
+
+
+@needs_data
+def test_reported_links_lead_to_their_files(tmp_path):
+    shutil.copytree(REPORTED / "05_symlinks", tmp_path / "links", symlinks=True)
+    root = tmp_path / "links"
+    subprocess.run(["sh", "make.sh"], cwd=root, check=True)
+    urls = DATA.model_copy(update={"source": "urls", "location": root / "list" / "link.csv"})
+    official = DATA.model_copy(
+        update={"source": "ucf101", "annotations": root / "ann", "location": root / "ucf"}
+    )
+    for data, count in ((urls, 2), (official, 2)):
+        clips = list(listed(data, 0))
+        assert len(clips) == count
+        assert all(path_in_folder(clip.url, data.location).is_file() for clip in clips)
+
+
+@needs_data
+def test_reported_files_of_macs_are_in_no_official_set():
+    root = REPORTED / "16_nas_and_mac_files"
+    data = DATA.model_copy(
+        update={"source": "imagenet", "annotations": root / "ann", "location": root / "inet"}
+    )
+    clips = list(listed(data, 0))
+    assert len(clips) == 8 and not any("/._" in clip.url for clip in clips)
+    assert len(list(listed(data.model_copy(update={"source": "hmdb51"}), 0))) == 2
+
+
+@needs_data
+def test_a_reported_absolute_path_is_refused_with_the_setting_or_used():
+    path = REPORTED / "18_absolute_path" / "abs.csv"
+    with pytest.raises(DataError, match=r"abs.csv:2: .* set data.allow_absolute_paths: true"):
+        list(read_urls(path, DATA))
+    allowed = DATA.model_copy(update={"allow_absolute_paths": True})
+    assert [clip.url for clip in read_urls(path, allowed)] == [
+        "folder:/data/videos/clock12.mp4", "folder:/data/videos/clock60.mp4",
+    ]  # fmt: skip
+
+
+@needs_data
+def test_content_that_changes_after_its_head_at_equal_size_changes_the_mark(tmp_path):
+    for path in (REPORTED / "13_same_head").glob("*.wav"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = scan(tmp_path, DATA).mark
+    data = bytearray((tmp_path / "s1.wav").read_bytes())
+    times = (tmp_path / "s1.wav").stat()
+    data[2**16 + 1000] ^= 0x55
+    (tmp_path / "s1.wav").write_bytes(data)
+    os.utime(tmp_path / "s1.wav", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert scan(tmp_path, DATA).mark != before
 
 
 def test_the_hash_of_what_was_seen_stays_the_same_on_a_second_look(tmp_path):

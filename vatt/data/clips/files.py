@@ -140,8 +140,36 @@ def why_missing(path: Path) -> str:
         if part.is_symlink() and not part.exists():
             return f"{part} is a link to {part.readlink()}, which is not there"
         if part != path and part.is_file():
-            return f"{part} is a file, not a folder (a link that was copied as text?)"
+            target = copied_link(part)
+            link = f": a link to {target} that was copied as text" if target else ""
+            return f"{part} is a file, not a folder{link}"
     return "no such file"
+
+
+LONGEST_LINK = 4096  # bytes
+_CYGWIN = b"!<symlink>"
+
+
+def copied_link(path: Path) -> str | None:
+    """Where a link led that became a text file, as in a checkout on Windows; None for others.
+
+    The text is one line that names a file of the same ending, or a folder for a link to a folder.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(LONGEST_LINK + 1)
+    except OSError:
+        return None
+    text = data.removeprefix(_CYGWIN)
+    marked = len(text) < len(data)
+    encoding = "utf-16" if marked and text.startswith(b"\xff\xfe") else "utf-8"
+    target = text.decode(encoding, "surrogateescape").rstrip("\0")
+    named = PurePosixPath(target.replace("\\", "/"))
+    if len(data) > LONGEST_LINK or not target.strip() or not target.isprintable():
+        return None
+    leads_away = len(named.parts) > 1 or (path.parent / named).exists()
+    is_link = named.suffix.lower() == path.suffix.lower() and leads_away
+    return target if marked or is_link else None
 
 
 BLOCK = 1000  # files hashed before what is known may be saved

@@ -36,6 +36,7 @@ import imageio_ffmpeg
 import numpy as np
 from av.stream import Disposition
 
+from vatt.data.clips.files import copied_link
 from vatt.errors import MachineError
 
 # What may be opened, by content: no playlist, pattern or script that would open something else.
@@ -136,6 +137,8 @@ def scan(path: Path) -> tuple[Media, Packets]:
         with open_media(path) as container:
             return _scan(path, container)
     except av.FFmpegError as error:
+        if (target := copied_link(path)) is not None:
+            raise BrokenMediaError(f"a link to {target} that was copied as text") from None
         raise BrokenMediaError(f"not a media file: {error.strerror}") from None
 
 

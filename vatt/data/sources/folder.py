@@ -16,6 +16,7 @@ from vatt.data.clips.files import (
     ContentHashes,
     Listing,
     composed,
+    copied_link,
     list_files,
     why_missing,
 )
@@ -66,7 +67,7 @@ class Found:
             "clips": self.num_samples(preprocess),
             "broken": len(self.broken),
             "ignored": self.ignored,
-            "notes": list(self.notes),
+            "notes": [*self.notes, *self._too_short(preprocess)],
         }
 
     def describe(self, preprocess: PreprocessParams) -> str:
@@ -84,7 +85,17 @@ class Found:
         if self.ignored:
             what = ", ".join(f"{count} {kind}" for kind, count in sorted(self.ignored.items()))
             lines.append(f"left out: {what}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"note: {note}" for note in counts["notes"])])
+
+    def _too_short(self, preprocess: PreprocessParams) -> list[str]:
+        """A note on files that give no clip."""
+        short = [length for length in self.seconds if not windows_of(0.0, length, preprocess)]
+        note = (
+            f"{len(short)} of {len(self.clips)} files give no clip: they are shorter than "
+            f"{preprocess.min_clip_seconds} s (the longest: {max(short, default=0.0):.2f} s); "
+            "to change this set preprocess.min_clip_seconds"
+        )
+        return [note] if short else []
 
 
 def scan(
@@ -192,6 +203,8 @@ def _why_not(path: Path, suffix: str) -> str | None:
         return "links to nothing"
     if suffix in SUFFIXES:
         return None
+    if not suffix and copied_link(path) is not None:
+        return "links that were copied as text"
     return f"{suffix} files" if suffix else "files without an ending"
 
 

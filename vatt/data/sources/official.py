@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vatt.data.clips.files import skipped_as
+from vatt.data.clips.files import copied_link, skipped_as
 from vatt.data.clips.ledger import STATES, Entry, read_entries
 from vatt.data.clips.manifest import LABEL_SEPARATOR, Clip, SetName, mark_of, read_manifest
 from vatt.errors import DataError
@@ -93,6 +93,12 @@ def listed_files(folder: Path, pattern: str) -> list[Path]:
         raise DataError(
             f"no {pattern} in {folder}", hint="docs/data-sources.md says where to get it"
         )
+    for path in found:
+        if (target := copied_link(path)) is not None:
+            raise DataError(
+                f"{path} is not the list but a link to {target} that was copied as text",
+                hint="copy the list itself; for git on Windows set core.symlinks to true",
+            )
     return found
 
 
