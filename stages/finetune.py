@@ -3,6 +3,7 @@
 import sys
 
 from vatt.config import load_params
+from vatt.data.clips.samples import check_clips, stages_to_come
 from vatt.data.loading.batches import Sampling, labelled_samples
 from vatt.process import run_stage
 from vatt.progress import progress
@@ -20,6 +21,7 @@ def main() -> None:
     params = load_params()
     seed, variant = params.seed, f"{name}-{init}"
     paths, machine, task = params.paths, params.machine, params.finetune.tasks[name]
+    check_clips(params, stages_to_come())
     if (code := distributed.launch("stages.finetune", machine, name, init)) is not None:
         sys.exit(code)
     made_from = stage_hash("finetune", params, task=name, init=init)

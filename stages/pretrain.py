@@ -6,6 +6,7 @@ import torch
 
 from vatt.checkpoint import build
 from vatt.config import load_params
+from vatt.data.clips.samples import check_clips, stages_to_come
 from vatt.data.loading.batches import Sampling
 from vatt.process import run_stage
 from vatt.progress import progress
@@ -23,6 +24,7 @@ def main() -> None:
 
     params = load_params()
     paths, machine, settings = params.paths, params.machine, params.pretrain
+    check_clips(params, stages_to_come())
     if (code := distributed.launch("stages.pretrain", machine)) is not None:
         sys.exit(code)
     made_from, data = stage_hash("pretrain", params), data_hash(paths.shards)

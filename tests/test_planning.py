@@ -1,16 +1,18 @@
 """vattctl plan, and what pretrain says before it starts."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from tests.test_architecture import ROOT
 from tests.test_cli import project, settings, vattctl  # noqa: F401 - a fixture
 from vatt.config import load_params
-from vatt.data.clips.samples import INDEX, IndexRow, write_index
+from vatt.data.clips.ledger import Entry, write_ledger
+from vatt.data.clips.samples import INDEX, IndexRow, check_clips, write_index
 from vatt.data.clips.storage import Storage
 from vatt.errors import DataError
-from vattctl.planning import check_clips
+from vattctl.dvc import STAGES
 
 
 def test_plan_for_a_named_gpu_is_json(project):  # noqa: F811
@@ -85,10 +87,44 @@ def test_what_later_stages_lack_is_refused_before_the_pretraining(tmp_path, rows
     shown = [row(number, split, **labels) for number, (split, labels) in enumerate(rows)]
     write_index(tmp_path / INDEX, shown, storage=Storage(10, 100, "h264", "flac"))
     if not words:
-        check_clips(params)
+        check_clips(params, STAGES)
         return
     with pytest.raises(DataError) as error:
-        check_clips(params)
+        check_clips(params, STAGES)
     assert error.value.exit_code == 3
     assert all(word in str(error.value) for word in words)
     assert "data.test_share" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sound", "spoken", "words"),
+    [
+        (False, (), "no train clip has a picture with sound or captions"),
+        (False, (0, 1, 2, 3), ""),
+        (True, (), "text will not be learned; add captions, or set pretrain.mil_nce_weight: 0"),
+        (True, (0, 1), "no test clip has captions: retrieval by text will not be measured"),
+        (True, (0, 2), ""),
+    ],
+)
+def test_captions_that_are_missing_are_named_before_the_pretraining(
+    tmp_path, caplog, sound, spoken, words
+):
+    params = load_params(ROOT / "params.yaml")
+    paths = {"shards": tmp_path, "preprocess_ledger": tmp_path / "ledger.jsonl"}
+    none = params.finetune.model_copy(update={"run": ()})
+    params = params.model_copy(
+        update={"paths": params.paths.model_copy(update=paths), "finetune": none}
+    )
+    rows = [row(k, split) for k, split in enumerate(("train", "train", "test", "test"))]
+    rows = rows if sound else [replace(one, audio=None) for one in rows]
+    write_index(tmp_path / INDEX, rows, storage=Storage(10, 100, "h264", "flac"))
+    write_ledger(
+        tmp_path / "ledger.jsonl",
+        [Entry(f"clip{k}", "ok", "preprocess", has=("text",) * (k in spoken)) for k in range(4)],
+    )
+    if words.startswith("no train"):
+        with pytest.raises(DataError, match=words):
+            check_clips(params, STAGES)
+        return
+    check_clips(params, STAGES)
+    assert words in caplog.text and bool(caplog.text) == bool(words)

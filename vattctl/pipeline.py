@@ -37,7 +37,6 @@ from vattctl.params import (
 )
 from vattctl.planning import (
     ask_before_hours,
-    check_clips,
     check_memory,
     plan_experiment,
     plan_facts,
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(path_type=Path, resolve_path=True)
 EXPERIMENTS = Path("experiments")
+LAST_STAGE = "VATT_LAST_STAGE"  # `vatt.data.clips.samples` reads it
 MEASURING = ("evaluate", "report")
 
 
@@ -149,9 +149,8 @@ def run(
         ask_before_hours(plan_run(changed, targets, force=force), yes=options.yes)
     for line in changed.write():
         click.echo(f"params.yaml: {shortened(line)}", err=True)
-    if _needs_clips(targets, params.paths):
-        run_dvc(["repro", "preprocess"], quiet=quiet)
-        check_clips(params)
+    if targets:
+        os.environ[LAST_STAGE] = last_stage(targets)
     if force and targets:  # the targets alone, after what they need has been brought up to date
         before = stage_before(targets[0], has_tasks=bool(params.finetune.run))
         if before is not None:
@@ -164,25 +163,13 @@ def run(
 
 def trains(targets: tuple[str, ...]) -> bool:
     """Whether a pre-training may be among what runs."""
-    here = stages_here()
-    last = max((STAGES.index(one.partition("@")[0]) for one in targets), default=len(STAGES))
-    return "pretrain" in here and last >= STAGES.index("pretrain")
+    last = STAGES.index(last_stage(targets)) if targets else len(STAGES)
+    return "pretrain" in stages_here() and last >= STAGES.index("pretrain")
 
 
-def _needs_clips(targets: tuple[str, ...], paths: "PathsParams") -> bool:
-    """Whether a pre-training may run before a later stage whose clips are not checked yet."""
-    here = stages_here()
-    if not {"preprocess", "pretrain"} <= set(here):
-        return False
-    last = max((STAGES.index(target.partition("@")[0]) for target in targets), default=len(STAGES))
-    if last <= STAGES.index("pretrain"):
-        return False
-    evaluated = paths.metrics / "evaluate.json"
-    sources = (Path("params.yaml"), paths.manifest, paths.shards / "index.jsonl")
-    if not evaluated.exists():
-        return True
-    checked = evaluated.stat().st_mtime
-    return any(not file.exists() or file.stat().st_mtime > checked for file in sources)
+def last_stage(targets: tuple[str, ...]) -> str:
+    """The last stage that the targets want."""
+    return max((target.partition("@")[0] for target in targets), key=STAGES.index)
 
 
 def stage_before(target: str, *, has_tasks: bool) -> str | None:
@@ -304,6 +291,7 @@ def pretrain_as_rank(settings: Settings, *, quiet: bool) -> bool:
             "several processes cannot change params.yaml at once",
             hint="change it first, then start them without options",
         )
+    os.environ[LAST_STAGE] = "pretrain"
     if os.environ["RANK"] != "0":
         os.execv(sys.executable, [sys.executable, "-m", "stages.pretrain"])
     # Even if DVC finds it up to date, the stage must run: the other processes wait in it.

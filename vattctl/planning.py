@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vatt.errors import DataError, SettingsError
+from vatt.errors import SettingsError
 from vatt.files import inside
 from vatt.progress import duration
 from vattctl.dvc import STAGES, changed_in_background, stages_here
@@ -34,8 +33,7 @@ from vattctl.params import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vatt.config import FinetuneTaskParams, Params
-    from vatt.data.clips.samples import IndexRow
+    from vatt.config import Params
     from vatt.plan.forecast import Forecast, Place
     from vatt.plan.memory import BatchSettings
 
@@ -431,49 +429,6 @@ def check_memory(params: "Params", *, force: bool) -> None:
         f"{_bytes(memory.total)} are needed, {place.name} has {_bytes(place.memory)}",
         hint=f"try {remedy}; `vattctl plan` finds what fits; --force starts it anyway",
     )
-
-
-MOST_SHOWN = 3  # lacking things in one message
-
-
-def check_clips(params: "Params") -> None:
-    """Refuse shards on which a later stage must fail: better now than after the pre-training."""
-    from vatt.data.clips.samples import INDEX, read_index
-
-    rows = read_index(params.paths.shards / INDEX)[1]
-    counts = Counter(row.split for row in rows)
-    lacks = [
-        f"{counts[split]} clips of the {split} split, {needed} or more are needed"
-        for split, needed in (("train", 2), ("test", 2))
-        if counts[split] < needed
-    ]
-    tasks = {name: _lacks(name, params.finetune.tasks[name], rows) for name in params.finetune.run}
-    lacks += [lack for found in tasks.values() for lack in found]
-    unfit = [name for name, found in tasks.items() if found]
-    without = f", take {', '.join(unfit)} out of finetune.run" if unfit else ""
-    if lacks:
-        more = f"; and {len(lacks) - MOST_SHOWN} more" if len(lacks) > MOST_SHOWN else ""
-        raise DataError(
-            f"too little for the stages after pretrain: {'; '.join(lacks[:MOST_SHOWN])}{more}",
-            hint=f"add clips, raise data.test_share{without}, or run `vattctl pretrain` alone",
-        )
-
-
-def _lacks(name: str, task: "FinetuneTaskParams", rows: "Sequence[IndexRow]") -> list[str]:
-    """What a fine-tuning task needs and the shards do not hold."""
-    sound = task.modality == "audio"
-    usable = [
-        row for row in rows if row.labels.get(task.label) and (row.audio if sound else row.video)
-    ]
-    values = {row.labels[task.label] for row in usable if row.split == "train"}
-    found = []
-    if len(values) < 2:
-        found.append(
-            f"task {name}: {len(values)} values of label '{task.label}' in the train split"
-        )
-    if not any(row.split == "test" for row in usable):
-        found.append(f"task {name}: no test clip with label '{task.label}'")
-    return found
 
 
 def _plain(found: dict[str, Any], price: float | None) -> dict[str, Any]:

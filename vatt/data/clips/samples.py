@@ -7,18 +7,24 @@ rate and its sound, mono (<key>.wav, .flac or .m4a): docs/data-format.md.
 
 import io
 import json
+import logging
+import os
 import tarfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from vatt.config import PreprocessParams
+from vatt.config import FinetuneTaskParams, Params, PreprocessParams
+from vatt.data.clips.ledger import read_ledger
 from vatt.data.clips.manifest import Caption
 from vatt.data.clips.storage import Storage
 from vatt.errors import DataError
+
+log = logging.getLogger(__name__)
 
 Window = tuple[float, float]  # start and end, seconds of the source
 
@@ -178,3 +184,88 @@ def windows_of(start: float, end: float, params: PreprocessParams) -> list[Windo
     if rest[1] - rest[0] >= params.min_clip_seconds - 1e-6:
         windows.append(rest)
     return windows
+
+
+# --- what later stages need -----------------------------------------------------------------------
+
+LAST_STAGE = "VATT_LAST_STAGE"  # in the environment: of those that a command runs
+MOST_SHOWN = 3  # lacking things in one message
+
+
+def stages_to_come() -> list[str]:
+    """The stages of dvc.yaml, up to the last one that the running command wants."""
+    import yaml
+
+    pipeline = Path("dvc.yaml")
+    if not pipeline.is_file():
+        return []
+    names = list(yaml.safe_load(pipeline.read_text(encoding="utf-8"))["stages"])
+    last = os.environ.get(LAST_STAGE)
+    return names[: names.index(last) + 1] if last in names else names
+
+
+def check_clips(params: Params, stages: Collection[str]) -> None:
+    """Refuse shards on which one of these stages must fail: better now than after a training."""
+    rows = read_index(params.paths.shards / INDEX)[1]
+    counts = Counter(row.split for row in rows)
+    lacks = [
+        f"{counts[split]} clips of the {split} split, {needed} or more are needed"
+        for split, needed, stage in (("train", 2, "pretrain"), ("test", 2, "evaluate"))
+        if counts[split] < needed and stage in stages
+    ]
+    names = params.finetune.run if "finetune" in stages else ()
+    tasks = {name: _lacks(name, params.finetune.tasks[name], rows) for name in names}
+    lacks += [lack for found in tasks.values() for lack in found]
+    unfit = [name for name, found in tasks.items() if found]
+    without = f", take {', '.join(unfit)} out of finetune.run" if unfit else ""
+    if params.paths.preprocess_ledger.is_file():
+        lacks += _check_pairs(params, rows, stages)
+    if lacks:
+        more = f"; and {len(lacks) - MOST_SHOWN} more" if len(lacks) > MOST_SHOWN else ""
+        raise DataError(
+            f"too little for the next stages: {'; '.join(lacks[:MOST_SHOWN])}{more}",
+            hint=f"add clips, raise data.test_share{without}, or run `vattctl pretrain` alone",
+        )
+
+
+def _lacks(name: str, task: FinetuneTaskParams, rows: Sequence[IndexRow]) -> list[str]:
+    """What a fine-tuning task needs and the shards do not hold."""
+    sound = task.modality == "audio"
+    usable = [
+        row for row in rows if row.labels.get(task.label) and (row.audio if sound else row.video)
+    ]
+    values = {row.labels[task.label] for row in usable if row.split == "train"}
+    found = []
+    if len(values) < 2:
+        found.append(
+            f"task {name}: {len(values)} values of label '{task.label}' in the train split"
+        )
+    if not any(row.split == "test" for row in usable):
+        found.append(f"task {name}: no test clip with label '{task.label}'")
+    return found
+
+
+def _check_pairs(params: Params, rows: Sequence[IndexRow], stages: Collection[str]) -> list[str]:
+    """What contrastive training and retrieval lack; says where captions alone are missing."""
+    entries = read_ledger(params.paths.preprocess_ledger)
+    shown = [row for row in rows if row.video]
+    spoken = {row.split for row in shown if row.clip_id in entries and
+              "text" in entries[row.clip_id].has}  # fmt: skip
+    heard = {row.split for row in shown if row.audio}
+    lacks = []
+    if "pretrain" in stages and not {"train"} & (spoken | heard):
+        lacks.append("no train clip has a picture with sound or captions: nothing can be compared")
+    elif "pretrain" in stages and "train" not in spoken and params.pretrain.mil_nce_weight:
+        log.warning(
+            "no train clip has captions: text will not be learned; "
+            "add captions, or set pretrain.mil_nce_weight: 0"
+        )
+    measures = params.evaluate.probes or params.finetune.run
+    if "evaluate" in stages and not measures and not {"test"} & (spoken | heard):
+        lacks.append(
+            "no test clip has a picture with sound or captions, and there is no probe or task: "
+            "nothing can be measured"
+        )
+    elif "evaluate" in stages and "test" not in spoken:
+        log.warning("no test clip has captions: retrieval by text will not be measured")
+    return lacks
