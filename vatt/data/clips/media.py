@@ -63,6 +63,7 @@ PAUSE = 1.0  # no packet for longer is worth a remark
 ALONE = 60.0  # seconds; a longer picture without sound is not a film
 INDEXED = {"matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "avi", "gif"}  # a seek finds key frames
 JOINED = 100  # recordings in one file, at most
+TABLES = 2**21  # bytes; FFmpeg knows the streams and tables of MPEG-TS that begin before
 OVERLAP = 0.02  # share of a file by which one stream may begin before the end of another
 MIXED = 8  # channels; FFmpeg has no rule to mix more of them
 _CLOCK_LEAPS = av.format.Flags.ts_discont.value
@@ -307,7 +308,7 @@ def _joined(
         return streams, remarks
     head = re.compile(_HEADS[form], re.DOTALL)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        while len(streams) < 2 * JOINED and (found := head.search(data, reached)):
+        while len(streams) < 2 * JOINED and (found := head.search(data, reached or 1)):
             begin = found.start()
             try:
                 container = opened.enter_context(open_media(path, begin))
@@ -335,14 +336,16 @@ def _later_streams(
     Remarks on those that begin while the chosen ones go on.
     """
     spans, tables = _pids(path)
-    known = {stream.id for stream in container.streams}
+    known = {stream.id: stream.type for stream in container.streams}
     slack = OVERLAP * path.stat().st_size
+    tables_end = min(slack, TABLES)
     ends = {stream.type: spans.get(stream.id, (0, 0))[1] - slack for stream in chosen}
     later: list[Any] = []
     remarks: list[str] = []
     for pid, (first, last) in sorted(spans.items(), key=lambda item: item[1]):
         before = tables[tables <= first]
-        if pid in {stream.id for stream in chosen} or not before.size:
+        late = first >= ends.get(known[pid], 0) if pid in known else first > tables_end
+        if not late or not before.size or pid in {stream.id for stream in chosen}:
             continue
         begin = int(before[-1])
         try:
@@ -371,7 +374,7 @@ def _pids(path: Path) -> tuple[dict[int, tuple[int, int]], np.ndarray]:
     while (found := _in_step(data, place)) is not None:
         place, stride, count = found
         heads = data[place : place + count * stride].reshape(count, stride)
-        pids = (heads[:, 1].astype(np.int64) & 0x1F) << 8 | heads[:, 2]
+        pids = (heads[:, 1].astype(np.uint16) & 0x1F) << 8 | heads[:, 2]
         for pid in np.unique(pids).tolist():
             at = np.flatnonzero(pids == pid) * stride + place
             if pid == 0:
@@ -384,6 +387,7 @@ def _pids(path: Path) -> tuple[dict[int, tuple[int, int]], np.ndarray]:
 
 _SYNC, _NULL_PID = 0x47, 0x1FFF
 _SEARCHED = 2**16  # bytes, for the next packet
+_AT_ONCE = 2**22  # packets
 
 
 def _in_step(data: np.ndarray, place: int) -> tuple[int, int, int] | None:
@@ -391,12 +395,12 @@ def _in_step(data: np.ndarray, place: int) -> tuple[int, int, int] | None:
     part = data[place : place + _SEARCHED]
     for first in np.flatnonzero(part == _SYNC):
         for stride in (188, 192, 204):
-            marks = data[place + first :: stride]
+            begin = place + int(first)
+            marks = data[begin : begin + _AT_ONCE * stride : stride]
             if len(marks) > 4 and (marks[:5] == _SYNC).all():
                 wrong = np.flatnonzero(marks != _SYNC)
-                begin = place + int(first)
-                count = int(wrong[0]) if wrong.size else (len(data) - begin) // stride
-                return begin, stride, max(count, 1)
+                count = int(wrong[0]) if wrong.size else len(marks)
+                return begin, stride, max(min(count, (len(data) - begin) // stride), 1)
     return None
 
 
