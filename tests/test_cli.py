@@ -129,6 +129,13 @@ def test_wrong_value_in_the_file_names_its_line(project: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_file_to_validate_is_looked_for_in_the_current_folder(project: Path) -> None:
+    (project / "params.yaml").write_text("model: 7")
+    done = vattctl(project, "config", "validate", "params.yaml")  # runs in the root of the clone
+    assert done.returncode == 0, done.stderr
+    assert vattctl(project, "config", "validate").returncode == 2
+
+
 def test_a_value_that_breaks_a_rule_is_not_written(project: Path) -> None:
     before = (project / "params.yaml").read_text()
     done = vattctl(project, "pretrain", "--set", "pretrain.batch_size=0")
