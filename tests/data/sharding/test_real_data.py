@@ -14,6 +14,7 @@ from tests.data.corpus import TEST_DATA, demo_params, make_clip, needs_data
 from tests.data.loading.test_batches import SAMPLING
 from tests.data.sharding.test_shards import write
 from tests.test_stages import new_project, sets, vattctl
+from vatt.config import Params, load_params
 from vatt.data.clips.ledger import Entry, read_ledger
 from vatt.data.clips.manifest import read_manifest
 from vatt.data.clips.media import BrokenMediaError, find_ffmpeg, probe
@@ -30,9 +31,11 @@ pytestmark = needs_data
 DATA = Path(TEST_DATA or "/nowhere")
 
 
-def ingest(root: Path, folder: Path, **preprocess) -> tuple[Found, dict[str, Entry]]:
+def ingest(
+    root: Path, folder: Path, params: Params | None = None, **preprocess
+) -> tuple[Found, dict[str, Entry]]:
     """Folder -> shards; the ledger by the file's name."""
-    params = demo_params(source="folder", location=folder, require=(), min_clips=1)
+    params = params or demo_params(source="folder", location=folder, require=(), min_clips=1)
     found = scan(folder, params.data, opens=True)
     machine = params.machine.model_copy(update={"workers": 2})
     ledger = root / "download.jsonl"
@@ -113,7 +116,7 @@ def test_every_hostile_file_ends_as_it_should(hostile):
 def test_nothing_is_left_behind_and_the_bytes_are_the_same_twice(hostile, tmp_path):
     data, states = hostile
     assert [path.name for path in data.iterdir() if path.name.endswith((".work", ".tmp"))] == []
-    _, again = ingest(tmp_path, DATA / "hostile", **CUT)
+    _, again = ingest(tmp_path, DATA / "hostile", load_params(data.parent / "params.yaml"))
     assert again == states
     shards = {path.name: path.read_bytes() for path in sorted((data / "shards").glob("*.tar"))}
     assert len(shards) > 20
