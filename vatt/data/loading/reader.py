@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import av
 import numpy as np
@@ -40,9 +40,6 @@ from vatt.data.clips.storage import (
 )
 from vatt.errors import DataError, MachineError, SettingsError
 from vatt.files import atomic_write
-
-if TYPE_CHECKING:
-    from vatt.data.fetching.network import Guard
 
 OPEN_SHARDS = 32
 WINDOW = 2048  # rows
@@ -402,7 +399,7 @@ def _open_url(url: str) -> tuple[Any, str]:
         raise MachineError(f"{url}: {error}", hint=f"pip install {package}") from None
 
 
-def _retry(url: str, ask: Callable[[], T], guard: "Guard") -> T:
+def _retry(url: str, ask: Callable[[], T], guard: Any) -> T:
     from aiohttp import ClientError
 
     for attempt in range(ATTEMPTS):
