@@ -247,4 +247,6 @@ def test_a_project_of_the_wheel_runs_and_sees_when_installed_code_changes(
     assert states["pretrain"]["changes"] == ["modified: the installed code"]
     assert states["download"]["state"] == "up to date"
     assert "code" not in states
-    assert "Running stage 'pretrain'" in run(installed, "-m", "dvc", "repro", cwd=project).stdout
+    planned = run(installed, "-m", "dvc", "repro", "--dry", "pretrain", cwd=project).stdout
+    assert "Running stage 'pretrain'" in planned
+    assert "Stage 'preprocess' didn't change" in planned
