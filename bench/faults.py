@@ -463,7 +463,7 @@ FAULTS = (
     Fault("disk full everywhere, preprocess", "preprocess", mounted(".", spare=100), (4,)),
     Fault("disk full everywhere, pretrain", "pretrain", mounted(".", spare=2000), (4,)),
     Fault("disk full everywhere, evaluate", "evaluate", mounted(".", spare=100), (4,)),
-    Fault("disk full everywhere, report", "report", mounted(".", spare=100), (4,)),
+    Fault("disk full everywhere, report", "report", mounted(".", spare=0), (4,)),
     Fault("disk without one free byte", "pretrain", mounted(".", spare=0), (4,)),
     Fault("data folder read-only", "preprocess", mounted("data", spare=9000, read_only=True), (4,)),
     Fault("runs folder read-only", "pretrain", mounted("runs", spare=9000, read_only=True), (4,)),
