@@ -334,6 +334,7 @@ def test_numbers_of_too_few_clips_are_named_and_not_shown_as_results(tmp_path):
     assert "6 clips searched; 50 or more are needed" in cards
     assert "100.0" not in cards
     assert "Not shown, because 6 test clips are too few" in html
+    assert '<td class="unsure">100.0' in html and '<td class="ours">100.0' not in html
     assert "6 clips searched; 50" in (place.report / "report.md").read_text()
 
 

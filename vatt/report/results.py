@@ -7,6 +7,7 @@ from typing import Any
 from vatt.report.inputs import Inputs
 from vatt.report.tables import (
     Cell,
+    CellKind,
     Table,
     TableRow,
     chance_cell,
@@ -279,10 +280,14 @@ def _direction_rows(inputs: Inputs, direction: str, name: str) -> list[TableRow]
     if ours is None:
         empty = tuple(metric_cell(None) for _ in (*MEASURES, "median_rank"))
         return [TableRow(name, empty, "not_run", _why(inputs, direction))]
-    rows = [TableRow(name, _retrieval_cells(ours), "ours", "pre-trained", starts=True)]
+    few = too_few(ours["median_rank"], searched=True)
+    kind: CellKind = "unsure" if few else "ours"
+    note = f"pre-trained; {few} or more clips are needed" if few else "pre-trained"
+    rows = [TableRow(name, _retrieval_cells(ours, kind), "ours", note, starts=True)]
     averaged = inputs.lookup("retrieval", "pretrained", f"{direction}_similarities_averaged")
     if averaged is not None:
-        rows.append(TableRow(name, _retrieval_cells(averaged), "ours", "similarities averaged"))
+        cells = _retrieval_cells(averaged, kind)
+        rows.append(TableRow(name, cells, "ours", "similarities averaged"))
     untrained = inputs.lookup("retrieval", "untrained", direction)
     if untrained is not None:
         cells = _retrieval_cells(untrained, kind="baseline")
