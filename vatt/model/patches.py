@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -163,7 +164,8 @@ def audio_patch(params: AudioParams) -> tuple[int, ...]:
 
 # --- DropToken ------------------------------------------------------------------------------------
 
-_LOW = 0xFFFFFFFF  # 32 bits
+_SIGN = -(2**31)
+_AT_ONCE = 2**17  # numbers drawn at a time on a CPU: with their scratch space, 1 MB of cache
 
 
 def num_kept(num_tokens: int, drop_rate: float) -> int:
@@ -190,30 +192,45 @@ def draw_kept(
     samples = torch.as_tensor(samples, dtype=torch.long)
     name = f"{seed}/{step}/{stream}/{num_tokens}".encode()
     key = hashlib.blake2b(name, digest_size=8).digest()
-    low, high = (int.from_bytes(key[place : place + 4], "big") for place in (0, 4))
+    low, high = (int.from_bytes(key[place : place + 4], "big", signed=True) for place in (0, 4))
     # A counter-based draw: 64 bits of key for each row encrypt each token's index into 32 bits.
     # Different indices become different numbers, so no two tokens of a row tie.
-    first = _mix(samples[:, None] ^ low)
+    first = _mix(samples[:, None].int() ^ low)
     second = _mix(first ^ high)
-    numbers = _mix(torch.arange(num_tokens, device=samples.device) ^ first)
-    numbers += second
-    numbers &= _LOW
-    kept = _mix(numbers).topk(num_kept(num_tokens, drop_rate), largest=False, sorted=False)
-    return kept.indices.sort().values
+    tokens = torch.arange(num_tokens, dtype=torch.int32, device=samples.device)
+    count = num_kept(num_tokens, drop_rate)
+    if samples.device.type != "cpu":  # whose selection would wait for the device
+        numbers = _scatter(tokens, first, second)
+        return numbers.topk(count, largest=False, sorted=False).indices.sort().values
+    rows = max(1, _AT_ONCE // num_tokens)
+    parts = zip(first.split(rows), second.split(rows), strict=True)
+    return torch.cat([_smallest(_scatter(tokens, *keys), count) for keys in parts])
+
+
+def _scatter(tokens: Tensor, first: Tensor, second: Tensor) -> Tensor:  # (N,), (B, 1), (B, 1)
+    """The tokens' numbers (B, N), encrypted with the two halves of each row's key."""
+    return _mix(_mix(tokens ^ first).add_(second)).bitwise_xor_(_SIGN)  # ordered as if unsigned
+
+
+def _smallest(numbers: Tensor, count: int) -> Tensor:  # (B, N) -> (B, K)
+    """The places of each row's smallest numbers, ascending; no two numbers of a row are equal."""
+    is_kept = numbers <= numbers.kthvalue(count, dim=1, keepdim=True).values
+    places = np.flatnonzero(is_kept.numpy()).reshape(len(numbers), count)
+    places -= np.arange(0, numbers.numel(), numbers.shape[1])[:, None]
+    return torch.from_numpy(places)
 
 
 def _mix(numbers: Tensor) -> Tensor:
     """Scatter 32-bit numbers one to one, in place: each output bit depends on every input bit.
 
-    Multipliers and numbers have 31 and 32 bits, so that no product overflows the 64-bit integers.
+    They are used as unsigned; int32 products wrap, and shifts are masked.
     """
-    numbers ^= numbers >> 16
-    numbers *= 0x21F0AAAD
-    numbers &= _LOW
-    numbers ^= numbers >> 15
-    numbers *= 0x735A2D97
-    numbers &= _LOW
-    numbers ^= numbers >> 15
+    shifted = torch.empty_like(numbers)
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 1)):
+        torch.bitwise_right_shift(numbers, shift, out=shifted)
+        numbers ^= shifted.bitwise_and_((1 << (32 - shift)) - 1)
+        if factor != 1:
+            numbers *= factor
     return numbers
 
 
