@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,18 @@ from reference import DEMO, RATE, ROOT, machine, random_batch
 from torch import Tensor, nn
 
 from vatt.checkpoint import build, build_classifier
-from vatt.config import MachineParams, ModelParams, PretrainParams, load_params
+from vatt.config import ModelParams, PretrainParams, load_params
 from vatt.data.loading.batches import Batch
 from vatt.evaluation.features import extract
 from vatt.flops import num_video_tokens, video_flops
 from vatt.model.patches import draw_kept, num_kept
 from vatt.plan.forecast import GIB, GpuSpeed, Place, forecast
 from vatt.plan.memory import BatchSettings, count
+from vatt.plan.trial import Job, chosen
 from vatt.training import distributed
-from vatt.training.engine import make_engine
+from vatt.training.engine import apply_options, make_engine
 from vatt.training.finetune import Finetuning, finetuning_inputs, task_model
-from vatt.training.pretrain import Pretraining, pretraining_inputs
+from vatt.training.pretrain import Pretraining, Visible, pretraining_inputs
 from vatt.training.telemetry import (
     GPUS,
     Device,
@@ -73,6 +75,15 @@ class Scale:
         self.clips = (2, 4) if tiny else (64, 128)  # of a plain step
         self.cached = 4 if tiny else 2048  # clips of a cached step
         self.micro = 2 if tiny else 64
+        self._batches: dict[int, Batch] = {}
+
+    def batch(self, clips: int) -> Batch:
+        """Noise on the device, as the training's second stream brings it there early."""
+        if clips not in self._batches:
+            batch = random_batch(self.model, clips, self.pretrain.text_candidates)
+            batch.colour = torch.tensor(COLOUR).repeat(clips, 1)
+            self._batches = {clips: batch.to(distributed.device())}
+        return self._batches[clips]
 
     def modes(self) -> tuple[bool, ...]:
         """Eager, then compiled; a CPU may have no compiler."""
@@ -86,18 +97,20 @@ def device_sheet() -> Device | None:
     return named_like(facts.name, facts.total_memory / GIB)
 
 
-def clock(step: Callable[[], Any], rounds: int) -> tuple[list[float], float]:
+def clock(
+    step: Callable[[], Any], rounds: int, warm_up: int = WARM_UP
+) -> tuple[list[float], float]:
     """Seconds of each round after the warm-up, and the peak of memory in GiB (0 on a CPU)."""
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     times = []
-    for number in range(rounds + WARM_UP):
+    for number in range(rounds + warm_up):
         began = time.perf_counter()
         step()
         if on_gpu:
             torch.cuda.synchronize()
-        if number >= WARM_UP:
+        if number >= warm_up:
             times.append(time.perf_counter() - began)
     return times, torch.cuda.max_memory_allocated() / GIB if on_gpu else 0.0
 
@@ -133,7 +146,7 @@ def tests(scale: Scale) -> Iterator[Row]:
 def precision(scale: Scale) -> Iterator[Row]:
     """The types in which each part of a step really computed, at every ZeRO stage."""
     for stage in (0, 1, 2, 3):
-        trained, _, _ = pretraining(scale, clips=2, micro=None, stage=stage, compiled=False)
+        trained, _ = pretraining(scale, clips=2, micro=None, stage=stage, compiled=False)
         facts = ", ".join(f"{key}={value}" for key, value in sorted(trained.run.facts.items()))
         yield {"what": f"precision at ZeRO-{stage}", "note": facts}
 
@@ -168,17 +181,16 @@ def tower_step(tower: nn.Module, video: Tensor, kept: Tensor) -> Callable[[], No
 
 
 def pretraining(
-    scale: Scale, *, clips: int, micro: int | None, stage: int, compiled: bool
-) -> tuple[Any, Callable[[], None], MachineParams]:
+    scale: Scale, *, clips: int, micro: int | None, stage: int, compiled: bool, kept: int = 1
+) -> tuple[Any, Callable[[], None]]:
     """An engine that has made one step, and the step."""
     here = machine(zero_stage=stage, micro_batch_size=micro, compile=compiled)
     params = scale.pretrain.model_copy(update={"batch_size": clips, "precision": "bf16"})
     torch.manual_seed(0)
     model = build(scale.model)
-    module = Pretraining(model, params, micro_batch_size=micro)
+    module = Pretraining(model, params, micro_batch_size=micro, kept_micro_batches=kept)
     trained = make_engine(module, params.optimizer, "bf16", here)
-    batch = random_batch(scale.model, clips, params.text_candidates)
-    batch.colour = torch.tensor(COLOUR).repeat(clips, 1)
+    batch = scale.batch(clips)
     number = 0
 
     def step() -> None:
@@ -189,7 +201,7 @@ def pretraining(
         trained.update(losses["loss"], learning_rate=RATE)
 
     step()
-    return trained, step, here
+    return trained, step
 
 
 def plain(scale: Scale) -> Iterator[Row]:
@@ -200,34 +212,75 @@ def plain(scale: Scale) -> Iterator[Row]:
 
 
 def cached(scale: Scale) -> Iterator[Row]:
-    """The paper's batch in micro-batches, at ZeRO-1, 2 and 3."""
-    for stage in (1, 2, 3):
-        for compiled in scale.modes():
-            if not (compiled and stage == 3):  # ZeRO-3's weights come and go
-                yield timed_step(scale, scale.cached, scale.micro, stage, compiled=compiled)
+    """The paper's batch in micro-batches: ZeRO-1, 2 and 3, and with nothing kept from the first."""
+    clips, micro, best = scale.cached, scale.micro, scale.modes()[-1]
+    yield timed_step(scale, clips, micro, 1, compiled=False)
+    yield timed_step(scale, clips, micro, 2, compiled=best)
+    yield timed_step(scale, clips, micro, 3, compiled=False)  # its weights come and go
+    if best:
+        yield timed_step(scale, clips, micro, 1, compiled=True)
+    yield timed_step(scale, clips, micro, 1, compiled=best, kept=0)
 
 
-def timed_step(scale: Scale, clips: int, micro: int | None, stage: int, *, compiled: bool) -> Row:
+def automatic(scale: Scale) -> Iterator[Row]:
+    """`micro_batch_size: auto`: its choice for the paper's batch, and a step with it."""
+    settings = scale.pretrain.model_copy(update={"batch_size": scale.cached, "precision": "bf16"})
+    here = machine(micro_batch_size="auto", compile=scale.modes()[-1])
+    params = scale.params.model_copy(update={"pretrain": settings, "machine": here})
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        found, kept = chosen(Job(params, Path(folder)))
+    size = found.micro_batch_size
+    note = f"{size or 'all'} of {scale.cached} clips at once, {kept} kept"
+    yield {"what": "auto", "seconds": time.perf_counter() - began, "note": note}
+    assert size != "auto"
+    yield timed_step(scale, scale.cached, size, 1, compiled=scale.modes()[-1], kept=kept)
+
+
+def colours(scale: Scale) -> Iterator[Row]:
+    """Colours and scaling of the kept patches, plain and compiled: at most 3 ms on a GPU."""
+    clips = 2 if scale.tiny else 64
+    batch, model = scale.batch(clips), build(scale.model)
+    places = torch.arange(clips, device=batch.video.device)
+    kept = draw_kept(model.num_video_tokens, 0.5, seed=0, step=0, samples=places)
+    for compiled in scale.modes():
+        visible = Visible(model.video.get_submodule("embed"))  # type: ignore[arg-type]
+        apply_options(visible, machine(compile=compiled))
+        run = partial(visible, batch.video, batch.colour, kept, torch.bfloat16)
+        times, _ = clock(run, scale.rounds)
+        name = f"colours of {clips} clips, {'compiled' if compiled else 'plain'}"
+        yield {"what": name, "seconds": statistics.median(times), "low": min(times),
+               "high": max(times)}  # fmt: skip
+
+
+def timed_step(
+    scale: Scale, clips: int, micro: int | None, stage: int, *, compiled: bool, kept: int = 1
+) -> Row:
     """A measured step, with the forecast of `vattctl plan` next to it."""
-    _, step, _ = pretraining(scale, clips=clips, micro=micro, stage=stage, compiled=compiled)
-    times, gib = clock(step, scale.rounds if micro is None else min(scale.rounds, 3))
+    trained, step = pretraining(
+        scale, clips=clips, micro=micro, stage=stage, compiled=compiled, kept=kept
+    )
+    is_long = micro is not None  # the engine has made a first step already
+    times, gib = clock(step, 2 if is_long else scale.rounds, 0 if is_long else WARM_UP)
     params = scale.pretrain.model_copy(update={"batch_size": clips})
     way = "plain" if micro is None else f"in micro-batches of {micro}"
     name = f"step of {clips} clips, {way}, ZeRO-{stage}, {'compiled' if compiled else 'eager'}"
+    name += "" if micro is None else f", {kept} kept"
     row = figures(name, times, pretraining_work(scale.model, params).flops, clips, gib)
-    return row | planned(scale, params, micro, stage, compiled=compiled)
+    setting = BatchSettings(
+        micro_batch_size=micro, kept_micro_batches=kept, zero_stage=stage, on_gpu=True
+    )
+    row["attention"] = trained.run.facts["attention.kernel"]
+    return row | planned(scale, params, setting, compiled=compiled)
 
 
-def planned(
-    scale: Scale, params: PretrainParams, micro: int | None, stage: int, *, compiled: bool
-) -> Row:
+def planned(scale: Scale, params: PretrainParams, setting: BatchSettings, *, compiled: bool) -> Row:
     """Seconds and memory by the formula; for a machine without a GPU, those of an H200."""
     sheet = device_sheet() or GPUS["h200-141gb"]
     counts = count(scale.model)
     speed = GpuSpeed(sheet, scale.model, params, counts, compiled=compiled)
     place = Place(sheet.name, sheet.memory_gb * GIB, sheet.watts, True, sheet)
     whole = scale.params.model_copy(update={"pretrain": params})
-    setting = BatchSettings(micro_batch_size=micro, zero_stage=stage, on_gpu=True)
     found = forecast(whole, setting, place, speed, counts)
     return {"plan_seconds": found.seconds.total, "plan_gib": found.memory.total / GIB}
 
@@ -344,7 +397,9 @@ PARTS: dict[str, tuple[Callable[[Scale], Iterator[Row]], int]] = {  # name -> pa
     "indices": (indices, 20),
     "encoder": (encoder, 60),
     "plain": (plain, 80),
-    "cached": (cached, 150),
+    "colours": (colours, 30),
+    "cached": (cached, 200),
+    "auto": (automatic, 80),
     "finetuning": (finetuning, 60),
     "features": (features, 30),
     "stage": (stage, 60),
@@ -387,6 +442,7 @@ SHOWN = {  # a row's columns, in order
     "clips_per_second": "{:.0f} clips/s",
     "mfu_measured": "{:.1%} of the measured peak",
     "mfu_data_sheet": "{:.1%} of the data sheet's",
+    "attention": "attention {}",
     "gib": "{:.1f} GiB",
     "plan_seconds": "plan: {:.4g} s",
     "plan_gib": "{:.1f} GiB",

@@ -17,6 +17,8 @@ from vatt.training.loop import Training
 
 def main() -> None:
     """Fine-tune on a task of params.finetune.tasks, from `pretrained` or from `scratch`."""
+    from vatt.plan.trial import Job, chosen  # changes no weight: no dependency
+
     name, init = sys.argv[1:]
     params = load_params()
     seed, variant = params.seed, f"{name}-{init}"
@@ -41,7 +43,8 @@ def main() -> None:
         metrics, more = paths.metrics / f"finetune-{variant}.json", {"classifier": described}
         outputs = Outputs(model.params, paths.finetuned / variant, metrics, more=more)
         session = Session(run, tick, state, outputs)
-        training = Training(batches, machine, seed, state, data, session)
+        machine, kept = chosen(Job(params, state, name, len(known.classes), model.params))
+        training = Training(batches, machine, seed, state, data, session, kept)
         finetune(model, task, training, classes=known.classes)
 
 

@@ -21,6 +21,7 @@ from vatt.training.pretrain import pretrain
 def main() -> None:
     """Pre-train in as many processes as `machine` says."""
     from vatt.evaluation.retrieval import SCORE, validation  # changes no weight: no dependency
+    from vatt.plan.trial import Job, chosen  # the same
 
     params = load_params()
     paths, machine, settings = params.paths, params.machine, params.pretrain
@@ -29,7 +30,6 @@ def main() -> None:
         sys.exit(code)
     made_from, data = stage_hash("pretrain", params), data_hash(paths.shards)
     sampling = Sampling.for_pretraining(params.model, settings)
-    measure = validation(params.model, settings, shards=paths.shards, machine=machine)
     batches = feed(paths.shards, sampling, settings, seed=params.seed, machine=machine)
     metrics, words = paths.metrics / "pretrain.json", paths.shards / "vocabulary.txt"
     outputs = Outputs(params.model, paths.pretrained, metrics, vocabulary=words)
@@ -39,10 +39,13 @@ def main() -> None:
         progress("pretrain", "steps", shown=distributed.rank() == 0) as tick,
     ):
         state = paths.pretrain_state
+        machine, kept = chosen(Job(params, state))
+        measure = validation(params.model, settings, shards=paths.shards, machine=machine)
         session = Session(run, tick, state, outputs, measure=measure, score=SCORE)
         torch.manual_seed(params.seed)  # every process builds the same start
         model = build(params.model)
-        pretrain(model, settings, Training(batches, machine, params.seed, state, data, session))
+        training = Training(batches, machine, params.seed, state, data, session, kept)
+        pretrain(model, settings, training)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def rows_of(*parts: str, environment: dict[str, str] | None = None) -> dict[str,
 
 
 def test_every_part_gives_its_figures():
-    rows = rows_of("precision", "indices", *SPEED)
+    rows = rows_of("precision", "indices", "colours", "auto", *SPEED)
     assert len(rows["precision"]) == 4
     assert all("precision.encoder.video=bf16" in row["note"] for row in rows["precision"])
     assert "784 of 1568 tokens of 2048 clips" in rows["indices"][0]["note"]
@@ -31,7 +31,14 @@ def test_every_part_gives_its_figures():
         assert rows[part] and all(row["low"] <= row["seconds"] <= row["high"] for row in rows[part])
         assert all(row["clips_per_second"] > 0 < row["mfu_measured"] for row in rows[part])
     assert {"plan_seconds", "plan_gib"} <= rows["cached"][0].keys()
-    assert [row["what"].split(", ")[2] for row in rows["cached"]] == ["ZeRO-1", "ZeRO-2", "ZeRO-3"]
+    assert [row["what"].split(", ", 2)[2] for row in rows["cached"]] == [
+        *("ZeRO-1, eager, 1 kept", "ZeRO-2, eager, 1 kept", "ZeRO-3, eager, 1 kept"),
+        "ZeRO-1, eager, 0 kept",
+    ]
+    assert all("video" in row["attention"] for row in rows["cached"] + rows["plain"])
+    assert rows["colours"][0]["seconds"] > 0
+    choice, step = rows["auto"]
+    assert choice["note"] == "all of 4 clips at once, 1 kept" and "4 clips, plain" in step["what"]
 
 
 def test_a_part_that_fails_is_named_and_the_others_go_on(tmp_path):

@@ -411,7 +411,8 @@ class MachineParams(Section):
     threads: PositiveInt | None  # per process; null: cores / processes
     zero_stage: Literal[0, 1, 2, 3]
     offload: Literal["none", "optimizer", "all"]
-    micro_batch_size: PositiveInt | None  # per process; null: its whole share of the batch
+    # Per process; null: its whole share of the batch; auto: as much of it as fits, after a trial.
+    micro_batch_size: PositiveInt | Literal["auto"] | None
     activation_checkpointing: bool  # keep only a block's input; compute the block again
     compile: bool | Literal["auto"]  # torch.compile of each block; auto: on a GPU
     launcher_arguments: tuple[str, ...]  # to the deepspeed launcher

@@ -375,7 +375,7 @@ def make_plan(params: "Params", device: str | None) -> dict[str, Any]:
     else:
         assert place.device is not None
         speed = GpuSpeed(place.device, params.model, params.pretrain, counts)
-    setting = plans.as_set(params, place)
+    setting = plans.as_set(params, place, counts)
     return {
         "params": params,
         "place": place,
@@ -405,7 +405,8 @@ def check_memory(params: "Params", *, force: bool) -> None:
     from vatt.plan.memory import count
 
     place = plans.this_place(params)
-    setting, counts = plans.as_set(params, place), count(params.model)
+    counts = count(params.model)
+    setting = plans.as_set(params, place, counts)
     memory = plans.forecast_memory(params, setting, place, counts)
     parts = ", ".join(
         f"{words} {_bytes(getattr(memory, name))}"
@@ -499,7 +500,7 @@ def _print(found: dict[str, Any], price: float | None) -> None:
 def _rows(one: "Forecast", price: float | None) -> dict[str, str]:
     setting, seconds = one.setting, one.seconds
     rows = {
-        "micro-batch": str(setting.micro_batch_size or f"{setting.rows(one.batch_size)} (all)"),
+        "micro-batch": _micro_batch(setting, one.batch_size),
         "ZeRO stage": str(setting.zero_stage),
         "offload": setting.offload,
         "activation checkpointing": "yes" if setting.activation_checkpointing else "no",
@@ -518,6 +519,14 @@ def _rows(one: "Forecast", price: float | None) -> dict[str, str]:
     if price is not None:
         rows["cost"] = f"{price * one.device_hours:,.2f}"
     return rows
+
+
+def _micro_batch(setting: "BatchSettings", batch_size: int) -> str:
+    """Clips at once, and how many micro-batches keep their activations."""
+    if not setting.is_cached(batch_size):
+        return f"{setting.rows(batch_size)} (all)"
+    number = len(setting.micro_batches(batch_size))
+    return f"{setting.micro_batch_size}; {setting.kept_micro_batches} of {number} kept"
 
 
 def _options(one: "Forecast") -> str:

@@ -66,8 +66,10 @@ def test_the_network_carries_features_gradients_and_offloaded_weights():
     features = gather_bytes(PAPER.model, PAPER.pretrain, 16)
     sent = features + gradient_bytes(COUNTS, BatchSettings(processes=16))
     assert seconds(processes=16) == pytest.approx(sent / gpu.network)
-    alone = seconds(zero_stage=3, offload="all", micro_batch_size=batch // 4)
-    assert alone == pytest.approx(3 * 4 * 4000 / gpu.host)  # three passes over four micro-batches
+    alone = {"zero_stage": 3, "offload": "all", "micro_batch_size": batch // 4}
+    for kept in (0, 1):  # of four micro-batches, each with two or three passes
+        found = seconds(**alone, kept_micro_batches=kept)
+        assert found == pytest.approx((3 * 4 - kept) * 4000 / gpu.host)
 
 
 # Seconds and GiB measured on one NVIDIA H200 with torch 2.11 (docs/benchmarks.md): batch,
@@ -86,7 +88,7 @@ def test_the_forecast_is_within_15_percent_of_what_an_h200_took(
     place, counts = named_place("h200-141gb"), count(PAPER.model)
     pretrain = PAPER.pretrain.model_copy(update={"batch_size": batch})
     params = PAPER.model_copy(update={"pretrain": pretrain})
-    setting = BatchSettings(on_gpu=True, micro_batch_size=micro)
+    setting = BatchSettings(on_gpu=True, micro_batch_size=micro, kept_micro_batches=0)
     speed = GpuSpeed(place.device, PAPER.model, pretrain, counts, compiled=compiled)
     found = forecast(params, setting, place, speed, counts)
     assert found.seconds.total == pytest.approx(seconds, rel=0.15)
@@ -105,9 +107,10 @@ def test_a_gpu_s_step_can_be_a_given_share_of_its_peak():
     flops = pretraining_work(PAPER.model, PAPER.pretrain).flops
     plain = speed(BatchSettings(on_gpu=True)).compute
     assert plain == pytest.approx(flops / (gpu.bf16_flops * 0.4))
-    assert speed(BatchSettings(on_gpu=True, micro_batch_size=32)).compute == pytest.approx(
-        4 / 3 * plain
-    )
+    for kept in (0, 1, 16, 64):  # of 64 micro-batches
+        cached = BatchSettings(on_gpu=True, micro_batch_size=32, kept_micro_batches=kept)
+        again = (64 - kept) / 64 / 3 * plain
+        assert speed(cached).compute == pytest.approx(plain + again)
     eight = speed(BatchSettings(processes=8, on_gpu=True))
     assert eight.compute == pytest.approx(plain / 8) and eight.network > 0
 

@@ -84,7 +84,7 @@ def trained(
     weights = pretrain(
         model,
         tiny.pretrain_params(evaluate_every=evaluate_every, report_every=report_every),
-        Training(batches_from, machine, 0, folder, "none", session, engine_of),
+        Training(batches_from, machine, 0, folder, "none", session, engine_of=engine_of),
     )
     return {
         "hash": tiny.hash_of(weights),

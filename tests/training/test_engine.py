@@ -1,11 +1,17 @@
 """The engines beyond what test_many_processes.py compares: settings, saving, offloading."""
 
+import shutil
+
 import pytest
 import torch
+import torch._dynamo.utils
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.training import tiny
 from vatt.errors import MachineError, SettingsError
+from vatt.model.patches import draw_kept
 from vatt.training.engine import DeepSpeedEngine, LocalEngine, apply_options, compiles
+from vatt.training.pretrain import Pretraining, Visible, pretraining_inputs
 
 OPTIMIZER = tiny.pretrain_params().optimizer
 
@@ -71,6 +77,71 @@ def test_compiling_says_what_it_needs(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(MachineError, match=r"no-such-compiler\n.*machine\.compile=false"):
         apply_options(Regression(), tiny.machine_params(compile=True))
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
+COLOUR = torch.tensor([0.1, 1.2, 0.8, 0.1])
+
+
+@needs_compiler  # which is looked for, though "eager" does not use it
+def test_one_compilation_serves_micro_batches_of_every_size():
+    counters = torch._dynamo.utils.counters
+
+    def step(module, clips):
+        batch = tiny.make_batch(0, size=clips)
+        batch.colour = COLOUR.repeat(clips, 1)
+        module(*pretraining_inputs(module.model, batch, 0, drop_rate=0.5, seed=0))
+
+    def graphs(clips, micro):
+        torch._dynamo.reset()
+        counters.clear()
+        model = tiny.make_model(tiny.model_params())
+        module = Pretraining(model, tiny.pretrain_params(), micro_batch_size=micro)
+        machine = tiny.machine_params(compile=True, micro_batch_size=micro)
+        apply_options(module, machine, backend="eager")
+        for number in clips:
+            step(module, number)
+        return counters["stats"]["unique_graphs"]
+
+    alone = graphs([8], None)
+    # Parts of 2 3 3, of 2 2 3, of 2 3 and of 2 2 clips; kept ones are graphs of their own.
+    assert graphs([8, 7, 5, 4], 3) == graphs([8], 3) <= 2 * alone
+
+
+class Called(TorchDispatchMode):
+    """Notes torch's operators, but not what compiled code does without them."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    @classmethod
+    def ignore_compile_internals(cls):
+        return True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names += [] if func.is_view else [str(func)]
+        return func(*args, **(kwargs or {}))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_compiled_colours_are_those_of_the_plain_form_in_one_pass(kind):
+    model = tiny.make_model(tiny.model_params())
+    visible = Visible(model.video.embed)
+    batch = tiny.make_batch(0)
+    colour = torch.rand(8, 4, generator=torch.Generator().manual_seed(0)) * 0.4 + COLOUR / 2
+    kept = draw_kept(model.num_video_tokens, 0.5, seed=0, step=0, samples=range(8))
+    with Called() as one_by_one:
+        plain = visible(batch.video, colour, kept, kind)
+    torch._dynamo.reset()
+    apply_options(visible, tiny.machine_params(compile=True))
+    visible(batch.video, colour, kept, kind)
+    with Called() as fused:
+        found = visible(batch.video, colour, kept, kind)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-5 if kind == torch.float32 else 1e-2)
+    assert len(one_by_one.names) > 40 and not fused.names
 
 
 def test_compile_auto_is_on_for_gpus_with_a_compiler_below_zero_stage_3(monkeypatch):

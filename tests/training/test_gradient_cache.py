@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.training import tiny
+from vatt.training.gradient_cache import micro_batch_sizes
 from vatt.training.loop import seed_dropout
 from vatt.training.pretrain import Pretraining, pretraining_inputs
 
@@ -13,12 +14,15 @@ def double(params):
     return tiny.make_model(params).double()
 
 
-def gradients(model, batch, *, micro_batch_size, drop_rate=0.5):
+def gradients(model, batch, *, micro_batch_size, drop_rate=0.5, kept=1, precision=None):
     params = tiny.pretrain_params()
-    module = Pretraining(model, params, micro_batch_size=micro_batch_size).train()
+    module = Pretraining(
+        model, params, micro_batch_size=micro_batch_size, kept_micro_batches=kept
+    ).train()
     inputs = pretraining_inputs(model, batch, 3, drop_rate=drop_rate, seed=0)
     seed_dropout(0, 3)
-    losses = module(*inputs)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        losses = module(*inputs)
     losses["loss"].backward()
     return losses, {name: weight.grad for name, weight in module.named_parameters()}
 
@@ -39,6 +43,43 @@ def test_gradients_equal_the_whole_batch_s(backbone, micro_batch_size, textless)
         torch.testing.assert_close(value, whole[name], rtol=1e-6, atol=1e-9, msg=name)
     for name, value in again.named_buffers():
         torch.testing.assert_close(value, running[name], rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("backbone", ["specific", "agnostic"])
+def test_kept_micro_batches_change_no_bit(backbone, precision):
+    batch, found = tiny.make_batch(0), []
+    for kept in (0, 1, 2, 4):  # of four; with dropout, whose state must be exact too
+        model = tiny.make_model(tiny.model_params(backbone=backbone, dropout=0.3))
+        size = {"micro_batch_size": 2, "kept": kept, "precision": precision}
+        losses, weights = gradients(model, batch, **size)
+        drawn = torch.rand(1)  # what a later draw would be
+        found.append({"drawn": drawn, **losses, **weights})
+    for other in found[1:]:
+        assert all(torch.equal(value, found[0][name]) for name, value in other.items())
+
+
+@pytest.mark.parametrize(("clips", "parts"), [(8, 4), (7, 4), (3, 2)])
+def test_each_kept_micro_batch_saves_one_of_the_second_passes(clips, parts):
+    def passes(kept):
+        model = tiny.make_model(tiny.model_params())
+        seen = []
+        model.video.register_forward_hook(lambda _, inputs, out: seen.append(len(out)))
+        gradients(model, tiny.make_batch(0, size=clips), micro_batch_size=2, kept=kept)
+        return seen
+
+    for kept in range(parts + 2):
+        again = max(0, parts - kept)
+        assert len(passes(kept)) == parts + again
+    assert sum(passes(0)) == 2 * clips and sum(passes(parts)) == clips
+
+
+@pytest.mark.parametrize("most", range(1, 9))
+@pytest.mark.parametrize("rows", range(1, 30))
+def test_micro_batches_are_few_and_as_equal_as_they_can_be(rows, most):
+    sizes = micro_batch_sizes(rows, most)
+    assert sum(sizes) == rows and max(sizes) <= most and len(sizes) == -(-rows // most)
+    assert sizes == sorted(sizes) and sizes[-1] - sizes[0] <= 1
 
 
 def test_dropout_is_replayed_for_the_second_computation():

@@ -149,6 +149,12 @@ def test_a_gradient_that_is_not_finite_is_noticed_at_every_zero_stage(found):
     assert not any(math.isfinite(norm) for _, norm in found[1]["spoiled"])
 
 
+def test_an_automatic_micro_batch_is_the_same_in_every_process(found):
+    if "chosen" not in found[1]:
+        pytest.skip("tried with the quick cases")
+    assert found[1]["chosen"] == [(None, 1)] * found[0]
+
+
 def test_linear_layers_in_bf16_find_their_weights_at_every_zero_stage(found):
     if "bf16" not in found[1]:
         pytest.skip("tried with the quick cases")

@@ -1,9 +1,14 @@
 """An engine proves in its first step that it computes in the precision of the settings."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from tests.test_architecture import ROOT
 from tests.training import tiny
+from vatt.config import ModelParams
 from vatt.errors import MachineError
 from vatt.training.engine import LocalEngine, ProvenPrecision, apply_options
 from vatt.training.finetune import Finetuning, finetuning_inputs
@@ -43,6 +48,7 @@ def test_each_tower_is_in_the_precision_and_everything_else_in_fp32(recipe, back
     engine = LocalEngine(training, OPTIMIZER, precision)
     assert engine.facts == {}
     engine(*inputs(training))
+    assert engine.facts.pop("attention.kernel")
     assert engine.facts == {
         **{f"precision.encoder.{tower}": precision for tower in TOWERS},
         **{f"precision.{part}": "fp32" for part in ("heads", "loss", "norms", "weights")},
@@ -62,7 +68,8 @@ def test_an_autocast_around_fp32_does_not_reach_it():
     engine = LocalEngine(module(), OPTIMIZER, "fp32")
     with torch.autocast("cpu", torch.bfloat16):
         engine(*inputs(engine.module))
-    assert set(engine.facts.values()) == {"fp32"}
+    kinds = {fact for name, fact in engine.facts.items() if name.startswith("precision.")}
+    assert kinds == {"fp32"}
 
 
 def test_compiled_and_checkpointed_blocks_are_looked_at_too():
@@ -73,6 +80,32 @@ def test_compiled_and_checkpointed_blocks_are_looked_at_too():
         proven(*inputs(training))["loss"].backward()
         assert {proven.facts[f"precision.encoder.{tower}"] for tower in TOWERS} == {"bf16"}
         assert proven.facts["precision.norms"] == "fp32"
+
+
+def test_the_kernels_of_attention_are_named_with_their_towers(monkeypatch):
+    def kernels(training):
+        engine = LocalEngine(training, OPTIMIZER, "bf16")
+        engine(*inputs(training))
+        return engine.facts["attention.kernel"]
+
+    # Ours in bf16, but for masked words and for the one query of the last block.
+    deep = tiny.model_params().model_dump()
+    for tower in TOWERS:
+        deep[tower]["size"]["depth"] = 2
+    model = tiny.make_model(ModelParams.model_validate(deep))
+    found = kernels(Pretraining(model, tiny.pretrain_params()))
+    assert "chunked (audio, video)" in found and "flash (audio, text, video)" in found
+    # With sdpa_kernel, torch's choice is another one, and the name follows.
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert "math (audio, text, video)" in kernels(module())
+
+
+def test_naming_the_kernels_prints_nothing():
+    code = "import tests.training.test_precision as here; m = here.module(); "
+    code += "here.LocalEngine(m, here.OPTIMIZER, 'fp32')(*here.inputs(m))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_classifier_is_proven_as_well():

@@ -12,7 +12,7 @@ from vatt.errors import VattError
 from vatt.losses import paper_form, pretraining_loss, release_form
 from vatt.model.patches import draw_kept
 from vatt.training import loop
-from vatt.training.pretrain import Pretraining, fingerprint, pretrain, pretraining_inputs, visible
+from vatt.training.pretrain import Pretraining, Visible, fingerprint, pretrain, pretraining_inputs
 
 CLOCKS = {
     "samples_per_second",
@@ -186,8 +186,10 @@ def test_colours_of_kept_patches_alone_are_those_of_whole_clips(size, rate, chan
     kept = draw_kept(model.num_video_tokens, rate, seed=0, step=0, samples=range(3))
     own, embed = colour if changes else None, model.video.embed
     whole = scaled_video(video, own)
-    seen = visible(video, own, kept, embed, torch.float32)
+    visible = Visible(embed)
+    values = visible(video, own, kept, torch.float32)
+    seen = visible.patches(values, video, kept)
     if size == 16:
-        assert torch.equal(seen.values, embed.cut(whole, kept).values)
+        assert torch.equal(values, embed.cut(whole, kept).values)
     ours = model.encode(seen, kept_video=kept).video
     assert torch.equal(ours, model.encode(whole, kept_video=kept).video)

@@ -177,7 +177,8 @@ def training(
 ) -> Training:
     """A training on this machine."""
     machine = machine_params()
-    return Training(batches or batches_from, machine, seed, state, "none", reporter, engine_of)
+    feed = batches or batches_from
+    return Training(feed, machine, seed, state, "none", reporter, engine_of=engine_of)
 
 
 def hash_of(weights: dict[str, torch.Tensor]) -> str:

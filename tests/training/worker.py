@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.plan.test_micro_batch import small
 from tests.training import evaluating, tiny
 from vatt.data.loading.batches import Batch
 from vatt.model import operators
+from vatt.plan.trial import Job, chosen
 from vatt.training import distributed
 from vatt.training.distributed import read_shares
 from vatt.training.engine import DeepSpeedEngine, Engine, make_engine
@@ -55,6 +57,9 @@ def main() -> None:
                 evaluating.trained(folder / f"every-{every}", evaluate_every=every)
                 for every in (2, None)
             ]
+            job = Job(small(), folder / "chosen")
+            machine, kept = chosen(job)
+            results["chosen"] = distributed.from_all((machine.micro_batch_size, kept))
             results["spoiled"] = [spoiled(zero) for zero in range(4)]
             results["bf16"] = [in_bf16(zero) for zero in range(4)]
         results["types as on a GPU"] = [types_as_on_a_gpu(zero) for zero in range(4)]

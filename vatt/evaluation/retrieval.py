@@ -194,6 +194,7 @@ def validation(
         )
     rows = ShardIndex.load(shards, split=SPLIT).rows
     ids = np.asarray([row.key for row in rows])
+    size = machine.micro_batch_size
     keys = ids[draw_pool(ids, np.ones(len(ids), dtype=bool), params.evaluate_clips)].tolist()
 
     def measure(weights: Mapping[str, Tensor]) -> dict[str, float]:
@@ -201,7 +202,7 @@ def validation(
         batches = eval_batches(
             open_index(shards, loading, split=SPLIT, keys=keys),
             Sampling.for_pretraining(model, params),
-            batch_size=machine.micro_batch_size or min(params.batch_size, len(keys)),
+            batch_size=size if isinstance(size, int) else min(params.batch_size, len(keys)),
             loading=loading,
         )
         encoder = _encoder(model, weights)

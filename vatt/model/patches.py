@@ -236,4 +236,4 @@ def _mix(numbers: Tensor) -> Tensor:
 
 def drop_tokens(tokens: Tensor, kept: Tensor) -> Tensor:  # (B, N, D), (B, K) -> (B, K, D)
     """The kept tokens of each clip, in the order of `kept`."""
-    return torch.take_along_dim(tokens, kept[..., None], dim=1)
+    return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -35,12 +35,16 @@ class BatchNorm(nn.Module):
         return (rows - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
 
     def _observe(self, rows: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        weights = torch.ones_like(rows[:, :1]) if valid is None else valid[:, None].to(rows.dtype)
-        count = weights.sum()
-        mean = (rows * weights).sum(0) / count.clamp(min=1)
-        var = ((rows - mean).square() * weights).sum(0) / count.clamp(min=1)
-        mean = torch.where(count > 0, mean, self.running_mean)
-        var = torch.where(count > 0, var, self.running_var)
+        if valid is None:
+            mean = rows.sum(0) / len(rows)
+            var = (rows - mean).square().sum(0) / len(rows)
+        else:
+            weights = valid[:, None].to(rows.dtype)
+            count = weights.sum()
+            mean = (rows * weights).sum(0) / count.clamp(min=1)
+            var = ((rows - mean).square() * weights).sum(0) / count.clamp(min=1)
+            mean = torch.where(count > 0, mean, self.running_mean)
+            var = torch.where(count > 0, var, self.running_var)
         with torch.no_grad():
             self.running_mean.lerp_(mean.detach(), self.momentum)
             self.running_var.lerp_(var.detach(), self.momentum)

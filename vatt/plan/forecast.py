@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
-from vatt.config import ModelParams, Params, PretrainParams
+from vatt.config import MachineParams, ModelParams, Params, PretrainParams
 from vatt.data.loading.loader import AHEAD
 from vatt.errors import SettingsError
 from vatt.flops import clip_work
@@ -101,8 +101,7 @@ def network_seconds(
 ) -> float:
     """Seconds for features and gradients between GPUs, and for offloaded weights from memory."""
     n, batch = setting.processes, params.batch_size
-    rounds = -(-setting.rows(batch) // setting.at_once(batch))
-    passes = (2 + int(setting.is_cached(batch))) * rounds
+    passes = setting.passes(batch)
     sent = gather_bytes(model, params, n) + gradient_bytes(counts, setting, passes=passes)
     seconds = sent / (device.link if n <= MACHINE else device.network)
     if setting.offload == "all":
@@ -143,7 +142,7 @@ class GpuSpeed:
     def clip_seconds(self, setting: BatchSettings) -> float:
         """One clip through the encoders, there and back; again where activations are not kept."""
         params, device = self.params, self.device
-        again = int(setting.is_cached(params.batch_size)) + int(setting.activation_checkpointing)
+        again = setting.repeated(params.batch_size) + int(setting.activation_checkpointing)
         passes = 3 + again  # the way back is two forward passes
         if self.share is not None:
             peak = device.bf16_flops if params.precision == "bf16" else device.fp32_flops
@@ -203,10 +202,10 @@ class TrialSpeed:
     def __call__(self, setting: BatchSettings) -> Seconds:
         """The seconds of all clips and the fixed part of a step."""
         batch, trial = self.params.batch_size, self.trial
-        rows, cached = setting.rows(batch), setting.is_cached(batch)
-        clip = trial.cached_clip if cached else trial.clip
+        rows, again = setting.rows(batch), trial.cached_clip - trial.clip
+        clip = trial.clip + again * setting.repeated(batch)
         if setting.activation_checkpointing:
-            clip += trial.cached_clip - trial.clip  # one more forward pass
+            clip += again
         return Seconds(
             compute=rows * clip,
             loss=trial.loss(batch),
@@ -314,17 +313,60 @@ def _sheet(name: str, memory_bytes: int) -> Device | None:
     return named_like(name, memory_bytes / GIB)
 
 
-def as_set(params: Params, place: Place) -> BatchSettings:
-    """The setting in params.yaml."""
-    machine = params.machine
+def as_set(params: Params, place: Place, counts: Counts) -> BatchSettings:
+    """The setting in params.yaml; `auto` becomes the largest micro-batch that fits."""
+    size = params.machine.micro_batch_size
+    setting = plain_setting(params.machine, place)
+    if size != "auto":
+        return replace(setting, micro_batch_size=size)
+
+    def fits(tried: BatchSettings) -> bool:
+        return forecast_memory(params, tried, place, counts).total <= place.memory * USABLE
+
+    return widest(setting, params.pretrain.batch_size, fits) or replace(setting, micro_batch_size=1)
+
+
+def plain_setting(machine: MachineParams, place: Place) -> BatchSettings:
+    """The setting without micro-batches."""
     return BatchSettings(
         processes=machine.processes,
-        micro_batch_size=machine.micro_batch_size,
         zero_stage=machine.zero_stage,
         offload=machine.offload,
         activation_checkpointing=machine.activation_checkpointing,
         on_gpu=place.on_gpu,
     )
+
+
+def widest(
+    setting: BatchSettings,
+    batch_size: int,
+    fits: Callable[[BatchSettings], bool],
+    most: int | None = None,
+) -> BatchSettings | None:
+    """The largest micro-batch that fits, of at most so many clips, and as many kept as fit.
+
+    None if not even one clip fits; no micro-batches if all clips fit at once.
+    """
+    rows = setting.rows(batch_size)
+    size = _largest(
+        lambda tried: fits(replace(setting, micro_batch_size=tried)), min(most or rows, rows)
+    )
+    if size in (0, rows):
+        return replace(setting, micro_batch_size=None) if size else None
+    setting = replace(setting, micro_batch_size=size)
+    setting = replace(setting, micro_batch_size=setting.at_once(batch_size))
+    number = len(setting.micro_batches(batch_size))
+    kept = _largest(lambda tried: fits(replace(setting, kept_micro_batches=tried)), number - 1)
+    return replace(setting, kept_micro_batches=max(1, kept))
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, if all smaller ones do; 0 if 1 does not."""
+    least = 0
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle - 1)
+    return least
 
 
 def forecast_memory(
@@ -364,13 +406,7 @@ def largest_micro_batch(
         tried = replace(setting, micro_batch_size=size)
         return forecast_memory(params, tried, place, counts).total <= place.memory * USABLE
 
-    if not fits(1):
-        return None
-    least, most = 1, setting.rows(params.pretrain.batch_size)
-    while least < most:  # memory grows with the micro-batch
-        middle = (least + most + 1) // 2
-        least, most = (middle, most) if fits(middle) else (least, middle - 1)
-    return least
+    return _largest(fits, setting.rows(params.pretrain.batch_size)) or None
 
 
 def cheapest(
@@ -397,5 +433,5 @@ def settings(batch_size: int, processes: int, place: Place) -> Iterator[BatchSet
         for checkpointing in (False, True):
             for micro in sizes:
                 yield BatchSettings(
-                    processes, micro, zero_stage, offload, checkpointing, place.on_gpu
+                    processes, micro, 1, zero_stage, offload, checkpointing, place.on_gpu
                 )

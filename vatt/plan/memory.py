@@ -17,15 +17,21 @@ last block: its first norm and q k v are computed for all tokens, the rest for o
 
 import math
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-from vatt.config import ModelParams, PretrainParams, SizeParams
+from vatt.config import FinetuneTaskParams, ModelParams, PretrainParams, SizeParams
 from vatt.flops import num_audio_tokens, num_video_tokens
 from vatt.model.patches import audio_patch, num_kept
 from vatt.model.transformer import resolve
+from vatt.training.gradient_cache import micro_batch_sizes
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FP32, INT64 = 4, 8
 COLOUR_FLOATS = 20 / 3  # copies of the frames while vatt.data.loading.augment changes colours
-MEANS_FLOATS, PATCHES_FLOATS = 16 / 3, 1.27  # of all frames, and of kept patches, when some drop
+MEANS_FLOATS, PATCHES_FLOATS = 17 / 3, 1.27  # of all frames, and of kept patches, when some drop
+MIXED_FLOATS = 4  # copies of clips while pairs of them are mixed
 ADAM_STATES, SGD_STATES = 2, 1  # numbers kept for each weight
 BUCKET = 50_000_000  # numbers that ZeRO reduces at once (vatt.training.engine)
 FALLBACK_BUCKET = 500_000_000  # numbers that DeepSpeed joins at stage 0, also in a single process
@@ -43,6 +49,7 @@ class BatchSettings:
 
     processes: int = 1
     micro_batch_size: int | None = None
+    kept_micro_batches: int = 1  # whose activations are kept, of those that are computed twice
     zero_stage: int = 1
     offload: str = "none"
     activation_checkpointing: bool = False
@@ -58,15 +65,37 @@ class BatchSettings:
 
     def at_once(self, batch_size: int) -> int:
         """Clips that are encoded at once."""
+        return self.micro_batches(batch_size)[-1]
+
+    def micro_batches(self, batch_size: int) -> list[int]:
+        """Clips of each micro-batch, in order; at stage 3 one more clip comes first."""
         rows = self.rows(batch_size)
-        return min(self.micro_batch_size or rows, rows)
+        if not self.is_cached(batch_size):
+            return [rows]
+        assert self.micro_batch_size is not None
+        return micro_batch_sizes(rows - (self.zero_stage == 3), self.micro_batch_size)
+
+    def kept_clips(self, batch_size: int) -> int:
+        """Clips whose activations are kept until the way back."""
+        if not self.is_cached(batch_size):
+            return self.rows(batch_size)
+        kept = self.micro_batches(batch_size)[::-1][: self.kept_micro_batches]
+        return sum(kept) + (self.zero_stage == 3)
+
+    def passes(self, batch_size: int) -> int:
+        """How often the encoders run, forward or backward."""
+        number, is_cached = len(self.micro_batches(batch_size)), self.is_cached(batch_size)
+        return 2 * number + max(0, number - self.kept_micro_batches) * is_cached
+
+    def repeated(self, batch_size: int) -> float:
+        """The share of the clips that are encoded a second time."""
+        return 1 - self.kept_clips(batch_size) / self.rows(batch_size)
 
     def clip_counts(self, batch_size: int) -> int:
-        """How many different numbers of clips are encoded at once; cached, one clip is first."""
+        """How many different numbers of clips are encoded at once."""
         if not self.is_cached(batch_size):
             return 1
-        rest, size = self.rows(batch_size) - 1, self.at_once(batch_size)
-        return len({1, min(size, rest), rest % size} - {0})
+        return len({*self.micro_batches(batch_size), *([1] if self.zero_stage == 3 else [])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +133,16 @@ class MemoryPeak:
 
 def count(model: ModelParams) -> Counts:
     """Count the weights of a model without allocating them."""
-    from torch import nn
-
     from vatt.checkpoint import build, without_memory
 
     with without_memory():
-        built = build(model)
+        return count_weights(build(model))
+
+
+def count_weights(built: "nn.Module") -> Counts:
+    """Count the weights of a model that is built."""
+    from torch import nn
+
     weights = dict(built.named_parameters())
     trained = {name: value.numel() for name, value in weights.items() if value.requires_grad}
     return Counts(
@@ -177,30 +210,40 @@ def encoder_bytes(size: SizeParams, tokens: int, kind: NumberKind, *, masked: bo
 
 def clip_bytes(model: ModelParams, params: PretrainParams, setting: BatchSettings) -> int:
     """What the three towers keep for one clip from the forward to the backward pass."""
-    number = 2 if params.precision == "bf16" else FP32
-    kind = NumberKind(
-        number,
+    kind = number_kind(model, params, setting)
+    signals = sum(tower_bytes(model, tower, params.drop_rate, kind) for tower in ("video", "audio"))
+    words = model.text.words
+    sentence = words * INT64
+    sentence += encoder_bytes(resolve(model.text.size), words + 1, kind, masked=True)
+    return signals + params.text_candidates * sentence
+
+
+def number_kind(
+    model: ModelParams, params: PretrainParams | FinetuneTaskParams, setting: BatchSettings
+) -> NumberKind:
+    """How a training's activations are computed and stored."""
+    return NumberKind(
+        2 if params.precision == "bf16" else FP32,
         model.dropout,
         setting.on_gpu,
         setting.activation_checkpointing,
         setting.at_once(params.batch_size),
     )
-    total = 0
-    for tower, num_tokens, values in (
-        (model.video, num_video_tokens(model.video), math.prod(model.video.patch) * 3),
-        (model.audio, num_audio_tokens(model.audio), math.prod(audio_patch(model.audio))),
-    ):
-        size, kept = resolve(tower.size), num_kept(num_tokens, params.drop_rate)
-        total += kept * values * number  # the patches, projected
-        if params.drop_rate > 0:
-            total += kept * size.dim * INT64  # the indices of their positions
-        if model.dropout > 0:
-            total += kept * size.dim * (1 if setting.on_gpu else FP32)
-        total += encoder_bytes(size, kept + 1, kind)
-    words = model.text.words
-    sentence = words * INT64
-    sentence += encoder_bytes(resolve(model.text.size), words + 1, kind, masked=True)
-    return total + params.text_candidates * sentence
+
+
+def tower_bytes(model: ModelParams, tower: str, drop_rate: float, kind: NumberKind) -> int:
+    """What the video or the audio tower keeps for one clip."""
+    if tower == "video":
+        num_tokens, values = num_video_tokens(model.video), math.prod(model.video.patch) * 3
+        size = resolve(model.video.size)
+    else:
+        num_tokens, values = num_audio_tokens(model.audio), math.prod(audio_patch(model.audio))
+        size = resolve(model.audio.size)
+    kept = num_kept(num_tokens, drop_rate)
+    total = kept * values * kind.number  # the patches, projected
+    if model.dropout > 0:
+        total += kept * size.dim * (1 if kind.on_gpu else FP32)
+    return total + encoder_bytes(size, kept + 1, kind)
 
 
 def signal_values(model: ModelParams) -> tuple[int, int]:
@@ -239,7 +282,9 @@ def loss_bytes(model: ModelParams, params: PretrainParams) -> int:
 # --- weights, gradients, optimiser ----------------------------------------------------------------
 
 
-def optimizer_bytes(counts: Counts, params: PretrainParams, setting: BatchSettings) -> float:
+def optimizer_bytes(
+    counts: Counts, params: PretrainParams | FinetuneTaskParams, setting: BatchSettings
+) -> float:
     """Adam's moments and ZeRO's copy of the weights; divided over processes from stage 1."""
     states = ADAM_STATES if params.optimizer.name == "adam" else SGD_STATES
     if setting.offload != "none" and setting.on_gpu:
@@ -268,9 +313,9 @@ def memory(
     """The parts at the peak of a step; `batches` are held at once, including the loader's.
 
     The peak is one of four moments. At the end of the forward pass: all that it keeps, and either
-    its inputs as floats or the loss. With cached gradients, in the last second pass: the summed
-    gradients of the encoders and one micro-batch. At the start of the optimiser: the gradients and
-    ZeRO's copies. And while the colours of a micro-batch are changed.
+    its inputs as floats or the loss. With cached gradients, in a second pass: the summed gradients
+    of the encoders and one micro-batch. At the start of the optimiser: the gradients and ZeRO's
+    copies. And while the colours of a micro-batch are changed.
     """
     counts = counts or count(model)
     clip, clips = clip_bytes(model, params, setting), setting.at_once(params.batch_size)
@@ -279,18 +324,20 @@ def memory(
     floats = clips * FP32 * (share * picture + sound)
     loss = loss_bytes(model, params)
     copies = counts.linear * 2 if params.precision == "bf16" else 0
-    kept = clips * clip + copies
+    batch, is_cached = params.batch_size, setting.is_cached(params.batch_size)
+    kept = (setting.kept_clips(batch) if is_cached else clips) * clip + copies
     # The floats are freed after the encoders, before the loss.
     forward = (0.0, kept, loss, 0.0) if loss > floats else (0.0, kept, 0.0, 1.0 * floats)
     moments = [forward, (update_bytes(counts, setting), 0.0, 0.0, 0.0)]
-    if setting.is_cached(params.batch_size):
-        encoders = counts.encoders * FP32
-        moments[0] = (0.0, clip + copies, loss, 0.0)  # only one clip has a graph
-        moments.append((encoders, kept + clip, 0.0, 1.0 * floats))
-        moments.append((2.0 * encoders, clip, 0.0, 0.0))
+    waiting = max(0, setting.kept_clips(batch) - clips) * clip  # kept ones, without the last
+    if is_cached:
+        encoders, first = counts.encoders * FP32, clip if setting.zero_stage == 3 else 0
+        moments.append((encoders, max(clips * clip + copies + first, waiting), 0.0, 1.0 * floats))
+        moments.append((2.0 * encoders, waiting + first, 0.0, 0.0))
     if changes_colour(params):  # before the encoders, also in the second pass
-        summed = counts.encoders * FP32 * setting.is_cached(params.batch_size)
-        moments.append((summed, copies, 0.0, colour_copies(share) * clips * FP32 * picture))
+        coloured = colour_copies(share) * clips * FP32 * picture
+        moments.append((counts.encoders * FP32 * is_cached, copies, 0.0, coloured))
+        moments.append((0.0, copies + waiting, 0.0, coloured))
     gradients, activations, loss_work, signals = max(moments, key=sum)
     return MemoryPeak(
         weights=weights_bytes(counts, setting),
@@ -303,14 +350,48 @@ def memory(
     )
 
 
-def kernels_bytes(params: PretrainParams, setting: BatchSettings) -> float:
+def finetuning_memory(
+    model: ModelParams, task: FinetuneTaskParams, setting: BatchSettings, counts: Counts
+) -> MemoryPeak:
+    """The same for a step of fine-tuning: one tower, and all clips of a process as floats.
+
+    On a GPU the clips of the next step are prepared while this one trains.
+    """
+    tower, batch = "audio" if task.modality == "audio" else "video", task.batch_size
+    kind, is_cached = number_kind(model, task, setting), setting.is_cached(batch)
+    clip = tower_bytes(model, tower, task.drop_rate, kind)
+    picture, sound = signal_values(model)
+    floats = setting.rows(batch) * FP32 * (picture + sound)
+    prepared = floats * (COLOUR_FLOATS if changes_colour(task) else MIXED_FLOATS)
+    copies = counts.linear * 2 if task.precision == "bf16" else 0
+    clips = max(setting.kept_clips(batch), setting.at_once(batch))
+    summed = counts.trained * FP32
+    gradients, activations, signals = max(
+        (0.0, 0.0, prepared),
+        (summed * is_cached, clips * clip + copies, floats + prepared * setting.on_gpu),
+        (summed * (1 + is_cached), 1.0 * clip, floats + prepared * setting.on_gpu),
+        (update_bytes(counts, setting), 0.0, floats + prepared * setting.on_gpu),
+        key=sum,
+    )
+    return MemoryPeak(
+        weights=weights_bytes(counts, setting),
+        gradients=gradients,
+        optimizer=optimizer_bytes(counts, task, setting),
+        activations=activations,
+        loss=0.0,
+        inputs=signals + 2 * floats / FP32,  # and two batches as loaded
+        runtime=RUNTIME[setting.on_gpu] + kernels_bytes(task, setting),
+    )
+
+
+def kernels_bytes(params: PretrainParams | FinetuneTaskParams, setting: BatchSettings) -> float:
     """What oneDNN keeps on a CPU for bf16 products, in addition to their results."""
     if setting.on_gpu or params.precision != "bf16":
         return 0.0
     return KERNELS * setting.clip_counts(params.batch_size)
 
 
-def changes_colour(params: PretrainParams) -> bool:
+def changes_colour(params: PretrainParams | FinetuneTaskParams) -> bool:
     """Whether colours are changed on the training device."""
     change = params.augmentation
     return any((change.brightness, change.contrast, change.saturation, change.hue))

@@ -6,7 +6,10 @@ It runs in a process of its own, so that only its memory counts and is freed aft
 import ctypes
 import gc
 import json
+import logging
+import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -16,18 +19,45 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from torch import nn
 
 from vatt import checkpoint
-from vatt.config import MachineParams, ModelParams, Params, PretrainParams
+from vatt.config import (
+    FinetuneTaskParams,
+    MachineParams,
+    ModelParams,
+    Params,
+    PretrainParams,
+    fingerprint,
+)
 from vatt.data.loading.batches import Batch, Loading, Sampling, open_index, train_batches
 from vatt.errors import MachineError
+from vatt.files import atomic_write
 from vatt.losses import FORMS, pretraining_loss
-from vatt.model.vatt import VATT, Features
-from vatt.plan.forecast import Trial
-from vatt.plan.memory import changes_colour
+from vatt.model.vatt import VATT, Classifier, Features
+from vatt.plan.forecast import (
+    USABLE,
+    Place,
+    Trial,
+    forecast_memory,
+    plain_setting,
+    this_place,
+    widest,
+)
+from vatt.plan.memory import (
+    BatchSettings,
+    Counts,
+    changes_colour,
+    count,
+    count_weights,
+    finetuning_memory,
+    optimizer_bytes,
+)
 from vatt.training import distributed
-from vatt.training.engine import Engine, make_engine
+from vatt.training.engine import Engine, ProvenPrecision, apply_options, compiles, make_engine
+from vatt.training.finetune import Finetuning, finetuning_inputs
 from vatt.training.pretrain import Pretraining, pretraining_inputs
 from vatt.training.telemetry import pretraining_work
 
@@ -39,6 +69,7 @@ FEW = 4  # clips
 COLOUR = (0.1, 1.2, 0.8, 0.1)  # a change of colours that does some work
 LOADED = 32  # clips of a batch in the trial of the loader
 LOADER_SECONDS = 3.0
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC", "GROUP_", "ROLE_", "LOCAL_WORLD_SIZE")
 # Freed tensors return to the system at once, so that the peak is memory in use.
 EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -68,20 +99,22 @@ def run_loader(params: Params) -> float:
     return float(_in_process("loader", params)["samples_per_second"])
 
 
-def _in_process(what: str, params: Params, environment: Mapping[str, str] | None = None) -> Any:
+def _in_process(
+    what: str, params: Params, environment: Mapping[str, str] | None = None, **more: Any
+) -> Any:
+    # A process of its own, also where this one is one of several.
+    own = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)}
     done = subprocess.run(
         [sys.executable, "-m", "vatt.plan.trial", what],
-        input=params.model_dump_json(),
+        input=json.dumps({"params": params.model_dump(mode="json"), "more": more}),
         capture_output=True,
         text=True,
         # The number of threads that each of the processes will have.
-        env={
-            **os.environ,
-            "LOCAL_WORLD_SIZE": str(params.machine.processes),
-            **(environment or {}),
-        },
+        env={**own, "LOCAL_WORLD_SIZE": str(params.machine.processes), **(environment or {})},
         check=False,
     )
+    if what == "fits" and done.returncode == -signal.SIGKILL:
+        return {"fits": False}  # the system ended it for its memory
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise MachineError(
@@ -91,14 +124,221 @@ def _in_process(what: str, params: Params, environment: Mapping[str, str] | None
     return json.loads(done.stdout.splitlines()[-1])
 
 
+# --- machine.micro_batch_size: auto ---------------------------------------------------------------
+
+log = logging.getLogger(__name__)
+
+CHOICE = "micro-batch.json"  # in the folder of the states
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A training whose micro-batch is chosen."""
+
+    params: Params
+    state: Path  # the folder of its states
+    task: str | None = None  # of fine-tuning
+    classes: int = 0
+    own_model: ModelParams | None = None  # in place of the one of `params`
+
+    @property
+    def model(self) -> ModelParams:
+        """What is trained."""
+        return self.own_model or self.params.model
+
+    @property
+    def settings(self) -> PretrainParams | FinetuneTaskParams:
+        """Batch size and precision."""
+        return self.params.pretrain if self.task is None else self.params.finetune.tasks[self.task]
+
+    def memory(self, setting: BatchSettings, place: Place, counts: Counts, batch: int) -> float:
+        """The bytes of a step with this global batch."""
+        settings = self.settings.model_copy(update={"batch_size": batch})
+        if isinstance(settings, FinetuneTaskParams):
+            return finetuning_memory(self.model, settings, setting, counts).total
+        params = self.params.model_copy(update={"pretrain": settings})
+        return forecast_memory(params, setting, place, counts).total
+
+    def count(self) -> Counts:
+        """The weights."""
+        if self.task is None:
+            return count(self.model)
+        with checkpoint.without_memory():
+            return count_weights(self.classifier())
+
+    def classifier(self) -> Classifier:
+        """The model of fine-tuning."""
+        task = self.params.finetune.tasks[str(self.task)]
+        return checkpoint.build_classifier(
+            self.model,
+            modality=task.modality,
+            num_classes=self.classes,
+            head_dropout=task.head_dropout,
+        )
+
+
+def chosen(job: Job) -> tuple[MachineParams, int]:
+    """`machine` with a number in place of `auto`, and how many micro-batches are kept.
+
+    Every process calls it, and all get the answer of rank 0. It is noted next to the states, and a
+    training that goes on keeps it, unless another device or another setting asks for another one.
+    """
+    machine = job.params.machine
+    if machine.micro_batch_size != "auto":
+        return machine, 1
+    machine = machine.model_copy(update={"processes": distributed.world_size()})
+    job = replace(job, params=job.params.model_copy(update={"machine": machine}))
+    place = this_place(job.params)
+    room = min(distributed.from_all(min(place.memory, _free(place, machine.processes))))
+    size, kept = distributed.from_rank_0(
+        _choose(job, place, room) if distributed.rank() == 0 else None
+    )
+    return machine.model_copy(update={"micro_batch_size": size}), kept
+
+
+def _free(place: Place, processes: int) -> float:
+    """Bytes that nobody uses; on a GPU the trial finds out."""
+    return math.inf if place.on_gpu else psutil.virtual_memory().available / processes
+
+
+def _choose(job: Job, place: Place, room: float) -> tuple[int | None, int]:
+    """What was noted for the same settings and device; else the largest that fits, proven."""
+    machine, settings = job.params.machine, job.settings
+    key = fingerprint(
+        job.model,
+        {"batch": settings.batch_size, "precision": settings.precision, "device": place.name},
+        {"memory": int(place.memory), "processes": machine.processes, "stage": machine.zero_stage},
+        {"offload": machine.offload, "checkpointing": machine.activation_checkpointing},
+    )
+    file = job.state / CHOICE
+    noted = json.loads(file.read_text()) if file.exists() else None
+    if noted is not None and noted["key"] == key:
+        return noted["micro_batch_size"], noted["kept"]
+    setting = _proven(job, place, room)
+    size, kept = setting.micro_batch_size, setting.kept_micro_batches
+    if noted is not None and (noted["micro_batch_size"], noted["kept"]) != (size, kept):
+        log.warning(
+            "machine.micro_batch_size: auto is now %s; with other settings or on another device it "
+            "was %s; numbers differ by rounding", size or "all clips",
+            noted["micro_batch_size"] or "all clips",
+        )  # fmt: skip
+    job.state.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as path:
+        path.write_text(json.dumps({"key": key, "micro_batch_size": size, "kept": kept}))
+    return size, kept
+
+
+def _proven(job: Job, place: Place, room: float) -> BatchSettings:
+    """The largest micro-batch by the formula; half of it as often as a trial needs more memory."""
+    counts, batch = job.count(), job.settings.batch_size
+    start = plain_setting(job.params.machine, place)
+
+    def fits(tried: BatchSettings) -> bool:
+        return job.memory(tried, place, counts, batch) <= room * USABLE
+
+    least = replace(start, micro_batch_size=1)
+    setting = widest(start, batch, fits) or least
+    while not _trial_fits(job, setting, place, counts):
+        size = setting.at_once(batch)
+        if size == 1:
+            raise MachineError(
+                f"a training step needs more memory than {place.name} has, even clip by clip",
+                hint="`vattctl plan` finds settings that fit, such as a smaller --size",
+            )
+        log.warning(
+            "a trial of %d clips at once needs more memory than there is; trying %d",
+            size,
+            size // 2,
+        )
+        setting = widest(start, batch, fits, most=size // 2) or least
+    return setting
+
+
+def _trial_fits(job: Job, setting: BatchSettings, place: Place, counts: Counts) -> bool:
+    """Try as many clips as have all their activations at once; other memory is only taken up."""
+    batch = job.settings.batch_size
+    clips = setting.rows(batch)
+    if setting.is_cached(batch):
+        largest = setting.micro_batches(batch)[-1]
+        clips = min(clips, largest * (setting.kept_micro_batches + 1))
+    # The trial has no optimiser, and one process.
+    alone = replace(setting, processes=1, zero_stage=0, offload="none")
+    tried = job.memory(alone, place, counts, clips)
+    tried -= optimizer_bytes(counts, job.settings, alone)
+    found = _in_process(
+        "fits",
+        job.params.model_copy(update={"model": job.model}),
+        size=setting.micro_batch_size,
+        kept=setting.kept_micro_batches,
+        clips=clips,
+        held=int(max(0, job.memory(setting, place, counts, batch) - tried)),
+        task=job.task,
+        classes=job.classes,
+    )
+    return bool(found["fits"])
+
+
 # --- inside the process ---------------------------------------------------------------------------
+
+
+def fits(
+    params: Params,
+    *,
+    size: int | None,
+    kept: int,
+    clips: int,
+    held: int,
+    task: str | None,
+    classes: int,
+) -> bool:
+    """Whether a forward and a backward pass go through while `held` bytes are taken."""
+    machine = params.machine.model_copy(update={"micro_batch_size": size})
+    job = Job(params, Path(), task, classes)
+    settings = job.settings.model_copy(update={"batch_size": clips})
+    try:
+        taken = torch.ones(held, dtype=torch.uint8, device=distributed.device())
+        module, inputs = _module(job, settings, size, kept)
+        module = module.to(distributed.device()).train()
+        apply_options(module, machine)
+        run = ProvenPrecision(module, settings.precision, compiled=compiles(machine))
+        run(*inputs())["loss"].backward()
+        del taken
+    except (torch.OutOfMemoryError, MemoryError):
+        return False
+    except RuntimeError as error:  # what a CPU's allocator raises
+        if "can't allocate memory" not in str(error):
+            raise
+        return False
+    return True
+
+
+def _module(
+    job: Job, settings: PretrainParams | FinetuneTaskParams, size: int | None, kept: int
+) -> tuple[nn.Module, Callable[[], tuple[Any, ...]]]:
+    """What is trained, and random clips for it."""
+    divided: dict[str, Any] = {"micro_batch_size": size, "kept_micro_batches": kept}
+    batch = make_clips(job.params, settings.batch_size)
+    if isinstance(settings, PretrainParams):
+        model, drop = checkpoint.build(job.params.model), settings.drop_rate
+        module: nn.Module = Pretraining(model, settings, **divided)
+        return module, lambda: pretraining_inputs(model, batch, 0, drop_rate=drop, seed=0)
+    classifier, names = job.classifier(), [str(number) for number in range(job.classes)]
+    labelled = replace(batch, labels={settings.label: ["0"] * settings.batch_size})
+    module = Finetuning(classifier, settings, **divided)
+    return module, lambda: finetuning_inputs(
+        classifier, labelled, 0, params=settings, classes=names, seed=0
+    )
 
 
 def main() -> None:
     """Read settings from stdin, print the result as one line of JSON."""
-    what, params = sys.argv[1], Params.model_validate_json(sys.stdin.read())
+    what, asked = sys.argv[1], json.load(sys.stdin)
+    params = Params.model_validate(asked["params"])
     if what == "loader":
         found: Any = {"samples_per_second": loader_rate(params)}
+    elif what == "fits":
+        with distributed.process_group(params.machine):
+            found = {"fits": fits(params, **asked["more"])}
     else:
         with distributed.process_group(params.machine):
             found = asdict(trial(params) if what == "trial" else steps(params))
@@ -143,7 +383,7 @@ def trial(params: Params) -> Trial:
     }
     clip = max(0.0, (times[large] - times[small]) / (large - small))
     fixed = max(0.0, times[small] - small * clip)
-    module.micro_batch_size = max(1, large // 2)
+    module.micro_batch_size, module.kept_micro_batches = max(1, large // 2), 0
     cached = _median(_step(engine, module, make_clips(params, large))) - losses[large]
     return Trial(fixed, clip, max(clip, (cached - fixed) / large), losses)
 
@@ -187,7 +427,10 @@ def make_clips(params: Params, size: int) -> Batch:
 def _engine(
     model: ModelParams, params: PretrainParams, machine: MachineParams
 ) -> tuple[Engine, Pretraining]:
-    module = Pretraining(checkpoint.build(model), params, micro_batch_size=machine.micro_batch_size)
+    size = machine.micro_batch_size
+    module = Pretraining(
+        checkpoint.build(model), params, micro_batch_size=size if isinstance(size, int) else None
+    )
     return make_engine(module, params.optimizer, params.precision, machine), module
 
 

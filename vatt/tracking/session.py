@@ -32,6 +32,12 @@ BEST = "best"
 CURVE = "history.json"  # in the checkpoint's folder
 LISTED_SPIKES = 20  # the last ones, in a tag
 
+DESCRIBED = {  # facts of the first step that the console shows
+    "attention.kernel": "attention",
+    "micro_batch.clips": "clips at once",
+    "micro_batch.kept": "micro-batches kept",
+}
+
 Measure = Callable[[Mapping[str, Tensor]], dict[str, float]]
 
 log = logging.getLogger(__name__)
@@ -77,9 +83,11 @@ class Session:
             self._best.forget()
 
     def describe(self, facts: Mapping[str, str]) -> None:
-        """Tag the run with what the first step has shown."""
+        """Tag the run with what the first step has shown, and print the parts that vary."""
         for name, value in facts.items():
             self._run.tag(name, value)
+        shown = {DESCRIBED[name]: value for name, value in facts.items() if name in DESCRIBED}
+        log.warning("%s", "; ".join(f"{words}: {value}" for words, value in shown.items()))
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Note a step's metrics everywhere."""

@@ -89,6 +89,11 @@ def gather(part: Tensor) -> Tensor:  # (B / processes, ...) -> (B, ...)
     return _Gather.apply(part) if world_size() > 1 else part
 
 
+def gather_flags(part: Tensor) -> Tensor:  # (B / processes, ...) bool -> (B, ...)
+    """`gather` for what is true or false; not every backend sends bools."""
+    return gather(part.to(torch.uint8)).bool() if world_size() > 1 else part
+
+
 def any_process(flag: bool) -> Tensor | bool:
     """Whether the flag is set in any process; the answer is a tensor, so that no process waits."""
     if world_size() == 1:

@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, record_function
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
@@ -71,7 +72,7 @@ class LocalEngine:
     def __init__(self, module: nn.Module, optimizer: OptimizerParams, precision: Precision) -> None:
         self.module = module.to(distributed.device()).train()
         self.optimizer = make_optimizer(module.parameters(), optimizer)
-        self.clip_norm = optimizer.clip_norm or float("inf")
+        self.clip_norm = optimizer.clip_norm
         self.run = ProvenPrecision(self.module, precision)
 
     @property
@@ -86,7 +87,7 @@ class LocalEngine:
     def update(self, loss: Tensor, *, learning_rate: float) -> Tensor | float:
         """Back-propagate and make one step; returns the gradient norm before clipping."""
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)
+        norm = _clip(self.module, self.clip_norm)
         _set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -130,7 +131,7 @@ class DeepSpeedEngine:
         _check_offload(machine)
         deepspeed = _import_deepspeed()
         self.zero_stage = machine.zero_stage
-        self.clip_norm = optimizer.clip_norm or float("inf")
+        self.clip_norm = optimizer.clip_norm
         self.kind = f"ZeRO-{machine.zero_stage}, processes: {distributed.world_size()}"
         self.module = module.to(distributed.device()).train()
         self.run = ProvenPrecision(self.module, precision, compiled=compiles(machine))
@@ -155,7 +156,7 @@ class DeepSpeedEngine:
         _set_learning_rate(self.optimizer, learning_rate)
         self.engine.backward(loss)
         if self.zero_stage == 0:  # DeepSpeed clips here too, but does not return the norm
-            norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)
+            norm = _clip(self.module, self.clip_norm)
             self.engine.step()
             return norm
         self.engine.step()
@@ -248,15 +249,36 @@ def make_engine(
     return DeepSpeedEngine(module, optimizer, precision, machine)
 
 
-def apply_options(module: nn.Module, machine: MachineParams) -> None:
+class Fused(nn.Module):
+    """A part without weights that is compiled as one where blocks are."""
+
+
+def apply_options(
+    module: nn.Module, machine: MachineParams, *, backend: str | Callable[..., Any] = "inductor"
+) -> None:
     """Compile blocks, and compute them again in the backward pass, as the settings say."""
     if compiles(machine):
-        for block in _parts_of(module, Block):
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        for part in _parts_of(module, COMPILED):
+            compiled = torch.compile(part.forward, backend=backend)
+            if machine.micro_batch_size is not None:
+                compiled = partial(_for_any_number, compiled)
+            part.forward = compiled
     if machine.activation_checkpointing:
         for block in _parts_of(module, Block):
             again = partial(checkpoint, block.forward, use_reentrant=False)
             block.forward = again  # type: ignore[method-assign]
+
+
+COMPILED = (Block, BatchNorm, Fused)
+
+
+def _for_any_number(compiled: Callable[..., Any], inputs: Tensor, *more: Any, **named: Any) -> Any:
+    """Micro-batches may differ by one clip: compile once for both sizes."""
+    torch._dynamo.maybe_mark_dynamic(inputs, 0)
+    for value in more:
+        if isinstance(value, Tensor) and len(value) == len(inputs):
+            torch._dynamo.maybe_mark_dynamic(value, 0)
+    return compiled(inputs, *more, **named)
 
 
 def compiles(machine: MachineParams) -> bool:
@@ -350,6 +372,15 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "untested optimizer" not in record.getMessage()
 
 
+def _clip(module: nn.Module, most: float | None) -> Tensor:
+    """The norm of all gradients; a larger one than `most` is scaled down to it."""
+    gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if most is not None:
+        nn.utils.clip_grads_with_norm_(module.parameters(), most, norm)
+    return norm
+
+
 def _set_learning_rate(optimizer: Any, value: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = value
@@ -380,10 +411,13 @@ class ProvenPrecision(nn.Module):
             if self._is_proven:
                 return self.module(*inputs)
             watch = _TypeWatch(self.module, compiled=self.compiled)
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its start on stderr
             try:
-                answer = self.module(*inputs)
+                with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profile:
+                    answer = self.module(*inputs)
             finally:
                 watch.stop()
+        self.facts["attention.kernel"] = attention_kernels(profile, compiled=self.compiled)
         watch.seen["loss"] = {value.dtype for value in answer.values()}
         watch.seen["weights"] = {weight.dtype for weight in self.module.parameters()}
         for name, types in sorted(watch.seen.items()):
@@ -405,6 +439,34 @@ class ProvenPrecision(nn.Module):
             )
 
 
+MARK = "tower: "  # names a tower's part of a profile
+COMPILED_MARK = "Torch-Compiled Region"  # torch's own, around compiled code
+KERNELS = {  # attention by the operators in which torch computes it, and by our own
+    "aten::_scaled_dot_product_flash_attention": "flash",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "flash",
+    "aten::_scaled_dot_product_efficient_attention": "memory-efficient",
+    "aten::_scaled_dot_product_cudnn_attention": "cuDNN",
+    "aten::_scaled_dot_product_attention_math": "math",
+    "_ChunkedAttention": "chunked",
+}
+
+
+def attention_kernels(profile: torch.profiler.profile, *, compiled: bool) -> str:
+    """The kernels of attention that ran, each with its towers: `flash (audio, video)`."""
+    towers: dict[str, set[str]] = defaultdict(set)
+    name, tower_ends, region_ends = "", 0.0, 0.0
+    for event in sorted(profile.events() or [], key=lambda event: event.time_range.start):
+        began, ended = event.time_range.start, event.time_range.end
+        if event.name.startswith(MARK):
+            name, tower_ends = event.name.removeprefix(MARK), ended
+        elif event.name.startswith(COMPILED_MARK):
+            region_ends = ended
+        # While a block is compiled, torch tries operators that may not run later.
+        elif event.name in KERNELS and began < (region_ends if compiled else tower_ends):
+            towers[KERNELS[event.name]].add(name)
+    return ", ".join(f"{kernel} ({', '.join(sorted(of))})" for kernel, of in sorted(towers.items()))
+
+
 NORMS = (nn.LayerNorm, nn.RMSNorm, BatchNorm)
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -415,6 +477,7 @@ class _TypeWatch:
     def __init__(self, module: nn.Module, *, compiled: bool) -> None:
         self.seen: dict[str, set[torch.dtype]] = defaultdict(set)  # by place
         self._running: list[str] = []  # towers: an agnostic encoder belongs to all of them
+        self._marks: list[record_function] = []
         self._heads = {part for top in _parts_of(module, Heads) for part in top.modules()}
         self._handles: list[RemovableHandle] = []
         # A hook inside of a compiled block would stay in its code.
@@ -433,13 +496,19 @@ class _TypeWatch:
 
     def _hook(self, part: nn.Module, name: str) -> None:
         if isinstance(part, Tower):
-            enter = part.register_forward_pre_hook(lambda *_: self._running.append(name))
+            enter = part.register_forward_pre_hook(lambda *_: self._enter(name))
             self._handles += [enter, part.register_forward_hook(self._leave)]
         elif isinstance(part, (Linear, *NORMS)):
             self._handles.append(part.register_forward_hook(self._note))
 
+    def _enter(self, tower: str) -> None:
+        self._running.append(tower)
+        self._marks.append(record_function(f"{MARK}{tower}"))
+        self._marks[-1].__enter__()
+
     def _leave(self, *_: Any) -> None:
         self._running.pop()
+        self._marks.pop().__exit__(None, None, None)
 
     def _note(self, part: nn.Module, _: Any, answer: Tensor) -> None:
         outside = "heads" if part in self._heads else "classifier"
@@ -455,5 +524,5 @@ class _TypeWatch:
             self._note(block.mlp.hidden, None, block.mlp.hidden(token))
 
 
-def _parts_of(module: nn.Module, kind: type[Part]) -> list[Part]:
+def _parts_of(module: nn.Module, kind: type[Part] | tuple[type[Part], ...]) -> list[Part]:
     return [part for part in module.modules() if isinstance(part, kind)]

@@ -133,12 +133,14 @@ class Finetuning(nn.Module):
         params: FinetuneTaskParams,
         *,
         micro_batch_size: int | None = None,
+        kept_micro_batches: int = 1,
     ) -> None:
         super().__init__()
         self.model = model
         self.loss = LOSSES[params.loss]
         self.smoothing = params.label_smoothing
         self.micro_batch_size = micro_batch_size
+        self.kept_micro_batches = kept_micro_batches
 
     def forward(self, inputs: Tensor, kept: Tensor | None, targets: Tensor) -> dict[str, Tensor]:
         """The loss to minimise, and how many clips' first guess is one of their classes."""
@@ -147,6 +149,7 @@ class Finetuning(nn.Module):
             *(inputs, kept),
             weights=self.model.parameters(),
             micro_batch_size=self.micro_batch_size,
+            kept=self.kept_micro_batches,
         )
         logits, targets = distributed.gather(own), distributed.gather(targets)
         guessed = targets.gather(1, logits.argmax(1, keepdim=True))
@@ -178,7 +181,7 @@ def finetune(
         "seed": seed,
     }
     objective = Objective(
-        Finetuning(model, params, micro_batch_size=training.machine.micro_batch_size),
+        Finetuning(model, params, **training.micro_batches()),
         inputs_of,
         finetuning_work(model.params, params),
         flatten(identity),

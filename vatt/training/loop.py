@@ -70,7 +70,14 @@ class Training:
     state: Path  # the folder of its states
     data_hash: str
     reporter: Reporter
+    kept_micro_batches: int = 1
     engine_of: EngineMaker = make_engine
+
+    def micro_batches(self) -> dict[str, Any]:
+        """How a module divides its batch."""
+        size = self.machine.micro_batch_size
+        assert size != "auto", "a stage makes it a number: vatt.plan.trial.chosen"
+        return {"micro_batch_size": size, "kept_micro_batches": self.kept_micro_batches}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +126,7 @@ class _Loop:
         states: States,
     ) -> None:
         self.engine, self.objective, self.params = engine, objective, params
-        self.seed, self.batches_from = training.seed, training.batches_from
+        self.training, self.seed, self.batches_from = training, training.seed, training.batches_from
         self.reporter, self.states = training.reporter, states
         self.reports = distributed.rank() == 0
         self.meter, self.watch = Meter(objective.work), SpikeWatch()
@@ -137,7 +144,7 @@ class _Loop:
                 seed_dropout(self.seed, step)
                 losses = self.engine(*inputs)
                 if step == first_step and self.reports:
-                    self.reporter.describe(self.engine.facts)
+                    self.reporter.describe(self.engine.facts | self._sizes(len(batch.clip_ids)))
                 if step + 1 < self.params.steps:
                     feed.prefetch(step + 1)
                 rate = self._rate(step)
@@ -147,6 +154,14 @@ class _Loop:
                 stop = distributed.any_process(bool(asked_to_stop))
                 self.unread.append(Reading(step + 1, batch.clip_ids, numbers, stop))
                 self._after(step + 1)
+
+    def _sizes(self, clips: int) -> dict[str, str]:
+        """How the module divides its part of a batch."""
+        size = self.training.machine.micro_batch_size
+        if not isinstance(size, int) or size >= clips:
+            return {"micro_batch.clips": f"{clips} (all)"}
+        kept = str(self.training.kept_micro_batches)
+        return {"micro_batch.clips": f"{size} of {clips}", "micro_batch.kept": kept}
 
     def _rate(self, step: int) -> float:
         return learning_rate(step, steps=self.params.steps, params=self.params.optimizer)

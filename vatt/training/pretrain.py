@@ -6,7 +6,6 @@ loss see the whole batch in every process, so that any number of them makes the 
 """
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from vatt.data.loading.augment import change_colour_of_patches
 from vatt.data.loading.batches import Batch, scaled_audio, scaled_video
 from vatt.losses import FORMS, pretraining_loss
 from vatt.model.operators import full_precision
-from vatt.model.patches import PatchEmbedding, Patches, draw_kept
+from vatt.model.patches import PatchEmbedding, Patches, draw_kept, num_patches
 from vatt.model.vatt import VATT, Features
 from vatt.training import distributed
-from vatt.training.engine import Weights
+from vatt.training.engine import Fused, Weights
 from vatt.training.gradient_cache import encode_in_micro_batches
 from vatt.training.loop import Objective, Training, check_share, train
 from vatt.training.state import flatten
@@ -37,12 +36,21 @@ class Pretraining(nn.Module):
     """A step's forward pass: this process's clips in, the whole batch's losses out."""
 
     def __init__(
-        self, model: VATT, params: PretrainParams, *, micro_batch_size: int | None = None
+        self,
+        model: VATT,
+        params: PretrainParams,
+        *,
+        micro_batch_size: int | None = None,
+        kept_micro_batches: int = 1,
     ) -> None:
         super().__init__()
         self.model = model
         self.params = params
         self.micro_batch_size = micro_batch_size
+        self.kept_micro_batches = kept_micro_batches
+        embed = model.video.get_submodule("embed")
+        assert isinstance(embed, PatchEmbedding)
+        self.visible = Visible(embed)
 
     def forward(
         self,
@@ -61,14 +69,14 @@ class Pretraining(nn.Module):
             *(video, audio, text, colour, kept_video, kept_audio),
             weights=self._encoder_weights(),
             micro_batch_size=self.micro_batch_size,
+            kept=self.kept_micro_batches,
         )
         has_text = (text != 0).any(-1)
         # Heads and loss are small next to the encoders, and better off in full precision.
         with torch.autocast(video.device.type, enabled=False):
             features = Features(*(distributed.gather(part) for part in own))
-            has_video, has_audio, has_text = (
-                distributed.gather(flag.to(torch.uint8)).bool()
-                for flag in (has_video, has_audio, has_text)
+            has_video, has_audio, has_text = map(
+                distributed.gather_flags, (has_video, has_audio, has_text)
             )
             losses = pretraining_loss(
                 self.model.project(features, has_text=has_text),
@@ -92,10 +100,8 @@ class Pretraining(nn.Module):
     ) -> tuple[Tensor, ...]:
         # In here, so that floats of a whole batch, four times its bytes, never exist at once.
         kind = next(self.model.parameters()).dtype
-        embed = self.model.video.get_submodule("embed")
-        assert isinstance(embed, PatchEmbedding)
         features = self.model.encode(
-            visible(video, colour, kept_video, embed, kind),
+            self.visible.patches(self.visible(video, colour, kept_video, kind), video, kept_video),
             scaled_audio(audio).to(kind),
             text,
             kept_video=kept_video,
@@ -108,25 +114,41 @@ class Pretraining(nn.Module):
         return [weight for weight in self.model.parameters() if weight not in heads]
 
 
-def visible(
-    video: Tensor,  # (B, T, H, W, C) uint8
-    colour: Tensor | None,
-    kept: Tensor | None,
-    embed: PatchEmbedding,
-    kind: torch.dtype,
-) -> Tensor | Patches:
-    """What the encoder gets of a video, in [-1, 1]; only kept patches are coloured and scaled."""
-    whole = all(size % step == 0 for size, step in zip(video.shape[1:4], embed.patch, strict=True))
-    if kept is None or not whole:  # the padding of a partial patch is 0.0, which no uint8 scales to
-        return scaled_video(video, colour).to(kind)
-    patches = embed.cut(video, kept)
-    depth = embed.patch[0]
-    values = patches.values.unflatten(-1, (depth, -1, video.shape[-1])).float() / 255
-    if colour is not None:
-        first = kept // math.prod(patches.grid[1:]) * depth
-        frames = first[..., None] + torch.arange(depth, device=kept.device)
-        values = change_colour_of_patches(values, frames, video, colour)
-    return replace(patches, values=(values * 2 - 1).flatten(2).to(kind))
+class Visible(Fused):
+    """What the encoder gets of a uint8 video, in [-1, 1]; only kept patches are worked on.
+
+    Compiled, it is one pass from the video to the encoder's type, and before it one for the means
+    of each frame's channels, about which contrast changes.
+    """
+
+    def __init__(self, embed: PatchEmbedding) -> None:
+        super().__init__()
+        self.patch, self.cut = embed.patch, embed.cut
+
+    def forward(
+        self,
+        video: Tensor,  # (B, T, H, W, C) uint8
+        colour: Tensor | None,  # (B, 4)
+        kept: Tensor | None,  # (B, K)
+        kind: torch.dtype,
+    ) -> Tensor:  # (B, K, P), or (B, T, H, W, C) where all is kept or a patch is partial
+        sizes = zip(video.shape[1:4], self.patch, strict=True)
+        if kept is None or any(size % step for size, step in sizes):
+            # The padding of a partial patch is 0.0, which no uint8 scales to.
+            return scaled_video(video, colour).to(kind)
+        patches = self.cut(video, kept)
+        depth = self.patch[0]
+        values = patches.values.unflatten(-1, (depth, -1, video.shape[-1])).float() / 255
+        if colour is not None:
+            first = kept // math.prod(patches.grid[1:]) * depth
+            frames = first[..., None] + torch.arange(depth, device=kept.device)
+            values = change_colour_of_patches(values, frames, video, colour)
+        return (values * 2 - 1).flatten(2).to(kind)
+
+    def patches(self, values: Tensor, video: Tensor, kept: Tensor | None) -> Tensor | Patches:
+        """What `forward` has returned, as the encoder takes it."""
+        grid = num_patches(video.shape[1:4], self.patch)
+        return values if values.dim() == video.dim() else Patches(values, grid, kept)
 
 
 def pretrain(model: VATT, params: PretrainParams, training: Training) -> Weights:
@@ -138,7 +160,7 @@ def pretrain(model: VATT, params: PretrainParams, training: Training) -> Weights
         return pretraining_inputs(model, batch, step, drop_rate=params.drop_rate, seed=seed)
 
     objective = Objective(
-        Pretraining(model, params, micro_batch_size=training.machine.micro_batch_size),
+        Pretraining(model, params, **training.micro_batches()),
         inputs_of,
         pretraining_work(model.params, params),
         fingerprint(params, model.params, data_hash=training.data_hash, seed=seed),

@@ -112,7 +112,8 @@ def change_colour_of_patches(
     the means of its channels, about which contrast changes.
     """
     means = _brighten(video.float() / 255, colour).mean(dim=(2, 3))
-    of_patch = torch.take_along_dim(means, frames.flatten(1)[..., None], dim=1)
+    places = frames.flatten(1)[..., None].expand(-1, -1, means.shape[-1])
+    of_patch = means.gather(1, places)
     mean = of_patch.unflatten(1, frames.shape[1:])[..., None, :]
     patches = _change_contrast(_brighten(patches, colour), mean, colour)
     return turn_hue(patches, colour[:, 3]).clamp(0, 1)
@@ -129,8 +130,8 @@ def _change_contrast(video: Tensor, mean: Tensor, colour: Tensor) -> Tensor:
 
 def change_saturation(video: Tensor, factor: Tensor) -> Tensor:
     """Multiply the saturation of HSV, at most to 1; the value stays."""
-    value = video.amax(-1, keepdim=True)
-    spread = value - video.amin(-1, keepdim=True)
+    low, value = video.aminmax(dim=-1, keepdim=True)
+    spread = value - low
     most = value / spread.clamp_min(1e-12)  # the factor that makes the saturation 1
     return value - (value - video) * torch.minimum(factor, most.clamp_min(0))
 
@@ -139,7 +140,7 @@ def turn_hue(video: Tensor, turn: Tensor) -> Tensor:
     """Turn the hue by a share (B,) of the circle; largest and smallest channel stay as they are."""
     turn = turn.to(video.dtype)[..., None, None, None]
     red, green, blue = video.unbind(-1)
-    high, low = video.amax(-1), video.amin(-1)
+    low, high = video.aminmax(dim=-1)
     spread = high - low
     scale = 1 / torch.where(spread > 0, spread, torch.ones_like(spread))
     sixths = torch.where(
