@@ -411,8 +411,9 @@ class MachineParams(Section):
     threads: PositiveInt | None  # per process; null: cores / processes
     zero_stage: Literal[0, 1, 2, 3]
     offload: Literal["none", "optimizer", "all"]
-    # Per process; null: its whole share of the batch; auto: as much of it as fits, after a trial.
-    micro_batch_size: PositiveInt | Literal["auto"] | None
+    micro_batch_size: (
+        PositiveInt | Literal["auto"] | None
+    )  # per process; null: all; auto: what fits
     activation_checkpointing: bool  # keep only a block's input; compute the block again
     compile: bool | Literal["auto"]  # torch.compile of each block; auto: on a GPU
     launcher_arguments: tuple[str, ...]  # to the deepspeed launcher

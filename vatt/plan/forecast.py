@@ -17,6 +17,7 @@ from vatt.plan.memory import (
     Counts,
     MemoryPeak,
     batch_bytes,
+    count,
     feature_values,
     memory,
 )
@@ -313,12 +314,13 @@ def _sheet(name: str, memory_bytes: int) -> Device | None:
     return named_like(name, memory_bytes / GIB)
 
 
-def as_set(params: Params, place: Place, counts: Counts) -> BatchSettings:
+def as_set(params: Params, place: Place, counts: Counts | None = None) -> BatchSettings:
     """The setting in params.yaml; `auto` becomes the largest micro-batch that fits."""
     size = params.machine.micro_batch_size
     setting = plain_setting(params.machine, place)
     if size != "auto":
         return replace(setting, micro_batch_size=size)
+    counts = counts or count(params.model)
 
     def fits(tried: BatchSettings) -> bool:
         return forecast_memory(params, tried, place, counts).total <= place.memory * USABLE
