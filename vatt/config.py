@@ -411,9 +411,7 @@ class MachineParams(Section):
     threads: PositiveInt | None  # per process; null: cores / processes
     zero_stage: Literal[0, 1, 2, 3]
     offload: Literal["none", "optimizer", "all"]
-    micro_batch_size: (
-        PositiveInt | Literal["auto"] | None
-    )  # per process; null: all; auto: what fits
+    micro_batch_size: PositiveInt | Literal["auto"] | None  # null: all clips; auto: what fits
     activation_checkpointing: bool  # keep only a block's input; compute the block again
     compile: bool | Literal["auto"]  # torch.compile of each block; auto: on a GPU
     launcher_arguments: tuple[str, ...]  # to the deepspeed launcher
