@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+import vatt
 from vatt.config import (
     AudioParams,
     ModelParams,
@@ -44,7 +45,7 @@ from vatt.model.vatt import VATT
 from vatt.training.engine import LocalEngine
 from vatt.training.pretrain import Pretraining, pretraining_inputs
 
-DEMO = Path(__file__).parents[1] / "presets" / "demo.yaml"
+DEMO = Path(vatt.__file__).parents[1] / "presets" / "demo.yaml"  # of the checkout that is counted
 VIEWS = {"_unsafe_view", "detach", "alias", "lift_fresh"}
 CLIPS, MICRO, CANDIDATES = 16, 4, 5
 MODEL = ModelParams(
