@@ -195,6 +195,7 @@ def validation(
     rows = ShardIndex.load(shards, split=SPLIT).rows
     ids = np.asarray([row.key for row in rows])
     size = machine.micro_batch_size
+    at_once = size if isinstance(size, int) else max(1, params.batch_size // machine.processes)
     keys = ids[draw_pool(ids, np.ones(len(ids), dtype=bool), params.evaluate_clips)].tolist()
 
     def measure(weights: Mapping[str, Tensor]) -> dict[str, float]:
@@ -202,7 +203,7 @@ def validation(
         batches = eval_batches(
             open_index(shards, loading, split=SPLIT, keys=keys),
             Sampling.for_pretraining(model, params),
-            batch_size=size if isinstance(size, int) else min(params.batch_size, len(keys)),
+            batch_size=min(at_once, len(keys)),
             loading=loading,
         )
         encoder = _encoder(model, weights)

@@ -87,7 +87,8 @@ class Session:
         for name, value in facts.items():
             self._run.tag(name, value)
         shown = {DESCRIBED[name]: value for name, value in facts.items() if name in DESCRIBED}
-        log.warning("%s", "; ".join(f"{words}: {value}" for words, value in shown.items()))
+        if shown:
+            log.warning("%s", "; ".join(f"{words}: {value}" for words, value in shown.items()))
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Note a step's metrics everywhere."""

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -412,12 +412,16 @@ class ProvenPrecision(nn.Module):
                 return self.module(*inputs)
             watch = _TypeWatch(self.module, compiled=self.compiled)
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its start on stderr
+            # There can be one profile at a time, and somebody else may have begun one.
+            is_free = not torch.autograd.profiler._is_profiler_enabled
+            profile = torch.profiler.profile(activities=[ProfilerActivity.CPU])
             try:
-                with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profile:
+                with profile if is_free else nullcontext():
                     answer = self.module(*inputs)
             finally:
                 watch.stop()
-        self.facts["attention.kernel"] = attention_kernels(profile, compiled=self.compiled)
+        if is_free:
+            self.facts["attention.kernel"] = attention_kernels(profile, compiled=self.compiled)
         watch.seen["loss"] = {value.dtype for value in answer.values()}
         watch.seen["weights"] = {weight.dtype for weight in self.module.parameters()}
         for name, types in sorted(watch.seen.items()):
