@@ -21,31 +21,29 @@ def main() -> None:
 
     name, init = sys.argv[1:]
     params = load_params()
-    seed, variant = params.seed, f"{name}-{init}"
     paths, machine, task = params.paths, params.machine, params.finetune.tasks[name]
+    seed, variant = params.seed, f"{name}-{init}"
     check_clips(params, stages_to_come())
     if (code := distributed.launch("stages.finetune", machine, name, init)) is not None:
         sys.exit(code)
-    made_from = stage_hash("finetune", params, task=name, init=init)
-    data, state = data_hash(paths.shards), paths.finetune_state / variant
+    made_from, data = stage_hash("finetune", params, task=name, init=init), data_hash(paths.shards)
     known = labelled_samples(paths.shards, split="train", label=task.label, count=task.train_labels)
     with (
         distributed.process_group(machine),
         mlflow.run(f"finetune-{variant}", params, stage_hash=made_from, data_hash=data) as run,
         progress(f"finetune {variant}", "steps", shown=distributed.rank() == 0) as tick,
     ):
-        model = start(
-            task, classes=known.classes, init=init, pretrained=paths.pretrained, seed=seed
-        )
+        names, state = known.classes, paths.finetune_state / variant
+        model = start(task, classes=names, init=init, pretrained=paths.pretrained, seed=seed)
         sampling = Sampling.for_task(model.params, task)
         batches = feed(paths.shards, sampling, task, seed=seed, machine=machine, keys=known.keys)
-        described = {"modality": task.modality, "classes": known.classes, "label": task.label}
+        described = {"modality": task.modality, "classes": names, "label": task.label}
         metrics, more = paths.metrics / f"finetune-{variant}.json", {"classifier": described}
         outputs = Outputs(model.params, paths.finetuned / variant, metrics, more=more)
+        machine, kept = chosen(Job(params, state, name, len(names), model.params))
         session = Session(run, tick, state, outputs)
-        machine, kept = chosen(Job(params, state, name, len(known.classes), model.params))
         training = Training(batches, machine, seed, state, data, session, kept)
-        finetune(model, task, training, classes=known.classes)
+        finetune(model, task, training, classes=names)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def main() -> None:
     if (code := distributed.launch("stages.pretrain", machine)) is not None:
         sys.exit(code)
     made_from, data = stage_hash("pretrain", params), data_hash(paths.shards)
-    sampling = Sampling.for_pretraining(params.model, settings)
+    sampling, state = Sampling.for_pretraining(params.model, settings), paths.pretrain_state
     batches = feed(paths.shards, sampling, settings, seed=params.seed, machine=machine)
     metrics, words = paths.metrics / "pretrain.json", paths.shards / "vocabulary.txt"
     outputs = Outputs(params.model, paths.pretrained, metrics, vocabulary=words)
@@ -38,14 +38,12 @@ def main() -> None:
         mlflow.run("pretrain", params, stage_hash=made_from, data_hash=data) as run,
         progress("pretrain", "steps", shown=distributed.rank() == 0) as tick,
     ):
-        state = paths.pretrain_state
         machine, kept = chosen(Job(params, state))
         measure = validation(params.model, settings, shards=paths.shards, machine=machine)
         session = Session(run, tick, state, outputs, measure=measure, score=SCORE)
         torch.manual_seed(params.seed)  # every process builds the same start
-        model = build(params.model)
         training = Training(batches, machine, params.seed, state, data, session, kept)
-        pretrain(model, settings, training)
+        pretrain(build(params.model), settings, training)
 
 
 if __name__ == "__main__":
