@@ -12,7 +12,7 @@ from vatt.config import AudioParams, ModelParams, SizeParams, TextParams, VideoP
 from vatt.flops import multimodal_flops, video_flops
 from vatt.paper import PaperTable, paper_tables
 from vatt.report.inputs import Inputs
-from vatt.report.results import DIRECTIONS, PROBES
+from vatt.report.results import DIRECTIONS, PROBES, searched_kind
 from vatt.report.studies import row_name, study_table
 from vatt.report.tables import (
     NOT_RUN,
@@ -241,8 +241,8 @@ def _retrieval(inputs: Inputs) -> Table | None:
         TableRow(
             name,
             (
-                metric_cell(found[direction]["recall_at_10"]),
-                rank_cell(found[direction]["median_rank"]),
+                metric_cell(found[direction]["recall_at_10"], searched_kind(found[direction])),
+                rank_cell(found[direction]["median_rank"], searched_kind(found[direction])),
                 chance_cell(found[direction]["recall_at_10"]),
                 Cell(str(found[direction]["recall_at_10"]["n"]), "text"),
             ),

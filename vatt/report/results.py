@@ -280,8 +280,7 @@ def _direction_rows(inputs: Inputs, direction: str, name: str) -> list[TableRow]
     if ours is None:
         empty = tuple(metric_cell(None) for _ in (*MEASURES, "median_rank"))
         return [TableRow(name, empty, "not_run", _why(inputs, direction))]
-    few = too_few(ours["median_rank"], searched=True)
-    kind: CellKind = "unsure" if few else "ours"
+    few, kind = too_few(ours["median_rank"], searched=True), searched_kind(ours)
     note = f"pre-trained; {few} or more clips are needed" if few else "pre-trained"
     rows = [TableRow(name, _retrieval_cells(ours, kind), "ours", note, starts=True)]
     averaged = inputs.lookup("retrieval", "pretrained", f"{direction}_similarities_averaged")
@@ -295,6 +294,11 @@ def _direction_rows(inputs: Inputs, direction: str, name: str) -> list[TableRow]
     chance = [chance_cell(ours.get(measure)) for measure in MEASURES]
     chance.append(chance_cell(ours["median_rank"], as_share=False))
     return [*rows, TableRow(name, tuple(chance), "chance", "chance")]
+
+
+def searched_kind(direction: dict[str, Metric]) -> CellKind:
+    """How the numbers of a direction are shown: muted where too few clips were searched."""
+    return "unsure" if too_few(direction["median_rank"], searched=True) else "ours"
 
 
 def _retrieval_cells(metrics: dict[str, Metric], kind: Any = "ours") -> tuple[Cell, ...]:
