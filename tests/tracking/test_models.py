@@ -21,11 +21,14 @@ NAMES = {"pretrain": "small", "finetune-action-scratch": "small-action-scratch"}
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A project whose two trainings have logged their checkpoints, and its settings."""
+    """A project whose two trainings have logged their checkpoints, and its settings.
+
+    Its store is in another folder, as an experiment's is.
+    """
     torch.set_num_threads(1)
     folder, model = tmp_path_factory.mktemp("project"), model_params()
     demo = demo_params()
-    changed = {"workers": 0, "experiment": "small", "mlflow_uri": "sqlite:///mlflow.db"}
+    changed = {"workers": 0, "experiment": "small", "mlflow_uri": "sqlite:///store/mlflow.db"}
     params = demo.model_copy(update={"machine": demo.machine.model_copy(update=changed)})
     task = params.finetune.tasks["action"].model_copy(
         update={"frames": model.video.frames, "frame_size": model.video.frame_size, "fps": FPS}
@@ -54,7 +57,23 @@ def loaded(project, name):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         library.set_tracking_uri(mlflow.store_uri(params.machine))
-    return library.pyfunc.load_model(f"models:/{name}/1")
+    try:
+        return library.pyfunc.load_model(f"models:/{name}/1")
+    finally:
+        library.set_tracking_uri(None)
+
+
+def test_models_are_kept_in_the_project_s_store_alone(project):
+    folder, params = project
+    assert [file.relative_to(folder) for file in folder.rglob("*.db")] == [Path("store/mlflow.db")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        client = mlflow._connect(params.machine)
+    versions = {version.name: version for version in client.search_model_versions()}
+    assert versions.keys() == set(NAMES.values())
+    for version in versions.values():
+        model = client.get_logged_model(version.source.removeprefix("models:/"))
+        assert model.source_run_id == version.run_id
 
 
 def test_a_registered_encoder_embeds_a_video_and_a_sentence(project, tmp_path):
@@ -94,7 +113,7 @@ def test_a_row_without_one_input_and_a_missing_file_are_clear_errors(project):
 
 def test_a_model_holds_no_pickle_and_no_secret(project):
     folder, _ = project
-    kept = [file for file in (folder / "mlartifacts").rglob("*") if file.is_file()]
+    kept = [file for file in (folder / "store/mlartifacts").rglob("*") if file.is_file()]
     names = {file.name for file in kept}
     assert {"MLmodel", "model.safetensors", "params.json", "input_example.json"} <= names
     assert not [file for file in kept if file.suffix in (".pkl", ".pickle", ".bin", ".pth")]

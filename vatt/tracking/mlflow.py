@@ -148,7 +148,8 @@ class Run:
 
         assert self._params is not None
         stage = self._client.get_run(self.run_id).data.tags[STAGE_TAG]
-        log_model(self._client, self.run_id, folder, self._params, stage=stage, name=CHECKPOINT)
+        with _default_store(self._client.tracking_uri):
+            log_model(self._client, self.run_id, folder, self._params, stage=stage, name=CHECKPOINT)
 
 
 @contextmanager
@@ -348,7 +349,8 @@ def checkpoint_of(params: Params, address: str) -> Path:
         wanted = Path(work) / "model"
         wanted.mkdir()
         try:
-            kept = artifacts.download_artifacts(address, dst_path=str(wanted), tracking_uri=uri)
+            with _default_store(uri):
+                kept = artifacts.download_artifacts(address, dst_path=str(wanted), tracking_uri=uri)
         except (MlflowException, OSError) as error:
             raise DataError(
                 f"{address} cannot be read: {first_line(error)}",
@@ -408,6 +410,22 @@ def store_uri(machine: MachineParams) -> str:
     if not uri.startswith(scheme) or uri.startswith(scheme + "/"):
         return uri
     return scheme + str((_project_root() / uri.removeprefix(scheme)).resolve())
+
+
+@contextmanager
+def _default_store(uri: str) -> Iterator[None]:
+    """Make this MLflow's default store for a moment: MLflow looks up `models:/...` there only.
+
+    Without it that store is mlflow.db in the working folder, a wrong one in an experiment.
+    """
+    import mlflow
+
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)  # None: as if never set
 
 
 def _connect(machine: MachineParams) -> Any:
