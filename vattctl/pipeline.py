@@ -88,9 +88,21 @@ def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def name_run(context: click.Context, parameter: click.Parameter, name: str | None) -> None:
-    """Tell the stages how their pipeline is called in MLflow."""
+    """Give the stages the name of their pipeline in MLflow."""
     if name is not None:
-        os.environ[RUN_NAME_VARIABLE] = name
+        set_for_stages(context, RUN_NAME_VARIABLE, name)
+
+
+def set_for_stages(context: click.Context, variable: str, value: str) -> None:
+    """Set an environment variable until this command ends: the stages that it starts read it."""
+    before = {variable: os.environ[variable]} if variable in os.environ else {}
+    os.environ[variable] = value
+
+    def restore() -> None:
+        os.environ.pop(variable, None)
+        os.environ.update(before)
+
+    context.find_root().call_on_close(restore)
 
 
 name_option = click.option(
@@ -150,7 +162,7 @@ def run(
     for line in changed.write():
         click.echo(f"params.yaml: {shortened(line)}", err=True)
     if targets:
-        os.environ[LAST_STAGE] = last_stage(targets)
+        set_for_stages(context, LAST_STAGE, last_stage(targets))
     if force and targets:  # the targets alone, after what they need has been brought up to date
         before = stage_before(targets[0], has_tasks=bool(params.finetune.run))
         if before is not None:
