@@ -136,6 +136,7 @@ def test_another_s_checkpoint_is_a_dependency_or_taken_as_it_is(
         assert stage_hash("evaluate", load_params()) != before  # the other folder's lock counts
 
 
+@pytest.mark.slow
 def test_a_killed_stage_goes_on_where_it_stopped(here: Path, trained: dict[Path, int]) -> None:
     longer = {**QUICK, ("pretrain", "steps"): 40, ("pretrain", "save_every"): 4}
     calm, killed = (

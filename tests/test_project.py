@@ -223,6 +223,7 @@ def changed(project: Path, python: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_project_of_the_wheel_runs_and_sees_when_installed_code_changes(
     installed: Path, tmp_path: Path
 ) -> None:

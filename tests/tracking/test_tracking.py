@@ -418,6 +418,7 @@ def serve(database, port, log):
     raise AssertionError("the server does not answer")
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_stops_no_training_and_gets_the_rest_later(
     database, tmp_path, monkeypatch, caplog
 ):
