@@ -39,6 +39,7 @@ QUICK = [
     Case("mp4", "late"),
     Case("opus", "restart"),
     Case("mp4", "joined", 0, 0.0, "b"),
+    Case("mkv", "joined", 3, 0.0, "b"),
     Case("wav", "joined"),
     Case("ts", "streams", 3, 0.0),
     Case("ts", "mute"),

@@ -246,7 +246,7 @@ class _Columns:
         away = np.abs(presented - decoded) > LEAP  # stamps from both sides of a break
         presented[away] = decoded[away]
         order = _order(sound, np.array(self.columns[5]))
-        part = _parts(sound, decoded, order, leaps=leaps)
+        part = _parts(sound, decoded, presented, order, leaps=leaps)
         starts = {int(part[at]): start for at, start in self.starts.items() if at < len(part)}
         shift, jumps = _close(sound, part, presented, length, starts)
         pictures, sounds = (tuple(self.readings[kind]) for kind in (False, True))
@@ -439,12 +439,16 @@ def _order(sound: np.ndarray, place: np.ndarray) -> np.ndarray:
     return np.argsort(filled, kind="stable")
 
 
-def _parts(sound: np.ndarray, dts: np.ndarray, order: np.ndarray, *, leaps: bool) -> np.ndarray:
+def _parts(
+    sound: np.ndarray, dts: np.ndarray, pts: np.ndarray, order: np.ndarray, *, leaps: bool
+) -> np.ndarray:
     """The number of the part that each packet belongs to: a clock of its own."""
     part = np.zeros(len(dts), np.int64)
     steps = [np.diff(dts[kind]) for kind in (sound, ~sound)]
     if not any(((s < -BACK) | (leaps & (s > LEAP))).any() for s in steps):
         return part
+    repeats = np.zeros(len(dts), bool)  # pictures that are shown no later than the one before
+    repeats[~sound] = np.diff(pts[~sound], prepend=-np.inf) <= 0
     at: dict[bool, int] = {}  # of each stream: its part, and its last time stamp
     last: dict[bool, float] = {}
     shift = [0.0]  # about what each part's stamps need to continue the ones before
@@ -460,7 +464,7 @@ def _parts(sound: np.ndarray, dts: np.ndarray, order: np.ndarray, *, leaps: bool
         elif kind in last:
             step = stamp - last[kind]
             # A picture that comes again at the same time, long after it, is of the next part.
-            again = not kind and step <= 0 and BACK < reached - stamp - shift[now] < np.inf
+            again = repeats[number] and step <= 0 and BACK < reached - stamp - shift[now] < np.inf
             if step < -BACK or again or (leaps and step > LEAP and away > SKEW):
                 ends = [last[stream] + shift[at[stream]] for stream in last]
                 shift.append(max(ends) - stamp)
