@@ -10,8 +10,9 @@ from functools import partial
 
 import pytest
 
-from tests.data.corpus import demo_params, make_clip, make_corpus, write_media
+from tests.data.corpus import demo_params, make_clip, make_corpus, sha256_of, write_media
 from tests.data.sharding.test_shards import digests, write
+from tests.test_dvc import wait_until
 from vatt.data.clips.ledger import read_ledger
 from vatt.data.clips.media import find_ffmpeg
 from vatt.data.fetching.download import download
@@ -69,10 +70,13 @@ def test_a_worker_that_dies_is_the_machines_fault():
         list(pool.map(os._exit, [9]))
 
 
-def die_at(fatal, marks, number):
-    """End the worker at some numbers: always, or once where a mark is left first."""
-    mark = marks / str(number)
-    if number in fatal and not (number % 2 and mark.exists()):
+def die_at(marks, number):
+    """End the worker at 4, but not before 5 has begun, and at 5 where it has not begun before."""
+    mark = marks / "5"
+    if number == 4:
+        wait_until(mark.exists, seconds=60)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 5 and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return number
@@ -81,7 +85,7 @@ def die_at(fatal, marks, number):
 def test_what_a_dying_worker_takes_along_is_done_again_and_one_cause_found(tmp_path):
     """4 dies whenever it runs; 5 only the first time, as when others take the memory."""
     with start_workers(machine(workers=2)) as pool:
-        found = dict(pool.map(partial(die_at, {4, 5}, tmp_path), range(12), instead=lambda n: [-n]))
+        found = dict(pool.map(partial(die_at, tmp_path), range(12), instead=lambda n: [-n]))
     assert found == {number: number for number in (*range(4), -4, *range(5, 12))}
 
 
@@ -106,6 +110,7 @@ def test_a_clip_that_kills_its_worker_is_one_lost_clip(tmp_path):
     victim = replace(make_clip(3), url="folder:victim.mp4")
     write_media(data / "victim.mp4")
     clips[3] = victim
+    entries["clip-003"] = replace(entries["clip-003"], sha256=sha256_of(data / "victim.mp4"))
     program = tmp_path / "ffmpeg"
     program.write_text(DEADLY.format(ffmpeg=find_ffmpeg(None)))
     program.chmod(0o755)

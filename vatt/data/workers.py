@@ -153,7 +153,7 @@ class Workers:
     ) -> Iterator[tuple[T, R]]:
         """Do what was lost again, each item while no other worker needs memory."""
         left = deque(items)
-        self._pool = self._start()
+        self._restart()
         while left:
             item = left.popleft()
             future = self._submit(function, item)
@@ -162,12 +162,20 @@ class Workers:
                 continue
             self._deaths += 1
             if instead is None or self._deaths > MOST_DEATHS:
+                error = future.exception()
+                if isinstance(error, LostWorkerError):
+                    raise error  # the cluster's, which says more
                 raise LostWorkerError(
                     "a worker process died, perhaps because memory ran out",
                     hint="lower machine.workers and run it again: what is finished is kept",
                 )
             left.extendleft(reversed(list(instead(item))))
-            self._pool = self._start()
+            self._restart()
+
+    def _restart(self) -> None:
+        """Start new workers once the old ones have ended, which may hold memory and files."""
+        self._pool.shutdown()
+        self._pool = self._start()
 
 
 def _is_lost(future: "Future[Any]") -> bool:
