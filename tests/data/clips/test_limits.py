@@ -5,6 +5,7 @@ import time
 import psutil
 import pytest
 
+from tests.test_dvc import wait_until
 from vatt.data.clips.media import Limits, find_ffmpeg, run_limited
 
 ENDLESS = ("-f", "lavfi", "-i", "testsrc2=s=640x360:r=100", "-threads", "1")
@@ -50,7 +51,8 @@ def test_nothing_of_a_wrapper_goes_on_after_its_time(tmp_path):
     limits = Limits(1, 2**20)
     script = f"sleep 60 & echo $! > {tmp_path / 'child'}; wait"
     assert run_limited(["sh", "-c", script], limits, log=tmp_path / "log") != ""
-    assert not is_running(int((tmp_path / "child").read_text()))
+    child = int((tmp_path / "child").read_text())
+    wait_until(lambda: not is_running(child), seconds=20)  # a kill may take a moment
 
 
 def is_running(pid):

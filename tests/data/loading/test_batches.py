@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.corpus import demo_params, make_corpus
+from tests.data.corpus import demo_params, make_corpus, sha256_of, write_media
 from tests.data.sharding.test_shards import write
 from vatt.data.loading.batches import (
     Batch,
@@ -177,9 +177,9 @@ def test_a_subset_of_clips(shards):
 
 def test_a_modality_that_is_not_there_is_zero_and_masked(tmp_path):
     clips, entries = make_corpus(tmp_path / "media", 2)
-    from tests.data.corpus import write_media
-
-    write_media(tmp_path / "media" / clips[0].media_name, sound=False)
+    silent = tmp_path / "media" / clips[0].media_name
+    write_media(silent, sound=False)
+    entries["clip-000"] = replace(entries["clip-000"], sha256=sha256_of(silent))
     write(tmp_path, clips, entries)
     [batch] = evaluate(tmp_path / "shards", batch_size=2)
     assert batch.has_audio.tolist() == [False, True] and batch.has_video.all()
