@@ -448,7 +448,7 @@ def test_a_server_that_dies_stops_no_training_and_gets_the_rest_later(
         assert "MLflow lacks a part of run" in caplog.text
         with mlflow.run("evaluate", params, stage_hash="e") as later:  # it is still away
             later.log(0, {"text_to_video.recall_at_10": 0.5})
-        assert "evaluate runs without MLflow" in caplog.text
+        assert "evaluate runs without MLflow (see machine.mlflow_uri)" in caplog.text
         assert record("evaluate")["status"] == "FINISHED"
         server = serve(tmp_path / "mlflow.db", port, tmp_path / "server.log")
         mlflow.mark_dead_runs(params)

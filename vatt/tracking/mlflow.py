@@ -201,7 +201,8 @@ def _open(
         is_away = isinstance(error, MachineError) or _is_away(error)
         if not is_away or not _is_server(store_uri(params.machine)):
             raise
-        log.warning("%s runs without MLflow: %s", stage, first_line(error))
+        why = first_line(error)
+        log.warning("%s runs without MLflow (see machine.mlflow_uri): %s", stage, why)
         return None
 
 
