@@ -22,6 +22,7 @@ from tests.data.corpus import write_media
 from tests.test_architecture import ROOT
 from tests.test_sets import checkpoint
 from vattctl.cli import cli
+from vattctl.params import CheckpointFolder
 
 READING = {  # they change nothing, so they have no --dry-run
     "status", "logs", "ui", "compare", "runs", "ledger", "plan", "search", "embed", "verify",
@@ -315,6 +316,13 @@ def complete(shell: str, typed: str, place: Path, wanted: str) -> str:
     os.close(terminal)
     os.waitpid(child, 0)
     return seen
+
+
+def test_the_tab_key_fetches_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # no project: a look into its MLflow would fail
+    context = click.Context(cli, resilient_parsing=True)
+    folder = CheckpointFolder(path_type=Path).convert("runs:/3f2a91", None, context)
+    assert folder == Path("runs:/3f2a91") and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("shell", SHELLS)

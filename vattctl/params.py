@@ -126,8 +126,9 @@ class CheckpointFolder(click.Path):
     """A checkpoint's folder, or the address of one in MLflow (`runs:/...`, `models:/...`)."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The folder; that of an address is fetched into the project."""
-        if not str(value).startswith(("runs:/", "models:/")) or ctx is None:
+        """The folder; that of an address is fetched into the project, but not by the Tab key."""
+        is_address = str(value).startswith(("runs:/", "models:/"))
+        if not is_address or ctx is None or ctx.resilient_parsing:
             return super().convert(value, param, ctx)
         with inside(project_folder(ctx.find_root().params.get("project")) or Path()):
             from vatt.config import load_params
