@@ -146,7 +146,7 @@ def test_the_picture_shows_every_room_and_every_import() -> None:
 
 def test_the_documents_name_only_files_that_exist() -> None:
     tops = "vatt|vattctl|stages|tests|bench|presets|docs"
-    named = re.compile(rf"(?<![\w/-])((?:{tops})/[\w./-]*\w\.(?:py|md|yaml|svg|png|json))\b")
+    named = re.compile(rf"(?<![\w./-])((?:{tops})/[\w./-]*\w\.(?:py|md|yaml|svg|png|json))\b")
     missing = [
         f"{document.relative_to(ROOT)}: {name}"
         for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))

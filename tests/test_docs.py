@@ -12,6 +12,7 @@ import click
 import pytest
 
 from tests.test_architecture import ROOT
+from vatt.errors import DataError
 from vattctl.cli import cli
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,7 +36,7 @@ def commands(page: Path) -> Iterator[str]:
 
 
 def check(line: str) -> None:
-    """Parse a call; a path that is not here, or a name without its arguments, is no fault."""
+    """Parse a call; a path or run that is not here, or a name without arguments, is no fault."""
     words = shlex.split(line)
     _check(cli, words[0], words[1:], None)
 
@@ -45,7 +46,7 @@ def _check(
 ) -> None:
     try:
         context = command.make_context(name, words, parent=parent)
-    except click.exceptions.Exit:  # --help, --version
+    except (click.exceptions.Exit, DataError):  # --help, --version; a run that is not in MLflow
         return
     except click.MissingParameter:
         if words:
