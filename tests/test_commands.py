@@ -164,6 +164,7 @@ def test_every_example_runs_or_says_why_it_is_not_run_here(line: str, project: P
         words[place:place] = ["--dry-run"] if is_work and name != "completion" else []
         answer = run(*words[1:])
         assert answer.exit_code == 0, answer.output
+        assert not {"VATTCTL_RUN_NAME", "VATT_LAST_STAGE"} & os.environ.keys()  # of that command
 
 
 def test_no_reason_is_left_over() -> None:
