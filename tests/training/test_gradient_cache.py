@@ -45,12 +45,13 @@ def test_gradients_equal_the_whole_batch_s(backbone, micro_batch_size, textless)
         torch.testing.assert_close(value, running[name], rtol=1e-6, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])  # torch's kernels differ; its state must be exact
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("backbone", ["specific", "agnostic"])
-def test_kept_micro_batches_change_no_bit(backbone, precision):
+def test_kept_micro_batches_change_no_bit(backbone, precision, dropout):
     batch, found = tiny.make_batch(0), []
-    for kept in (0, 1, 2, 4):  # of four; with dropout, whose state must be exact too
-        model = tiny.make_model(tiny.model_params(backbone=backbone, dropout=0.3))
+    for kept in (0, 1, 2, 4):  # of four
+        model = tiny.make_model(tiny.model_params(backbone=backbone, dropout=dropout))
         size = {"micro_batch_size": 2, "kept": kept, "precision": precision}
         losses, weights = gradients(model, batch, **size)
         drawn = torch.rand(1)  # what a later draw would be

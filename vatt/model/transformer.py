@@ -54,7 +54,12 @@ class Attention(nn.Module):
     ) -> Tensor:  # (B, N, D) -> (B, wanted or N, D)
         parts = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).unbind(2)
         query, key, value = (part.transpose(1, 2) for part in parts)
+        is_learned = bias is not None and bias.shape[1] > 1  # for each head; a mask is for all
         query, bias = query[:, :, :wanted], None if bias is None else bias[:, :, :wanted]
+        if bias is not None and is_learned and self.training and not torch.compiler.is_compiling():
+            # torch chooses the kernel by whether a bias needs a gradient. A pass without a graph
+            # must give the same numbers as one with a graph: micro-batches are encoded in both.
+            bias = bias.to(query.dtype).requires_grad_()
         dropout = self.dropout if self.training else 0.0
         mixed = attention(query, key, value, bias=bias, scale=self.scale, dropout=dropout)
         return self.out(rearrange(mixed, "b heads n d -> b n (heads d)"))
