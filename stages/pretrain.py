@@ -42,7 +42,9 @@ def main() -> None:
         measure = validation(params.model, settings, shards=paths.shards, machine=machine)
         session = Session(run, tick, state, outputs, measure=measure, score=SCORE)
         torch.manual_seed(params.seed)  # every process builds the same start
-        training = Training(batches, machine, params.seed, state, data, session, kept)
+        training = Training(
+            *(batches, machine, params.seed, state, data, session), kept_micro_batches=kept
+        )
         pretrain(build(params.model), settings, training)
 
 

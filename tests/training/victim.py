@@ -48,7 +48,8 @@ def main() -> None:
 def train(engine_of: EngineMaker) -> None:
     dropout = float(os.environ.get("VATT_TEST_DROPOUT", "0.1"))
     model = tiny.make_model(tiny.model_params(dropout=dropout))
-    training = Training(batches_from, MACHINE, 0, FOLDER / "state", "none", ToFiles(), engine_of)
+    states = FOLDER / "state"
+    training = Training(batches_from, MACHINE, 0, states, "none", ToFiles(), engine_of=engine_of)
     pretrain(model, tiny.pretrain_params(steps=STEPS, save_every=3), training)
 
 

@@ -139,6 +139,8 @@ class DeepSpeedEngine:
             model=self.run,
             optimizer=make_optimizer(module.parameters(), optimizer),
             config=_deepspeed_config(module, optimizer, machine),
+            # `distributed.process_group` has joined the processes: DeepSpeed must not look for MPI.
+            dist_init_required=False,
         )
         self.run.expect("precision.reduction", self.engine.communication_data_type)
 

@@ -10,7 +10,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,6 +70,7 @@ class Training:
     state: Path  # the folder of its states
     data_hash: str
     reporter: Reporter
+    _: KW_ONLY
     kept_micro_batches: int = 1
     engine_of: EngineMaker = make_engine
 
