@@ -18,7 +18,7 @@ from vatt import config as settings
 from vattctl.cli import cli
 
 ROOT = Path(__file__).parents[1]
-PRESETS = ("demo", "one-gpu", "paper")
+PRESETS = ("demo", "small", "one-gpu", "paper")
 COPIES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 
 
@@ -62,7 +62,7 @@ def settings_page() -> str:
     parts = [
         "# Settings\n\nEvery key of `params.yaml`. `--set KEY=VALUE` changes one for good, "
         "`vattctl config validate` checks the file, and `vattctl config show` prints it. Values "
-        "are those of the presets `demo`, `one-gpu` and `paper`, where they differ.\n"
+        "are those of the presets `demo`, `small`, `one-gpu` and `paper`, where they differ.\n"
     ]
     for name, field in settings.Params.model_fields.items():
         section = field.annotation

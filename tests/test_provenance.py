@@ -1,5 +1,7 @@
 """The hash of what a stage was made from: settings, code and data, as dvc.yaml declares them."""
 
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import yaml
 
 from tests.test_architecture import ROOT
 from vatt.config import Params, parse_params
-from vatt.provenance import stage_hash
+from vatt.provenance import git_commit, stage_hash
 
 PIPELINE = {
     "stages": {
@@ -77,3 +79,18 @@ def test_a_folder_of_code_counts_by_its_files_less_the_compiled_ones(project: Pa
     assert stage_hash("judge", settings()) == before
     (project / "code" / "one.py").write_text("2")
     assert stage_hash("judge", settings()) != before
+
+
+def test_a_repository_without_a_commit_has_none_to_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    (tmp_path / "file").write_text("x")
+    subprocess.run(["git", "add", "file"], check=True)
+    assert git_commit() == ""
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run(["git", *identity, "commit", "-qm", "one"], check=True)
+    assert re.fullmatch("[0-9a-f]{12}", git_commit())
+    (tmp_path / "file").write_text("y")
+    assert re.fullmatch("[0-9a-f]{12}, with changes", git_commit())

@@ -21,7 +21,7 @@ CODE = Path(__file__).parents[1]  # the folder of vatt and stages: a clone, or s
 
 
 def git_commit() -> str:
-    """The commit of this folder, marked if files differ from it; empty outside git."""
+    """The commit of this folder, marked if files differ from it; empty where there is none."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
@@ -29,7 +29,8 @@ def git_commit() -> str:
 
     try:
         commit = git("rev-parse", "--short=12", "HEAD")
-        return f"{commit}, with changes" if git("status", "--porcelain", "-uno") else commit
+        changed = commit and git("status", "--porcelain", "-uno")
+        return f"{commit}, with changes" if changed else commit
     except FileNotFoundError:
         return ""
 
