@@ -18,7 +18,7 @@ import pyte
 from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS, ROWS, SIZE = 100, 26, 13
-FRAMES = 90  # at most
+FRAMES = 45  # at most
 LONGEST, LAST = 0.6, 4.0  # seconds that a frame is shown, and the last one
 PAPER, INK = "#1e1e2e", "#cdd6f4"
 COLOURS = {
@@ -65,7 +65,7 @@ def draw(lines: list[list[pyte.screens.Char]], head: str) -> Image.Image:
                 colour = COLOURS.get(cell.fg, f"#{cell.fg}" if len(cell.fg) == 6 else INK)
                 place = ((x + 1) * width, (y + 2) * height)
                 pen.text(place, cell.data, fill=colour, font=font)
-    return picture.quantize(16)
+    return picture.quantize(8)
 
 
 def main() -> int:
