@@ -42,9 +42,7 @@ def main() -> None:
         outputs = Outputs(model.params, paths.finetuned / variant, metrics, more=more)
         machine, kept = chosen(Job(params, state, name, len(names), model.params))
         session = Session(run, tick, state, outputs)
-        training = Training(
-            *(batches, machine, seed, state, data, session), kept_micro_batches=kept
-        )
+        training = Training(batches, machine, seed, state, data, session, kept_micro_batches=kept)
         finetune(model, task, training, classes=names)
 
 

@@ -24,13 +24,13 @@ def main() -> None:
     from vatt.plan.trial import Job, chosen  # the same
 
     params = load_params()
-    paths, machine, settings = params.paths, params.machine, params.pretrain
+    paths, machine, settings, seed = params.paths, params.machine, params.pretrain, params.seed
     check_clips(params, stages_to_come())
     if (code := distributed.launch("stages.pretrain", machine)) is not None:
         sys.exit(code)
     made_from, data = stage_hash("pretrain", params), data_hash(paths.shards)
     sampling, state = Sampling.for_pretraining(params.model, settings), paths.pretrain_state
-    batches = feed(paths.shards, sampling, settings, seed=params.seed, machine=machine)
+    batches = feed(paths.shards, sampling, settings, seed=seed, machine=machine)
     metrics, words = paths.metrics / "pretrain.json", paths.shards / "vocabulary.txt"
     outputs = Outputs(params.model, paths.pretrained, metrics, vocabulary=words)
     with (
@@ -41,10 +41,8 @@ def main() -> None:
         machine, kept = chosen(Job(params, state))
         measure = validation(params.model, settings, shards=paths.shards, machine=machine)
         session = Session(run, tick, state, outputs, measure=measure, score=SCORE)
-        torch.manual_seed(params.seed)  # every process builds the same start
-        training = Training(
-            *(batches, machine, params.seed, state, data, session), kept_micro_batches=kept
-        )
+        torch.manual_seed(seed)  # every process builds the same start
+        training = Training(batches, machine, seed, state, data, session, kept_micro_batches=kept)
         pretrain(build(params.model), settings, training)
 
 
