@@ -37,8 +37,12 @@ def commands(page: Path) -> Iterator[str]:
 
 def check(line: str) -> None:
     """Parse a call; a path or run that is not here, or a name without arguments, is no fault."""
-    words = shlex.split(line)
-    _check(cli, words[0], words[1:], None)
+    words, before = shlex.split(line), dict(os.environ)
+    try:
+        _check(cli, words[0], words[1:], None)
+    finally:  # an option such as --name sets a variable for the stages
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _check(
