@@ -48,7 +48,7 @@ bench: setup  # all but a visit to a GPU and the faults, which have targets of t
 gpu: setup  # at most eight minutes on one H100 or H200; SHARDS=DIR trains the stage on ready shards
 	@$(BIN)/python bench/gpu.py $(if $(SHARDS),--shards $(SHARDS))
 
-faults: setup  # 200 kills and some 40 kinds of damage on a small project: about an hour
+faults: setup  # 200 kills and some 50 kinds of damage on a small project: well over an hour
 	@PYTHONPATH=. $(BIN)/python bench/faults.py
 
 docs: setup  # the site, in site/; a broken link is an error
