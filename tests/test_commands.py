@@ -247,7 +247,7 @@ def test_a_dry_run_compares_settings_with_those_of_the_last_run(project: Path) -
         ("pretrain --set pretrain.stepz=1 --dry-run", 2, "did you mean 'pretrain.steps'"),
         ("config set pretrain.steps", 2, "is not KEY=VALUE"),
         ("config set pretrain.steps=few", 2, "pretrain.steps"),
-        ("config use smal", 2, "did you mean 'small'?"),
+        ("config use smalll", 2, "did you mean 'small'?"),
         ("repro pretrian", 2, "no stage 'pretrian'"),
         ("logs pretrian", 2, "no stage 'pretrian'"),
         ("logs pretrain", 3, "no log of pretrain"),
