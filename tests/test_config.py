@@ -9,7 +9,15 @@ import yaml
 
 from tests.data.corpus import TEST_DATA, needs_data
 from tests.test_architecture import ROOT
-from vatt.config import Params, fingerprint, known_keys, load_params, parse_params
+from vatt.config import (
+    Params,
+    Section,
+    fingerprint,
+    known_keys,
+    load_params,
+    off,
+    parse_params,
+)
 from vatt.errors import SettingsError
 
 
@@ -194,3 +202,17 @@ def test_a_value_of_any_size_is_shown_in_short(raw: dict[str, Any]) -> None:
 def test_attacks_on_settings_are_clear_errors(name: str) -> None:
     with pytest.raises(SettingsError, match=rf"{name} cannot be read: line \d+: "):
         load_params(Path(TEST_DATA or ".") / "attack" / name)
+
+
+class Beyond(Section):
+    depth: int
+    experts: int | None = off()
+    noise: float = off(0.0)
+
+
+def test_a_setting_that_is_off_may_be_missing_and_is_not_written() -> None:
+    assert Beyond.model_validate({"depth": 2}).model_dump() == {"depth": 2}
+    assert Beyond(depth=2, experts=None, noise=0.0).model_dump_json() == '{"depth":2}'
+    assert Beyond(depth=2, experts=4).model_dump() == {"depth": 2, "experts": 4}
+    assert fingerprint(Beyond(depth=2)) == fingerprint({"depth": 2})
+    assert fingerprint(Beyond(depth=2, noise=0.1)) != fingerprint({"depth": 2})

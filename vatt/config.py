@@ -2,6 +2,7 @@
 
 Settings are read once, at the edge (`load_params`), into frozen sections; a function takes the
 section it needs. The schema has no default for anything an experiment varies: the file says it.
+Only what goes beyond the paper is off by default (`off`).
 """
 
 import difflib
@@ -17,9 +18,12 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from vatt.errors import SettingsError
 
@@ -48,6 +52,27 @@ class Section(BaseModel):
     """A part of params.yaml; it is frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, as_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A setting that is `off` is not written, so states and checkpoints stay what they were."""
+        fields = type(self).model_fields
+        return {
+            key: value
+            for key, value in as_dict(self).items()
+            if not (is_off(fields[key]) and getattr(self, key) == fields[key].default)
+        }
+
+
+def off(default: Any = None) -> Any:
+    """A setting beyond the paper: params.yaml may leave it out, which switches it off."""
+    return Field(default=default, json_schema_extra={"off": True})
+
+
+def is_off(field: FieldInfo) -> bool:
+    """Whether a setting was declared with `off`."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and "off" in extra
 
 
 # --- where things lie -----------------------------------------------------------------------------
