@@ -140,7 +140,8 @@ def count(micro: int | None, *, compiled: bool = False) -> OperatorCount:
         importlib.import_module("vatt.training.engine").apply_options(
             module, machine, backend=kernels
         )
-    engine = LocalEngine(module, params.optimizer, "bf16")
+    options: dict[str, Any] = {"compiled": True} if compiled else {}  # unknown to old checkouts
+    engine = LocalEngine(module, params.optimizer, "bf16", **options)
     batch = _batch()
     for step in range(3 if compiled else 2):
         counted = OperatorCount()

@@ -108,6 +108,46 @@ def test_one_compilation_serves_micro_batches_of_every_size():
     assert graphs([8, 7, 5, 4], 3) == graphs([8], 3) <= 2 * alone
 
 
+@needs_compiler
+def test_every_form_of_a_block_is_compiled_or_training_stops(monkeypatch):
+    """Torch's limit is 8 forms; over it, blocks would silently run as they are."""
+
+    def step():
+        torch._dynamo.reset()
+        params = tiny.model_params()
+        deep = params.video.size.model_copy(update={"depth": 3})
+        changes = {"video": {"size": deep}, "text": {"size": deep.model_copy(update={"dim": 24})}}
+        params = params.model_copy(
+            update={
+                name: getattr(params, name).model_copy(update=change)
+                for name, change in changes.items()
+            }
+        )
+        model = tiny.make_model(params)
+        module = Pretraining(model, tiny.pretrain_params(), micro_batch_size=3)
+        apply_options(
+            module, tiny.machine_params(compile=True, micro_batch_size=3), backend=counted
+        )
+        batch = tiny.make_batch(0, size=8)
+        batch.colour = COLOUR.repeat(8, 1)
+        losses = module(*pretraining_inputs(model, batch, 0, drop_rate=0.5, seed=0))
+        losses["loss"].backward()
+
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    # The patch also gives back the values that compiling sets.
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        step()
+        assert sum("mlp" in graph.code for graph in graphs) > 8
+        monkeypatch.setattr("vatt.training.engine.MAX_FORMS", 8)
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            step()
+
+
 class Called(TorchDispatchMode):
     """Notes torch's operators, but not what compiled code does without them."""
 

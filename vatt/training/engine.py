@@ -69,11 +69,18 @@ class LocalEngine:
 
     kind = "plain torch, one process"
 
-    def __init__(self, module: nn.Module, optimizer: OptimizerParams, precision: Precision) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: OptimizerParams,
+        precision: Precision,
+        *,
+        compiled: bool = False,
+    ) -> None:
         self.module = module.to(distributed.device()).train()
         self.optimizer = make_optimizer(module.parameters(), optimizer)
         self.clip_norm = optimizer.clip_norm
-        self.run = ProvenPrecision(self.module, precision)
+        self.run = ProvenPrecision(self.module, precision, compiled=compiled)
 
     @property
     def facts(self) -> dict[str, str]:
@@ -260,6 +267,8 @@ def apply_options(
 ) -> None:
     """Compile blocks, and compute them again in the backward pass, as the settings say."""
     if compiles(machine):
+        torch._dynamo.config.recompile_limit = MAX_FORMS
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         for part in _parts_of(module, COMPILED):
             compiled = torch.compile(part.forward, backend=backend)
             if machine.micro_batch_size is not None:
@@ -272,6 +281,9 @@ def apply_options(
 
 
 COMPILED = (Block, BatchNorm, Fused)
+# A part has a form for each tower's width, for its first and last block, with and without a
+# gradient, in training and in tests. Over torch's limit of 8, it would silently not be compiled.
+MAX_FORMS = 64
 
 
 def _for_any_number(compiled: Callable[..., Any], inputs: Tensor, *more: Any, **named: Any) -> Any:
