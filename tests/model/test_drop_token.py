@@ -1,6 +1,7 @@
 """DropToken keeps int(keep rate x tokens), drawn anew for each step and sample."""
 
 import hashlib
+import math
 
 import pytest
 import torch
@@ -9,7 +10,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tests.model.golden import DEVICES
-from vatt.model.patches import draw_kept, drop_tokens, num_kept
+from vatt.model.patches import (
+    draw_kept,
+    draw_kept_by_energy,
+    drop_tokens,
+    energy_share,
+    num_kept,
+)
 
 
 def mixed(number):
@@ -21,13 +28,26 @@ def mixed(number):
     return number ^ number >> 15
 
 
-def naive(tokens, kept, *, seed, step, sample, stream):
-    """One row, token by token."""
+def numbers_of(tokens, *, seed, step, sample, stream):
+    """The numbers that one row's tokens draw."""
     key = hashlib.blake2b(f"{seed}/{step}/{stream}/{tokens}".encode(), digest_size=8).digest()
     first = mixed(sample ^ int.from_bytes(key[:4], "big"))
     second = mixed(first ^ int.from_bytes(key[4:], "big"))
-    numbers = [mixed((mixed(index ^ first) + second) % 2**32) for index in range(tokens)]
-    return sorted(sorted(range(tokens), key=numbers.__getitem__)[:kept])
+    return [mixed((mixed(index ^ first) + second) % 2**32) for index in range(tokens)]
+
+
+def naive(tokens, kept, **draw):
+    """One row, token by token."""
+    return sorted(sorted(range(tokens), key=numbers_of(tokens, **draw).__getitem__)[:kept])
+
+
+def naive_by_energy(energies, kept, random_share, **draw):
+    """One row, token by token: the most energetic ones, then others by their numbers."""
+    numbers = numbers_of(len(energies), **draw)
+    drawn = math.ceil(round(random_share * kept, 6))
+    left = sorted(range(len(energies)), key=lambda token: (-energies[token], numbers[token]))
+    chosen, left = left[: kept - drawn], left[kept - drawn :]
+    return sorted(chosen + sorted(left, key=numbers.__getitem__)[:drawn])
 
 
 def uniformly(counts):
@@ -126,3 +146,52 @@ def test_dropping_takes_each_clips_own_rows_in_order():
     tokens = torch.arange(12.0).reshape(2, 3, 2)
     kept = torch.tensor([[2, 0], [1, 2]])
     assert drop_tokens(tokens, kept).tolist() == [[[4, 5], [0, 1]], [[8, 9], [10, 11]]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("largest", [0, 2, 10**12])  # none; many equal ones; hardly any equal
+@pytest.mark.parametrize(
+    ("tokens", "rate", "share"),
+    [(1568, 0.5, 0.25), (98, 0.875, 0.0), (7, 0.0, 0.5), (50, 0.75, 1.0), (1, 0.9, 0.25)],
+)
+def test_a_row_by_energy_equals_the_same_choice_token_by_token(
+    tokens, rate, share, largest, device
+):
+    samples, generator = torch.tensor([0, 3, 10**6]), torch.Generator().manual_seed(tokens)
+    energies = torch.randint(0, largest + 1, (3, tokens), generator=generator)
+    found = draw_kept_by_energy(
+        energies.to(device), rate, random_share=share, seed=3, step=9, samples=samples.to(device)
+    )
+    assert found.device.type == device and found.shape == (3, num_kept(tokens, rate))
+    for row, energy, sample in zip(
+        found.tolist(), energies.tolist(), samples.tolist(), strict=True
+    ):
+        draw = {"seed": 3, "step": 9, "sample": sample, "stream": ""}
+        assert row == naive_by_energy(energy, num_kept(tokens, rate), share, **draw)
+
+
+@given(tokens=st.integers(1, 60), rate=st.floats(0, 0.99), share=st.floats(0, 1))
+def test_without_energy_or_with_all_drawn_the_choice_is_drop_token_s(tokens, rate, share):
+    samples, equal = torch.arange(4), torch.full((4, tokens), 7)
+    energies = torch.randint(0, 9, (4, tokens), generator=torch.Generator().manual_seed(tokens))
+    draw = {"seed": 1, "step": 2, "samples": samples, "stream": "audio"}
+    drawn = draw_kept(tokens, rate, **draw)
+    assert torch.equal(draw_kept_by_energy(equal, rate, random_share=share, **draw), drawn)
+    assert torch.equal(draw_kept_by_energy(energies, rate, random_share=1.0, **draw), drawn)
+
+
+def test_quiet_tokens_are_kept_as_often_as_the_random_share_says():
+    energies = torch.tensor([*range(1, 11), *[0] * 30]).repeat(4000, 1)
+    kept = draw_kept_by_energy(
+        energies, 0.75, random_share=0.3, seed=0, step=0, samples=torch.arange(4000)
+    )
+    quiet = torch.zeros(4000, 40).scatter_(1, kept, 1.0)[:, 10:]
+    # Seven of the ten loud ones are sure; three are drawn from the other three and the quiet ones.
+    assert quiet.sum().item() / 4000 == pytest.approx(3 * 30 / 33, abs=0.05)
+    assert uniformly(quiet.sum(0).numpy())
+
+
+def test_the_share_of_the_energy_is_that_of_the_kept_tokens():
+    energies = torch.tensor([[6, 0, 2], [0, 0, 0], [10**15, 10**15, 0]])
+    kept = torch.tensor([[0, 1], [1, 2], [0, 2]])
+    assert energy_share(energies, kept).tolist() == pytest.approx([0.75, 2 / 3, 0.5])

@@ -1,9 +1,11 @@
 """A patch embedding is a convolution whose kernel is its stride."""
 
+import pytest
 import torch
 from einops import rearrange
 
-from vatt.model.patches import PatchEmbedding, cut, num_patches
+from tests.model.golden import DEVICES
+from vatt.model.patches import PatchEmbedding, cut, motion_energy, num_patches, sound_energy
 
 
 def test_video_patches_equal_a_strided_convolution():
@@ -38,3 +40,59 @@ def test_counts_round_up():
 def test_a_waveform_is_cut_in_order_and_filled_with_silence():
     waveform = torch.arange(1.0, 6.0)[None, :, None]
     assert cut(waveform, (2,)).tolist() == [[[1, 2], [3, 4], [5, 0]]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("sizes", "patch"),
+    [
+        ((8, 8, 12), (4, 4, 4)),
+        ((5, 6, 7), (2, 4, 4)),
+        ((3, 4, 4), (1, 2, 2)),
+        ((1, 4, 4), (1, 4, 4)),
+    ],
+)
+def test_motion_energy_is_the_change_of_every_value_summed_by_voxel(sizes, patch, device):
+    generator = torch.Generator().manual_seed(0)
+    video = torch.randint(0, 256, (2, *sizes, 3), generator=generator, dtype=torch.uint8)
+    grid = num_patches(sizes, patch)
+    expected = torch.zeros(2, *grid, dtype=torch.long)
+    for clip in range(2):
+        for frame in range(sizes[0]):
+            other = frame - 1 if frame else min(1, sizes[0] - 1)
+            for row in range(sizes[1]):
+                for column in range(sizes[2]):
+                    one, before = (video[clip, t, row, column].tolist() for t in (frame, other))
+                    change = sum(abs(a - b) for a, b in zip(one, before, strict=True))
+                    place = (frame // patch[0], row // patch[1], column // patch[2])
+                    expected[(clip, *place)] += change
+    found = motion_energy(video.to(device), patch)
+    assert found.cpu().tolist() == expected.flatten(1).tolist()
+
+
+def test_a_voxel_that_nothing_crosses_has_no_motion():
+    video = torch.full((1, 4, 8, 8, 3), 200, dtype=torch.uint8)
+    video[:, 2:, 4:, :4] = 0
+    assert motion_energy(video, (2, 4, 4)).tolist() == [[0] * 6 + [200 * 4 * 4 * 3, 0]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("patch", [4, 5])
+def test_sound_energy_is_the_sum_of_squares_by_segment(patch, device):
+    wave = torch.randint(-(2**15), 2**15, (2, 16), dtype=torch.int16)
+    wave[0, 0] = -(2**15)
+    parts = [[row[at : at + patch] for at in range(0, 16, patch)] for row in wave.tolist()]
+    expected = [[sum(value**2 for value in part) for part in row] for row in parts]
+    assert sound_energy(wave.to(device), (patch,)).tolist() == expected
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_spectrogram_s_energy_counts_from_the_clip_s_lowest_level(device):
+    levels = torch.randint(-9, 9, (2, 5, 4)) / 4
+    found = sound_energy(levels.to(device), (2, 2)).view(2, 3, 2)
+    for clip in range(2):
+        above = (levels[clip] - levels[clip].min()) * 4096
+        for row in range(3):
+            for column in range(2):
+                part = above[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+                assert found[clip, row, column].item() == part.sum().item()  # 0 in the padding

@@ -190,13 +190,7 @@ def draw_kept(
     tensor, all work is done on its device.
     """
     samples = torch.as_tensor(samples, dtype=torch.long)
-    name = f"{seed}/{step}/{stream}/{num_tokens}".encode()
-    key = hashlib.blake2b(name, digest_size=8).digest()
-    low, high = (int.from_bytes(key[place : place + 4], "big", signed=True) for place in (0, 4))
-    # A counter-based draw: 64 bits of key for each row encrypt each token's index into 32 bits.
-    # Different indices become different numbers, so no two tokens of a row tie.
-    first = _mix(samples[:, None].int() ^ low)
-    second = _mix(first ^ high)
+    first, second = _keys(f"{seed}/{step}/{stream}/{num_tokens}", samples)
     tokens = torch.arange(num_tokens, dtype=torch.int32, device=samples.device)
     count = num_kept(num_tokens, drop_rate)
     if samples.device.type != "cpu":  # whose selection would wait for the device
@@ -205,6 +199,47 @@ def draw_kept(
     rows = max(1, _AT_ONCE // num_tokens)
     parts = zip(first.split(rows), second.split(rows), strict=True)
     return torch.cat([_smallest(_scatter(tokens, *keys), count) for keys in parts])
+
+
+def draw_kept_by_energy(
+    energies: Tensor,
+    drop_rate: float,
+    *,
+    random_share: float,
+    seed: int,
+    step: int,
+    samples: Tensor,
+    stream: str = "",
+) -> Tensor:
+    """Indices (B, K) of the tokens to keep, ascending: those with the most energy, and some others.
+
+    `energies` (B, N) are whole numbers. `random_share` of the K, rounded up, are drawn from the
+    tokens that are left, so that quiet ones are seen, too. Equal energies are ordered by the
+    numbers that `draw_kept` draws: with a share of 1, or without any energy, both keep the same.
+    """
+    num_tokens = energies.shape[1]
+    count = num_kept(num_tokens, drop_rate)
+    drawn = math.ceil(round(random_share * count, 6))
+    keys = _keys(f"{seed}/{step}/{stream}/{num_tokens}", samples)
+    tokens = torch.arange(num_tokens, dtype=torch.int32, device=samples.device)
+    order = _scatter(tokens, *keys).argsort(dim=1)
+    # From here on a token is its place in that order, so that the smallest ones are drawn.
+    ranked = energies.gather(1, order).argsort(dim=1, descending=True, stable=True)
+    most, rest = ranked.split([count - drawn, num_tokens - count + drawn], dim=1)
+    kept = torch.cat([most, rest.sort(dim=1).values[:, :drawn]], dim=1)
+    return order.gather(1, kept).sort(dim=1).values
+
+
+def _keys(name: str, samples: Tensor) -> tuple[Tensor, Tensor]:  # (B,) -> (B, 1), (B, 1)
+    """Two keys of 32 bits for each row, from the name and the row's sample.
+
+    A counter-based draw: they encrypt each token's index into 32 bits. Different indices become
+    different numbers, so no two tokens of a row tie.
+    """
+    key = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    low, high = (int.from_bytes(key[place : place + 4], "big", signed=True) for place in (0, 4))
+    first = _mix(samples[:, None].int() ^ low)
+    return first, _mix(first ^ high)
 
 
 def _scatter(tokens: Tensor, first: Tensor, second: Tensor) -> Tensor:  # (N,), (B, 1), (B, 1)
@@ -237,3 +272,40 @@ def _mix(numbers: Tensor) -> Tensor:
 def drop_tokens(tokens: Tensor, kept: Tensor) -> Tensor:  # (B, N, D), (B, K) -> (B, K, D)
     """The kept tokens of each clip, in the order of `kept`."""
     return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+# --- what is in a token's part of the signal ------------------------------------------------------
+
+_LEVELS = 4096  # steps of 1 in a spectrogram, whose sums are then exact
+
+
+def motion_energy(video: Tensor, patch: Sequence[int]) -> Tensor:  # (B, T, H, W, C) uint8 -> (B, N)
+    """How much each voxel changes: the sum of |frame - the frame before it| over its values.
+
+    The first frame is compared with the second. Whole numbers, so equal on every device.
+    """
+    before = torch.arange(-1, video.shape[1] - 1, device=video.device).abs()
+    others = video[:, before.clamp(max=video.shape[1] - 1)]
+    change = torch.maximum(video, others) - torch.minimum(video, others)
+    return cut(change, patch).sum(-1)
+
+
+def sound_energy(audio: Tensor, patch: Sequence[int]) -> Tensor:  # -> (B, N)
+    """Of int16 samples (B, S), the sum of squares in each segment.
+
+    Of a spectrogram (B, frames, mel bins), a patch's sum above the clip's lowest value. Both are
+    whole numbers, so equal on every device.
+    """
+    if audio.is_floating_point():
+        levels = (audio * _LEVELS).round().long()
+        values = levels - levels.amin(dim=(1, 2), keepdim=True)
+    else:
+        values = audio.long().square()
+    return cut(values[..., None], patch).sum(-1)
+
+
+def energy_share(energies: Tensor, kept: Tensor) -> Tensor:  # (B, N), (B, K) -> (B,)
+    """The share of a clip's energy that is in the kept tokens; K / N where there is no energy."""
+    total, held = energies.sum(1), energies.gather(1, kept).sum(1)
+    even = kept.shape[1] / energies.shape[1]
+    return torch.where(total > 0, held / total.clamp(min=1), even)
