@@ -13,7 +13,8 @@ from vatt.flops import (
     text_flops,
     video_flops,
 )
-from vatt.model.transformer import SIZES
+from vatt.model.merging import token_counts
+from vatt.model.transformer import SIZES, set_merging
 from vatt.model.vatt import VATT
 
 
@@ -86,6 +87,23 @@ def test_the_true_count_is_what_torch_counts_in_the_model() -> None:
     towers = (("medium", 1569), ("base", 1201), ("small", 17))
     less = sum(left_out(size, tokens) for size, tokens in towers)
     assert counter.get_total_flops() == multimodal_flops(MBS, convention="true") - less
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5])
+def test_operations_with_merging_are_those_that_torch_counts(rate: float) -> None:
+    with torch.device("meta"):
+        model = VATT(MBS).eval()
+    set_merging(model, rate)
+    with FlopCounterMode(display=False) as counter:
+        model.encode(
+            torch.empty(1, 32, 224, 224, 3, device="meta"),
+            torch.empty(1, 153_600, device="meta"),
+        )
+    ours = video_flops(MBS.video, merge_rate=rate, convention="true")
+    ours += audio_flops(MBS.audio, merge_rate=rate, convention="true")
+    for name, tokens in (("medium", 1569), ("base", 1201)):
+        ours -= left_out(name, token_counts(tokens, rate, 12)[-1])
+    assert counter.get_total_flops() == ours
 
 
 def left_out(name: str, tokens: int) -> int:

@@ -46,6 +46,7 @@ Frames = Annotated[int, Field(gt=0, le=10**5)]
 Pixels = Annotated[int, Field(gt=0, le=2**14)]
 Rate = Annotated[float, Field(ge=0, lt=1)]  # a share below 1, e.g. of tokens that are dropped
 Share = Annotated[float, Field(ge=0, le=1)]
+MergeRate = Annotated[float, Field(ge=0, le=0.5)]  # a merged pair takes two tokens
 
 
 class Section(BaseModel):
@@ -334,6 +335,9 @@ class PretrainParams(Section):
     augmentation: AugmentationParams
     text_candidates: PositiveInt  # K: sentences nearest in time, MIL-NCE's positives
     drop_rate: Rate  # DropToken, video and audio
+    drop_by: Literal["random", "content"] = off("random")  # content: what moves or sounds is kept
+    drop_random_share: Share = off(0.25)  # drop_by content: of the kept tokens, drawn from the rest
+    merge_rate: MergeRate = off(0.0)  # of its tokens that each block merges; video and audio
     temperature: PositiveFloat
     mil_nce_weight: NonNegativeFloat
     optimizer: OptimizerParams
@@ -343,6 +347,11 @@ class PretrainParams(Section):
     report_every: PositiveInt  # steps
     evaluate_every: PositiveInt | None  # steps; retrieval on the val split; null: never
     evaluate_clips: PositiveInt  # of the val split, searched each time
+
+    @property
+    def random_share(self) -> float:
+        """The share of the kept tokens that DropToken draws; the paper's draws all of them."""
+        return 1.0 if self.drop_by == "random" else self.drop_random_share
 
 
 class FinetuneTaskParams(Section):
@@ -409,6 +418,7 @@ class EvaluateParams(Section):
     low_rank_steps: NonNegativeInt  # of the low-rank probe, in addition to the SVM; 0: none
     batch_size: PositiveInt
     precision: Precision
+    merge_rate: MergeRate = off(0.0)  # of its tokens that each block merges; classifiers, too
     bootstrap: PositiveInt  # resamples behind every 95 % interval
 
 

@@ -16,14 +16,16 @@ the training graph: 3 more for every element that dropout may set to zero.
 "true" counts two operations for a multiply-add in the projections, the dense layers and *both*
 products of attention, and nothing else. Tokens are those that our model computes: the kept ones (it
 drops before it projects) and the AGG token. All of the last block is counted, although our model
-computes only AGG's output there.
+computes only AGG's output there. Where tokens are merged, the products of that are counted as well;
+only this convention knows it.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from vatt.config import AudioParams, ModelParams, SizeParams, TextParams, VideoParams
+from vatt.model.merging import num_merged, token_counts
 from vatt.model.patches import audio_grid, audio_patch, num_kept, video_grid
 from vatt.model.transformer import resolve
 
@@ -45,7 +47,12 @@ def num_audio_tokens(audio: AudioParams) -> int:
 
 
 def video_flops(
-    video: VideoParams, *, drop_rate: float = 0.0, training: bool = False, convention: Convention
+    video: VideoParams,
+    *,
+    drop_rate: float = 0.0,
+    merge_rate: float = 0.0,
+    training: bool = False,
+    convention: Convention,
 ) -> float:
     """One clip through the video tower."""
     return _tower(
@@ -53,13 +60,19 @@ def video_flops(
         num_video_tokens(video),
         patch_values=math.prod(video.patch) * 3,
         drop_rate=drop_rate,
+        merge_rate=merge_rate,
         training=training,
         convention=convention,
     )
 
 
 def audio_flops(
-    audio: AudioParams, *, drop_rate: float = 0.0, training: bool = False, convention: Convention
+    audio: AudioParams,
+    *,
+    drop_rate: float = 0.0,
+    merge_rate: float = 0.0,
+    training: bool = False,
+    convention: Convention,
 ) -> float:
     """One waveform or spectrogram through the audio tower."""
     return _tower(
@@ -67,6 +80,7 @@ def audio_flops(
         num_audio_tokens(audio),
         patch_values=math.prod(audio_patch(audio)),
         drop_rate=drop_rate,
+        merge_rate=merge_rate,
         training=training,
         convention=convention,
     )
@@ -80,12 +94,18 @@ def text_flops(text: TextParams, *, convention: Convention) -> float:
 
 
 def multimodal_flops(
-    model: ModelParams, *, drop_rate: float = 0.0, training: bool = False, convention: Convention
+    model: ModelParams,
+    *,
+    drop_rate: float = 0.0,
+    merge_rate: float = 0.0,
+    training: bool = False,
+    convention: Convention,
 ) -> float:
     """One clip, its sound and one sentence through the whole pre-training model."""
+    how: Any = {"drop_rate": drop_rate, "merge_rate": merge_rate, "training": training}
     return (
-        video_flops(model.video, drop_rate=drop_rate, training=training, convention=convention)
-        + audio_flops(model.audio, drop_rate=drop_rate, training=training, convention=convention)
+        video_flops(model.video, convention=convention, **how)
+        + audio_flops(model.audio, convention=convention, **how)
         + text_flops(model.text, convention=convention)
         + _heads(model, convention)
     )
@@ -97,12 +117,14 @@ def _tower(
     *,
     patch_values: int,
     drop_rate: float,
+    merge_rate: float,
     training: bool,
     convention: Convention,
 ) -> float:
     kept = num_kept(num_tokens, drop_rate)
     if convention == "true":
-        return 2.0 * kept * patch_values * size.dim + _products(size, kept + 1)
+        return 2.0 * kept * patch_values * size.dim + _products(size, kept + 1, merge_rate)
+    assert merge_rate == 0, "the paper merges no tokens"
     n = kept + 2
     scores = size.depth * size.heads * n**2
     counted = 2.0 * num_tokens * patch_values * size.dim
@@ -119,7 +141,7 @@ class EncoderWork:
     """What one forward pass of encoders takes, by the limits that a GPU has for each part."""
 
     dense: float = 0.0  # operations of the linear layers
-    attention: float = 0.0  # operations of both products of attention
+    attention: float = 0.0  # operations of both products of attention, and of merging
     values: float = 0.0  # numbers of the residual stream, over all blocks
 
     def __add__(self, other: "EncoderWork") -> "EncoderWork":
@@ -134,29 +156,39 @@ class EncoderWork:
         return EncoderWork(count * self.dense, count * self.attention, count * self.values)
 
 
-def encoder_work(size: SizeParams, n: int) -> EncoderWork:
+def encoder_work(size: SizeParams, n: int, merge_rate: float = 0.0) -> EncoderWork:
     """An encoder over n tokens, two operations a multiply-add."""
     inner = size.heads * size.head_dim
-    dense = 4 * size.dim * inner + 2 * size.dim * size.mlp_dim
+    entering = token_counts(n, merge_rate, size.depth)
+    leaving = [*entering[1:], entering[-1]]  # their MLP has these
+    matching = 0
+    for tokens in entering[:-1]:
+        if merged := num_merged(tokens, merge_rate):
+            second = (tokens - 1) // 2
+            matching += second * ((tokens - 1 - second) * size.head_dim + merged * size.dim)
+    linear = 4 * size.dim * inner * sum(entering) + 2 * size.dim * size.mlp_dim * sum(leaving)
     return EncoderWork(
-        dense=2.0 * size.depth * n * dense,
-        attention=4.0 * size.depth * inner * n**2,
-        values=1.0 * size.depth * n * size.dim,
+        dense=2.0 * linear,
+        attention=4.0 * inner * sum(tokens**2 for tokens in entering) + 2.0 * matching,
+        values=size.dim * (sum(entering) + sum(leaving)) / 2,
     )
 
 
-def clip_work(model: ModelParams, *, drop_rate: float, candidates: int) -> EncoderWork:
+def clip_work(
+    model: ModelParams, *, drop_rate: float, candidates: int, merge_rate: float = 0.0
+) -> EncoderWork:
     """The encoders over one clip, its sound and its candidate texts, in pre-training."""
-    video, audio = num_video_tokens(model.video), num_audio_tokens(model.audio)
+    video = num_kept(num_video_tokens(model.video), drop_rate)
+    audio = num_kept(num_audio_tokens(model.audio), drop_rate)
     return (
-        encoder_work(resolve(model.video.size), num_kept(video, drop_rate) + 1)
-        + encoder_work(resolve(model.audio.size), num_kept(audio, drop_rate) + 1)
+        encoder_work(resolve(model.video.size), video + 1, merge_rate)
+        + encoder_work(resolve(model.audio.size), audio + 1, merge_rate)
         + encoder_work(resolve(model.text.size), model.text.words + 1).times(candidates)
     )
 
 
-def _products(size: SizeParams, n: int) -> float:
-    work = encoder_work(size, n)
+def _products(size: SizeParams, n: int, merge_rate: float = 0.0) -> float:
+    work = encoder_work(size, n, merge_rate)
     return work.dense + work.attention
 
 

@@ -8,7 +8,7 @@ B clips, N tokens.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 
@@ -69,6 +69,13 @@ def attention(
 def full_precision(values: Tensor) -> Tensor:
     """At least fp32: for features, for the statistics of batch norm, and for losses."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def exact_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in the type of the two, also where autocast would round them to bf16."""
+    kind = left.device.type
+    with nullcontext() if left.is_meta else torch.autocast(kind, enabled=False):
+        return left @ right
 
 
 class _HalfLinear(torch.autograd.Function):

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vatt.config import SizeName, SizeParams
+from vatt.model.merging import merge, num_merged, size_bias
 from vatt.model.operators import Linear, attention, full_precision
 from vatt.model.patches import Patches
 
@@ -51,7 +52,8 @@ class Attention(nn.Module):
 
     def forward(
         self, tokens: Tensor, bias: Tensor | None = None, *, wanted: int | None = None
-    ) -> Tensor:  # (B, N, D) -> (B, wanted or N, D)
+    ) -> tuple[Tensor, Tensor]:  # (B, N, D) -> (B, wanted or N, D), (B, heads, N, head_dim)
+        """The mixed values, and the keys, by which tokens are merged."""
         parts = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).unbind(2)
         query, key, value = (part.transpose(1, 2) for part in parts)
         is_learned = bias is not None and bias.shape[1] > 1  # for each head; a mask is for all
@@ -62,7 +64,7 @@ class Attention(nn.Module):
             bias = bias.to(query.dtype).requires_grad_()
         dropout = self.dropout if self.training else 0.0
         mixed = attention(query, key, value, bias=bias, scale=self.scale, dropout=dropout)
-        return self.out(rearrange(mixed, "b heads n d -> b n (heads d)"))
+        return self.out(rearrange(mixed, "b heads n d -> b n (heads d)")), key
 
 
 class MLP(nn.Module):
@@ -80,7 +82,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x)."""
+    """x + attention(norm x), then x + mlp(norm x); tokens may be merged in between."""
 
     def __init__(
         self, size: SizeParams, *, norm: Norm, bias: bool, scale: float, dropout: float
@@ -93,11 +95,35 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, tokens: Tensor, bias: Tensor | None = None, *, wanted: int | None = None
-    ) -> Tensor:  # (B, N, D) -> (B, wanted or N, D)
-        mixed = self.attention(self.attention_norm(tokens), bias, wanted=wanted)
+        self,
+        tokens: Tensor,
+        bias: Tensor | None = None,
+        sizes: Tensor | None = None,
+        *,
+        wanted: int | None = None,
+        merged: int = 0,
+    ) -> tuple[Tensor, Tensor | None]:  # (B, N, D) -> (B, wanted or N - merged, D), (B, N - merged)
+        """The tokens, and how many original ones each stands for; None: each for itself.
+
+        `sizes` (B, N), where given, take the place of a bias; `merged` tokens are merged away.
+        """
+        tokens, sizes = self.attend(tokens, bias, sizes, wanted=wanted, merged=merged)
+        return tokens + self.dropout(self.mlp(self.mlp_norm(tokens))), sizes
+
+    def attend(
+        self,
+        tokens: Tensor,
+        bias: Tensor | None,
+        sizes: Tensor | None,
+        *,
+        wanted: int | None = None,
+        merged: int = 0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The first half of the block, after which tokens are merged."""
+        bias = bias if sizes is None else size_bias(sizes)
+        mixed, keys = self.attention(self.attention_norm(tokens), bias, wanted=wanted)
         tokens = tokens[:, :wanted] + self.dropout(mixed)
-        return tokens + self.dropout(self.mlp(self.mlp_norm(tokens)))
+        return merge(tokens, keys, sizes, merged) if merged else (tokens, sizes)
 
 
 class Encoder(nn.Module):
@@ -126,15 +152,23 @@ class Encoder(nn.Module):
         biases: Sequence[Tensor | None] = (),
         *,
         wanted: int | None = None,
+        merge_rate: float = 0.0,
     ) -> Tensor:
         """(B, N, D) -> (B, N, D), or only the first `wanted` tokens, which saves most of a block.
 
-        `biases`, where given, holds one bias for each block.
+        `biases`, where given, holds one bias for each block. Without them, every block but the last
+        may merge a share of its tokens away; the first token is never merged.
         """
+        assert not (biases and merge_rate), "biases are for the tokens that there are at first"
+        sizes: Tensor | None = None
         biases = biases or [None] * len(self.blocks)
         for number, (block, bias) in enumerate(zip(self.blocks, biases, strict=True), start=1):
+            is_last = number == len(self.blocks)
+            merged = 0 if is_last else num_merged(tokens.shape[1], merge_rate)
             # Only these outputs of the last block are used.
-            tokens = block(tokens, bias, wanted=wanted if number == len(self.blocks) else None)
+            tokens, sizes = block(
+                tokens, bias, sizes, wanted=wanted if is_last else None, merged=merged
+            )
         return self.norm(tokens)
 
 
@@ -184,7 +218,7 @@ class Tower(nn.Module):
 
 
 class SignalTower(Tower):
-    """Video or audio."""
+    """Video or audio; `set_merging` changes its `merge_rate`."""
 
     def __init__(
         self, embed: nn.Module, encoder: Encoder, *, dim: int, width: int | None = None
@@ -192,11 +226,23 @@ class SignalTower(Tower):
         super().__init__(dim, width=width or dim)
         self.embed = embed
         self.encoder = encoder
+        self.merge_rate = 0.0
 
     def forward(self, inputs: Tensor | Patches, kept: Tensor | None = None) -> Tensor:
         """Raw input -> features (B, D), fp32; `kept` (B, K) names the tokens that go on."""
         tokens = self.prepend_agg(self.embed(inputs, kept))
-        return full_precision(self.encoder(tokens, wanted=1)[:, 0])
+        encoded = self.encoder(tokens, wanted=1, merge_rate=self.merge_rate)
+        return full_precision(encoded[:, 0])
+
+
+def set_merging(model: nn.Module, rate: float) -> None:
+    """From now on, let each block of the video and audio towers merge this share of its tokens.
+
+    The last block merges none, and text towers never merge. Weights stay as they are.
+    """
+    for part in model.modules():
+        if isinstance(part, SignalTower):
+            part.merge_rate = rate
 
 
 class TextTower(Tower):

@@ -12,7 +12,9 @@ An encoder block keeps for its backward pass, per clip:
                                 and they are few enough to keep
 Dropout adds a mask for each place where it acts. With activation checkpointing only the input of a
 block (n D 4) stays, and one block at a time has everything. Only the output of AGG is used of the
-last block: its first norm and q k v are computed for all tokens, the rest for one.
+last block: its first norm and q k v are computed for all tokens, the rest for one. Where a block
+merges tokens, all of it counts with those that enter it, and the shares of the merged ones are
+kept, too: r n / 2 c.
 """
 
 import math
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from vatt.config import FinetuneTaskParams, ModelParams, PretrainParams, SizeParams
 from vatt.flops import num_audio_tokens, num_video_tokens
+from vatt.model.merging import num_merged, token_counts
 from vatt.model.patches import audio_patch, num_kept
 from vatt.model.transformer import resolve
 from vatt.training.gradient_cache import micro_batch_sizes
@@ -200,18 +203,35 @@ def last_block_bytes(size: SizeParams, tokens: int, kind: NumberKind, *, masked:
     return tokens * of_all + of_agg
 
 
-def encoder_bytes(size: SizeParams, tokens: int, kind: NumberKind, *, masked: bool = False) -> int:
+def encoder_bytes(
+    size: SizeParams,
+    tokens: int,
+    kind: NumberKind,
+    *,
+    masked: bool = False,
+    merge_rate: float = 0.0,
+) -> int:
     """What an encoder keeps for one clip, including its last norm."""
-    block = block_bytes(size, tokens, kind, masked=masked)
+    *counts, last = token_counts(tokens, merge_rate, size.depth)
+    blocks = [
+        block_bytes(size, count, kind, masked=masked or count < tokens)
+        + num_merged(count, merge_rate) * (count // 2) * kind.number
+        for count in counts
+    ]
     if kind.checkpointing:
-        return size.depth * tokens * size.dim * FP32 + block
-    return (size.depth - 1) * block + last_block_bytes(size, tokens, kind, masked=masked)
+        largest = max(blocks, default=block_bytes(size, last, kind, masked=masked))
+        return (sum(counts) + last) * size.dim * FP32 + largest
+    masked = masked or last < tokens
+    return sum(blocks) + last_block_bytes(size, last, kind, masked=masked)
 
 
 def clip_bytes(model: ModelParams, params: PretrainParams, setting: BatchSettings) -> int:
     """What the three towers keep for one clip from the forward to the backward pass."""
     kind = number_kind(model, params, setting)
-    signals = sum(tower_bytes(model, tower, params.drop_rate, kind) for tower in ("video", "audio"))
+    signals = sum(
+        tower_bytes(model, tower, params.drop_rate, kind, params.merge_rate)
+        for tower in ("video", "audio")
+    )
     words = model.text.words
     sentence = words * INT64
     sentence += encoder_bytes(resolve(model.text.size), words + 1, kind, masked=True)
@@ -231,7 +251,9 @@ def number_kind(
     )
 
 
-def tower_bytes(model: ModelParams, tower: str, drop_rate: float, kind: NumberKind) -> int:
+def tower_bytes(
+    model: ModelParams, tower: str, drop_rate: float, kind: NumberKind, merge_rate: float = 0.0
+) -> int:
     """What the video or the audio tower keeps for one clip."""
     if tower == "video":
         num_tokens, values = num_video_tokens(model.video), math.prod(model.video.patch) * 3
@@ -243,7 +265,7 @@ def tower_bytes(model: ModelParams, tower: str, drop_rate: float, kind: NumberKi
     total = kept * values * kind.number  # the patches, projected
     if model.dropout > 0:
         total += kept * size.dim * (1 if kind.on_gpu else FP32)
-    return total + encoder_bytes(size, kept + 1, kind)
+    return total + encoder_bytes(size, kept + 1, kind, merge_rate=merge_rate)
 
 
 def signal_values(model: ModelParams) -> tuple[int, int]:
