@@ -249,7 +249,10 @@ def _measured(folder: Path, file: Path) -> dict[str, Any]:
     results = read_json(file, dict, hint="run `vattctl evaluate --force` in that experiment")
     checkpoint = load_config(folder / params.paths.pretrained)
     whole, rate = ModelParams.model_validate(checkpoint["model"]), params.pretrain.drop_rate
-    gflops = {"pretrain": multimodal_flops(whole, drop_rate=rate, convention="true") / 1e9}
+    forward = multimodal_flops(
+        whole, drop_rate=rate, merge_rate=params.pretrain.merge_rate, convention="true"
+    )
+    gflops = {"pretrain": forward / 1e9}
     for name in params.finetune.run:
         task = params.finetune.tasks[name]
         model = task_model(whole, task)

@@ -155,7 +155,7 @@ def test_the_recipe_chooses_the_loss_and_how_tokens_are_dropped(recipe, form, al
     params = tiny.model_params().model_copy(update={"recipe": recipe})
     module = Pretraining(tiny.make_model(params), tiny.pretrain_params()).eval()
     inputs = pretraining_inputs(module.model, tiny.make_batch(0), 0, drop_rate=0.5, seed=0)
-    video, audio, text, colour, kept_video, kept_audio, has_video, has_audio = inputs
+    video, audio, text, colour, kept_video, kept_audio, has_video, has_audio, _ = inputs
     video, audio = scaled(video, audio, colour)
     for kept in (kept_video, kept_audio):
         assert bool((kept == kept[0]).all()) is alike

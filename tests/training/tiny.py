@@ -21,21 +21,24 @@ BATCH_SIZE, CANDIDATES, WORDS = 8, 2, 4
 DEMO = load_params(Path(__file__).parents[2] / "presets" / "demo.yaml")
 
 
-def model_params(*, backbone: str = "specific", dropout: float = 0.0) -> ModelParams:
+def model_params(
+    *, backbone: str = "specific", dropout: float = 0.0, depth: int = 1
+) -> ModelParams:
     """Settings of a model that runs in a millisecond."""
+    size = SIZE | {"depth": depth}
     return ModelParams.model_validate(
         {
             "recipe": "paper",
             "backbone": backbone,
-            "video": {"size": SIZE, "frames": 4, "frame_size": 16, "patch": [2, 8, 8]},
+            "video": {"size": size, "frames": 4, "frame_size": 16, "patch": [2, 8, 8]},
             "audio": {
-                "size": SIZE,
+                "size": size,
                 "input": "waveform",
                 "samples": 128,
                 "patch": 16,
                 "mel_bins": None,
             },
-            "text": {"size": SIZE, "words": WORDS, "vocabulary": 32},
+            "text": {"size": size, "words": WORDS, "vocabulary": 32},
             "va_dim": 12,
             "vt_dim": 8,
             "dropout": dropout,

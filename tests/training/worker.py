@@ -39,6 +39,7 @@ CASES: dict[str, list[Case]] = {
     "one": [(3, "agnostic", True)],
 }
 CASES["quick"] += CASES["one"]
+FEWER_TOKENS: dict[str, Any] = {"depth": 3, "drop_by": "content", "merge_rate": 0.25}
 OPTIONS: dict[str, dict[str, Any]] = {  # settings of `machine`
     "checkpointed": {"activation_checkpointing": True, "zero_stage": 3},
     "optimizer offloaded": {"offload": "optimizer", "zero_stage": 2},
@@ -65,6 +66,7 @@ def main() -> None:
         results["types as on a GPU"] = [types_as_on_a_gpu(zero) for zero in range(4)]
         for backbone in BACKBONES:
             results["exact", backbone] = exact_gradients(backbone)
+            results["fewer tokens", backbone] = exact_gradients(backbone, **FEWER_TOKENS)
         for number, case in enumerate(CASES[os.environ["VATT_TEST_CASES"]]):
             results[case] = trained(*case, folder / str(number))
         for name, options in options_of(os.environ["VATT_TEST_CASES"]).items():
@@ -147,16 +149,17 @@ def batch_of(step: int) -> Batch:
 
 
 def exact_gradients(
-    backbone: str, micro_batch_size: int | None = 1
+    backbone: str, micro_batch_size: int | None = 1, *, depth: int = 1, **changes: Any
 ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Losses and gradients of a few batches in fp64 and plain torch, averaged over processes."""
-    model = tiny.make_model(tiny.model_params(backbone=backbone)).double()
-    params = tiny.pretrain_params()
+    model = tiny.make_model(tiny.model_params(backbone=backbone, depth=depth)).double()
+    params = tiny.pretrain_params(**changes)
     module = Pretraining(model, params, micro_batch_size=micro_batch_size)
     found = []
     for step in range(len(TEXTLESS)):
         own = tiny.part_of(batch_of(step), distributed.rank(), distributed.world_size())
-        inputs = pretraining_inputs(model, own, step, drop_rate=0.5, seed=0)
+        drawn = params.random_share
+        inputs = pretraining_inputs(model, own, step, drop_rate=0.5, seed=0, random_share=drawn)
         module.zero_grad()
         losses = module(*inputs)
         losses["loss"].backward()

@@ -150,7 +150,10 @@ class GpuSpeed:
             forward = pretraining_work(self.model, params).flops / params.batch_size / 3
             return passes * forward / (peak * self.share)
         work = clip_work(
-            self.model, drop_rate=params.drop_rate, candidates=params.text_candidates
+            self.model,
+            drop_rate=params.drop_rate,
+            candidates=params.text_candidates,
+            merge_rate=params.merge_rate,
         ).times(passes)
         if params.precision == "bf16":
             products = work.dense / DENSE_SHARE + work.attention / ATTENTION_SHARE

@@ -319,13 +319,12 @@ def _module(
     divided: dict[str, Any] = {"micro_batch_size": size, "kept_micro_batches": kept}
     batch = make_clips(job.params, settings.batch_size)
     if isinstance(settings, PretrainParams):
-        model, drop = checkpoint.build(job.params.model), settings.drop_rate
-        module: nn.Module = Pretraining(model, settings, **divided)
-        return module, lambda: pretraining_inputs(model, batch, 0, drop_rate=drop, seed=0)
+        pretraining = Pretraining(checkpoint.build(job.params.model), settings, **divided)
+        return pretraining, lambda: _inputs(pretraining, batch)
     classifier, names = job.classifier(), [str(number) for number in range(job.classes)]
     labelled = replace(batch, labels={settings.label: ["0"] * settings.batch_size})
-    module = Finetuning(classifier, settings, **divided)
-    return module, lambda: finetuning_inputs(
+    finetuning = Finetuning(classifier, settings, **divided)
+    return finetuning, lambda: finetuning_inputs(
         classifier, labelled, 0, params=settings, classes=names, seed=0
     )
 
@@ -434,10 +433,15 @@ def _engine(
     return make_engine(module, params.optimizer, params.precision, machine), module
 
 
+def _inputs(module: Pretraining, batch: Batch) -> tuple[Any, ...]:
+    """The clips as its forward pass takes them."""
+    drop, drawn = module.params.drop_rate, module.params.random_share
+    return pretraining_inputs(module.model, batch, 0, drop_rate=drop, seed=0, random_share=drawn)
+
+
 def _step(engine: Engine, module: Pretraining, batch: Batch) -> Callable[[], None]:
     def step() -> None:
-        drop = module.params.drop_rate
-        losses = engine(*pretraining_inputs(module.model, batch, 0, drop_rate=drop, seed=0))
+        losses = engine(*_inputs(module, batch))
         engine.update(losses["loss"], learning_rate=1e-6)
 
     return step

@@ -16,7 +16,18 @@ from vatt.data.loading.augment import change_colour_of_patches
 from vatt.data.loading.batches import Batch, scaled_audio, scaled_video
 from vatt.losses import FORMS, pretraining_loss
 from vatt.model.operators import full_precision
-from vatt.model.patches import PatchEmbedding, Patches, draw_kept, num_patches
+from vatt.model.patches import (
+    PatchEmbedding,
+    Patches,
+    audio_patch,
+    draw_kept,
+    draw_kept_by_energy,
+    energy_share,
+    motion_energy,
+    num_patches,
+    sound_energy,
+)
+from vatt.model.transformer import set_merging
 from vatt.model.vatt import VATT, Features
 from vatt.training import distributed
 from vatt.training.engine import Fused, Weights
@@ -51,6 +62,7 @@ class Pretraining(nn.Module):
         embed = model.video.get_submodule("embed")
         assert isinstance(embed, PatchEmbedding)
         self.visible = Visible(embed)
+        set_merging(model, params.merge_rate)
 
     def forward(
         self,
@@ -62,6 +74,7 @@ class Pretraining(nn.Module):
         kept_audio: Tensor | None,
         has_video: Tensor,
         has_audio: Tensor,
+        kept_energy: Tensor | None = None,  # (B / processes, 2) of video and audio, a share
     ) -> dict[str, Tensor]:
         """Losses of the global batch by name; `loss` is the one to minimise."""
         own = encode_in_micro_batches(
@@ -87,7 +100,11 @@ class Pretraining(nn.Module):
                 mil_nce_weight=self.params.mil_nce_weight,
                 form=FORMS[self.model.params.recipe],
             )
-        return {"loss": losses.total, "nce": losses.nce, "mil_nce": losses.mil_nce}
+            found = {"loss": losses.total, "nce": losses.nce, "mil_nce": losses.mil_nce}
+            if kept_energy is not None:
+                video_share, audio_share = distributed.gather(kept_energy).mean(0)
+                found |= {"kept_energy.video": video_share, "kept_energy.audio": audio_share}
+        return found
 
     def _encode(
         self,
@@ -157,7 +174,14 @@ def pretrain(model: VATT, params: PretrainParams, training: Training) -> Weights
     seed = training.seed
 
     def inputs_of(batch: Batch, step: int) -> tuple[Any, ...]:
-        return pretraining_inputs(model, batch, step, drop_rate=params.drop_rate, seed=seed)
+        return pretraining_inputs(
+            model,
+            batch,
+            step,
+            drop_rate=params.drop_rate,
+            seed=seed,
+            random_share=params.random_share,
+        )
 
     objective = Objective(
         Pretraining(model, params, **training.micro_batches()),
@@ -172,28 +196,46 @@ def pretrain(model: VATT, params: PretrainParams, training: Training) -> Weights
 
 
 def pretraining_inputs(
-    model: VATT, batch: Batch, step: int, *, drop_rate: float, seed: int
+    model: VATT,
+    batch: Batch,
+    step: int,
+    *,
+    drop_rate: float,
+    seed: int,
+    random_share: float = 1.0,
 ) -> tuple[Tensor | None, ...]:
-    """A batch as `Pretraining.forward` takes it, with the tokens that DropToken keeps."""
+    """A batch as `Pretraining.forward` takes it, with the tokens that DropToken keeps.
+
+    `random_share` of the kept ones are drawn; the others are those with the most motion or sound.
+    """
     batch = batch.to(distributed.device())
     first = distributed.rank() * len(batch.clip_ids)
     samples = torch.arange(first, first + len(batch.clip_ids), device=batch.video.device)
     if model.drops_alike:
         samples = torch.zeros_like(samples)
-
-    def kept(num_tokens: int, stream: str) -> Tensor | None:
-        if drop_rate == 0:
-            return None
-        return draw_kept(
-            num_tokens, drop_rate, seed=seed, step=step, samples=samples, stream=stream
-        )
-
-    kept_video = kept(model.num_video_tokens, "video")
-    kept_audio = kept(model.num_audio_tokens, "audio")
+    kept: dict[str, Tensor] = {}
+    energies = []
+    numbers = {"video": model.num_video_tokens, "audio": model.num_audio_tokens}
+    for stream, number in numbers.items() if drop_rate > 0 else ():
+        draw: dict[str, Any] = {"seed": seed, "step": step, "samples": samples, "stream": stream}
+        if random_share == 1:
+            kept[stream] = draw_kept(number, drop_rate, **draw)
+            continue
+        energy = _energy(model, batch, stream)
+        kept[stream] = draw_kept_by_energy(energy, drop_rate, random_share=random_share, **draw)
+        energies.append(energy_share(energy, kept[stream]))
     return (
         *(batch.video, batch.audio, batch.text, batch.colour),
-        *(kept_video, kept_audio, batch.has_video, batch.has_audio),
+        *(kept.get("video"), kept.get("audio"), batch.has_video, batch.has_audio),
+        torch.stack(energies, dim=1) if energies else None,
     )
+
+
+def _energy(model: VATT, batch: Batch, stream: str) -> Tensor:  # -> (B, N)
+    """How much there is to see or to hear in each token."""
+    if stream == "video":
+        return motion_energy(batch.video, model.params.video.patch)
+    return sound_energy(batch.audio, audio_patch(model.params.audio))
 
 
 def fingerprint(

@@ -128,7 +128,9 @@ class Work:
 def pretraining_work(model: ModelParams, params: PretrainParams) -> Work:
     """One step of pre-training."""
     drop, candidates = params.drop_rate, params.text_candidates
-    forward = multimodal_flops(model, drop_rate=drop, convention="true")
+    forward = multimodal_flops(
+        model, drop_rate=drop, merge_rate=params.merge_rate, convention="true"
+    )
     forward += (candidates - 1) * text_flops(model.text, convention="true")
     tokens = num_kept(num_video_tokens(model.video), drop)
     tokens += num_kept(num_audio_tokens(model.audio), drop) + candidates * model.text.words
