@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vatt.config import load_params
 from vatt.evaluation.classification import choose
-from vatt.evaluation.evaluate import EvaluationRequest, encode, measure, save_results, summary
+from vatt.evaluation.evaluate import EvaluationRequest, encode, measure, save_results, tracked
 from vatt.evaluation.features import ProcessShare
 from vatt.process import run_stage
 from vatt.progress import progress
@@ -40,7 +40,7 @@ def main() -> None:
             processes.close()  # only the first one measures
             if outputs is not None:
                 metrics, arrays = measure(outputs, request)
-                run.log(0, summary(metrics))
+                run.log(0, tracked(metrics, outputs))
                 file = paths.metrics / "evaluate.json"
                 save_results(metrics, arrays, file=file, folder=paths.evaluation)
                 run.artifacts(paths.evaluation, file)

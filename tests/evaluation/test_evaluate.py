@@ -7,13 +7,32 @@ import numpy as np
 import pytest
 import torch
 
-from tests.evaluation.project import make_project, measure, settings, tiny_model
+from tests.evaluation.project import (
+    MOTIONS,
+    both,
+    make_project,
+    measure,
+    settings,
+    tiny_model,
+)
+from tests.training.tiny import SIZE
 from vatt import checkpoint
+from vatt.config import ModelParams
 from vatt.data.loading.batches import labels_of
 from vatt.errors import DataError, SettingsError
 from vatt.evaluation import passes, retrieval
 from vatt.evaluation.classification import Checkpoints, Predictions, choose
-from vatt.evaluation.evaluate import SUMMARY, recall_curve, save_results, summary
+from vatt.evaluation.evaluate import (
+    SUMMARY,
+    EvaluationRequest,
+    costs,
+    encode,
+    recall_curve,
+    save_results,
+    summary,
+)
+from vatt.evaluation.evaluate import measure as measure_outputs
+from vatt.flops import audio_flops
 from vatt.model.vatt import VATT, Classifier
 
 
@@ -240,3 +259,58 @@ def test_validation_without_clips_says_what_to_set(project):
         retrieval.validation(
             tiny_model(params), chosen, shards=project / "shards", machine=params.machine
         )
+
+
+@pytest.fixture(scope="module")
+def deeper(tmp_path_factory, project):
+    """The same project with checkpoints of three layers, which can merge in two of them."""
+    folder = tmp_path_factory.mktemp("deeper")
+    (folder / "shards").symlink_to(project / "shards")
+    size = {"size": {**SIZE, "depth": 3}}
+    content = tiny_model(settings()).model_dump()
+    model = ModelParams.model_validate(
+        content | {name: content[name] | size for name in ("video", "audio", "text")}
+    )
+    torch.manual_seed(0)
+    words = folder / "shards" / "vocabulary.txt"
+    checkpoint.save(VATT(model), model, folder / "pretrained", vocabulary=words)
+    checkpoint.save(
+        Classifier(model, modality="audio", num_classes=len(MOTIONS), head_dropout=0.0),
+        model,
+        folder / "finetuned" / "audio-scratch",
+        extra={"classifier": {"modality": "audio", "classes": MOTIONS}},
+    )
+    return folder, model
+
+
+def test_merging_changes_answers_and_cost_and_a_rate_of_zero_changes_nothing(deeper, tmp_path):
+    folder, model = deeper
+    found = []
+    for rate in (None, 0.0, 0.25):
+        changes = {} if rate is None else {"merge_rate": rate}
+        request = EvaluationRequest(
+            settings().evaluate.model_copy(update=changes),
+            both(folder),
+            settings().finetune,
+            folder / "shards",
+            settings().machine.model_copy(update={"workers": 0}),
+            seed=0,
+        )
+        outputs = encode(request, cache=tmp_path, progress=lambda done, total: None)
+        metrics, evidence = measure_outputs(outputs, request)
+        found.append((metrics, evidence.arrays, costs(metrics, outputs)))
+    plain, zero, merged = found
+    assert plain[0] == zero[0]
+    audio = [arrays["predictions-audio-scratch"]["logits"] for _, arrays, _ in found]
+    video = [arrays["features"]["pretrained/video"] for _, arrays, _ in found]
+    assert np.array_equal(audio[0], audio[1]) and not np.allclose(audio[0], audio[2])
+    assert np.array_equal(video[0], video[1]) and not np.allclose(video[0], video[2])
+    names = {"cost.video", "cost.audio", "cost.audio-scratch"}
+    assert {f"{name}.gflops" for name in names} | {f"{name}.seconds" for name in names} | {
+        "cost.text.seconds"
+    } == merged[2].keys()
+    assert all(value > 0 for value in merged[2].values())
+    assert zero[2].keys() == {f"{name}.gflops" for name in names}  # all came from the cache
+    expected = audio_flops(model.audio, merge_rate=0.25, convention="true") / 1e9
+    assert merged[2]["cost.audio.gflops"] == merged[2]["cost.audio-scratch.gflops"] == expected
+    assert expected < plain[2]["cost.audio.gflops"]

@@ -30,6 +30,7 @@ from vatt.evaluation.passes import (
     classifier_predictions,
     encoder_features,
     encoder_insides,
+    gflops,
     vocabulary_of,
 )
 from vatt.evaluation.probes import ENCODERS, ProbeResults, passes_for, run_probes
@@ -82,6 +83,7 @@ class ModelOutputs:
     passes: dict[tuple[str, int], dict[str, FeatureSet]]  # split, windows -> encoder
     insides: dict[str, Array]
     answers: dict[Task, Predictions]
+    seconds: dict[str, float]  # of a window in each tower, of a view in each classifier
 
 
 def encode(
@@ -124,14 +126,21 @@ def encode(
         insides = encoder_insides(settings, encoder)
     answers = {
         (task, init): classifier_predictions(
-            settings, folder, request.finetune.tasks[task], clips=clips["test"]
+            settings,
+            folder,
+            request.finetune.tasks[task],
+            name=f"{task}-{init}",
+            clips=clips["test"],
         )
         for (task, init), folder in checkpoints.classifiers.items()
     }
     if share.rank > 0:
         return None
     return ModelOutputs(
-        passes, insides, {task: one for task, one in answers.items() if one is not None}
+        passes,
+        insides,
+        {task: one for task, one in answers.items() if one is not None},
+        settings.watch.seconds(),
     )
 
 
@@ -161,6 +170,8 @@ def measure(outputs: ModelOutputs, request: EvaluationRequest) -> tuple[Metrics,
             "windows": params.clips,
             "fps": params.fps,
             "precision": params.precision,
+            "merge_rate": params.merge_rate,
+            "gflops": _gflops(checkpoints, params.merge_rate),
             "caption_queries": params.caption_queries,
             "low_rank_steps": params.low_rank_steps,
             "resamples": params.bootstrap,
@@ -267,6 +278,32 @@ def _classification(
         }
         for task, runs in predictions.items()
         if all(len(run.clip_ids) for run in runs.values())
+    }
+
+
+def _gflops(checkpoints: Checkpoints, merge_rate: float) -> dict[str, float]:
+    """Operations of one window in each tower, and of one view in each classifier."""
+    found = gflops(checkpoints.encoder, merge_rate) if checkpoints.encoder else {}
+    for (task, init), folder in checkpoints.classifiers.items():
+        found[f"{task}-{init}"] = sum(gflops(folder, merge_rate).values())
+    return found
+
+
+def tracked(metrics: Metrics, outputs: ModelOutputs) -> dict[str, float]:
+    """What MLflow gets of an evaluation: its summary, and what it costs."""
+    return summary(metrics) | costs(metrics, outputs)
+
+
+def costs(metrics: Metrics, outputs: ModelOutputs) -> dict[str, float]:
+    """What a window costs in each tower, and a view in each classifier: `cost.video.gflops`.
+
+    Seconds are of encoders alone, without loading; what came from the cache has none.
+    """
+    measures = {"gflops": metrics["protocol"]["gflops"], "seconds": outputs.seconds}
+    return {
+        f"cost.{name}.{measure}": value
+        for measure, values in measures.items()
+        for name, value in values.items()
     }
 
 

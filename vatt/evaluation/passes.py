@@ -5,14 +5,17 @@ the activations of the MLP nodes. B clips of a batch, n of all batches, L words,
 width, M hidden nodes of an MLP.
 """
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+import statistics
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vatt.checkpoint import CONFIG, VOCABULARY, WEIGHTS, build, load, load_config
 from vatt.config import EvaluateParams, FinetuneTaskParams, MachineParams, ModelParams
@@ -39,7 +42,9 @@ from vatt.evaluation.features import (
     file_hash,
 )
 from vatt.evaluation.retrieval import draw_pool
-from vatt.model.vatt import MODALITIES, VATT, Classifier
+from vatt.flops import audio_flops, video_flops
+from vatt.model.transformer import set_merging
+from vatt.model.vatt import MODALITIES, VATT, Classifier, tower_of
 from vatt.progress import Progress
 
 
@@ -59,6 +64,44 @@ class Counter:
         self.report(min(self.before + done, self.total), self.total)
 
 
+@dataclass(slots=True)
+class Stopwatch:
+    """Seconds that modules take for one input, without loading: of each, the median batch's."""
+
+    batches: dict[str, list[float]] = field(default_factory=dict)
+
+    @contextmanager
+    def timing(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Time the modules' forward passes in the body."""
+        began: dict[str, float] = {}
+        hooks = []
+        for name, module in modules.items():
+
+            def start(*_: Any, name: str = name) -> None:
+                began[name] = _now()
+
+            def stop(_: nn.Module, inputs: Any, __: Any, name: str = name) -> None:
+                seconds = (_now() - began[name]) / len(inputs[0])
+                self.batches.setdefault(name, []).append(seconds)
+
+            hooks += [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def seconds(self) -> dict[str, float]:
+        """By module; what came from the cache has none."""
+        return {name: statistics.median(found) for name, found in self.batches.items()}
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @dataclass(frozen=True, slots=True)
 class PassSettings:
     """The settings that all passes share."""
@@ -70,6 +113,7 @@ class PassSettings:
     seed: int
     counter: Counter
     share: ProcessShare
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     def batches(
         self,
@@ -95,7 +139,8 @@ class PassSettings:
         """The parts of a cache key that identify the batches."""
         words = [] if sampling.vocabulary is None else [sampling.vocabulary]
         plain = replace(sampling, vocabulary=None)
-        how = self.params.batch_size, _device().type, self.params.precision
+        params = self.params
+        how = params.batch_size, _device().type, params.precision, params.merge_rate
         return (file_hash(self.shards / INDEX, *words), repr(plain), *how, *more)
 
 
@@ -121,15 +166,19 @@ def encoder_features(
             name: _encoder(pretrained) if name == "pretrained" else untrained(model, settings.seed)
             for name in names
         }
-        batches = settings.batches(split, sampling, (windows, 1))
-        return extract(
-            encoders,
-            batches,
-            progress=settings.counter.inside,
-            total=clips,
-            precision=settings.params.precision,
-            share=settings.share,
-        )
+        for encoder in encoders.values():
+            set_merging(encoder, settings.params.merge_rate)
+        timed = [encoders[name] for name in names if name == "pretrained"]
+        towers = {name: getattr(encoder, name) for encoder in timed for name in MODALITIES}
+        with settings.watch.timing(towers):
+            return extract(
+                encoders,
+                settings.batches(split, sampling, (windows, 1)),
+                progress=settings.counter.inside,
+                total=clips,
+                precision=settings.params.precision,
+                share=settings.share,
+            )
 
     found = cached(settings.cache, keys, compute, share=settings.share)
     settings.counter.add(clips)
@@ -154,6 +203,23 @@ def encoder_insides(settings: PassSettings, pretrained: Path) -> dict[str, Array
         ),
         share=settings.share,
     )
+
+
+def gflops(folder: Path, merge_rate: float) -> dict[str, float]:
+    """Operations of one window in the towers of an encoder, or of one view in a classifier's.
+
+    By modality, in GFLOPs; both products of attention count (vatt/flops.py, "true").
+    """
+    config = load_config(folder)
+    model = ModelParams.model_validate(config["model"])
+    towers = {
+        "video": video_flops(model.video, merge_rate=merge_rate, convention="true") / 1e9,
+        "audio": audio_flops(model.audio, merge_rate=merge_rate, convention="true") / 1e9,
+    }
+    if "classifier" not in config:
+        return towers
+    tower = tower_of(config["classifier"]["modality"])
+    return {tower: towers[tower]}
 
 
 def vocabulary_of(pretrained: Path) -> Path | None:
@@ -196,7 +262,7 @@ def _device() -> torch.device:
 
 
 def classifier_predictions(
-    settings: PassSettings, folder: Path, task: FinetuneTaskParams, *, clips: int
+    settings: PassSettings, folder: Path, task: FinetuneTaskParams, *, name: str, clips: int
 ) -> Predictions | None:
     """The predictions of a classifier for the test clips, in rank 0; None elsewhere."""
     config = load_config(folder)
@@ -214,19 +280,21 @@ def classifier_predictions(
     def compute() -> dict[str, Array]:
         classifier = load(folder)
         assert isinstance(classifier, Classifier), f"{folder} has no classifier"
-        answers = predict(
-            classifier.to(_device()),
-            settings.batches("test", sampling, views),
-            modality=task.modality,
-            label=task.label,
-            classes=classes,
-            progress=settings.counter.add,
-            precision=settings.params.precision,
-            share=settings.share,
-        )
+        set_merging(classifier, settings.params.merge_rate)
+        with settings.watch.timing({name: classifier.backbone}):
+            answers = predict(
+                classifier.to(_device()),
+                settings.batches("test", sampling, views),
+                modality=task.modality,
+                label=task.label,
+                classes=classes,
+                progress=settings.counter.add,
+                precision=settings.params.precision,
+                share=settings.share,
+            )
         if answers is None:
             return {}
-        return {name: getattr(answers, name) for name in ("clip_ids", "labels", "logits")}
+        return {key: getattr(answers, key) for key in ("clip_ids", "labels", "logits")}
 
     key = cache_key(
         "answers", _weights(folder), *settings.data(sampling, views, task.modality, task.label)

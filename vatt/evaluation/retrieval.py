@@ -22,6 +22,7 @@ from vatt.data.loading.reader import ShardIndex
 from vatt.errors import SettingsError
 from vatt.evaluation.features import Array, FeatureSet, extract
 from vatt.metrics import Floats, Metric, by_clip, measured, ranks
+from vatt.model.transformer import set_merging
 from vatt.model.vatt import VATT
 
 RECALLS = (1, 5, 10)
@@ -207,6 +208,7 @@ def validation(
             loading=loading,
         )
         encoder = _encoder(model, weights)
+        set_merging(encoder, params.merge_rate)
         found = extract(
             {SPLIT: encoder},
             batches,

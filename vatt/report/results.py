@@ -253,14 +253,20 @@ def retrieval_protocol(inputs: Inputs) -> str:
         )
     if protocol:
         sentences.append(f"{windows(protocol)} {protocol['fps']:g} frames per second, centre crop.")
-        if protocol.get("precision") == "bf16":
-            sentences.append("Encoders in bf16.")
+        sentences += computed(protocol)
     sentences.append(
         "Scores are cosines of mean embeddings; rows with “similarities averaged” average the "
         "cosines instead. Only the clip that the query belongs to is a hit; class@1: the nearest "
         "clip has the same class labels as the query."
     )
     return " ".join(sentences)
+
+
+def computed(protocol: dict[str, Any]) -> list[str]:
+    """How the encoders computed, where that is worth a sentence."""
+    in_bf16, merged = protocol.get("precision") == "bf16", protocol.get("merge_rate", 0.0)
+    sentences = ["Encoders in bf16."] if in_bf16 else []
+    return sentences + ([f"Each block merges {merged:.1%} of its tokens."] if merged else [])
 
 
 def windows(protocol: dict[str, Any]) -> str:
