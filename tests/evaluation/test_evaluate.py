@@ -27,6 +27,7 @@ from vatt.evaluation.evaluate import (
     EvaluationRequest,
     costs,
     encode,
+    headline,
     recall_curve,
     save_results,
     summary,
@@ -200,6 +201,8 @@ def test_results_are_saved_as_json_and_plain_arrays(measured, tmp_path):
     save_results(metrics, evidence, file=tmp_path / "evaluate.json", folder=tmp_path / "arrays")
     assert json.loads((tmp_path / "evaluate.json").read_text()) == metrics
     assert json.loads((tmp_path / "summary.json").read_text()) == summary(metrics)
+    shown = json.loads((tmp_path / "headline.json").read_text())
+    assert 0 < len(shown) <= 3 and shown.items() <= summary(metrics).items()
     with np.load(tmp_path / "arrays" / "features.npz", allow_pickle=False) as stored:
         assert stored["pretrained/video"].shape[0] == 12
     assert json.loads((tmp_path / "arrays" / "examples.json").read_text()) == evidence.examples
@@ -223,6 +226,20 @@ def test_the_summary_has_few_values_by_the_names_that_compare_prints(measured):
         summary({"retrieval": {}, "classification": tasks, "probes": {}})["task7-pretrained.top_5"]
         == 0.9
     )
+
+
+def test_the_headline_is_one_value_of_each_kind_and_short():
+    values = {
+        "text_to_video.recall_at_1": 0.1, "text_to_video.recall_at_10": 0.4,
+        "video_to_audio.recall_at_10": 0.3, "action-scratch.top_1": 0.1,
+        "action-pretrained.top_1": 0.2, "sound-pretrained.mean_ap": 0.2,
+        "probe-digit-low_rank.accuracy": 0.6, "probe-digit-svm.accuracy": 0.7,
+    }  # fmt: skip
+    assert headline(values) == {
+        "text_to_video.recall_at_10": 0.4, "action-pretrained.top_1": 0.2,
+        "probe-digit-svm.accuracy": 0.7,
+    }  # fmt: skip
+    assert headline({}) == {}
 
 
 def test_the_curve_of_retrieval_rises_and_passes_through_the_metrics(measured):

@@ -203,7 +203,7 @@ def measure(outputs: ModelOutputs, request: EvaluationRequest) -> tuple[Metrics,
 def save_results(metrics: Metrics, evidence: Evidence, *, file: Path, folder: Path) -> None:
     """Write the metrics as JSON and the arrays into a folder, each completely or not at all.
 
-    A second file next to the metrics, summary.json, holds their summary.
+    Next to the metrics, summary.json holds at most 60 of the values, and headline.json three.
     """
     with atomic_folder(folder) as temporary:
         for name, arrays in evidence.arrays.items():
@@ -213,13 +213,23 @@ def save_results(metrics: Metrics, evidence: Evidence, *, file: Path, folder: Pa
             (temporary / f"{clip}.webp").write_bytes(picture)
         (temporary / "examples.json").write_text(_to_json(evidence.examples), encoding="utf-8")
         (temporary / CURVE).write_text(_to_json(evidence.curve), encoding="utf-8")
-    for path, content in ((file, metrics), (file.with_name("summary.json"), summary(metrics))):
+    found = summary(metrics)
+    few = {"summary": found, "headline": headline(found)}
+    files = {file: metrics, **{file.with_stem(name): values for name, values in few.items()}}
+    for path, content in files.items():
         with atomic_write(path) as temporary_file:
             temporary_file.write_text(_to_json(content), encoding="utf-8")
 
 
+def headline(values: Mapping[str, float]) -> dict[str, float]:
+    """What DVC shows in a table that fits a screen: a search, a fine-tuning, a probe; the first."""
+    ends = (".recall_at_10", ("-pretrained.top_1", "-pretrained.mean_ap"), "svm.accuracy")
+    found = [next((name for name in values if name.endswith(end)), None) for end in ends]
+    return {name: values[name] for name in found if name is not None}
+
+
 def summary(metrics: Metrics) -> dict[str, float]:
-    """What DVC and MLflow show: `text_to_video.recall_at_10`, `action-pretrained.top_1`.
+    """What MLflow shows: `text_to_video.recall_at_10`, `action-pretrained.top_1`.
 
     At most 60 values of pre-trained and fine-tuned models; evaluate.json holds all, with their
     intervals.
