@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from tests.test_architecture import ROOT
 
 SCRIPT = """
 import errno, os
@@ -80,3 +83,32 @@ def test_a_stop_that_a_library_reports_as_its_failure_is_a_stop(tmp_path: Path, 
     done, outcome = end(tmp_path, body)
     assert done.returncode == outcome["code"] == 75
     assert "continues where it stopped" in str(outcome["message"])
+
+
+CHANGE = """
+    from pathlib import Path
+    file = Path('params.yaml')
+    file.write_text(file.read_text().replace({old!r}, {new!r}))
+    {leave}"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [
+        ("  min_clips: 100", "  min_clips: 101", 2),
+        ("  min_clips: 100", "  min_clips:   100 # no other value", 0),
+        ("  bootstrap: 1000", "  bootstrap: 1001", 0),  # of another stage
+    ],
+)
+@pytest.mark.parametrize("leave", ["", "raise SystemExit(0)"])  # as where processes were launched
+def test_settings_that_change_while_a_stage_runs_are_reported(
+    old: str, new: str, code: int, leave: str, tmp_path: Path
+) -> None:
+    text = (ROOT / "params.yaml").read_text()
+    assert text.count(old) == 1
+    (tmp_path / "params.yaml").write_text(text)
+    stages = {"sample": {"cmd": "true", "params": ["seed", "data"]}}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    done, outcome = end(tmp_path, CHANGE.format(old=old, new=new, leave=leave))
+    assert done.returncode == code, done.stderr
+    assert ("data.min_clips" in str(outcome.get("message"))) == bool(code)

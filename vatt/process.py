@@ -15,13 +15,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
-from vatt.errors import Stopped, VattError, machine_error, redact, redact_logs
+from vatt.errors import SettingsError, Stopped, VattError, machine_error, redact, redact_logs
 from vatt.files import atomic_write, lock
 
 FOLDER = Path(".vattctl")  # in the project's root; locks, the last outcome, the last traceback
@@ -58,7 +59,8 @@ def _run(stage: str, main: Callable[[], None]) -> int:
         if is_first_process() and LAUNCHED_VARIABLE not in os.environ:
             _stop_without_dvc()
             busy = f"busy: another process runs the stage {stage} in this project"
-            with lock(SETTINGS_LOCK, shared=True), lock(FOLDER / f"{stage}.lock", busy=busy):
+            own = lock(FOLDER / f"{stage}.lock", busy=busy)
+            with lock(SETTINGS_LOCK, shared=True), own, same_settings(stage):
                 main()
         else:  # whoever launched this process holds the lock
             main()
@@ -66,6 +68,60 @@ def _run(stage: str, main: Callable[[], None]) -> int:
         _ignore_signals()
         return _leave_with(stage, error)
     return 0
+
+
+@contextlib.contextmanager
+def same_settings(stage: str) -> Iterator[None]:
+    """Refuse to end well if the stage's settings in params.yaml were changed while it ran.
+
+    DVC would record the new ones as those of the results.
+    """
+    file = Path("params.yaml")
+    before = file.read_bytes() if file.is_file() else b""
+    try:
+        yield
+    except SystemExit as end:  # processes that it launched did the work
+        if end.code:
+            raise
+    if before and (not file.is_file() or file.read_bytes() != before):
+        changed = _changed_settings(stage, before, file)
+        if changed:
+            raise SettingsError(
+                f"params.yaml was changed while {stage} ran ({', '.join(changed)}); the results "
+                "are those of the old settings, so DVC does not record them",
+                hint="run it again; with the old settings back, a training ends at once",
+            )
+
+
+def _changed_settings(stage: str, before: bytes, file: Path) -> list[str]:
+    """The settings of a stage that differ now, of those that dvc.yaml declares."""
+    import yaml
+
+    from vatt.config import load_params, parse_params
+
+    declared = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    kind, _, variant = stage.partition("-")
+    own = declared[kind].get("do", declared[kind])
+    old = parse_params(yaml.safe_load(before), source=file).model_dump(mode="json")
+    new = load_params(file).model_dump(mode="json")
+    found = []
+    for key in own.get("params", []):
+        name = str(key).replace("${item.task}", variant.rpartition("-")[0])
+        one, other = old, new
+        for part in name.split("."):
+            one, other = (section.get(part, {}) for section in (one, other))
+        found += _differing(name, one, other)
+    return found
+
+
+def _differing(key: str, one: Any, other: Any) -> list[str]:
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [] if one == other else [key]
+    return [
+        inner
+        for name in {**one, **other}
+        for inner in _differing(f"{key}.{name}", one.get(name), other.get(name))
+    ]
 
 
 def _leave_with(stage: str, error: BaseException) -> int:
