@@ -338,6 +338,24 @@ def test_numbers_of_too_few_clips_are_named_and_not_shown_as_results(tmp_path):
     assert "6 clips searched; 50" in (place.report / "report.md").read_text()
 
 
+def test_probes_and_classifiers_that_were_tested_on_too_few_clips_are_muted_in_every_table(
+    tmp_path,
+):
+    place = paths(tmp_path)
+    leave_run(place)
+    few = evaluation()
+    for run in (few["probes"]["digit"]["svm"], few["classification"]["action"]):
+        for one in (run["pretrained"].get("top_1", run["pretrained"]), run["difference"]):
+            one["n"] = 6
+    write(place.metrics / "evaluate.json", few)
+    html = page(place)
+    for shown in ("55.2", "44.5", "+21.5", "+16.2"):
+        assert f'<td class="unsure">{shown}' in html and f'<td class="ours">{shown}' not in html
+    assert html.count("30 or more clips are needed") >= 2
+    assert "top-1; better" not in html.partition("Fine-tuned accuracy")[2].partition("sound")[0]
+    assert '<td class="ours">71.1' in html  # enough clips
+
+
 def test_a_task_that_became_worse_is_called_worse_whatever_the_first_one_is(tmp_path):
     place = paths(tmp_path)
     leave_run(place)

@@ -20,6 +20,7 @@ from vatt.report.tables import (
     signed,
     too_few,
     verdict,
+    with_few,
 )
 
 Metric = dict[str, Any]
@@ -320,14 +321,14 @@ def _probe_table(inputs: Inputs) -> Table:
         TableRow(
             name,
             (
-                metric_cell(run.get("pretrained")),
+                metric_cell(run["pretrained"]),
                 metric_cell(run.get("untrained"), "baseline"),
                 difference_cell(run.get("difference")),
                 chance_cell(run.get("pretrained")),
                 Cell(_num_clips(run["pretrained"], inputs), "text"),
             ),
             "ours",
-            PROBES.get(kind, kind),
+            with_few(PROBES.get(kind, kind), run["pretrained"]),
         )
         for name, kinds in (inputs.lookup("probes") or {}).items()
         for kind, run in kinds.items()
@@ -419,6 +420,7 @@ def _classification_row(inputs: Inputs, name: str, measure: str, runs: dict[str,
     difference = runs.get("difference")
     known = ours or scratch
     assert known is not None
+    found = verdict(difference) if first and not too_few(known) else ""
     return TableRow(
         name,
         (
@@ -429,7 +431,7 @@ def _classification_row(inputs: Inputs, name: str, measure: str, runs: dict[str,
             Cell(of_listed(known["n"], inputs), "text"),
         ),
         "ours",
-        "; ".join(filter(None, [measure.replace("_", "-"), verdict(difference) if first else ""])),
+        with_few("; ".join(filter(None, [measure.replace("_", "-"), found])), known),
     )
 
 

@@ -63,14 +63,27 @@ def too_few(metric: dict[str, Any], *, searched: bool = False) -> int | None:
     return fewest if isinstance(number, int) and number < fewest else None
 
 
-def metric_cell(metric: dict[str, Any] | None, kind: CellKind = "ours", *, why: str = "") -> Cell:
+def tested_kind(metric: dict[str, Any]) -> CellKind:
+    """How a probe's or a classifier's number is shown: muted where too few clips were tested."""
+    return "unsure" if too_few(metric) else "ours"
+
+
+def with_few(note: str, metric: dict[str, Any]) -> str:
+    """The note of a row, with how many clips are needed where there are too few."""
+    needed = too_few(metric)
+    return f"{note}; {needed} or more clips are needed" if needed else note
+
+
+def metric_cell(
+    metric: dict[str, Any] | None, kind: CellKind | None = None, *, why: str = ""
+) -> Cell:
     """A share with its interval; `not run` and the reason if there is no metric."""
     if metric is None:
         return Cell(NOT_RUN, "not_run", why)
     detail = f"{100 * metric['low']:.1f} – {100 * metric['high']:.1f}"
     if "deviation" in metric:  # between official splits
         detail += f", ± {100 * metric['deviation']:.1f}"
-    return Cell(percent(metric["value"]), kind, detail)
+    return Cell(percent(metric["value"]), kind or tested_kind(metric), detail)
 
 
 def main_measure(run: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -86,12 +99,14 @@ def rank_cell(metric: dict[str, Any] | None, kind: CellKind = "ours", *, why: st
     return Cell(value, kind, f"{low} – {high}")
 
 
-def plain_cell(metric: dict[str, Any] | None, kind: CellKind = "ours", *, why: str = "") -> Cell:
+def plain_cell(
+    metric: dict[str, Any] | None, kind: CellKind | None = None, *, why: str = ""
+) -> Cell:
     """A number that is not a share (d') with its interval."""
     if metric is None:
         return Cell(NOT_RUN, "not_run", why)
     value, low, high = (f"{metric[key]:.3f}" for key in ("value", "low", "high"))
-    return Cell(value, kind, f"{low} – {high}")
+    return Cell(value, kind or tested_kind(metric), f"{low} – {high}")
 
 
 def difference_cell(metric: dict[str, Any] | None, *, why: str = "") -> Cell:
@@ -99,7 +114,7 @@ def difference_cell(metric: dict[str, Any] | None, *, why: str = "") -> Cell:
     if metric is None:
         return Cell(NOT_RUN, "not_run", why)
     value, low, high = (100 * metric[key] for key in ("value", "low", "high"))
-    kind: CellKind = "ours" if low > 0 or high < 0 else "unsure"
+    kind = tested_kind(metric) if low > 0 or high < 0 else "unsure"
     return Cell(f"{signed(value)}{NO_BREAK}points", kind, f"{signed(low)} to {signed(high)}")
 
 
