@@ -1,7 +1,10 @@
 """Checkpoints as MLflow models: they answer for files and words, and hold no pickle."""
 
 import json
+import shutil
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import pytest
@@ -74,6 +77,23 @@ def test_models_are_kept_in_the_project_s_store_alone(project):
     for version in versions.values():
         model = client.get_logged_model(version.source.removeprefix("models:/"))
         assert model.source_run_id == version.run_id
+
+
+def test_models_of_a_project_that_was_moved_lead_to_the_files_that_came_along(project, tmp_path):
+    folder, params = project
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    for file in (moved / "store").rglob("MLmodel"):
+        file.write_text(file.read_text() + "moved: true\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(moved)
+        client = mlflow._connect(params.machine)
+    for version in client.search_model_versions():
+        model = client.get_logged_model(version.source.removeprefix("models:/"))
+        place = client.get_model_version_download_uri(version.name, version.version)
+        for kept in (model.artifact_location, place):
+            assert kept.startswith((moved / "store").as_uri())
+            assert (Path(url2pathname(urlsplit(kept).path)) / "MLmodel").is_file()
 
 
 def test_a_registered_encoder_embeds_a_video_and_a_sentence(project, tmp_path):

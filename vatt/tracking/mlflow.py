@@ -696,15 +696,23 @@ def _keep_artifacts_beside(uri: str) -> None:
             ours = f"/{ARTIFACTS}/{new.rpartition('/')[2]}"
             if old == new or not str(old).endswith(ours) or _is_same_folder(old, new):
                 continue
-            database.execute(
-                "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?)"
-                " WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?",
-                (new, len(old) + 1, number, len(old) + 1, f"{old}/"),
-            )
+            for table, column in PLACES.items():
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?)"
+                    f" WHERE substr({column}, 1, ?) = ?",
+                    (new, len(old) + 1, len(old) + 1, f"{old}/"),
+                )
             database.execute(
                 "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?",
                 (new, number),
             )
+
+
+PLACES = {  # tables and columns that name folders below an experiment's
+    "runs": "artifact_uri",
+    "logged_models": "artifact_location",
+    "model_versions": "storage_location",
+}
 
 
 def _is_same_folder(one: str, other: str) -> bool:
