@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 # --- what a command would run ---------------------------------------------------------------------
 
 LONG_SECONDS = 3600.0  # of training: ask before it
-STEP_SHARE = 0.25  # of the speed of plain products on a CPU that a whole training step reaches
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,26 +200,14 @@ def forecast_training(params: "Params") -> float:
     from vatt.plan.memory import count
 
     place = plans.this_place(params)
-    if place.device is None:
-        return training_work(params.model, params.pretrain) / (_products() * STEP_SHARE)
     counts = count(params.model)
+    if place.device is None:
+        from vatt.plan.trial import rough_step
+
+        return params.pretrain.steps * rough_step(params, counts)
     speed = plans.GpuSpeed(place.device, params.model, params.pretrain, counts)
     seconds = speed(plans.as_set(params, place)).total
     return params.pretrain.steps * seconds
-
-
-def _products(side: int = 768, rounds: int = 6) -> float:
-    """Operations per second of plain products on this machine's CPU."""
-    import time
-
-    import torch
-
-    one, other = torch.randn(side, side), torch.randn(side, side)
-    one @ other
-    began = time.perf_counter()
-    for _ in range(rounds):
-        one @ other
-    return rounds * 2.0 * side**3 / (time.perf_counter() - began)
 
 
 def ask_before_hours(plans: Sequence[StagePlan], *, yes: bool) -> None:
@@ -228,7 +215,9 @@ def ask_before_hours(plans: Sequence[StagePlan], *, yes: bool) -> None:
     training = next((one for one in plans if one.stage == "pretrain" and one.why), None)
     if training is None or training.seconds is None:
         return
-    about = f"the pre-training takes about {duration(training.seconds)} ({training.source})"
+    rough = "a rough forecast: `vattctl plan` tries real steps"
+    source = rough if training.source == "forecast" else training.source
+    about = f"the pre-training takes about {duration(training.seconds)} ({source})"
     click.echo(f"forecast: {about}", err=True)
     if training.seconds > LONG_SECONDS and not yes and sys.stdin.isatty() and sys.stderr.isatty():
         click.confirm("start it?", abort=True, err=True, default=True)
@@ -506,14 +495,16 @@ def _rows(one: "Forecast", price: float | None) -> dict[str, str]:
         "activation checkpointing": "yes" if setting.activation_checkpointing else "no",
     }
     for name, words in PARTS.items():
-        rows[f"memory: {words}"] = _bytes(getattr(one.memory, name))
+        value = getattr(one.memory, name)
+        rows[f"memory: {words}"] = _bytes(value) if value else "0 at the peak"
     rows["memory at the peak"] = _bytes(one.memory.total) + ("" if one.fits else " - too much")
     for name in ("compute", "loss", "update", "network", "loader"):
         value = getattr(seconds, name)
         rows[f"step: {name}"] = _time(value) if value else "-"
     rows["a step"] = f"{_time(seconds.total)}, bound by {seconds.bound}"
-    rows["samples a second"] = f"{one.samples_per_second:,.0f}"
-    rows["days"] = f"{one.days:,.2f}"
+    rate = one.samples_per_second
+    rows["samples a second"] = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+    rows["all steps"] = duration(one.days * 86400) if one.days < 1 else f"{one.days:,.2f} days"
     rows["device-hours"] = f"{one.device_hours:,.1f}"
     rows["energy"] = f"{one.kwh:,.1f} kWh"
     if price is not None:

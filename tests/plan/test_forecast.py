@@ -27,6 +27,7 @@ from vatt.plan.forecast import (
     settings,
 )
 from vatt.plan.memory import BatchSettings, Counts, batch_bytes, count, memory
+from vatt.plan.trial import clear_size
 from vatt.training.telemetry import GPUS, pretraining_work
 
 PAPER = load_params(Path(__file__).parents[2] / "presets" / "paper.yaml")
@@ -124,6 +125,13 @@ def test_a_trial_s_step_is_its_clips_and_what_every_step_costs():
     assert found.busy == pytest.approx(1.24) and found.total == 2.0 and found.bound == "loader"
     speed = TrialSpeed(trial, tiny.pretrain_params(batch_size=64), network=lambda setting: 0.3)
     assert speed(BatchSettings()).busy == pytest.approx(1.54)
+
+
+def test_a_trial_of_a_large_model_takes_more_clips_until_they_show_in_the_time():
+    # 4 clips take less than 1.3 times the 5 s of 1: at most 0.5 s a clip, so 30 clips in 15 s more
+    assert clear_size(1, 4, seconds=5.0, most=64) in (29, 30)
+    assert clear_size(1, 4, seconds=5.0, most=16) == 16  # that fit
+    assert clear_size(1, 4, seconds=30.0, most=64) == 4  # too slow to try more
 
 
 def test_days_hours_energy_by_hand():

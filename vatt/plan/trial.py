@@ -35,18 +35,24 @@ from vatt.config import (
 from vatt.data.loading.batches import Batch, Loading, Sampling, open_index, train_batches
 from vatt.errors import MachineError
 from vatt.files import atomic_write
+from vatt.flops import encoder_work, num_video_tokens
 from vatt.losses import FORMS, pretraining_loss
+from vatt.model.patches import num_kept
+from vatt.model.transformer import Block, layer_norm, resolve
 from vatt.model.vatt import VATT, Classifier, Features
 from vatt.plan.forecast import (
+    UPDATE_BYTES,
     USABLE,
     Place,
     Trial,
     forecast_memory,
+    largest_micro_batch,
     plain_setting,
     this_place,
     widest,
 )
 from vatt.plan.memory import (
+    FP32,
     BatchSettings,
     Counts,
     changes_colour,
@@ -62,6 +68,9 @@ from vatt.training.pretrain import Pretraining, pretraining_inputs
 from vatt.training.telemetry import pretraining_work
 
 ROUNDS = 3  # the result is their median
+LONG = 3.0  # seconds: such a step is measured once, after the one that warms up
+CLEAR = 1.3  # the larger batch must take so many times as long: less may be noise
+LONGEST = 20.0  # seconds that a step of the trial may take
 SECONDS = 1.0  # target for the larger of the two batches
 GUESS = 2e11  # operations per second, to choose the size of the batches
 LARGEST = 32  # clips
@@ -371,20 +380,65 @@ def trial(params: Params) -> Trial:
     large = max(4, min(LARGEST, int(SECONDS * GUESS / flops)))
     small = max(1, large // 4)
     engine, module = _engine(params.model, pretrain, params.machine)
-    losses = {
-        size: _median(_loss_step(module.model, pretrain, size))
-        for size in {small, large, pretrain.batch_size}
-    }
     module.micro_batch_size = None
-    times = {
-        size: _median(_step(engine, module, make_clips(params, size))) - losses[size]
-        for size in (small, large)
-    }
+    whole = pretrain.batch_size
+    losses = {whole: _median(_loss_step(module.model, pretrain, whole))}
+    times: dict[int, float] = {}
+
+    def measure(size: int) -> None:
+        losses[size] = _median(_loss_step(module.model, pretrain, size))
+        times[size] = _median(_step(engine, module, make_clips(params, size))) - losses[size]
+
+    measure(small)
+    measure(large)
+    if times[large] < CLEAR * times[small]:  # a large model's update hides so few clips
+        place = this_place(params)
+        setting = plain_setting(params.machine, place)
+        most = largest_micro_batch(params, setting, place, count(params.model)) or large
+        large = clear_size(small, large, times[small], most)
+        if large not in times:
+            measure(large)
     clip = max(0.0, (times[large] - times[small]) / (large - small))
     fixed = max(0.0, times[small] - small * clip)
     module.micro_batch_size, module.kept_micro_batches = max(1, large // 2), 0
     cached = _median(_step(engine, module, make_clips(params, large))) - losses[large]
     return Trial(fixed, clip, max(clip, (cached - fixed) / large), losses)
+
+
+BLOCK_CLIPS = 16  # that go through a block at once
+BLOCK_SHARE = 0.5  # of a block's speed that a whole step reaches on a CPU
+MOVED = 2**24  # numbers that are added to others
+
+
+def rough_step(params: Params, counts: Counts) -> float:
+    """Seconds of a step on a CPU: a block and an addition are measured, the rest is counted."""
+    pretrain, size = params.pretrain, resolve(params.model.video.size)
+    tokens = num_kept(num_video_tokens(params.model.video), pretrain.drop_rate) + 1
+    block = Block(size, norm=layer_norm, bias=True, scale=size.head_dim**-0.5, dropout=0.0)
+    inputs = torch.randn(min(BLOCK_CLIPS, pretrain.batch_size), tokens, size.dim)
+
+    def both_ways() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=pretrain.precision == "bf16"):
+            block(inputs.requires_grad_()).sum().backward()
+
+    work = encoder_work(size, tokens)
+    block_work = 3 * (work.dense + work.attention) / size.depth * len(inputs)
+    both_ways()
+    speed = block_work / min(_timed(both_ways) for _ in range(ROUNDS))
+    numbers, others = torch.zeros(MOVED), torch.ones(MOVED)
+    bandwidth = 3 * FP32 * MOVED / min(_timed(lambda: numbers.add_(others)) for _ in range(ROUNDS))
+    # Several processes share the cores and the memory: together they are as fast as one.
+    computed = pretraining_work(params.model, pretrain).flops / (speed * BLOCK_SHARE)
+    return computed + counts.trained * UPDATE_BYTES / bandwidth
+
+
+def clear_size(small: int, large: int, seconds: float, most: int) -> int:
+    """The clips of a larger batch, at most `most`, of which a step takes `LONGEST` at most.
+
+    Known is that `large` clips take less than `CLEAR` times the `seconds` of `small` ones.
+    """
+    clip = (CLEAR - 1) * seconds / (large - small)  # at most
+    return max(large, min(most, int((LONGEST - seconds) / clip)))
 
 
 def steps(params: Params) -> TrialResult:
@@ -469,11 +523,11 @@ def _loss_step(model: VATT, params: PretrainParams, size: int) -> Callable[[], N
 
 
 def _median(step: Callable[[], None]) -> float:
-    step()
-    return statistics.median(_timed(step) for _ in range(ROUNDS))
+    rounds = 1 if _timed(step) > LONG else ROUNDS
+    return statistics.median(_timed(step) for _ in range(rounds))
 
 
-def _timed(step: Callable[[], None]) -> float:
+def _timed(step: Callable[[], object]) -> float:
     began = time.perf_counter()
     step()
     if torch.cuda.is_available():
