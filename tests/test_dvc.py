@@ -4,7 +4,10 @@ import contextlib
 import fcntl
 import json
 import os
+import pty
 import random
+import re
+import select
 import shutil
 import signal
 import subprocess
@@ -18,7 +21,7 @@ import pytest
 import yaml
 
 from tests.test_architecture import ROOT
-from vattctl.dvc import repair
+from vattctl.dvc import ANSWER, changed_stages, repair
 
 STAGE = """
 import time
@@ -190,6 +193,133 @@ def test_a_dead_stage_without_a_reason_is_dvcs_error(project: Path) -> None:
     assert "its message is above" in done.stderr
 
 
+def test_settings_that_an_editor_changes_while_a_stage_runs_are_not_recorded(
+    project: Path,
+) -> None:
+    pipeline = yaml.safe_load((project / "dvc.yaml").read_text())
+    pipeline["stages"]["download"]["params"] = ["seed"]
+    (project / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
+    process = start(project, "vattctl.cli", "repro")
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("\nseed: 0", "\nseed: 1"))
+    (project / "wait").unlink()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert "params.yaml was changed while download ran (seed)" in output
+    assert not (project / "dvc.lock").exists()
+    succeeds(project, "repro")
+    assert "seed: 1" in (project / "dvc.lock").read_text()
+
+
+# --- on a terminal --------------------------------------------------------------------------------
+
+SAVING = """
+import time
+from pathlib import Path
+from vatt.process import run_stage
+
+def main():
+    try:
+        Path("began").touch()
+        while Path("wait").exists():
+            time.sleep(0.1)
+    except KeyboardInterrupt:  # as a training that saves its state
+        time.sleep(3)
+        Path("saved").touch()
+        raise
+
+run_stage("download", main)
+"""
+TOKENS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+")
+
+
+class Terminal:
+    """A command on a terminal of its own: what it writes, and the keys that a person presses."""
+
+    def __init__(self, project: Path, *command: str) -> None:
+        self.child, self.screen = pty.fork()
+        if self.child == 0:
+            os.chdir(project)
+            os.environ.update(ENVIRONMENT, TERM="xterm", COLUMNS="100", LINES="40")
+            os.execv(sys.executable, [sys.executable, "-m", *command])
+        self.seen = ""
+
+    def read(self, until: str = "\0", seconds: float = 90) -> str:
+        """All that was written, up to some words or to the end."""
+        deadline = time.monotonic() + seconds
+        while until not in self.seen:
+            assert time.monotonic() < deadline, self.seen
+            if select.select([self.screen], [], [], 0.1)[0]:
+                try:
+                    self.seen += os.read(self.screen, 65536).decode(errors="replace")
+                except OSError:  # the command has ended
+                    break
+        return self.seen
+
+    def press(self, key: bytes) -> None:
+        os.write(self.screen, key)
+
+    def close(self) -> int:
+        """The exit code."""
+        os.close(self.screen)
+        return os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+
+    def lines(self) -> list[str]:
+        """What is left on the screen: later text has replaced what the cursor went back to."""
+        rows, row, column = [""], 0, 0
+        for token in TOKENS.findall(self.seen):
+            if token == "\n":
+                row, column = row + 1, 0
+                rows += [""] * (row + 1 - len(rows))
+            elif token == "\r":
+                column = 0
+            elif token.startswith("\x1b"):
+                if token.endswith("A"):
+                    row -= int(token[2:-1] or 1)
+                if token.endswith("K"):
+                    rows[row] = ""
+            else:
+                before, after = rows[row][:column].ljust(column), rows[row][column + len(token) :]
+                rows[row], column = before + token + after, column + len(token)
+        return [line.rstrip() for line in rows]
+
+
+def test_a_terminal_shows_one_table_of_the_stages_with_their_last_states(project: Path) -> None:
+    terminal = Terminal(project, "vattctl.cli", "repro")
+    assert "waiting" in terminal.read(until="running")
+    (project / "wait").unlink()
+    terminal.read()
+    assert terminal.close() == 0, terminal.seen
+    lines = terminal.lines()
+    for stage in ("download", "preprocess"):
+        (line,) = [line for line in lines if line.startswith(f"{stage} ")]
+        assert line.split()[1] == "done" and line.endswith(" s"), lines
+    assert "Running stage" not in terminal.seen
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_once_or_twice_ends_with_one_line_after_the_stage_has_ended(
+    project: Path, presses: int
+) -> None:
+    (project / "stages/download.py").write_text(SAVING)
+    terminal = Terminal(project, "vattctl.cli", "repro")
+    wait_until((project / "began").exists)
+    terminal.read(until="running")
+    for _ in range(presses):
+        terminal.press(b"\x03")
+        terminal.read(until="stopping")
+        time.sleep(0.5)
+    terminal.read()
+    assert terminal.close() == 130, terminal.seen
+    assert (project / "saved").exists() == (presses == 1)
+    lines = terminal.lines()
+    assert sum("To continue: vattctl repro" in line for line in lines) == 1, lines
+    assert "Traceback" not in terminal.seen and "rror" not in terminal.seen, terminal.seen
+    (line,) = [line for line in lines if line.startswith("download ")]
+    assert line.split()[1] == "stopped", lines
+    assert processes(project) == []
+
+
 @pytest.fixture(scope="module")
 def run_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
@@ -291,6 +421,30 @@ def test_without_a_copy_complete_stages_of_a_torn_dvc_lock_remain(finished: Path
     output = succeeds(finished, "repro")
     assert "the stages that it lacked count as changed" in output
     assert "'download' didn't change" in output
+
+
+CHANGES = {
+    "an output changed": lambda project: (project / "data/out.txt").write_text("else"),
+    "an output is gone": lambda project: (project / "data/copy.txt").unlink(),
+    "the cache is gone": lambda project: shutil.rmtree(project / ".dvc/cache"),
+    "the pipeline": lambda project: (project / "dvc.yaml").write_text(
+        (project / "dvc.yaml").read_text().replace("cp data", "cp -f data")
+    ),
+    "what was recorded": lambda project: (project / "dvc.lock").unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_last_answer_of_dvc_status_holds_until_a_file_changes(
+    finished: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished)
+    assert changed_stages() == {}
+    (finished / ANSWER).write_text((finished / ANSWER).read_text().replace("{}", '{"kept": []}'))
+    assert changed_stages() == {"kept": []}  # DVC was not asked again
+    CHANGES[change](finished)
+    assert changed_stages().keys() & {"download", "preprocess"}
+    assert "kept" not in changed_stages()
 
 
 def test_a_merge_conflict_in_dvc_lock_is_named(finished: Path) -> None:

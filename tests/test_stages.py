@@ -123,6 +123,15 @@ def test_status_names_each_stage_and_its_run(finished: Path) -> None:
     assert all(len(row["run_id"]) == 32 for row in rows)
 
 
+def test_a_second_status_starts_no_dvc_and_takes_less_than_a_second(finished: Path) -> None:
+    first = vattctl(finished, "status", "--json").stdout
+    before = os.times()
+    assert vattctl(finished, "status", "--json").stdout == first
+    after = os.times()
+    used = after.children_user - before.children_user
+    assert used + after.children_system - before.children_system < 1.0  # CPU seconds
+
+
 def test_runs_are_in_mlflow_with_status_metrics_and_provenance(finished: Path) -> None:
     import mlflow
 

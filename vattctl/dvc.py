@@ -8,6 +8,7 @@ runs, and would leave the stage behind on SIGTERM.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -341,12 +342,20 @@ Changes = dict[str, list[str]]
 def changed_in_background(
     files: Sequence[Path] = (Path("dvc.yaml"),),
 ) -> Iterator[Callable[[], Changes | None]]:
-    """Start `dvc status`; the function waits for its answer, None while a stage runs."""
-    is_known = any((folder / ".dvc").is_dir() for folder in (Path.cwd(), *Path.cwd().parents))
-    there = [str(file) for file in files if file.exists() and is_known]
+    """Start `dvc status`; the function waits for its answer, None while a stage runs.
+
+    Where no file has changed since the last answer, that one is given, and DVC is not started.
+    """
+    repository = _repository(Path.cwd())
+    there = [str(file) for file in files if file.exists() and repository is not None]
     repair(Path.cwd())
     for folder in (Path.cwd(), *Path.cwd().parents):
         refresh_marks(folder)
+    mark = _mark_of_files(repository) if there == ["dvc.yaml"] else None
+    last = _last_answer(mark)
+    if last is not None:
+        yield lambda: last
+        return
     command = [sys.executable, "-m", "dvc", "status", "--json", *there]
     begun = subprocess.Popen(
         command if there else ["echo", "{}"],
@@ -356,20 +365,10 @@ def changed_in_background(
     )
 
     def answer() -> Changes | None:
-        output, errors = begun.communicate()
-        code = begun.returncode
-        if code != 0 and BUSY not in errors and remove_broken_caches():
-            again = subprocess.run(command, capture_output=True, text=True, check=False)
-            output, errors, code = again.stdout, again.stderr, again.returncode
-        if code != 0:
-            if BUSY in errors:
-                return None
-            raise MachineError(f"dvc status failed: {errors.strip().splitlines()[-1:] or code}")
-        return {
-            stage: [f"{kind}: {_plain_name(name)}" for kind, name in _leaves(changes)]
-            for stage, changes in json.loads(output or "{}").items()
-            if stage.rpartition(":")[2] != CODE_STAGE  # DVC counts it as changed always
-        }
+        found = _changes(begun, command)
+        if found is not None and mark == _mark_of_files(repository):
+            _remember(mark, found)
+        return found
 
     try:
         yield answer
@@ -377,6 +376,101 @@ def changed_in_background(
         if begun.poll() is None:
             begun.terminate()
             begun.communicate()
+
+
+def _changes(begun: subprocess.Popen[str], command: Sequence[str]) -> Changes | None:
+    """What `dvc status` has found; None while a stage runs."""
+    output, errors = begun.communicate()
+    code = begun.returncode
+    if code != 0 and BUSY not in errors and remove_broken_caches():
+        again = subprocess.run(command, capture_output=True, text=True, check=False)
+        output, errors, code = again.stdout, again.stderr, again.returncode
+    if code != 0:
+        if BUSY in errors:
+            return None
+        raise MachineError(f"dvc status failed: {errors.strip().splitlines()[-1:] or code}")
+    return {
+        stage: [f"{kind}: {_plain_name(name)}" for kind, name in _leaves(changes)]
+        for stage, changes in json.loads(output or "{}").items()
+        if stage.rpartition(":")[2] != CODE_STAGE  # DVC counts it as changed always
+    }
+
+
+ANSWER = FOLDER / "status.json"  # the last one of `dvc status`, and the files that it is about
+PATH_KEY = re.compile(r"\$\{paths\.(\w+)\}")
+
+
+def _last_answer(mark: str | None) -> Changes | None:
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        known = json.loads(ANSWER.read_text(encoding="utf-8"))
+        if mark is not None and known["mark"] == mark:
+            changes: Changes = known["changes"]
+            return changes
+    return None
+
+
+def _remember(mark: str | None, changes: Changes) -> None:
+    if mark is not None:
+        with contextlib.suppress(OSError), atomic_write(ANSWER) as path:
+            path.write_text(json.dumps({"mark": mark, "changes": changes}), encoding="utf-8")
+
+
+def _mark_of_files(repository: Path | None) -> str | None:
+    """Size, times and inode of every file that DVC would look at; None where it must look."""
+    if repository is None:
+        return None
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        return _mark_within(repository)
+    return None
+
+
+def _mark_within(repository: Path) -> str | None:
+    if any(json.loads(_read(repository / ".dvc/tmp/rwlock") or "{}").values()):  # a stage runs
+        return None
+    own = [repository / ".dvc" / name for name in ("config", "config.local")]
+    if any("dir =" in _read(file) for file in own):  # the cache is elsewhere
+        return None
+    digest = hashlib.sha256()
+    places = [*own, repository / ".dvcignore", *map(Path, ("dvc.yaml", "dvc.lock", "params.yaml"))]
+    for place in (*places, *_declared_paths()):
+        for file in _files_of(place):
+            one = file.stat()
+            facts = (str(file), one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino)
+            digest.update(repr(facts).encode())
+    for folder in sorted((repository / ".dvc/cache/files/md5").glob("*")):
+        digest.update(f"{folder.name}:{folder.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _declared_paths() -> list[Path]:
+    """What the stages in dvc.yaml depend on and make; of an item's path the folder above it."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        pipeline, settings = (
+            yaml.load(_read(Path(name)), Loader=loader) for name in ("dvc.yaml", "params.yaml")
+        )
+    except yaml.YAMLError:
+        raise ValueError("cannot be read") from None
+    stages, known = pipeline["stages"].values(), settings["paths"]
+    named = [
+        path
+        for stage in stages
+        for key in ("deps", "outs", "metrics")
+        for one in stage.get(key, [])
+        for path in ([one] if isinstance(one, str) else one)
+    ]
+    whole = {PATH_KEY.sub(lambda key: str(known[key[1]]), path) for path in named}
+    return sorted({Path(path.partition("/${item")[0]) for path in whole})
+
+
+def _files_of(place: Path) -> Iterator[Path]:
+    if place.is_file():
+        yield place
+    for folder, inner, names in os.walk(place):
+        inner[:] = sorted(set(inner) - {"__pycache__"})
+        yield from (Path(folder, name) for name in sorted(names))
 
 
 def refresh_marks(project: Path) -> None:
@@ -437,8 +531,7 @@ def repair(project: Path) -> None:
 
     DVC writes both in place, so a kill may leave them empty or cut off.
     """
-    folders = (project, *project.parents)
-    repository = next((folder for folder in folders if (folder / ".dvc").is_dir()), None)
+    repository = _repository(project)
     if repository is None:
         return
     rwlock = repository / ".dvc/tmp/rwlock"
@@ -452,6 +545,11 @@ def repair(project: Path) -> None:
             _refuse_beside_dvc(repository, rwlock)
             rwlock.unlink()
             click.echo(f"repaired {rwlock}: removed what a killed DVC had left", err=True)
+
+
+def _repository(project: Path) -> Path | None:
+    folders = (project, *project.parents)
+    return next((folder for folder in folders if (folder / ".dvc").is_dir()), None)
 
 
 @contextlib.contextmanager
