@@ -25,7 +25,7 @@ from vattctl.cli import cli
 from vattctl.params import CheckpointFolder
 
 READING = {  # they change nothing, so they have no --dry-run
-    "status", "logs", "ui", "compare", "runs", "ledger", "plan", "search", "embed", "verify",
+    "status", "logs", "ui", "compare", "runs", "ledger", "plan", "embed", "verify",
     "config show", "config validate", "doctor",
 }  # fmt: skip
 WITHOUT_JSON = {"ui": "it serves a page", "completion": "it prints a script"}
@@ -42,8 +42,7 @@ NOT_RUN = {  # the first words of an example: why it is not run here
     "vattctl runs": "needs runs in MLflow; tests/tracking makes some",
     "vattctl ledger": "needs a download; tests/test_cli.py makes one",
     "vattctl logs": "needs a stage that has run; tests/test_dvc.py runs one",
-    "vattctl search": "needs trained weights and an index; tests/test_search.py makes them",
-    "vattctl embed": "as search",
+    "vattctl embed": "needs trained weights; tests/test_search.py makes them",
     "vattctl verify": "takes minutes; tests/test_verify.py calls each part",
     "vattctl doctor": "looks at the machine; tests/test_doctor.py runs it",
     "vattctl push": "needs a server; tests/test_export.py pushes to a folder",
@@ -190,6 +189,7 @@ def test_no_reason_is_left_over() -> None:
         ("finetune folder --data ~/my-classes --dry-run", 0),
         ("plan --device h100-80gb", 0),
         ("export runs/mbs --to onnx --out runs/onnx --dry-run", 0),
+        ("search cats --in clips --dry-run", 0),
         ("pull file:///nowhere --out runs/x --dry-run", 0),
     ],
 )
@@ -271,6 +271,24 @@ def test_global_options_may_follow_the_command(project: Path) -> None:
     os.chdir(place)
     answer = run("config", "show", "pretrain.steps", "--project", str(project), "-q")
     assert answer.stdout == "450\n", answer.output
+
+
+def test_the_variables_of_verbose_and_debug_end_with_their_command(project: Path) -> None:
+    before = dict(os.environ)
+    assert run("-v", "config", "show", "seed", "--debug").exit_code == 0
+    assert dict(os.environ) == before
+
+
+def test_a_dry_run_of_a_search_counts_the_files_and_writes_nothing(project: Path) -> None:
+    def files() -> list[Path]:
+        return sorted(path for path in project.rglob("*"))
+
+    before = files()
+    place = ["--in", "clips", "--dry-run"]
+    assert "would index 10 files in runs/search/" in run("search", "cats", *place).stdout
+    found = json.loads(run("search", "cats", *place, "--json").stdout)
+    assert (found["files"], found["dry_run"]) == (10, True)
+    assert files() == before
 
 
 # --- completion, in real shells -------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_what_params_need_and_fails_ends_with_4_and_names_the_remedy(project: Pa
     assert done.returncode == 4
     assert "fail  ffmpeg       no ffmpeg at /no/ffmpeg" in done.stdout
     assert "-> set machine.ffmpeg to null" in done.stdout
-    assert "1 failures" in done.stdout
+    assert "0 warnings, 1 failure\n" in done.stdout
 
 
 def test_a_wrong_setting_is_a_line_and_the_machine_is_still_checked(project: Path) -> None:

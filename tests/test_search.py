@@ -14,7 +14,16 @@ from vatt import checkpoint
 from vatt.config import ModelParams
 from vatt.errors import DataError, SettingsError
 from vatt.model.vatt import VATT, Classifier
-from vatt.search import FACTS, MOMENTS, VECTORS, Embedder, build_index, embed_file, search
+from vatt.search import (
+    FACTS,
+    MOMENTS,
+    VECTORS,
+    Embedder,
+    build_index,
+    embed_file,
+    files_to_index,
+    search,
+)  # fmt: skip
 
 SECONDS, FPS = 2, 10
 
@@ -106,7 +115,9 @@ def test_an_index_is_made_again_only_when_something_has_changed(embedder, videos
     before = (index / "vectors.npy").stat().st_mtime_ns
     build_index(embedder, videos, params, out=index, progress=quiet)
     assert (index / "vectors.npy").stat().st_mtime_ns == before
+    assert files_to_index(embedder, videos, params, out=index) == 0
     film(videos / "green.mp4", (10, 200, 10))
+    assert files_to_index(embedder, videos, params, out=index) == 4
     facts = build_index(embedder, videos, params, out=index, progress=quiet)
     (videos / "green.mp4").unlink()
     assert facts["videos"] == 3

@@ -54,6 +54,19 @@ def test_at_the_paper_s_size_missing_data_sets_are_named_with_what_to_do(
     assert "vattctl finetune SET --data DIR" in done.stderr
 
 
+def test_tables_are_planned_with_every_preset_and_with_tasks_of_one_s_own(tmp_path: Path) -> None:
+    """The paper's models and recipes do not depend on the size or the tasks of the project."""
+    project = new_project(tmp_path)
+    vattctl(project, "config", "use", "one-gpu")
+    vattctl(project, "config", "set", "finetune.run=[]", "finetune.tasks={}")
+    command = ("table", "all", "--dry-run", "--json", "--device", "h100-80gb")
+    runs = {run["run"]: run for run in json.loads(vattctl(project, *command).stdout)["runs"]}
+    sizes = {name: runs[name]["settings"]["model.video.size"] for name in ("bbs", "mbs", "ma")}
+    assert sizes == {"bbs": "base", "mbs": "medium", "ma": "medium"}
+    assert runs["mbs-kinetics600"]["forecast_seconds"] > 0
+    assert "runs are left" in vattctl(project, "table").stdout
+
+
 @pytest.mark.slow
 def test_a_table_runs_what_is_missing_and_the_report_shows_it(project: Path) -> None:
     vattctl(project, "preprocess", *sets(SMALL))

@@ -213,18 +213,11 @@ def build_index(
 
     An index of the same files by the same checkpoint is left as it is.
     """
-    found = scan(folder, params.data, hashes=ContentHashes.beside(out))
-    facts = {
-        "version": VERSION,
-        "folder": str(folder.resolve()),
-        "files": found.mark,
-        "checkpoint": embedder.mark,
-        "fps": params.pretrain.fps,
-    }
+    files, facts = _look(embedder, folder, params, ContentHashes.beside(out))
     if _is_current(out, facts):
         return _facts(out)
     work = out.with_name(f".{out.name}.work")
-    clips = [replace(clip, split=SPLIT, captions=(), labels={}) for clip in found.clips]
+    clips = [replace(clip, split=SPLIT, captions=(), labels={}) for clip in files]
     moments, vectors = [], []
     for moment, vector in embedder.videos(clips, folder, params, work=work, progress=progress):
         moments.append(moment)
@@ -233,6 +226,26 @@ def build_index(
     facts |= {"moments": len(moments), "videos": videos, "left_out": len(clips) - videos}
     write_index(out, moments, vectors, facts)
     return facts
+
+
+def files_to_index(embedder: Embedder, folder: Path, params: Params, *, out: Path) -> int:
+    """How many files `build_index` would read now: 0 where the index is current."""
+    files, facts = _look(embedder, folder, params, ContentHashes.beside(out, writes=False))
+    return 0 if _is_current(out, facts) else len(files)
+
+
+def _look(
+    embedder: Embedder, folder: Path, params: Params, hashes: ContentHashes
+) -> tuple[Sequence[Clip], dict[str, Any]]:
+    """The files of a folder, and what an index of them is made from."""
+    found = scan(folder, params.data, hashes=hashes)
+    return found.clips, {
+        "version": VERSION,
+        "folder": str(folder.resolve()),
+        "files": found.mark,
+        "checkpoint": embedder.mark,
+        "fps": params.pretrain.fps,
+    }
 
 
 class Index:

@@ -165,15 +165,18 @@ MEASURES = {"top1": "top_1", "top5": "top_5", "mean_ap": "mean_ap", "auc": "auc"
 MEASURES |= {"d_prime": "d_prime"}
 
 MEL_FRAMES = {"demo": 38, "paper": 150}  # 0.8 and 3.2 seconds, 21 ms each
-MODELS = {  # at the paper's size: settings of the models that are compared
-    "BBS": {"model.video.size": "base"},
-    "MBS": {},
-    "LBS": {"model.video.size": "large"},
-    "MA": {
-        "model.backbone": "agnostic",
-        "model.audio.size": "medium",
-        "model.text.size": "medium",
-    },
+
+
+def _sizes(video: str, audio: str = "base", text: str = "small") -> Settings:
+    towers = {"video": video, "audio": audio, "text": text}
+    return {f"model.{tower}.size": size for tower, size in towers.items()}
+
+
+MODELS = {  # at the paper's size, whatever the size of the project's own model
+    "BBS": _sizes("base"),
+    "MBS": _sizes("medium"),
+    "LBS": _sizes("large"),
+    "MA": {"model.backbone": "agnostic", **_sizes("medium", "medium", "medium")},
 }
 
 

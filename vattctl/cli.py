@@ -27,7 +27,7 @@ from vatt.errors import (
     redact,
     redact_logs,
 )
-from vatt.process import BUG, INTERRUPTED, stop
+from vatt.process import BUG, DEBUG_VARIABLE, INTERRUPTED, VERBOSE_VARIABLE, stop
 from vattctl import data, doctor, models, params, pipeline, planning, project, runs, tables
 
 PROGRAM = "vattctl"
@@ -64,7 +64,7 @@ def global_options() -> list[click.Parameter]:
 
     def take(context: click.Context, parameter: click.Parameter, value: Any) -> None:
         if value:
-            keep(context.find_root().obj, **{str(parameter.name): value})
+            keep(context, **{str(parameter.name): value})
 
     flags = {"quiet": ("-q", "--quiet"), "verbose": ("-v", "--verbose"), "debug": ("--debug",)}
     options: list[click.Parameter] = [
@@ -77,7 +77,7 @@ def global_options() -> list[click.Parameter]:
 
 
 def keep(
-    known: dict[str, Any],
+    context: click.Context,
     *,
     quiet: bool = False,
     verbose: bool = False,
@@ -85,12 +85,13 @@ def keep(
     project: Path | None = None,
 ) -> None:
     """Note global options in the context; the stages read two of them as variables."""
+    known: dict[str, Any] = context.find_root().obj
     known["quiet"] = quiet or known.get("quiet", False)
     known["project"] = project or known.get("project")
     if debug:
-        os.environ["VATTCTL_DEBUG"] = "1"
+        pipeline.set_for_stages(context, DEBUG_VARIABLE, "1")
     if verbose:
-        os.environ["VATTCTL_VERBOSE"] = "1"
+        pipeline.set_for_stages(context, VERBOSE_VARIABLE, "1")
 
 
 @click.group(
@@ -125,7 +126,7 @@ def cli(
     options below may also follow the command.
     """
     context.obj = {}
-    keep(context.obj, quiet=quiet, verbose=verbose, debug=debug, project=project)
+    keep(context, quiet=quiet, verbose=verbose, debug=debug, project=project)
 
 
 # --- completion -----------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def use(context: click.Context, preset: str, dry_run: bool, as_json: bool) -> No
     lines = _kept_data(preset, write=not dry_run)
     if lines is None and dry_run:
         preset_text(preset)  # raises where there is no such preset
-        lines = [f"params.yaml would equal presets/{preset}.yaml"]
+        lines = [f"params.yaml would equal the preset {preset}"]
     elif lines is None:
         lines = use_preset(preset)
     if as_json:

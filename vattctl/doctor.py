@@ -83,9 +83,14 @@ def doctor(context: click.Context, as_json: bool) -> None:
     else:
         for one in findings:
             click.echo(f"{click.style(f'{one.state:4}', COLOURS[one.state])}  {_line(one)}")
-        click.echo(f"{counts['ok']} ok, {counts['warn']} warnings, {counts['fail']} failures")
+        click.echo(f"{counts['ok']} ok, {_many(counts['warn'], 'warning')}, "
+                   f"{_many(counts['fail'], 'failure')}")  # fmt: skip
     if counts["fail"]:
         context.exit(MachineError.exit_code)
+
+
+def _many(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def _line(one: Finding) -> str:

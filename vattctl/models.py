@@ -438,6 +438,7 @@ Examples:
 )
 @_checkpoint
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1), help="Moments shown.")
+@dry_run_option("Say how many files would be indexed first; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def search(
@@ -446,6 +447,7 @@ def search(
     place: Path,
     checkpoint: Path | None,
     top: int,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Find the moments of your own videos that fit the words of QUERY.
@@ -456,14 +458,18 @@ def search(
     enter_project(context)
     from vatt.config import load_params
     from vatt.progress import progress
-    from vatt.search import build_index, is_index
+    from vatt.search import build_index, files_to_index, is_index
     from vatt.search import search as find
 
     params = load_params()
     embedder = _embedder(checkpoint, params.paths.pretrained)
-    index = place
-    if not is_index(place):
-        index = INDICES / hashlib.sha256(str(place).encode()).hexdigest()[:12]
+    known = is_index(place)
+    index = place if known else INDICES / hashlib.sha256(str(place).encode()).hexdigest()[:12]
+    if dry_run:
+        files = 0 if known else files_to_index(embedder, place, params, out=index)
+        _would_index(files, index, as_json=as_json)
+        return
+    if not known:
         with progress("index", "moments") as tick:
             facts = build_index(embedder, place, params, out=index, progress=tick)
         if facts["left_out"]:
@@ -479,3 +485,12 @@ def search(
         span = f"{hit.moment.start:.1f} to {hit.moment.end:.1f} s"
         click.echo(f"{hit.cosine:+.3f}  {span:>20}  {hit.moment.file}")
     click.echo(f"index: {index}", err=True)
+
+
+def _would_index(files: int, index: Path, *, as_json: bool) -> None:
+    """The answer to --dry-run of a search."""
+    if as_json:
+        print_json(dry_run=True, files=files, index=str(index))
+        return
+    click.echo(f"would index {files} files in {index}" if files else f"{index} is up to date")
+    click.echo("nothing written (--dry-run)")

@@ -339,10 +339,10 @@ def use_preset(name: str) -> list[str]:
     """Make params.yaml equal to a preset; a file that was edited is kept as params.yaml.bak."""
     wanted = preset_text(name)
     if PARAMS.exists() and PARAMS.read_text(encoding="utf-8") == wanted:
-        return [f"params.yaml already equals presets/{name}.yaml"]
+        return [f"params.yaml already equals the preset {name}"]
     kept = keep_edited()
     _write(wanted)
-    return [f"params.yaml now equals presets/{name}.yaml", *kept]
+    return [f"params.yaml now equals the preset {name}", *kept]
 
 
 def keep_edited() -> list[str]:

@@ -15,6 +15,7 @@ from vatt.process import INTERRUPTED
 from vattctl.dvc import StageFailed, changed_stages
 from vattctl.experiments import Experiment, run_experiment, settings_of
 from vattctl.params import enter_project, print_rich
+from vattctl.sets import overlay
 
 if TYPE_CHECKING:
     from vatt.config import Params
@@ -99,6 +100,8 @@ def _brings_data(run: "StudyRun") -> bool:
 def _of(tasks: dict[str, Any], like: str, run: "StudyRun") -> dict[str, Any]:
     """The task that a run's task is based on; in a data set, it has the set's name."""
     name = run.data if like not in tasks and run.data in tasks else like
+    if name not in tasks and run.data is not None and "task" in (recipe := overlay(run.data)):
+        return dict(recipe["task"])  # as the set will bring it
     if name not in tasks:
         raise SettingsError(
             f"finetune.tasks has no '{like}', which {run.name} needs",
