@@ -273,6 +273,31 @@ class ReleaseParams(Section):
     scrambled_spectrogram: bool = False  # the release's position order
 
 
+class ExpertsParams(Section):
+    """Sparse experts in place of the MLP of some blocks; docs/beyond.md."""
+
+    number: Annotated[int, Field(gt=0, le=1024)]
+    top_k: Literal[1, 2] = 1  # experts of each token
+    every: Layers = 2  # blocks from one with experts to the next, from the last but one back
+    capacity: PositiveFloat | None = (
+        None  # of an expert, in equal shares of a clip's tokens; null: all
+    )
+    batch_priority: bool = True  # with a capacity, the surest tokens of a clip come first
+    balance_weight: NonNegativeFloat = 0.01  # of the loss that keeps experts equally busy
+    local_weight: NonNegativeFloat = 0.01  # of LIMoE's local entropy: sure routers
+    global_weight: NonNegativeFloat = 0.04  # of LIMoE's global entropy: several experts a modality
+    least_experts: Annotated[float, Field(ge=1, le=1024)] = 2.0  # of each modality: e ^ tau
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> "ExpertsParams":
+        if self.top_k > self.number or self.least_experts > max(2, self.number):
+            raise ValueError(
+                "model.experts.top_k and model.experts.least_experts cannot be larger than "
+                f"model.experts.number, {self.number}"
+            )
+        return self
+
+
 class ModelParams(Section):
     """The model: three towers or one, and the common spaces."""
 
@@ -285,6 +310,20 @@ class ModelParams(Section):
     vt_dim: Width  # common space of video and text
     dropout: Rate
     release: ReleaseParams = ReleaseParams()  # read by recipe: release
+    experts: ExpertsParams | None = off()
+
+    @model_validator(mode="after")
+    def _experts_have_a_block(self) -> "ModelParams":
+        sizes = (self.video.size, self.audio.size, self.text.size)
+        if self.experts is not None and self.recipe == "release":
+            raise ValueError("model.experts needs model.recipe: paper")
+        if self.experts is not None and any(
+            isinstance(size, SizeParams) and size.depth < 2 for size in sizes
+        ):
+            raise ValueError(
+                "model.experts needs encoders of 2 blocks: the last one has no experts"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_encoder_when_agnostic(self) -> "ModelParams":

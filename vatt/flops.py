@@ -17,14 +17,23 @@ the training graph: 3 more for every element that dropout may set to zero.
 products of attention, and nothing else. Tokens are those that our model computes: the kept ones (it
 drops before it projects) and the AGG token. All of the last block is counted, although our model
 computes only AGG's output there. Where tokens are merged, the products of that are counted as well;
-only this convention knows it.
+only this convention knows it. A block with experts counts its router and the experts that a token
+takes: as many as there are, or as many as have room.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vatt.config import AudioParams, ModelParams, SizeParams, TextParams, VideoParams
+from vatt.config import (
+    AudioParams,
+    ExpertsParams,
+    ModelParams,
+    SizeParams,
+    TextParams,
+    VideoParams,
+)
+from vatt.model.experts import has_experts, most_choices
 from vatt.model.merging import num_merged, token_counts
 from vatt.model.patches import audio_grid, audio_patch, num_kept, video_grid
 from vatt.model.transformer import resolve
@@ -52,6 +61,7 @@ def video_flops(
     drop_rate: float = 0.0,
     merge_rate: float = 0.0,
     training: bool = False,
+    experts: ExpertsParams | None = None,
     convention: Convention,
 ) -> float:
     """One clip through the video tower."""
@@ -62,6 +72,7 @@ def video_flops(
         drop_rate=drop_rate,
         merge_rate=merge_rate,
         training=training,
+        experts=experts,
         convention=convention,
     )
 
@@ -72,6 +83,7 @@ def audio_flops(
     drop_rate: float = 0.0,
     merge_rate: float = 0.0,
     training: bool = False,
+    experts: ExpertsParams | None = None,
     convention: Convention,
 ) -> float:
     """One waveform or spectrogram through the audio tower."""
@@ -82,15 +94,18 @@ def audio_flops(
         drop_rate=drop_rate,
         merge_rate=merge_rate,
         training=training,
+        experts=experts,
         convention=convention,
     )
 
 
-def text_flops(text: TextParams, *, convention: Convention) -> float:
+def text_flops(
+    text: TextParams, *, experts: ExpertsParams | None = None, convention: Convention
+) -> float:
     """One sentence through the text tower; in the paper's counting always the published 1.374 G."""
     if convention == "paper":
         return PAPER_TEXT_FLOPS
-    return _products(resolve(text.size), text.words + 1)
+    return _products(resolve(text.size), text.words + 1, experts)
 
 
 def multimodal_flops(
@@ -102,11 +117,12 @@ def multimodal_flops(
     convention: Convention,
 ) -> float:
     """One clip, its sound and one sentence through the whole pre-training model."""
-    how: Any = {"drop_rate": drop_rate, "merge_rate": merge_rate, "training": training}
+    more = {"training": training, "experts": model.experts}
+    how: Any = {"drop_rate": drop_rate, "merge_rate": merge_rate, **more}
     return (
         video_flops(model.video, convention=convention, **how)
         + audio_flops(model.audio, convention=convention, **how)
-        + text_flops(model.text, convention=convention)
+        + text_flops(model.text, experts=model.experts, convention=convention)
         + _heads(model, convention)
     )
 
@@ -119,16 +135,18 @@ def _tower(
     drop_rate: float,
     merge_rate: float,
     training: bool,
+    experts: ExpertsParams | None,
     convention: Convention,
 ) -> float:
     kept = num_kept(num_tokens, drop_rate)
     if convention == "true":
-        return 2.0 * kept * patch_values * size.dim + _products(size, kept + 1, merge_rate)
+        products = _products(size, kept + 1, experts, merge_rate)
+        return 2.0 * kept * patch_values * size.dim + products
     assert merge_rate == 0, "the paper merges no tokens"
     n = kept + 2
     scores = size.depth * size.heads * n**2
     counted = 2.0 * num_tokens * patch_values * size.dim
-    counted += _products(size, n) - 2 * scores * size.head_dim
+    counted += _products(size, n, experts) - 2 * scores * size.head_dim
     counted += 6 * scores + 36 * size.depth * size.dim * n
     if training:
         elements = size.depth * n * (2 * size.dim + size.mlp_dim)
@@ -156,7 +174,9 @@ class EncoderWork:
         return EncoderWork(count * self.dense, count * self.attention, count * self.values)
 
 
-def encoder_work(size: SizeParams, n: int, merge_rate: float = 0.0) -> EncoderWork:
+def encoder_work(
+    size: SizeParams, n: int, experts: ExpertsParams | None = None, merge_rate: float = 0.0
+) -> EncoderWork:
     """An encoder over n tokens, two operations a multiply-add."""
     inner = size.heads * size.head_dim
     entering = token_counts(n, merge_rate, size.depth)
@@ -167,6 +187,10 @@ def encoder_work(size: SizeParams, n: int, merge_rate: float = 0.0) -> EncoderWo
             second = (tokens - 1) // 2
             matching += second * ((tokens - 1 - second) * size.head_dim + merged * size.dim)
     linear = 4 * size.dim * inner * sum(entering) + 2 * size.dim * size.mlp_dim * sum(leaving)
+    for number, tokens in enumerate(leaving, start=1):
+        if experts is not None and has_experts(number, size.depth, experts):
+            linear += 2 * (most_choices(tokens, experts) - tokens) * size.dim * size.mlp_dim
+            linear += tokens * size.dim * experts.number
     return EncoderWork(
         dense=2.0 * linear,
         attention=4.0 * inner * sum(tokens**2 for tokens in entering) + 2.0 * matching,
@@ -180,15 +204,18 @@ def clip_work(
     """The encoders over one clip, its sound and its candidate texts, in pre-training."""
     video = num_kept(num_video_tokens(model.video), drop_rate)
     audio = num_kept(num_audio_tokens(model.audio), drop_rate)
+    experts = model.experts
     return (
-        encoder_work(resolve(model.video.size), video + 1, merge_rate)
-        + encoder_work(resolve(model.audio.size), audio + 1, merge_rate)
-        + encoder_work(resolve(model.text.size), model.text.words + 1).times(candidates)
+        encoder_work(resolve(model.video.size), video + 1, experts, merge_rate)
+        + encoder_work(resolve(model.audio.size), audio + 1, experts, merge_rate)
+        + encoder_work(resolve(model.text.size), model.text.words + 1, experts).times(candidates)
     )
 
 
-def _products(size: SizeParams, n: int, merge_rate: float = 0.0) -> float:
-    work = encoder_work(size, n, merge_rate)
+def _products(
+    size: SizeParams, n: int, experts: ExpertsParams | None, merge_rate: float = 0.0
+) -> float:
+    work = encoder_work(size, n, experts, merge_rate)
     return work.dense + work.attention
 
 

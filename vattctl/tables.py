@@ -259,10 +259,11 @@ def _measured(folder: Path, file: Path) -> dict[str, Any]:
     for name in params.finetune.run:
         task = params.finetune.tasks[name]
         model = task_model(whole, task)
+        how: Any = {"drop_rate": task.drop_rate, "experts": model.experts, "convention": "true"}
         flops = (
-            audio_flops(model.audio, drop_rate=task.drop_rate, convention="true")
+            audio_flops(model.audio, **how)
             if task.modality == "audio"
-            else video_flops(model.video, drop_rate=task.drop_rate, convention="true")
+            else video_flops(model.video, **how)
         )
         gflops[name] = flops / 1e9
     return {

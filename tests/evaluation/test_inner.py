@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tests.evaluation.clips import MODEL, batches
+from vatt.config import ExpertsParams
 from vatt.data.loading.batches import model_inputs
+from vatt.evaluation.evaluate import routing_metrics
 from vatt.evaluation.passes import inner_views, untrained
 
 
@@ -50,3 +52,50 @@ def test_a_clip_without_a_modality_is_left_out_of_it(encoder):
     assert found["input/audio/clip_ids"].tolist() == [batch.clip_ids[0], batch.clip_ids[2]]
     silent = inner_views(encoder, [replace(batch, has_audio=has_audio & False)])
     assert "nodes/audio" not in silent
+
+
+def sparse(backbone="agnostic"):
+    deep = MODEL.video.size.model_copy(update={"depth": 3})
+    towers = {
+        name: getattr(MODEL, name).model_copy(update={"size": deep})
+        for name in ("video", "audio", "text")
+    }
+    experts = ExpertsParams(number=3, top_k=2)
+    params = MODEL.model_copy(update={**towers, "experts": experts, "backbone": backbone})
+    return untrained(params, seed=0)
+
+
+@torch.inference_mode()
+def test_choices_of_experts_are_those_of_the_routers():
+    model = sparse()
+    found = inner_views(model, batches(clips=5, batch_size=2))
+    (batch,) = batches(clips=5, batch_size=5)
+    video, _, texts = model_inputs(batch)
+    encoder = model.video.encoder
+    tokens = model.video.prepend_agg(model.video.embed(video))
+    block = encoder.blocks[1]
+    state, _ = encoder.blocks[0](tokens)
+    half, _ = block.attend(state, None, None)
+    chosen = block.mlp.router(block.mlp_norm(half)).topk(2).indices
+    counts = np.stack([np.bincount(one.flatten(), minlength=3) for one in chosen])
+    assert np.array_equal(found["experts/video"], counts[:, None])
+    words = 1 + (texts[:, 0] != 0).sum(1)  # pads take no expert
+    assert np.array_equal(found["experts/text"].sum((1, 2)), 2 * words.numpy())
+    assert found["nodes/video"].shape == (3, 16)
+
+
+def test_specialisation_is_that_of_the_shares_and_has_an_interval():
+    views = inner_views(sparse(), batches(clips=12, batch_size=4))
+    views |= {f"untrained/{name}": views[name] for name in views if name.startswith("experts/")}
+    metrics = routing_metrics(views, resamples=50, seed=0)
+    found = metrics["pretrained"]
+    assert {name: len(of) for name, of in found["shares"].items()} == {
+        "video": 1, "audio": 1, "text": 1
+    }  # fmt: skip
+    for of in found["shares"].values():
+        np.testing.assert_allclose(np.sum(of, axis=1), 1, atol=1e-3)
+    one = found["specialisation"]
+    assert 0 <= one["low"] <= one["value"] <= one["high"] <= 1 and one["n"] <= 12
+    assert metrics["untrained"]["specialisation"] == one
+    dense = inner_views(untrained(MODEL, seed=0), batches(clips=4, batch_size=4))
+    assert routing_metrics(dense, resamples=50, seed=0) == {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.training import tiny
-from vatt.config import SizeParams
+from vatt.config import ExpertsParams, SizeParams
 from vatt.model.patches import draw_kept
 from vatt.model.vatt import VATT
 from vatt.plan.memory import (
@@ -76,6 +76,18 @@ def test_activations_are_what_autograd_keeps(precision, backbone, dropout):
     assert formula == pytest.approx(kept_by_autograd(model, params, precision), rel=0.03)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("experts", [{"number": 4}, {"number": 8, "top_k": 2, "capacity": 1.0}])
+def test_activations_with_experts_are_what_autograd_keeps(precision, dropout, experts):
+    model = tiny.DEMO.model.model_copy(
+        update={"dropout": dropout, "experts": ExpertsParams.model_validate(experts)}
+    )
+    params = PARAMS.model_copy(update={"precision": precision})
+    formula = CLIPS * clip_bytes(model, params, BatchSettings())
+    assert formula == pytest.approx(kept_by_autograd(model, params, precision), rel=0.05)
+
+
 def test_a_block_by_hand():
     size = SizeParams(depth=1, dim=4, mlp_dim=8, heads=2, head_dim=2)
     # 3 tokens: norms 2*3*4*4 + 4*3*4, linears 3*(8+4+8)*2, GELU 3*8*2, q k v 3*3*4*2, scores 2*9*2
@@ -97,8 +109,9 @@ def test_adam_in_mixed_precision_takes_twelve_bytes_a_weight():
     assert update_bytes(counts, BatchSettings(processes=8, zero_stage=2)) == 100
 
 
-def test_counts_are_the_model_s():
-    model = tiny.model_params()
+@pytest.mark.parametrize("experts", [None, {"number": 4}])
+def test_counts_are_the_model_s(experts):
+    model = tiny.model_params(experts=experts)
     built = tiny.make_model(model)
     assert count(model).all == sum(weight.numel() for weight in built.parameters())
 

@@ -7,6 +7,7 @@ import numpy as np
 from vatt.report.figures import (
     _input_cosines,
     confusions,
+    expert_shares,
     node_activations,
     similarity_densities,
     space_maps,
@@ -88,3 +89,17 @@ def test_of_many_classes_the_worst_are_shown_and_the_rest_together():
     assert "class 7 predicted as class 3: 5 (36 %)" in picture.svg
     assert f"of {counts.sum()} clips" in picture.alt
     assert "The 16 of 40 classes" in picture.caption
+
+
+def test_experts_have_a_chart_for_each_block_and_say_their_shares():
+    shares = {"video": [[0.5, 0.5, 0.0]] * 2, "text": [[0.0, 0.25, 0.75]] * 2}
+    metrics = {"evaluate": {"experts": {"pretrained": {"shares": shares}}}}
+    pictures = expert_shares(Inputs(metrics=metrics))
+    assert [one.title for one in pictures] == ["Experts, block 1 of 2", "Experts, block 2 of 2"]
+    assert "text 0 %, 25 %, 75 %" in pictures[0].alt
+    assert pictures[0].svg.count('class="cell"') == 6
+    many = {"video": [[1.0]] * 12}
+    metrics = {"evaluate": {"experts": {"pretrained": {"shares": many}}}}
+    titles = [one.title for one in expert_shares(Inputs(metrics=metrics))]
+    assert len(titles) == 6 and titles[-1] == "Experts, block 12 of 12"
+    assert expert_shares(Inputs()) == []

@@ -1,5 +1,7 @@
 """Micro-batches give the gradient of the whole batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -43,6 +45,54 @@ def test_gradients_equal_the_whole_batch_s(backbone, micro_batch_size, textless)
         torch.testing.assert_close(value, whole[name], rtol=1e-6, atol=1e-9, msg=name)
     for name, value in again.named_buffers():
         torch.testing.assert_close(value, running[name], rtol=1e-6, atol=1e-9, msg=name)
+
+
+EXPERTS = {
+    "dropless": {"number": 4},
+    "capacity": {"number": 4, "top_k": 2, "capacity": 0.6, "least_experts": 3.9},
+}
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("backbone", ["specific", "agnostic"])
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_gradients_with_experts_equal_the_whole_batch_s(micro_batch_size, backbone, experts):
+    params = tiny.model_params(backbone=backbone, experts=EXPERTS[experts])
+    batch = tiny.make_batch(0)
+    whole_losses, whole = gradients(double(params), batch, micro_batch_size=None)
+    losses, found = gradients(double(params), batch, micro_batch_size=micro_batch_size)
+    assert losses["experts.loss"].item() > 0
+    assert (losses["experts.dropped"] > 0) == (experts == "capacity")
+    for name, value in losses.items():
+        torch.testing.assert_close(value, whole_losses[name], rtol=1e-6, atol=1e-9)
+    for name, value in found.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-6, atol=1e-9, msg=name)
+    assert all(found[name].abs().sum() > 0 for name in found if "router" in name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_kept_micro_batches_change_no_bit_with_experts(precision):
+    found = []
+    for kept in (0, 2, 4):
+        model = tiny.make_model(tiny.model_params(dropout=0.3, experts=EXPERTS["capacity"]))
+        size = {"micro_batch_size": 2, "kept": kept, "precision": precision}
+        losses, weights = gradients(model, tiny.make_batch(0), **size)
+        found.append(losses | weights)
+    for other in found[1:]:
+        assert all(torch.equal(value, found[0][name]) for name, value in other.items())
+
+
+def test_what_a_clip_lacks_is_not_routed_in_the_losses():
+    params = tiny.model_params(backbone="agnostic", experts=EXPERTS["dropless"])
+    batch = tiny.make_batch(0)
+    other = replace(batch, audio=batch.audio.clone())
+    other.audio[2] = 12345  # of a clip without sound
+    results = [gradients(double(params), each, micro_batch_size=None)[0] for each in (batch, other)]
+    assert torch.equal(results[0]["experts.loss"], results[1]["experts.loss"])
+    other = replace(batch, audio=batch.audio.clone())
+    other.audio[3] = 12345
+    changed, _ = gradients(double(params), other, micro_batch_size=None)
+    assert not torch.equal(results[0]["experts.loss"], changed["experts.loss"])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])  # torch's kernels differ; its state must be exact

@@ -67,7 +67,7 @@ def alone(tmp_path_factory):
 
 
 def plain_torch(backbone):
-    model = tiny.make_model(tiny.model_params(backbone=backbone))
+    model = worker.model_of(backbone)
     module = Pretraining(model, tiny.pretrain_params())
     return LocalEngine(module, worker.OPTIMIZER, "fp32"), model
 

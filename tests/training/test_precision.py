@@ -82,6 +82,17 @@ def test_compiled_and_checkpointed_blocks_are_looked_at_too():
         assert proven.facts["precision.norms"] == "fp32"
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_blocks_with_experts_are_looked_at_as_well(compiled):
+    model = tiny.make_model(tiny.model_params(backbone="agnostic", experts={"number": 4}))
+    training = Pretraining(model, tiny.pretrain_params(), micro_batch_size=3)
+    apply_options(training, tiny.machine_params(activation_checkpointing=True))
+    proven = ProvenPrecision(training, "bf16", compiled=compiled)
+    proven(*inputs(training))["loss"].backward()
+    assert {proven.facts[f"precision.encoder.{tower}"] for tower in TOWERS} == {"bf16"}
+    assert proven.facts["precision.loss"] == "fp32"
+
+
 def test_the_kernels_of_attention_are_named_with_their_towers(monkeypatch):
     def kernels(training):
         engine = LocalEngine(training, OPTIMIZER, "bf16")

@@ -22,10 +22,14 @@ DEMO = load_params(Path(__file__).parents[2] / "presets" / "demo.yaml")
 
 
 def model_params(
-    *, backbone: str = "specific", dropout: float = 0.0, depth: int = 1
+    *,
+    backbone: str = "specific",
+    dropout: float = 0.0,
+    depth: int = 1,
+    experts: dict[str, Any] | None = None,
 ) -> ModelParams:
-    """Settings of a model that runs in a millisecond."""
-    size = SIZE | {"depth": depth}
+    """Settings of a model that runs in a millisecond; with experts, of at least two blocks."""
+    size = SIZE | {"depth": max(2, depth) if experts else depth}
     return ModelParams.model_validate(
         {
             "recipe": "paper",
@@ -42,6 +46,7 @@ def model_params(
             "va_dim": 12,
             "vt_dim": 8,
             "dropout": dropout,
+            "experts": experts,
         }
     )
 

@@ -18,6 +18,7 @@ from tests.plan.test_micro_batch import small
 from tests.training import evaluating, tiny
 from vatt.data.loading.batches import Batch
 from vatt.model import operators
+from vatt.model.vatt import VATT
 from vatt.plan.trial import Job, chosen
 from vatt.training import distributed
 from vatt.training.distributed import read_shares
@@ -28,15 +29,21 @@ from vatt.training.pretrain import Pretraining, pretraining_inputs
 STEPS, RESUMED_STEPS = 20, 5
 LEARNING_RATE = 1e-3
 OPTIMIZER = tiny.pretrain_params(optimizer={"clip_norm": 5.0}).optimizer
-BACKBONES = ("specific", "agnostic")
+BACKBONES = ("specific", "agnostic", "experts")  # the last: agnostic, with experts
 TEXTLESS = (range(0), range(4, 8), range(8))  # none; the whole part of the last ranks; all
 Case = tuple[int, str, bool]  # ZeRO stage, backbone, whether gradients are cached
 CASES: dict[str, list[Case]] = {
     "all": [
         (zero, name, cached) for zero in range(4) for name in BACKBONES for cached in (False, True)
     ],
-    "quick": [(0, "agnostic", True), (1, "specific", False), (2, "specific", True)],
-    "one": [(3, "agnostic", True)],
+    "quick": [
+        (0, "agnostic", True),
+        (1, "specific", False),
+        (2, "specific", True),
+        (0, "experts", False),
+        (2, "experts", True),
+    ],
+    "one": [(3, "agnostic", True), (3, "experts", True)],
 }
 CASES["quick"] += CASES["one"]
 FEWER_TOKENS: dict[str, Any] = {"depth": 3, "drop_by": "content", "merge_rate": 0.25}
@@ -143,6 +150,15 @@ def types_as_on_a_gpu(zero: int) -> list[str]:
     return sorted(seen)
 
 
+def model_of(backbone: str, depth: int = 1) -> VATT:
+    """The model that is trained."""
+    if backbone == "experts":
+        experts = {"number": 4, "top_k": 2, "capacity": 0.8}
+        params = tiny.model_params(backbone="agnostic", depth=depth, experts=experts)
+        return tiny.make_model(params)
+    return tiny.make_model(tiny.model_params(backbone=backbone, depth=depth))
+
+
 def batch_of(step: int) -> Batch:
     """A step's global batch."""
     return tiny.make_batch(step, textless=TEXTLESS[step % len(TEXTLESS)])
@@ -152,7 +168,7 @@ def exact_gradients(
     backbone: str, micro_batch_size: int | None = 1, *, depth: int = 1, **changes: Any
 ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Losses and gradients of a few batches in fp64 and plain torch, averaged over processes."""
-    model = tiny.make_model(tiny.model_params(backbone=backbone, depth=depth)).double()
+    model = model_of(backbone, depth).double()
     params = tiny.pretrain_params(**changes)
     module = Pretraining(model, params, micro_batch_size=micro_batch_size)
     found = []
@@ -176,7 +192,7 @@ def trained(zero: int, backbone: str, cached: bool, folder: Path) -> dict[str, o
     """What `follow` notes of STEPS updates."""
     micro = max(1, tiny.BATCH_SIZE // distributed.world_size() // 2) if cached else None
     params = tiny.pretrain_params()
-    model = tiny.make_model(tiny.model_params(backbone=backbone))
+    model = model_of(backbone)
     module = Pretraining(model, params, micro_batch_size=micro)
     engine = DeepSpeedEngine(module, OPTIMIZER, "fp32", tiny.machine_params(zero_stage=zero))
     found = follow(engine, model, folder)

@@ -8,10 +8,12 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -43,7 +45,9 @@ from vatt.evaluation.retrieval import (
     similarities,
 )
 from vatt.files import atomic_folder, atomic_write
-from vatt.metrics import ranks
+from vatt.metrics import Metric, bootstrap_interval, ranks
+from vatt.model.experts import specialisation
+from vatt.model.vatt import MODALITIES
 from vatt.progress import Progress
 
 CURVE = "retrieval.json"  # recall of each direction by k
@@ -188,6 +192,8 @@ def measure(outputs: ModelOutputs, request: EvaluationRequest) -> tuple[Metrics,
     }
     if not checkpoints.encoder:
         return metrics, Evidence(arrays, [], [], {})
+    if routing := routing_metrics(outputs.insides, resamples=params.bootstrap, seed=seed):
+        metrics["experts"] = routing
     arrays |= probes.arrays | {
         "insides": outputs.insides,
         "features": _features(features),
@@ -198,6 +204,50 @@ def measure(outputs: ModelOutputs, request: EvaluationRequest) -> tuple[Metrics,
     shown = [clip["clip_id"] for one in examples for clip in (one, *one["hits"])]
     pictures = thumbnails(shards, shown, Loading.of(request.machine)) if shown else {}
     return metrics, Evidence(arrays, examples, recall_curve(searches["pretrained"]), pictures)
+
+
+def routing_metrics(insides: Mapping[str, Array], *, resamples: int, seed: int) -> Metrics:
+    """The share of each modality's choices at each expert, by block, and how different they are.
+
+    Empty for a model without experts. Each clip that has all modalities counts once; the untrained
+    model is the control, because even its routers separate modalities.
+    """
+    found: Metrics = {}
+    for encoder, prefix in (("pretrained", ""), ("untrained", "untrained/")):
+        names = [name for name in MODALITIES if f"{prefix}experts/{name}" in insides]
+        if len(names) < 2:
+            continue
+        ids = [insides[f"input/{name}/clip_ids"] for name in names]
+        common = reduce(np.intersect1d, ids)
+        choices = np.stack(
+            [
+                insides[f"{prefix}experts/{name}"][np.isin(own, common)]
+                for name, own in zip(names, ids, strict=True)
+            ],
+            axis=1,
+        ).astype(float)  # (n, modalities, blocks, X)
+        shares = choices.sum(0) / choices.sum((0, 3))[..., None]
+        found[encoder] = {
+            "shares": {
+                name: own.round(4).tolist() for name, own in zip(names, shares, strict=True)
+            },
+            "specialisation": _specialisation(choices, resamples=resamples, seed=seed),
+        }
+    return found
+
+
+def _specialisation(choices: Array, *, resamples: int, seed: int) -> Metric:
+    """Of choices (n, modalities, blocks, X), with the interval over clips."""
+
+    def statistic(values: Array, axis: int) -> Array:
+        draws = values.reshape(len(values), -1, *choices.shape[1:]).sum(1)
+        shares = torch.from_numpy(draws / draws.sum(-1, keepdims=True))
+        found: Array = specialisation(shares.unbind(1)).numpy()
+        return found
+
+    value = float(statistic(choices[None], axis=1)[0])
+    low, high = bootstrap_interval(choices, resamples, seed, statistic)
+    return {"value": value, "low": low, "high": high, "chance": 0.0, "n": len(choices)}
 
 
 def save_results(metrics: Metrics, evidence: Evidence, *, file: Path, folder: Path) -> None:
@@ -253,6 +303,8 @@ def summary(metrics: Metrics) -> dict[str, float]:
         for name, kinds in metrics["probes"].items()
         for kind, values in kinds.items()
     }
+    if "experts" in metrics:
+        found["experts.specialisation"] = metrics["experts"]["pretrained"]["specialisation"]
     values = {name: one["value"] for name, one in found.items() if one.get("value") is not None}
     return {name: float(value) for name, value in list(values.items())[:SUMMARY]}
 

@@ -43,6 +43,7 @@ from vatt.evaluation.features import (
 )
 from vatt.evaluation.retrieval import draw_pool
 from vatt.flops import audio_flops, video_flops
+from vatt.model.experts import Routing, noting_routings
 from vatt.model.transformer import set_merging
 from vatt.model.vatt import MODALITIES, VATT, Classifier, tower_of
 from vatt.progress import Progress
@@ -193,16 +194,23 @@ def encoder_insides(settings: PassSettings, pretrained: Path) -> dict[str, Array
     keys = np.asarray([row.key for row in index.rows])
     chosen = keys[draw_pool(keys, np.ones(len(keys), dtype=bool), CLIPS)].tolist()
     key = cache_key("insides", _weights(pretrained), *settings.data(sampling, chosen))
-    return cached_arrays(
-        settings.cache,
-        key,
-        lambda: inner_views(
-            _encoder(pretrained),
-            settings.batches("test", sampling, (1, 1), chosen),
-            share=settings.share,
-        ),
-        share=settings.share,
-    )
+
+    def views(encoder: VATT) -> dict[str, Array]:
+        batches = settings.batches("test", sampling, (1, 1), chosen)
+        return inner_views(encoder, batches, share=settings.share)
+
+    def compute() -> dict[str, Array]:
+        found = views(_encoder(pretrained))
+        if model.experts is not None:  # a router separates modalities before any training, too
+            before = views(untrained(model, settings.seed))
+            found |= {
+                f"untrained/{name}": values
+                for name, values in before.items()
+                if name.startswith("experts/")
+            }
+        return found
+
+    return cached_arrays(settings.cache, key, compute, share=settings.share)
 
 
 def gflops(folder: Path, merge_rate: float) -> dict[str, float]:
@@ -212,9 +220,10 @@ def gflops(folder: Path, merge_rate: float) -> dict[str, float]:
     """
     config = load_config(folder)
     model = ModelParams.model_validate(config["model"])
+    how: Any = {"merge_rate": merge_rate, "experts": model.experts, "convention": "true"}
     towers = {
-        "video": video_flops(model.video, merge_rate=merge_rate, convention="true") / 1e9,
-        "audio": audio_flops(model.audio, merge_rate=merge_rate, convention="true") / 1e9,
+        "video": video_flops(model.video, **how) / 1e9,
+        "audio": audio_flops(model.audio, **how) / 1e9,
     }
     if "classifier" not in config:
         return towers
@@ -317,6 +326,7 @@ class TowerActivity:
     inputs: Array  # (B, D) mean input token of each clip
     sums: Array  # (depth, M) activations summed over tokens
     tokens: int
+    choices: Array  # (B, blocks, X) of experts, in the blocks that have some
 
 
 def watch(tower: Any, clip_ids: list[str], inputs: Tensor, counts: Tensor | None) -> TowerActivity:
@@ -325,6 +335,9 @@ def watch(tower: Any, clip_ids: list[str], inputs: Tensor, counts: Tensor | None
     active: list[Tensor] = []
 
     def add(_module: Any, _inputs: Any, nodes: Tensor) -> None:
+        if nodes.dim() == 2:  # of experts: a row for each choice, and zeros for pads
+            active.append(nodes.double().sum(0))
+            return
         whole = nodes.new_ones(nodes.shape[:2]) if counts is None else counts
         active.append(torch.einsum("bnm,bn->m", nodes.double(), whole.double()))
 
@@ -333,7 +346,8 @@ def watch(tower: Any, clip_ids: list[str], inputs: Tensor, counts: Tensor | None
     try:
         tower(inputs)
         hooks += [block.mlp.activation.register_forward_hook(add) for block in encoder.blocks]
-        encoder(*entered[0])  # with the outputs of all tokens; a tower computes only that of AGG
+        with noting_routings() as noted:
+            encoder(*entered[0])  # with the outputs of all tokens; a tower computes only AGG's
     finally:
         for hook in hooks:
             hook.remove()
@@ -346,6 +360,9 @@ def watch(tower: Any, clip_ids: list[str], inputs: Tensor, counts: Tensor | None
         means.float().cpu().numpy(),
         torch.stack(active).cpu().numpy(),
         int(whole.sum()),
+        np.stack([Routing.of(one).chosen.cpu().numpy() for one in noted], axis=1)
+        if noted
+        else np.zeros((len(inputs), 0, 0)),
     )
 
 
@@ -357,8 +374,9 @@ def inner_views(
 
     `input/<modality>` (n, D) is the mean of a clip's input tokens, with
     `input/<modality>/clip_ids` (n,); `nodes/<modality>` (depth, M) is the mean activation of every
-    MLP node after the GELU, over all tokens. Padding does not count; of several texts, the first is
-    used.
+    MLP node after the GELU, over all tokens; where blocks have experts, of the node of whichever
+    expert a token takes, and `experts/<modality>` (n, blocks, X) counts the choices of each expert.
+    Padding does not count; of several texts, the first is used.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -372,6 +390,8 @@ def inner_views(
             found[f"input/{name}/clip_ids"] = np.asarray(ids)
             sums = np.sum([one.sums for one in seen], axis=0)
             found[f"nodes/{name}"] = (sums / sum(one.tokens for one in seen)).astype(np.float32)
+            if seen[0].choices.size:
+                found[f"experts/{name}"] = np.concatenate([one.choices for one in seen])
     return found
 
 

@@ -38,7 +38,7 @@ class Linear(nn.Linear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         is_large = inputs.numel() * self.out_features >= _WORTH_IT
-        if is_large and _eager_on_cpu(inputs) and _product_type(inputs) == torch.bfloat16:
+        if is_large and _eager_on_cpu(inputs) and product_type(inputs) == torch.bfloat16:
             return _HalfLinear.apply(inputs, self.weight, self.bias)
         return F.linear(inputs, self.weight, self.bias)
 
@@ -201,8 +201,10 @@ def _eager_on_cpu(inputs: Tensor) -> bool:
     return inputs.device.type == "cpu" and not tracing and not _plain.get()
 
 
-def _product_type(inputs: Tensor) -> torch.dtype:
+def product_type(inputs: Tensor) -> torch.dtype:
     """The type in which a product of `inputs` is computed under the present autocast."""
     kind = inputs.device.type
+    if kind == "meta":  # which has no autocast
+        return inputs.dtype
     cast = torch.is_autocast_enabled(kind) and inputs.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if cast else inputs.dtype

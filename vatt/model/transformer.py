@@ -11,7 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vatt.config import SizeName, SizeParams
+from vatt.config import ExpertsParams, SizeName, SizeParams
+from vatt.model.experts import Experts, has_experts, note_routing
 from vatt.model.merging import merge, num_merged, size_bias
 from vatt.model.operators import Linear, attention, full_precision
 from vatt.model.patches import Patches
@@ -126,6 +127,29 @@ class Block(nn.Module):
         return merge(tokens, keys, sizes, merged) if merged else (tokens, sizes)
 
 
+class ExpertBlock(Block):
+    """A block with experts in place of the MLP; it also returns how tokens were routed."""
+
+    def __init__(
+        self, size: SizeParams, experts: ExpertsParams, *, norm: Norm, scale: float, dropout: float
+    ) -> None:
+        super().__init__(size, norm=norm, bias=True, scale=scale, dropout=dropout)
+        self.mlp = Experts(size, experts, dropout=dropout)  # type: ignore[assignment]
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tensor,
+        bias: Tensor | None = None,
+        sizes: Tensor | None = None,
+        real: Tensor | None = None,
+        *,
+        merged: int = 0,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:  # the same and (B, Q)
+        tokens, sizes = self.attend(tokens, bias, sizes, merged=merged)
+        change, routing = self.mlp(self.mlp_norm(tokens), real)
+        return tokens + self.dropout(change), sizes, routing
+
+
 class Encoder(nn.Module):
     """A stack of blocks and a final norm."""
 
@@ -137,12 +161,15 @@ class Encoder(nn.Module):
         norm: Norm = layer_norm,
         bias: bool = True,
         scaled: bool = True,
+        experts: ExpertsParams | None = None,
     ) -> None:
         super().__init__()
         scale = 1 / math.sqrt(size.head_dim) if scaled else 1.0
         self.blocks = nn.ModuleList(
-            Block(size, norm=norm, bias=bias, scale=scale, dropout=dropout)
-            for _ in range(size.depth)
+            ExpertBlock(size, experts, norm=norm, scale=scale, dropout=dropout)
+            if experts is not None and has_experts(number, size.depth, experts)
+            else Block(size, norm=norm, bias=bias, scale=scale, dropout=dropout)
+            for number in range(1, size.depth + 1)
         )
         self.norm = norm(size.dim)
 
@@ -150,14 +177,16 @@ class Encoder(nn.Module):
         self,
         tokens: Tensor,
         biases: Sequence[Tensor | None] = (),
+        real: Tensor | None = None,
         *,
         wanted: int | None = None,
         merge_rate: float = 0.0,
     ) -> Tensor:
         """(B, N, D) -> (B, N, D), or only the first `wanted` tokens, which saves most of a block.
 
-        `biases`, where given, holds one bias for each block. Without them, every block but the last
-        may merge a share of its tokens away; the first token is never merged.
+        `biases`, where given, holds one bias for each block, and `real` (B, N) is False for pads.
+        Without biases, every block but the last may merge a share of its tokens away; the first
+        token is never merged.
         """
         assert not (biases and merge_rate), "biases are for the tokens that there are at first"
         sizes: Tensor | None = None
@@ -165,6 +194,10 @@ class Encoder(nn.Module):
         for number, (block, bias) in enumerate(zip(self.blocks, biases, strict=True), start=1):
             is_last = number == len(self.blocks)
             merged = 0 if is_last else num_merged(tokens.shape[1], merge_rate)
+            if isinstance(block, ExpertBlock):
+                tokens, sizes, routing = block(tokens, bias, sizes, real, merged=merged)
+                note_routing(routing)
+                continue
             # Only these outputs of the last block are used.
             tokens, sizes = block(
                 tokens, bias, sizes, wanted=wanted if is_last else None, merged=merged
@@ -260,7 +293,8 @@ class TextTower(Tower):
         tokens, mask = self.prepend_agg(self.embed(text)), pad_mask(text)
         first = mask + self.relative(tokens.shape[1])
         biases = [first] + [mask] * (len(self.encoder.blocks) - 1)
-        return full_precision(self.encoder(tokens, biases, wanted=1)[:, 0])
+        real = nn.functional.pad(text != 0, (1, 0), value=True)
+        return full_precision(self.encoder(tokens, biases, real, wanted=1)[:, 0])
 
 
 def pad_mask(text: Tensor) -> Tensor:  # (B, L) word ids -> (B, 1, 1, 1 + L)

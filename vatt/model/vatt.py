@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vatt.config import ModelParams, SizeParams
 from vatt.errors import SettingsError
+from vatt.model.experts import ExpertLinear
 from vatt.model.operators import Linear, full_precision
 from vatt.model.patches import (
     PatchEmbedding,
@@ -180,9 +181,13 @@ def paper_towers(params: ModelParams) -> dict[str, Tower]:
         )
     sizes = {name: resolve(getattr(params, name).size) for name in MODALITIES}
     if params.backbone == "agnostic":
-        encoders = dict.fromkeys(MODALITIES, Encoder(sizes["video"], dropout=params.dropout))
+        shared = Encoder(sizes["video"], dropout=params.dropout, experts=params.experts)
+        encoders = dict.fromkeys(MODALITIES, shared)
     else:
-        encoders = {name: Encoder(sizes[name], dropout=params.dropout) for name in MODALITIES}
+        encoders = {
+            name: Encoder(sizes[name], dropout=params.dropout, experts=params.experts)
+            for name in MODALITIES
+        }
     return {
         "video": SignalTower(video_tokens(params), encoders["video"], dim=sizes["video"].dim),
         "audio": SignalTower(audio_tokens(params), encoders["audio"], dim=sizes["audio"].dim),
@@ -270,6 +275,10 @@ def _draw(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif isinstance(module, ExpertLinear):
+        for weight in module.weight.unbind():  # each expert as a layer of its own
+            nn.init.xavier_uniform_(weight)
+        nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.uniform_(module.weight, -0.05, 0.05)
     elif isinstance(module, AxisPositions | Tower):  # position tables and AGG tokens

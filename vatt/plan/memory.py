@@ -12,17 +12,27 @@ An encoder block keeps for its backward pass, per clip:
                                 and they are few enough to keep
 Dropout adds a mask for each place where it acts. With activation checkpointing only the input of a
 block (n D 4) stays, and one block at a time has everything. Only the output of AGG is used of the
-last block: its first norm and q k v are computed for all tokens, the rest for one. Where a block
-merges tokens, all of it counts with those that enter it, and the shares of the merged ones are
-kept, too: r n / 2 c.
+last block: its first norm and q k v are computed for all tokens, the rest for one.
+
+Where a block merges tokens, all of it counts with those that enter it, and the shares of the merged
+ones are kept, too: r n / 2 c. A block with X experts keeps, in place of what belongs to its MLP,
+the router's input in fp32, four tables n X 4 of its probabilities, and (2 D + 2 M) c and five whole
+numbers for each of the k n choices.
 """
 
 import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from vatt.config import FinetuneTaskParams, ModelParams, PretrainParams, SizeParams
+from vatt.config import (
+    ExpertsParams,
+    FinetuneTaskParams,
+    ModelParams,
+    PretrainParams,
+    SizeParams,
+)
 from vatt.flops import num_audio_tokens, num_video_tokens
+from vatt.model.experts import has_experts
 from vatt.model.merging import num_merged, token_counts
 from vatt.model.patches import audio_patch, num_kept
 from vatt.model.transformer import resolve
@@ -146,13 +156,17 @@ def count_weights(built: "nn.Module") -> Counts:
     """Count the weights of a model that is built."""
     from torch import nn
 
+    from vatt.model.experts import ExpertLinear
+
     weights = dict(built.named_parameters())
     trained = {name: value.numel() for name, value in weights.items() if value.requires_grad}
     return Counts(
         trained=sum(trained.values()),
         frozen=sum(value.numel() for value in weights.values()) - sum(trained.values()),
         encoders=sum(size for name, size in trained.items() if not name.startswith("heads.")),
-        linear=sum(m.weight.numel() for m in built.modules() if isinstance(m, nn.Linear)),
+        linear=sum(
+            m.weight.numel() for m in built.modules() if isinstance(m, nn.Linear | ExpertLinear)
+        ),
     )
 
 
@@ -180,6 +194,16 @@ def block_bytes(size: SizeParams, tokens: int, kind: NumberKind, *, masked: bool
         places = tokens * (2 * size.dim + size.mlp_dim)
         kept += places if kind.on_gpu else places * kind.number
     return kept
+
+
+def experts_bytes(size: SizeParams, tokens: int, kind: NumberKind, experts: ExpertsParams) -> int:
+    """How much more a block keeps for one clip with experts in place of its MLP."""
+    choices = experts.top_k * tokens
+    kept = tokens * size.dim * FP32 + 4 * tokens * experts.number * FP32
+    kept += choices * (2 * (size.dim + size.mlp_dim) * kind.number + 5 * INT64)
+    if kind.dropout > 0:
+        kept += (choices - tokens) * size.mlp_dim * (1 if kind.on_gpu else kind.number)
+    return kept - tokens * (size.dim + 2 * size.mlp_dim) * kind.number
 
 
 def attention_bytes(size: SizeParams, tokens: int, kind: NumberKind, *, masked: bool) -> int:
@@ -210,6 +234,7 @@ def encoder_bytes(
     *,
     masked: bool = False,
     merge_rate: float = 0.0,
+    experts: ExpertsParams | None = None,
 ) -> int:
     """What an encoder keeps for one clip, including its last norm."""
     *counts, last = token_counts(tokens, merge_rate, size.depth)
@@ -218,6 +243,9 @@ def encoder_bytes(
         + num_merged(count, merge_rate) * (count // 2) * kind.number
         for count in counts
     ]
+    for place, count in enumerate(counts):
+        if experts is not None and has_experts(place + 1, size.depth, experts):
+            blocks[place] += experts_bytes(size, count, kind, experts)
     if kind.checkpointing:
         largest = max(blocks, default=block_bytes(size, last, kind, masked=masked))
         return (sum(counts) + last) * size.dim * FP32 + largest
@@ -234,7 +262,9 @@ def clip_bytes(model: ModelParams, params: PretrainParams, setting: BatchSetting
     )
     words = model.text.words
     sentence = words * INT64
-    sentence += encoder_bytes(resolve(model.text.size), words + 1, kind, masked=True)
+    sentence += encoder_bytes(
+        resolve(model.text.size), words + 1, kind, masked=True, experts=model.experts
+    )
     return signals + params.text_candidates * sentence
 
 
@@ -265,7 +295,7 @@ def tower_bytes(
     total = kept * values * kind.number  # the patches, projected
     if model.dropout > 0:
         total += kept * size.dim * (1 if kind.on_gpu else FP32)
-    return total + encoder_bytes(size, kept + 1, kind, merge_rate=merge_rate)
+    return total + encoder_bytes(size, kept + 1, kind, merge_rate=merge_rate, experts=model.experts)
 
 
 def signal_values(model: ModelParams) -> tuple[int, int]:

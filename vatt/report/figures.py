@@ -5,7 +5,7 @@ chart in a row) and on a desktop (three in a row).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unicodedata import east_asian_width
@@ -445,6 +445,48 @@ def node_activations(inputs: Inputs) -> list[Picture]:
         )
         for name, values in nodes.items()
     ]
+
+
+MOST_BLOCKS = 6  # with a chart of their experts
+
+
+def expert_shares(inputs: Inputs) -> list[Picture]:
+    """Which experts each modality's tokens take, a chart for each block with experts."""
+    shares = inputs.lookup("experts", "pretrained", "shares") or {}
+    blocks = max((len(of) for of in shares.values()), default=0)
+    chosen = np.linspace(0, blocks - 1, min(blocks, MOST_BLOCKS)).round().astype(int).tolist()
+    return [
+        _shares_picture(
+            f"Experts, block {block + 1} of {blocks}",
+            {name: np.asarray(of[block]) for name, of in shares.items()},
+        )
+        for block in chosen
+    ]
+
+
+def _shares_picture(title: str, shares: Mapping[str, NDArray[np.floating]]) -> Picture:
+    """Rows are modalities, columns experts; darker cells have a larger share of the row."""
+    room, top = _room(list(shares)), 20
+    columns = max(map(len, shares.values()))
+    wide, high = (WIDTH - room - 10) / columns, (HEIGHT - top - BOTTOM) / len(shares)
+    body, words = "", []
+    for row, (name, own) in enumerate(shares.items()):
+        y = top + row * high
+        body += _text(room - 6, y + high / 2 + 4, _short(name), anchor="end")
+        for column, share in enumerate(own):
+            tip = f"{name}, expert {column + 1}: {100 * share:.0f} %"
+            body += (
+                f'<rect class="cell" x="{room + column * wide:.1f}" y="{y:.1f}" '
+                f'width="{wide - 1.5:.1f}" height="{high - 1.5:.1f}" '
+                f'fill-opacity="{0.05 + 0.95 * share:.2f}"><title>{escape(tip)}</title></rect>'
+            )
+        words.append(f"{name} {', '.join(f'{100 * share:.0f} %' for share in own)}")
+    step = max(1, math.ceil(columns / 16))
+    for column in range(0, columns, step):
+        body += _text(room + (column + 0.5) * wide, HEIGHT - BOTTOM + 16, str(column + 1))
+    body += _text(room + (WIDTH - room - 10) / 2, HEIGHT - 8, "expert")
+    alt = f"{title}: share of the tokens at experts 1 to {columns}: {'; '.join(words)}"
+    return Picture(title=title, svg=_svg(body, alt), alt=alt)
 
 
 def confusions(inputs: Inputs) -> list[Picture]:

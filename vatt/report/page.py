@@ -17,6 +17,7 @@ from vatt.files import atomic_write
 from vatt.flops import Convention, multimodal_flops
 from vatt.report.figures import (
     confusions,
+    expert_shares,
     feature_maps,
     learning_curves,
     node_activations,
@@ -116,7 +117,19 @@ def _context(inputs: Inputs, params: ReportParams) -> dict[str, Any]:
         "densities": similarity_densities(inputs),
         "nodes": node_activations(inputs),
         "confusions": confusions(inputs),
+        "experts": expert_shares(inputs),
+        "specialisation": specialisation_words(inputs),
     }
+
+
+def specialisation_words(inputs: Inputs) -> str:
+    """How different the experts of the modalities are, before and after training."""
+    found = inputs.lookup("experts", "pretrained", "specialisation")
+    before = inputs.lookup("experts", "untrained", "specialisation")
+    if not found or not before:
+        return ""
+    words = [f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]" for one in (found, before)]
+    return f"{words[0]} after training, {words[1]} before it"
 
 
 def about_facts(inputs: Inputs) -> tuple[tuple[str, str], ...]:

@@ -25,8 +25,8 @@ from vatt.tracking.mlflow import Run
 from vatt.training import distributed
 from vatt.training.engine import Weights
 
-VALIDATION = "val."  # how the names of an evaluation's metrics begin
 REPEATABLE = ("loss", "nce", "mil_nce", "accuracy", "learning_rate", "gradient_norm")
+KINDS = ("val.", "experts.")  # how names of metrics of an evaluation, and of routers, begin
 HISTORY, SPIKES = "history.jsonl", "spikes.jsonl"  # in the state's folder, with what follows
 BEST = "best"
 CURVE = "history.json"  # in the checkpoint's folder
@@ -153,7 +153,7 @@ class History:
         repeatable = {
             name: value
             for name, value in metrics.items()
-            if name in REPEATABLE or name.startswith(VALIDATION)
+            if name in REPEATABLE or name.startswith(KINDS)
         }
         row = {"step": step, **repeatable}
         with self.path.open("a+b") as file:

@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vatt.config import MachineParams, OptimizerParams, Precision
 from vatt.errors import MachineError, SettingsError
+from vatt.model.experts import ExpertLinear
 from vatt.model.operators import Linear
 from vatt.model.projection import BatchNorm, Heads
 from vatt.model.transformer import Block, Tower
@@ -485,6 +486,7 @@ def attention_kernels(profile: torch.profiler.profile, *, compiled: bool) -> str
     return ", ".join(f"{kernel} ({', '.join(sorted(of))})" for kernel, of in sorted(towers.items()))
 
 
+LAYERS = (Linear, ExpertLinear)
 NORMS = (nn.LayerNorm, nn.RMSNorm, BatchNorm)
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -516,7 +518,7 @@ class _TypeWatch:
         if isinstance(part, Tower):
             enter = part.register_forward_pre_hook(lambda *_: self._enter(name))
             self._handles += [enter, part.register_forward_hook(self._leave)]
-        elif isinstance(part, (Linear, *NORMS)):
+        elif isinstance(part, (*LAYERS, *NORMS)):
             self._handles.append(part.register_forward_hook(self._note))
 
     def _enter(self, tower: str) -> None:
@@ -531,15 +533,15 @@ class _TypeWatch:
     def _note(self, part: nn.Module, _: Any, answer: Tensor) -> None:
         outside = "heads" if part in self._heads else "classifier"
         place = f"encoder.{self._running[-1]}" if self._running else outside
-        self.seen[place if isinstance(part, Linear) else "norms"].add(answer.dtype)
+        self.seen[place if isinstance(part, LAYERS) else "norms"].add(answer.dtype)
 
     def _try(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Compute one token outside the compiled block, under the same autocast."""
         assert isinstance(block, Block)
         with torch.no_grad():
-            token = block.mlp_norm(inputs[0][:1, :1])
-            self._note(block.mlp_norm, None, token)
-            self._note(block.mlp.hidden, None, block.mlp.hidden(token))
+            token = block.attention_norm(inputs[0][:1, :1])
+            self._note(block.attention_norm, None, token)
+            self._note(block.attention.qkv, None, block.attention.qkv(token))
 
 
 def _parts_of(module: nn.Module, kind: type[Part] | tuple[type[Part], ...]) -> list[Part]:

@@ -6,6 +6,7 @@ loss see the whole batch in every process, so that any number of them makes the 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ from vatt.config import ModelParams, PretrainParams
 from vatt.data.loading.augment import change_colour_of_patches
 from vatt.data.loading.batches import Batch, scaled_audio, scaled_video
 from vatt.losses import FORMS, pretraining_loss
+from vatt.model.experts import (
+    RoutingLosses,
+    noting_routings,
+    routing_losses,
+    routings_by_tower,
+    towers_by_encoder,
+)
 from vatt.model.operators import full_precision
 from vatt.model.patches import (
     PatchEmbedding,
@@ -28,7 +36,7 @@ from vatt.model.patches import (
     sound_energy,
 )
 from vatt.model.transformer import set_merging
-from vatt.model.vatt import VATT, Features
+from vatt.model.vatt import MODALITIES, VATT, Features
 from vatt.training import distributed
 from vatt.training.engine import Fused, Weights
 from vatt.training.gradient_cache import encode_in_micro_batches
@@ -62,6 +70,7 @@ class Pretraining(nn.Module):
         embed = model.video.get_submodule("embed")
         assert isinstance(embed, PatchEmbedding)
         self.visible = Visible(embed)
+        self.sharing = towers_by_encoder({name: getattr(model, name) for name in MODALITIES})
         set_merging(model, params.merge_rate)
 
     def forward(
@@ -87,7 +96,8 @@ class Pretraining(nn.Module):
         has_text = (text != 0).any(-1)
         # Heads and loss are small next to the encoders, and better off in full precision.
         with torch.autocast(video.device.type, enabled=False):
-            features = Features(*(distributed.gather(part) for part in own))
+            whole = [distributed.gather(part) for part in own]
+            features, routings = Features(*whole[: len(MODALITIES)]), whole[len(MODALITIES) :]
             has_video, has_audio, has_text = map(
                 distributed.gather_flags, (has_video, has_audio, has_text)
             )
@@ -104,7 +114,19 @@ class Pretraining(nn.Module):
             if kept_energy is not None:
                 video_share, audio_share = distributed.gather(kept_energy).mean(0)
                 found |= {"kept_energy.video": video_share, "kept_energy.audio": audio_share}
+            if routings:
+                more = self._routing_losses(routings, (has_video, has_audio, has_text))
+                found |= {"loss": losses.total + more.total, **more.metrics}
         return found
+
+    def _routing_losses(self, routings: list[Tensor], has: Sequence[Tensor]) -> RoutingLosses:
+        """Of routings (B, 1 or K, blocks, Q); what a clip lacks does not count."""
+        sums = {}
+        for name, numbers, there in zip(MODALITIES, routings, has, strict=True):
+            weights = there.view(*numbers.shape[:2], 1, 1).to(numbers.dtype)
+            sums[name] = (numbers * weights).sum((0, 1))
+        assert self.model.params.experts is not None
+        return routing_losses(sums, self.sharing, self.model.params.experts)
 
     def _encode(
         self,
@@ -117,14 +139,22 @@ class Pretraining(nn.Module):
     ) -> tuple[Tensor, ...]:
         # In here, so that floats of a whole batch, four times its bytes, never exist at once.
         kind = next(self.model.parameters()).dtype
-        features = self.model.encode(
-            self.visible.patches(self.visible(video, colour, kept_video, kind), video, kept_video),
-            scaled_audio(audio).to(kind),
-            text,
-            kept_video=kept_video,
-            kept_audio=kept_audio,
+        with noting_routings() as noted:
+            features = self.model.encode(
+                self.visible.patches(
+                    self.visible(video, colour, kept_video, kind), video, kept_video
+                ),
+                scaled_audio(audio).to(kind),
+                text,
+                kept_video=kept_video,
+                kept_audio=kept_audio,
+            )
+        towers = [getattr(self.model, name) for name in MODALITIES]
+        routings = routings_by_tower(noted, towers)
+        return (
+            *map(_full, (features.video, features.audio, features.text)),
+            *(numbers.unflatten(0, (len(video), -1)) for numbers in routings),
         )
-        return tuple(map(_full, (features.video, features.audio, features.text)))
 
     def _encoder_weights(self) -> list[nn.Parameter]:
         heads = set(self.model.heads.parameters())

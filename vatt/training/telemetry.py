@@ -131,7 +131,7 @@ def pretraining_work(model: ModelParams, params: PretrainParams) -> Work:
     forward = multimodal_flops(
         model, drop_rate=drop, merge_rate=params.merge_rate, convention="true"
     )
-    forward += (candidates - 1) * text_flops(model.text, convention="true")
+    forward += (candidates - 1) * text_flops(model.text, experts=model.experts, convention="true")
     tokens = num_kept(num_video_tokens(model.video), drop)
     tokens += num_kept(num_audio_tokens(model.audio), drop) + candidates * model.text.words
     batch = params.batch_size
@@ -143,10 +143,10 @@ def finetuning_work(model: ModelParams, task: FinetuneTaskParams) -> Work:
     drop, batch = task.drop_rate, task.batch_size
     if task.modality == "audio":
         tokens = num_kept(num_audio_tokens(model.audio), drop)
-        forward = audio_flops(model.audio, drop_rate=drop, convention="true")
+        forward = audio_flops(model.audio, drop_rate=drop, experts=model.experts, convention="true")
     else:
         tokens = num_kept(num_video_tokens(model.video), drop)
-        forward = video_flops(model.video, drop_rate=drop, convention="true")
+        forward = video_flops(model.video, drop_rate=drop, experts=model.experts, convention="true")
     return Work(batch, batch * tokens, batch * (1 + BACKWARD) * forward, task.precision)
 
 
