@@ -419,7 +419,7 @@ def rough_step(params: Params, counts: Counts) -> float:
 
     def both_ways() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=pretrain.precision == "bf16"):
-            block(inputs.requires_grad_()).sum().backward()
+            block(inputs.requires_grad_())[0].sum().backward()
 
     work = encoder_work(size, tokens)
     block_work = 3 * (work.dense + work.attention) / size.depth * len(inputs)

@@ -248,7 +248,7 @@ def test_files_that_are_too_short_are_counted_with_the_setting_that_decides(tmp_
     found, preprocess = scan(tmp_path, DATA, opens=True), demo_params().preprocess
     assert found.num_samples(preprocess) == 0
     note = (
-        "2 of 2 files give no clip: they are shorter than 0.9 s (the longest: 0.80 s); "
+        "2 of 2 files give no clip: shorter than 0.9 s (the longest: 0.80 s); "
         "to change this set preprocess.min_clip_seconds"
     )
     assert note in found.counts(preprocess)["notes"]

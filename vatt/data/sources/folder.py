@@ -90,8 +90,9 @@ class Found:
     def _too_short(self, preprocess: PreprocessParams) -> list[str]:
         """A note on files that give no clip."""
         short = [length for length in self.seconds if not windows_of(0.0, length, preprocess)]
+        does = "gives" if len(short) == 1 else "give"
         note = (
-            f"{len(short)} of {len(self.clips)} files give no clip: they are shorter than "
+            f"{len(short)} of {len(self.clips)} files {does} no clip: shorter than "
             f"{preprocess.min_clip_seconds} s (the longest: {max(short, default=0.0):.2f} s); "
             "to change this set preprocess.min_clip_seconds"
         )
