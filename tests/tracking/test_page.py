@@ -94,11 +94,12 @@ def page(address):
 
 
 def names(page):
-    """The names of the rows, from top to bottom."""
-    links = page.locator(".ag-row a[href*='/runs/']").all()
-    places = {link.inner_text().strip(): link.bounding_box() for link in links}
-    found = {name: box["y"] for name, box in places.items() if name and box is not None}
-    return sorted(found, key=found.__getitem__)
+    """The names of the rows, from top to bottom, at one moment: rows come and go."""
+    links = page.eval_on_selector_all(
+        ".ag-row a[href*='/runs/']",
+        "all => all.map(one => [one.innerText.trim(), one.getBoundingClientRect().y])",
+    )
+    return [name for name, _ in sorted(links, key=lambda link: link[1]) if name]
 
 
 def wait_for(page, condition):
