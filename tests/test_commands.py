@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 from tests.data.corpus import write_media
 from tests.test_architecture import ROOT
 from tests.test_sets import checkpoint
+from vatt.config import load_params
 from vattctl.cli import cli
 from vattctl.params import CheckpointFolder
 
@@ -247,6 +248,8 @@ def test_a_dry_run_compares_settings_with_those_of_the_last_run(project: Path) -
         ("pretrain --set pretrain.stepz=1 --dry-run", 2, "did you mean 'pretrain.steps'"),
         ("config set pretrain.steps", 2, "is not KEY=VALUE"),
         ("config set pretrain.steps=few", 2, "pretrain.steps"),
+        ("config set data.demo.text_noisy=0.4", 2, "did you mean 'data.demo.text_noise'"),
+        ("config set pretrain.text_weighting.kind=drop", 2, "text_weighting.least is missing"),
         ("config use smalll", 2, "did you mean 'small'?"),
         ("repro pretrian", 2, "no stage 'pretrian'"),
         ("logs pretrian", 2, "no stage 'pretrian'"),
@@ -264,6 +267,19 @@ def test_exit_codes(arguments: str, code: int, words: str, project: Path) -> Non
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_setting_that_is_off_can_be_set_though_the_file_lacks_it(project: Path) -> None:
+    weighting = {"kind": "drop", "least": 0.6, "warmup_steps": 40}
+    given = [f"pretrain.text_weighting.{key}={value}" for key, value in weighting.items()]
+    answer = run("config", "set", "data.demo.text_noise=0.4", *given)
+    assert answer.exit_code == 0, answer.output
+    params = load_params(project / "params.yaml")
+    assert params.data.demo.text_noise == 0.4
+    assert params.pretrain.model_dump()["text_weighting"] == weighting
+    answer = run("config", "set", "pretrain.text_weighting=null", "data.demo.text_noise=0.0")
+    assert answer.exit_code == 0, answer.output
+    assert load_params(project / "params.yaml") == load_params(ROOT / "presets" / "demo.yaml")
 
 
 def test_global_options_may_follow_the_command(project: Path) -> None:

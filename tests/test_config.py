@@ -15,6 +15,7 @@ from vatt.config import (
     fingerprint,
     known_keys,
     load_params,
+    may_be_missing,
     off,
     parse_params,
 )
@@ -216,3 +217,11 @@ def test_a_setting_that_is_off_may_be_missing_and_is_not_written() -> None:
     assert Beyond(depth=2, experts=4).model_dump() == {"depth": 2, "experts": 4}
     assert fingerprint(Beyond(depth=2)) == fingerprint({"depth": 2})
     assert fingerprint(Beyond(depth=2, noise=0.1)) != fingerprint({"depth": 2})
+
+
+def test_only_a_setting_that_is_off_or_lies_in_such_a_section_may_be_missing() -> None:
+    assert may_be_missing(("pretrain", "text_weighting"))
+    assert may_be_missing(("pretrain", "text_weighting", "kind"))
+    assert may_be_missing(("data", "demo", "text_noise"))
+    for path in ((), ("pretrain",), ("pretrain", "steps"), ("pretrain", "text_weighting", "x")):
+        assert not may_be_missing(path)

@@ -47,6 +47,7 @@ Pixels = Annotated[int, Field(gt=0, le=2**14)]
 Rate = Annotated[float, Field(ge=0, lt=1)]  # a share below 1, e.g. of tokens that are dropped
 Share = Annotated[float, Field(ge=0, le=1)]
 MergeRate = Annotated[float, Field(ge=0, le=0.5)]  # a merged pair takes two tokens
+NoiseShare = Annotated[float, Field(ge=0, le=0.8)]
 
 
 class Section(BaseModel):
@@ -127,6 +128,8 @@ class DemoParams(Section):
     test_clips: PositiveInt
     no_text_share: Share  # of the train clips: like AudioSet's, without text
     dead_links: NonNegativeInt  # clips whose address does not exist, as in any list
+    voices: Path | None = off()  # folder of spoken digits, as FSDD's: they replace the tones
+    text_noise: NoiseShare = off(0.0)  # of the train captions: unrelated, late, or with wrong words
 
 
 class DataParams(Section):
@@ -139,6 +142,7 @@ class DataParams(Section):
     split_folders: Literal["auto", "splits", "classes"]  # what sub-folders called train, test are
     file_kind: Literal["auto", "images", "recordings"]  # auto: what most files of a folder are
     caption_languages: tuple[str, ...]  # of several subtitle files the first of these is taken
+    sentences: bool = off(False)  # of subtitle files: captions are sentences, not cues
     annotations: Path | None  # official lists: <annotations>/<list>/ holds the files of each
     mix: dict[str, Annotated[float, Field(gt=0, le=1)]] | None  # shares of the hours; null: all
     sample_share: Annotated[float, Field(gt=0, le=1)]  # of the clips, by the hash of their ids
@@ -181,6 +185,15 @@ class DataParams(Section):
         return self
 
 
+class TextQualityParams(Section):
+    """How train captions are made better candidates before they are stored."""
+
+    fillers: tuple[str, ...]  # words that are left out: um, uh
+    repeat_seconds: NonNegativeFloat  # a caption said again so soon is dropped; 0: none is
+    languages: tuple[str, ...]  # ISO 639-1; captions surely in others are dropped; empty: kept
+    least_quality: Share  # captions with a lower score are dropped; 0: none is
+
+
 class PreprocessParams(Section):
     """What the shards hold."""
 
@@ -201,6 +214,7 @@ class PreprocessParams(Section):
     vocabulary_file: Path | None  # a list of words or WordPieces; null: the corpus's words
     stop_words: Path | None  # a file of words to leave out, one per line
     clean_text: bool  # leave out [sounds], speakers' names, web addresses
+    text_quality: TextQualityParams | None = off()  # null: captions are used as they are
     max_failed_share: Share  # stop when a larger share of the clips fails
 
     @model_validator(mode="after")
@@ -364,6 +378,18 @@ class OptimizerParams(Section):
     clip_norm: PositiveFloat | None
 
 
+class TextWeightingParams(Section):
+    """Candidates weighted by how well the model itself finds that they fit their clip.
+
+    A candidate's agreement is the probability that it chooses its clip and not another of the
+    batch, by the model's own similarities: 0.5 is chance.
+    """
+
+    kind: Literal["drop", "weight"]  # weight: 1 for an agreement of 1, 0 from `least` down
+    least: Rate  # agreement; drop: a candidate below it does not count
+    warmup_steps: NonNegativeInt  # of plain MIL-NCE; they depend on the step alone
+
+
 class PretrainParams(Section):
     """Contrastive pre-training."""
 
@@ -373,6 +399,7 @@ class PretrainParams(Section):
     fps: PositiveFloat  # of the frames shown to the model
     augmentation: AugmentationParams
     text_candidates: PositiveInt  # K: sentences nearest in time, MIL-NCE's positives
+    text_weighting: TextWeightingParams | None = off()  # null: all candidates count alike
     drop_rate: Rate  # DropToken, video and audio
     drop_by: Literal["random", "content"] = off("random")  # content: what moves or sounds is kept
     drop_random_share: Share = off(0.25)  # drop_by content: of the kept tokens, drawn from the rest
@@ -630,24 +657,29 @@ def fingerprint(*sections: Any) -> str:
 
 def known_keys(path: tuple[str, ...]) -> list[str]:
     """The keys that the section at `path` may have; empty where any name is allowed."""
-    section: Any = Params
-    for key in path:
-        fields = getattr(section, "model_fields", None)
-        if fields is None or key not in fields:
-            section = _section_of(section)
-            continue
-        section = _section_of(fields[key].annotation)
-    return sorted(getattr(section, "model_fields", {}))
+    return sorted(_fields_at(path))
 
 
 def known_values(path: tuple[str, ...]) -> list[str]:
     """The words that the setting at `path` may be; empty where any number or text is allowed."""
-    section: Any = Params
-    for key in path[:-1]:
-        fields = getattr(section, "model_fields", {})
-        section = _section_of(fields[key].annotation) if key in fields else section
-    fields = getattr(section, "model_fields", {})
+    fields = _fields_at(path[:-1])
     return _words_of(fields[path[-1]].annotation) if path[-1] in fields else []
+
+
+def may_be_missing(path: tuple[str, ...]) -> bool:
+    """Whether a file may lack the key at `path`: it, or a section around it, is off by default."""
+    fields = _fields_at(path[:-1])
+    if not path or path[-1] not in fields:
+        return False
+    return is_off(fields[path[-1]]) or may_be_missing(path[:-1])
+
+
+def _fields_at(path: tuple[str, ...]) -> dict[str, FieldInfo]:
+    section: Any = Params
+    for key in path:
+        fields = getattr(section, "model_fields", {})
+        section = _section_of(fields[key].annotation if key in fields else section)
+    return getattr(section, "model_fields", {})
 
 
 def _words_of(annotation: Any) -> list[str]:

@@ -288,34 +288,38 @@ def yaml_plain(document: Any) -> Any:
 
 
 def _set(document: Any, keys: tuple[str, ...], value: Any) -> str | None:
-    from vatt.config import known_keys
+    from vatt.config import may_be_missing
 
     section = document
-    for depth, key in enumerate(keys):
-        if not isinstance(section, dict) or key not in section:
-            known = known_keys(keys[:depth]) or (
-                sorted(section) if isinstance(section, dict) else []
-            )
-            close = difflib.get_close_matches(key, known, n=1)
-            remedy = (
-                f"did you mean '{'.'.join((*keys[:depth], close[0]))}'?"
-                if close
-                else (
-                    f"{'.'.join(keys[:depth]) or 'params.yaml'} has: {', '.join(known)}"
-                    if known
-                    else None
-                )
-            )
-            raise SettingsError(f"{PARAMS} has no key {'.'.join(keys)}", hint=remedy)
-        if depth == len(keys) - 1:
-            before = yaml_plain(section[key])
-            if before == value:
-                return None
-            section[key] = value
-            one, other = (json.dumps(it, ensure_ascii=False) for it in (before, value))
-            return f"{'.'.join(keys)}: {one} -> {other}"
+    for depth, key in enumerate(keys[:-1]):
+        if not isinstance(section, dict):
+            raise _no_key(section, keys, depth)
+        if section.get(key) is None and may_be_missing(keys[: depth + 1]):
+            section[key] = {}
+        if key not in section:
+            raise _no_key(section, keys, depth)
         section = section[key]
-    return None
+    key = keys[-1]
+    if not isinstance(section, dict) or not (key in section or may_be_missing(keys)):
+        raise _no_key(section, keys, len(keys) - 1)
+    before = yaml_plain(section.get(key))
+    if before == value:
+        return None
+    section[key] = value
+    one, other = (json.dumps(it, ensure_ascii=False) for it in (before, value))
+    return f"{'.'.join(keys)}: {one} -> {other}"
+
+
+def _no_key(section: Any, keys: tuple[str, ...], depth: int) -> SettingsError:
+    """What the file lacks, and what its section has instead."""
+    from vatt.config import known_keys
+
+    above = keys[:depth]
+    known = known_keys(above) or (sorted(section) if isinstance(section, dict) else [])
+    remedy = f"{'.'.join(above) or 'params.yaml'} has: {', '.join(known)}" if known else None
+    if close := difflib.get_close_matches(keys[depth], known, n=1):
+        remedy = f"did you mean '{'.'.join((*above, close[0]))}'?"
+    return SettingsError(f"{PARAMS} has no key {'.'.join(keys)}", hint=remedy)
 
 
 def preset_names() -> list[str]:
