@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.model.golden import tensor
-from vatt.losses import mil_nce, nce, paper_form, pretraining_loss, release_form, symmetric_form
+from vatt.losses import (
+    agreement,
+    mil_nce,
+    nce,
+    paper_form,
+    pretraining_loss,
+    release_form,
+    symmetric_form,
+    weights_of,
+)
 from vatt.model.vatt import Embeddings
 
 TAU = 0.07
@@ -209,6 +218,136 @@ def test_the_releases_means_per_replica_equal_its_arrays(form, name, mask):
             mil_nce(video, texts, TAU, valid=valid, form=form),
             losses.sum() / has.sum().clamp(min=1),
         )
+
+
+# --- candidates weighted by agreement -------------------------------------------------------------
+
+
+def drawn(clips: int, candidates: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Videos, texts, which texts exist, and weights of which some are 0 and some 1."""
+    generator = torch.Generator().manual_seed(seed)
+    valid = torch.rand(clips, candidates, generator=generator) < 0.7
+    weights = (2 * torch.rand(clips, candidates, generator=generator) - 0.5).clamp(0, 1).double()
+    return unit(clips, 8, seed=seed), unit(clips, candidates, 8, seed=seed + 1), valid, weights
+
+
+def naive_weighted(video: Tensor, texts: Tensor, valid: Tensor, weights: Tensor) -> Tensor:
+    """The weighted loss of docs/beyond.md, term by term."""
+    clips = [i for i in range(len(video)) if valid[i].any()]
+    there = {i: [k for k in range(texts.shape[1]) if valid[i, k]] for i in clips}
+
+    def e(i: int, j: int, k: int) -> Tensor:
+        return torch.exp(video[i] @ texts[j, k] / TAU)
+
+    total, of_all = torch.zeros(()), 0.0
+    for i in clips:
+        best = max(float(weights[i, k]) for k in there[i])
+        if best == 0:
+            continue
+        positive = sum(float(weights[i, k]) / best * e(i, i, k) for k in there[i])
+        negatives = sum(e(i, j, k) for j in clips if j != i for k in there[j])
+        negatives += sum(e(j, i, k) for j in clips if j != i for k in there[i])
+        total = total + best * (torch.log(positive + negatives) - torch.log(positive))
+        of_all += best
+    return total / of_all if of_all else total
+
+
+@given(seed=st.integers(0, 2**16), clips=st.integers(1, 6), candidates=st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_weights_enter_the_positive_sum_and_the_mean_over_clips(seed, clips, candidates):
+    video, texts, valid, weights = drawn(clips, candidates, seed)
+    found = mil_nce(video, texts, TAU, valid=valid, weights=weights)
+    wanted = naive_weighted(video, texts, valid, weights)
+    torch.testing.assert_close(found, wanted, check_dtype=False)
+
+
+@pytest.mark.parametrize("form", [paper_form, release_form, symmetric_form])
+def test_equal_weights_change_no_bit(form):
+    video, texts, valid, _ = drawn(6, 3, 0)
+    plain = mil_nce(video, texts, TAU, valid=valid, form=form)
+    ones = torch.ones(6, 3, dtype=torch.float64)
+    assert torch.equal(mil_nce(video, texts, TAU, valid=valid, form=form, weights=ones), plain)
+    half = mil_nce(video, texts, TAU, valid=valid, form=form, weights=ones / 2)
+    torch.testing.assert_close(half, plain)
+
+
+@pytest.mark.parametrize("form", [paper_form, release_form, symmetric_form])
+def test_with_weights_blocks_give_the_plain_loss_and_its_gradients(form):
+    video, texts, valid, weights = drawn(9, 3, 1)
+    results = []
+    for max_scores in (1, 60, 10**6):
+        inputs = video.clone().requires_grad_(), texts.clone().requires_grad_()
+        given = {"valid": valid, "weights": weights, "form": form, "max_scores": max_scores}
+        loss = mil_nce(*inputs, TAU, **given)
+        results.append((loss.detach(), *torch.autograd.grad(loss, inputs)))
+    for other in results[:2]:
+        for left, right in zip(other, results[2], strict=True):
+            torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("form", [paper_form, release_form, symmetric_form])
+def test_the_weighted_loss_has_the_gradient_of_small_moves(form):
+    video, texts, valid, weights = drawn(4, 3, 3)
+    inputs = video.requires_grad_(), texts.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda v, t: mil_nce(v, t, TAU, valid=valid, form=form, weights=weights), inputs
+    )
+
+
+@pytest.mark.parametrize("form", [paper_form, release_form, symmetric_form])
+def test_where_every_candidate_is_dropped_loss_and_gradient_are_zero(form):
+    video, texts = unit(4, 8).requires_grad_(), unit(4, 2, 8).requires_grad_()
+    loss = mil_nce(video, texts, TAU, form=form, weights=torch.zeros(4, 2))
+    loss.backward()
+    assert loss.item() == 0
+    assert not video.grad.any() and not texts.grad.any()
+
+
+def test_a_dropped_candidate_moves_away_from_other_videos_and_not_towards_its_own():
+    video, texts = torch.eye(3, 8).double(), unit(3, 2, 8, seed=1).requires_grad_()
+    weights = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    (gradient,) = torch.autograd.grad(mil_nce(video, texts, TAU, weights=weights), texts)
+    along = gradient @ video.T  # (3, 2, 3): the slope as a candidate moves to a video
+    assert along[0, 1, 0] == 0 and (along[0, 1, 1:] > 0).all()
+    assert along[0, 0, 0] < 0 and (along[0, 0, 1:] > 0).all()
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    clips=st.integers(1, 6),
+    candidates=st.integers(1, 4),
+    max_scores=st.sampled_from([1, 30, 2**20]),
+)
+@settings(max_examples=25, deadline=None)
+def test_agreement_is_the_mean_probability_to_choose_the_own_clip(
+    seed, clips, candidates, max_scores
+):
+    video, texts, valid, _ = drawn(clips, candidates, seed)
+    found = agreement(video, texts, TAU, valid=valid, max_scores=max_scores)
+    there = [j for j in range(clips) if valid[j].any()]
+    for i in range(clips):
+        for k in range(candidates):
+            wins = [
+                1 / (1 + math.exp(float((video[j] - video[i]) @ texts[i, k]) / TAU))
+                for j in there
+                if j != i
+            ]
+            wanted = (sum(wins) / len(wins) if wins else 1.0) if valid[i, k] else 0.0
+            assert float(found[i, k]) == pytest.approx(wanted)
+
+
+def test_agreement_is_half_where_nothing_is_known_and_needs_no_gradient():
+    video, texts = unit(1, 8).expand(5, 8), unit(5, 3, 8).requires_grad_()
+    found = agreement(video, texts, TAU, valid=torch.ones(5, 3, dtype=torch.bool))
+    torch.testing.assert_close(found, torch.full((5, 3), 0.5), check_dtype=False)
+    assert not found.requires_grad
+
+
+def test_candidates_are_dropped_below_the_least_agreement_or_weighted_above_it():
+    found = torch.tensor([[0.2, 0.5, 0.8, 1.0]])
+    assert weights_of(found, kind="drop", least=0.8).tolist() == [[0, 0, 1, 1]]
+    weighted = weights_of(found, kind="weight", least=0.5)
+    torch.testing.assert_close(weighted, torch.tensor([[0, 0, 0.6, 1.0]]))
 
 
 BATCH_OF_8192 = """

@@ -83,11 +83,13 @@ def pretraining_loss(
     temperature: float,
     mil_nce_weight: float,
     form: Form = paper_form,
+    text_weights: Tensor | None = None,
 ) -> Losses:
     """NCE(video, audio) + weight x MIL-NCE(video, texts) over the given, global batch.
 
     has_video, has_audio (B,) and has_text (B, K) are bool: a clip without a modality takes
     no part in the losses that need it. The release halves the total; Adam makes this irrelevant.
+    `text_weights` (B, K) are those of `mil_nce`.
     """
     assert embeddings.video_va is not None and embeddings.audio_va is not None
     assert embeddings.video_vt is not None and embeddings.text_vt is not None
@@ -104,6 +106,7 @@ def pretraining_loss(
         temperature,
         valid=has_video[:, None] & has_text,
         form=form,
+        weights=text_weights,
     )
     return Losses(total=va + mil_nce_weight * vt, nce=va, mil_nce=vt)
 
@@ -129,37 +132,102 @@ def mil_nce(
     valid: Tensor | None = None,
     form: Form = paper_form,
     max_scores: int = MAX_SCORES,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """MIL-NCE of (B, E) and (B, K, E): the mean of `form` over the clips with a candidate, or 0.
 
     `valid` (B, K) marks the candidates that exist. Anchors are computed in blocks of at most
     `max_scores` scores, and each block again in the backward pass, so that memory does not grow
     with B x B x K.
+
+    With `weights` (B, K) in [0, 1], the positive sum of clip i is sum_l w_il e^s_iil / c_i with
+    c_i = max_l w_il, and the mean over the clips is weighted with c_i: a clip counts as much as its
+    best candidate. Negatives are not weighted.
     """
     video, texts = (
         part.to(torch.promote_types(part.dtype, torch.float32)) for part in (video, texts)
     )
     if valid is None:
         valid = torch.ones(texts.shape[:2], dtype=torch.bool, device=texts.device)
+    best, log_weights = (None, None) if weights is None else _clip_weights(weights, valid)
     block = max(1, max_scores // max(1, valid.numel()))
     total = video.new_zeros(())
     for own in torch.arange(len(video), device=video.device).split(block):
+        given = (video, texts, valid, own, temperature, form, best, log_weights)
         if len(own) == len(video):
-            total = total + _block_loss(video, texts, valid, own, temperature, form)
+            total = total + _block_loss(*given)
         else:
-            total = total + checkpoint(
-                _block_loss, video, texts, valid, own, temperature, form, use_reentrant=False
-            )
+            total = total + checkpoint(_block_loss, *given, use_reentrant=False)
+    if best is not None:
+        return total / best.sum().clamp(min=torch.finfo(best.dtype).tiny)
     return total / valid.any(1).sum().clamp(min=1)
 
 
 def _block_loss(
-    video: Tensor, texts: Tensor, valid: Tensor, own: Tensor, temperature: float, form: Form
+    video: Tensor,
+    texts: Tensor,
+    valid: Tensor,
+    own: Tensor,
+    temperature: float,
+    form: Form,
+    best: Tensor | None,  # (B,)
+    log_weights: Tensor | None,  # (B, K)
 ) -> Tensor:
     """The sum of the losses of the anchors `own`; an anchor without a candidate adds 0."""
     row = torch.einsum("ie,jle->ijl", video[own], texts) / temperature
     column = torch.einsum("ile,je->ijl", texts[own], video) / temperature
-    return torch.where(valid.any(1)[own], form(row, column, own, valid), 0.0).sum()
+    if best is None or log_weights is None:
+        return torch.where(valid.any(1)[own], form(row, column, own, valid), 0.0).sum()
+    is_own = (own[:, None] == torch.arange(len(valid), device=own.device))[..., None]
+    added = torch.where(is_own, log_weights[own][:, None], 0.0)
+    losses = form(row + added, column + added, own, valid)
+    return torch.where(best[own] > 0, best[own] * losses, 0.0).sum()
+
+
+def _clip_weights(weights: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight of each clip (B,), and the logarithms of those within it (B, K)."""
+    weights = weights.detach()
+    best = weights.masked_fill(~valid, 0.0).amax(1)
+    within = weights / torch.where(best > 0, best, 1.0)[:, None]
+    return best, within.log().clamp(min=_NEVER)
+
+
+@torch.no_grad()
+def agreement(
+    video: Tensor,
+    texts: Tensor,
+    temperature: float,
+    *,
+    valid: Tensor,
+    max_scores: int = MAX_SCORES,
+) -> Tensor:
+    """How well each candidate fits its clip (B, K): mean_j sigmoid(s_iil - s_jil) over j != i.
+
+    That is the probability that the candidate chooses its own clip and not another: 0.5 is chance.
+    Only clips with a valid candidate are compared, and 1 is the answer where there is no other. A
+    candidate that is not valid has 0. In the line of Temporal Alignment Networks (Han et al.,
+    2022), which find sentences that cannot be seen by the model's own similarity.
+    """
+    there, places = valid.any(1), torch.arange(len(video), device=video.device)
+    video, texts = (
+        part.to(torch.promote_types(part.dtype, torch.float32)) for part in (video, texts)
+    )
+    found = []
+    for own in places.split(max(1, max_scores // max(1, valid.numel()))):
+        scores = torch.einsum("ile,je->ijl", texts[own], video) / temperature
+        mine = scores[torch.arange(len(own), device=own.device), own]
+        others = (there & (own[:, None] != places))[..., None]
+        chosen = torch.sigmoid(mine[:, None] - scores).masked_fill(~others, 0.0).sum(1)
+        number = others.sum(1)
+        found.append(torch.where(number > 0, chosen / number.clamp(min=1), 1.0))
+    return torch.cat(found).masked_fill(~valid, 0.0)
+
+
+def weights_of(agreements: Tensor, *, kind: str, least: float) -> Tensor:
+    """The weights of candidates by their agreement: 0 or 1, or rising from `least` to 1."""
+    if kind == "drop":
+        return (agreements >= least).to(agreements.dtype)
+    return ((agreements - least) / (1 - least)).clamp(min=0.0)
 
 
 def _log_sum(scores: Tensor) -> Tensor:  # (b, B, K) -> (b,)

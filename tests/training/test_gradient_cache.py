@@ -16,15 +16,17 @@ def double(params):
     return tiny.make_model(params).double()
 
 
-def gradients(model, batch, *, micro_batch_size, drop_rate=0.5, kept=1, precision=None):
-    params = tiny.pretrain_params()
+def gradients(
+    model, batch, *, micro_batch_size, drop_rate=0.5, kept=1, precision=None, weighting=None
+):
+    params = tiny.pretrain_params(text_weighting=weighting)
     module = Pretraining(
         model, params, micro_batch_size=micro_batch_size, kept_micro_batches=kept
     ).train()
     inputs = pretraining_inputs(model, batch, 3, drop_rate=drop_rate, seed=0)
     seed_dropout(0, 3)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        losses = module(*inputs)
+        losses = module(*inputs, weighs_text=weighting is not None)
     losses["loss"].backward()
     return losses, {name: weight.grad for name, weight in module.named_parameters()}
 
@@ -93,6 +95,21 @@ def test_what_a_clip_lacks_is_not_routed_in_the_losses():
     other.audio[3] = 12345
     changed, _ = gradients(double(params), other, micro_batch_size=None)
     assert not torch.equal(results[0]["experts.loss"], changed["experts.loss"])
+
+
+@pytest.mark.parametrize("kind", ["drop", "weight"])
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_candidates_are_weighted_over_the_whole_batch(kind, micro_batch_size):
+    weighting = {"kind": kind, "least": 0.5, "warmup_steps": 0}
+    found = []
+    for size in (None, micro_batch_size):
+        model = double(tiny.model_params())
+        given = {"micro_batch_size": size, "weighting": weighting}
+        losses, weights = gradients(model, tiny.make_batch(0), **given)
+        found.append({**losses, **weights})
+    assert 0 < found[0]["text_dropped_share"] < 1
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-6, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])  # torch's kernels differ; its state must be exact

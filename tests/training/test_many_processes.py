@@ -86,7 +86,12 @@ def test_gather_joins_rows_and_gives_each_process_its_gradient(found):
 
 
 @pytest.mark.parametrize(
-    ("case", "changes"), [("exact", {}), ("fewer tokens", worker.FEWER_TOKENS)]
+    ("case", "changes"),
+    [
+        ("exact", {}),
+        ("fewer tokens", worker.FEWER_TOKENS),
+        *((kind, {"text_weighting": setting}) for kind, setting in worker.WEIGHTINGS.items()),
+    ],
 )
 @pytest.mark.parametrize("backbone", worker.BACKBONES)
 def test_cached_gradients_in_fp64_equal_the_whole_batch_s(found, backbone, case, changes):

@@ -42,6 +42,33 @@ def test_every_report_has_losses_rate_norm_and_speed(tmp_path):
     assert 0 <= rows[0][1]["data_wait_share"] <= 1
 
 
+WEIGHTING = {"kind": "weight", "least": 0.5, "warmup_steps": 3}
+
+
+def test_candidates_are_weighted_after_the_warm_up_and_not_before(tmp_path):
+    plain, _ = run(tmp_path / "plain")
+    rows, _ = run(tmp_path / "weighted", text_weighting=WEIGHTING)
+    agreements, dropped = ([row[name] for _, row in rows] for name in
+                           ("text_agreement", "text_dropped_share"))  # fmt: skip
+    assert dropped[:3] == [0, 0, 0] and all(0 < share < 1 for share in dropped[3:])
+    assert all(0 < value < 1 for value in agreements)
+    losses, weighted = ([row["loss"] for _, row in some] for some in (plain, rows))
+    assert weighted[:3] == losses[:3] and weighted[3] != losses[3]
+
+
+def test_a_training_stopped_in_the_warm_up_goes_on_with_the_same_weights(tmp_path):
+    _, whole = run(tmp_path / "whole", text_weighting=WEIGHTING)
+    with pytest.raises(VattError):  # after the state of step 2
+        run(
+            tmp_path / "cut",
+            text_weighting=WEIGHTING,
+            batches_from=lambda first: itertools.islice(tiny.batches_from(0), 3),
+        )
+    rows, again = run(tmp_path / "cut", text_weighting=WEIGHTING)
+    assert rows[0][0] == 3
+    assert tiny.hash_of(again) == tiny.hash_of(whole)
+
+
 def test_one_batch_is_learned_by_heart(tmp_path):
     rows, _ = run(
         tmp_path, steps=60, drop_rate=0, batches_from=lambda _: itertools.repeat(tiny.make_batch(0))

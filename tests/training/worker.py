@@ -30,6 +30,7 @@ STEPS, RESUMED_STEPS = 20, 5
 LEARNING_RATE = 1e-3
 OPTIMIZER = tiny.pretrain_params(optimizer={"clip_norm": 5.0}).optimizer
 BACKBONES = ("specific", "agnostic", "experts")  # the last: agnostic, with experts
+WEIGHTINGS = {kind: {"kind": kind, "least": 0.5, "warmup_steps": 0} for kind in ("drop", "weight")}
 TEXTLESS = (range(0), range(4, 8), range(8))  # none; the whole part of the last ranks; all
 Case = tuple[int, str, bool]  # ZeRO stage, backbone, whether gradients are cached
 CASES: dict[str, list[Case]] = {
@@ -74,6 +75,8 @@ def main() -> None:
         for backbone in BACKBONES:
             results["exact", backbone] = exact_gradients(backbone)
             results["fewer tokens", backbone] = exact_gradients(backbone, **FEWER_TOKENS)
+            for kind, setting in WEIGHTINGS.items():
+                results[kind, backbone] = exact_gradients(backbone, text_weighting=setting)
         for number, case in enumerate(CASES[os.environ["VATT_TEST_CASES"]]):
             results[case] = trained(*case, folder / str(number))
         for name, options in options_of(os.environ["VATT_TEST_CASES"]).items():
@@ -177,7 +180,7 @@ def exact_gradients(
         drawn = params.random_share
         inputs = pretraining_inputs(model, own, step, drop_rate=0.5, seed=0, random_share=drawn)
         module.zero_grad()
-        losses = module(*inputs)
+        losses = module(*inputs, weighs_text=params.text_weighting is not None)
         losses["loss"].backward()
         gradients = {name: weight.grad.clone() for name, weight in module.named_parameters()}
         for gradient in gradients.values():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vatt.config import ModelParams, PretrainParams
 from vatt.data.loading.augment import change_colour_of_patches
 from vatt.data.loading.batches import Batch, scaled_audio, scaled_video
-from vatt.losses import FORMS, pretraining_loss
+from vatt.losses import FORMS, agreement, pretraining_loss, weights_of
 from vatt.model.experts import (
     RoutingLosses,
     noting_routings,
@@ -36,7 +36,7 @@ from vatt.model.patches import (
     sound_energy,
 )
 from vatt.model.transformer import set_merging
-from vatt.model.vatt import MODALITIES, VATT, Features
+from vatt.model.vatt import MODALITIES, VATT, Embeddings, Features
 from vatt.training import distributed
 from vatt.training.engine import Fused, Weights
 from vatt.training.gradient_cache import encode_in_micro_batches
@@ -84,6 +84,7 @@ class Pretraining(nn.Module):
         has_video: Tensor,
         has_audio: Tensor,
         kept_energy: Tensor | None = None,  # (B / processes, 2) of video and audio, a share
+        weighs_text: bool = False,
     ) -> dict[str, Tensor]:
         """Losses of the global batch by name; `loss` is the one to minimise."""
         own = encode_in_micro_batches(
@@ -101,16 +102,20 @@ class Pretraining(nn.Module):
             has_video, has_audio, has_text = map(
                 distributed.gather_flags, (has_video, has_audio, has_text)
             )
+            embeddings = self.model.project(features, has_text=has_text)
+            valid = has_video[:, None] & has_text
+            weights, facts = self._text_weights(embeddings, valid, weighs=weighs_text)
             losses = pretraining_loss(
-                self.model.project(features, has_text=has_text),
+                embeddings,
                 has_video=has_video,
                 has_audio=has_audio,
                 has_text=has_text,
                 temperature=self.params.temperature,
                 mil_nce_weight=self.params.mil_nce_weight,
                 form=FORMS[self.model.params.recipe],
+                text_weights=weights,
             )
-            found = {"loss": losses.total, "nce": losses.nce, "mil_nce": losses.mil_nce}
+            found = {"loss": losses.total, "nce": losses.nce, "mil_nce": losses.mil_nce, **facts}
             if kept_energy is not None:
                 video_share, audio_share = distributed.gather(kept_energy).mean(0)
                 found |= {"kept_energy.video": video_share, "kept_energy.audio": audio_share}
@@ -127,6 +132,26 @@ class Pretraining(nn.Module):
             sums[name] = (numbers * weights).sum((0, 1))
         assert self.model.params.experts is not None
         return routing_losses(sums, self.sharing, self.model.params.experts)
+
+    def _text_weights(
+        self, embeddings: Embeddings, valid: Tensor, *, weighs: bool
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The weights of the candidates, None before they count, and what to report of them."""
+        setting = self.params.text_weighting
+        if setting is None:
+            return None, {}
+        assert embeddings.video_vt is not None and embeddings.text_vt is not None
+        found = agreement(
+            embeddings.video_vt, embeddings.text_vt, self.params.temperature, valid=valid
+        )
+        weights = weights_of(found, kind=setting.kind, least=setting.least) if weighs else None
+        number = valid.sum().clamp(min=1)
+        left_out = 0 * found if weights is None else (valid & (weights == 0)).to(found.dtype)
+        facts = {
+            "text_agreement": found.sum() / number,
+            "text_dropped_share": left_out.sum() / number,
+        }
+        return weights, facts
 
     def _encode(
         self,
@@ -203,8 +228,10 @@ def pretrain(model: VATT, params: PretrainParams, training: Training) -> Weights
     check_share(params.batch_size, setting="pretrain.batch_size")
     seed = training.seed
 
+    setting = params.text_weighting
+
     def inputs_of(batch: Batch, step: int) -> tuple[Any, ...]:
-        return pretraining_inputs(
+        inputs = pretraining_inputs(
             model,
             batch,
             step,
@@ -212,6 +239,7 @@ def pretrain(model: VATT, params: PretrainParams, training: Training) -> Weights
             seed=seed,
             random_share=params.random_share,
         )
+        return (*inputs, setting is not None and step >= setting.warmup_steps)
 
     objective = Objective(
         Pretraining(model, params, **training.micro_batches()),
