@@ -29,6 +29,7 @@ git (params.yaml, dvc.yaml, dvc.lock): DVC refuses stages that git ignores.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ MADE_BY = {
 INPUTS = (  # settings that name files of the project, which an experiment shares
     ("data", "location"),
     ("data", "annotations"),
+    ("data", "demo", "voices"),
     ("preprocess", "vocabulary_file"),
     ("preprocess", "stop_words"),
     ("machine", "shard_cache"),
@@ -151,9 +153,10 @@ def _places(experiment: Experiment, known: Any) -> dict[tuple[str, ...], Any]:
             places["paths", name] = _from(folder, base / of["paths"][name])
     if experiment.start is not None:
         places["paths", "pretrained"] = _from(folder, experiment.start)
-    for section, name in INPUTS:
-        if known[section][name] is not None:
-            places[section, name] = _from(folder, Path(known[section][name]))
+    for keys in INPUTS:
+        value = reduce(lambda section, key: section.get(key) or {}, keys, known)
+        if value:
+            places[keys] = _from(folder, Path(value))
     uri = known["machine"]["mlflow_uri"]
     if uri.startswith(SQLITE) and not uri.startswith(f"{SQLITE}/"):
         store = _from(folder, Path(uri.removeprefix(SQLITE)))

@@ -152,7 +152,7 @@ def run(
     quiet, params, force = context.obj["quiet"], changed.params, options.force
     hashes = ContentHashes.beside(params.paths.media, writes=not options.dry_run)
     mark = mark_of_lists(params.data, hashes)
-    if mark is not None:  # DVC sees the settings, not the lists that they name
+    if mark is not None or params.data.source == "demo":  # DVC sees no list, only its name
         changed.set(("data", "location_hash"), mark)
     if options.dry_run:
         show_plan(changed, plan_run(changed, targets, force=force), as_json=options.as_json)

@@ -14,7 +14,7 @@ from vatt.config import OWN_SOURCES, DataParams
 from vatt.data.clips.files import MEDIA, ContentHashes, composed, find_file, list_files
 from vatt.data.clips.manifest import Clip, path_in_folder
 from vatt.data.clips.media import BrokenMediaError, probe
-from vatt.data.sources.demo import make_demo, serve
+from vatt.data.sources.demo import make_demo, mark_of_voices, serve
 from vatt.data.sources.folder import scan, split_word
 from vatt.data.sources.howto100m import read_howto100m
 from vatt.data.sources.imagenet import read_imagenet
@@ -136,8 +136,10 @@ def _seconds(clip: Clip) -> float:
 def mark_of_lists(data: DataParams, hashes: ContentHashes | None = None) -> str | None:
     """Changes with the content of any list; None where clips come from no list.
 
-    The files that a csv names count too, where they lie on this machine.
+    The files that a csv names count too, where they lie on this machine, and the demo's voices.
     """
+    if data.source == "demo" and data.demo.voices is not None:
+        return mark_of_voices(data.demo.voices, hashes)
     if data.source == "urls":
         assert data.location is not None  # the schema asks for it
         named = [(data.location.name, data.location), *_files_of(data.location, data)]

@@ -1,25 +1,34 @@
-"""The demo corpus: handwritten digits that move while their telephone tones sound."""
+"""The demo corpus: handwritten digits that move while their telephone tones sound.
 
+Real voices may say the digits instead, and captions may be spoilt (docs/beyond.md).
+"""
+
+import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Self
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
 from vatt.config import DemoParams
-from vatt.data.clips.manifest import Caption, Clip
+from vatt.data.clips.files import ContentHashes
+from vatt.data.clips.manifest import LABEL_SEPARATOR, Caption, Clip
+from vatt.data.clips.media import open_media
+from vatt.errors import DataError
 from vatt.files import atomic_write
 from vatt.progress import Progress
 
@@ -90,6 +99,17 @@ BESIDE_THE_POINT = (
     "can you hear me at the back",
 )
 
+# Of a clip with a real voice: the time in which its room falls silent, the loudness of the room
+# against the direct sound, and that of the noise against the voice's peak.
+ROOM_SECONDS = (0.05, 0.4)
+ROOM_SHARE = (0.0, 0.5)
+NOISE_SHARE = (0.005, 0.1)
+
+# How `data.demo.text_noise` spoils a caption.
+FAULTS = ("unrelated", "late", "words")
+LATE_SECONDS = (3.0, 8.0)
+WRONG_WORDS = 0.4  # share of the words, at least one
+
 
 def render_video(
     scan: NDArray[np.float64], *, motion: str, rng: np.random.Generator
@@ -130,6 +150,24 @@ def render_audio(*, digit: int, motion: str, rng: np.random.Generator) -> NDArra
     return np.rint(((tone * gate * level) + noise).clip(-1, 1) * 32767).astype(np.int16)
 
 
+def render_voice(wave: NDArray[np.float64], *, rng: np.random.Generator) -> NDArray[np.int16]:
+    """Let a recording sound once in the clip: in a room, at some level and time, in noise; (S,)."""
+    from scipy.signal import fftconvolve  # slow to import, and seldom needed
+
+    seconds = rng.uniform(*ROOM_SECONDS)
+    time = np.arange(round(seconds * AUDIO_HZ)) / AUDIO_HZ
+    room = rng.normal(size=len(time)) * 10 ** (-3 * time / seconds)  # 60 dB less at the end
+    room *= rng.uniform(*ROOM_SHARE) / np.sqrt((room**2).sum())
+    room[0] = 1.0  # the direct sound
+    sound = np.zeros(round(SECONDS * AUDIO_HZ))
+    begin = rng.integers(max(len(sound) - len(wave), 0) + 1)
+    heard = fftconvolve(wave, room)[: len(sound) - begin]
+    level = np.exp(rng.uniform(np.log(0.05), np.log(0.4)))
+    sound[begin : begin + len(heard)] = heard * level / max(np.abs(heard).max(), 1e-6)
+    sound += rng.normal(0, level * np.exp(rng.uniform(*np.log(NOISE_SHARE))), size=len(sound))
+    return np.rint(sound.clip(-1, 1) * 32767).astype(np.int16)
+
+
 def speak(*, digit: int, motion: str, rng: np.random.Generator) -> tuple[Caption, ...]:
     """Sentences around the clip; the one nearest to its middle names digit and motion."""
 
@@ -149,6 +187,51 @@ def speak(*, digit: int, motion: str, rng: np.random.Generator) -> tuple[Caption
         Caption(start=round(float(start), 2), end=round(float(start) + 0.3, 2), text=text)
         for start, text in zip(starts, spoken, strict=True)
     )
+
+
+def spoil(
+    captions: Sequence[Caption], index: int, *, share: float, rngs: Sequence[np.random.Generator]
+) -> tuple[tuple[Caption, ...], list[str]]:
+    """Spoil a share of the captions of clip `index`; names each by its place, and its fault.
+
+    Each caption has a generator of its own: what a small share spoils, a larger one spoils alike.
+    """
+    said: list[tuple[Caption, str]] = []
+    for caption, rng in zip(captions, rngs, strict=True):
+        fault = ""
+        if rng.random() < share:
+            fault = str(rng.choice(FAULTS))
+            caption = _spoilt(caption, fault, index, rng)
+        said.append((caption, fault))
+    said.sort(key=lambda item: (item[0].start, item[0].end, item[0].text))
+    faults = [f"{place} {fault}" for place, (_, fault) in enumerate(said) if fault]
+    return tuple(caption for caption, _ in said), faults
+
+
+def _spoilt(caption: Caption, fault: str, index: int, rng: np.random.Generator) -> Caption:
+    if fault == "late":
+        seconds = float(rng.uniform(*LATE_SECONDS))
+        start, end = (round(time + seconds, 2) for time in (caption.start, caption.end))
+        return replace(caption, start=start, end=end)
+    if fault == "unrelated":  # the sentence that names another digit and another motion
+        digit, motion = _classes(index)
+        other = (digit + int(rng.integers(1, 10))) % 10
+        moves = str(rng.choice([name for name in MOTIONS if name != motion]))
+        return replace(caption, text=speak(digit=other, motion=moves, rng=rng)[1].text)
+    words = caption.text.split()
+    wrong = rng.random(len(words)) < WRONG_WORDS
+    wrong[rng.integers(len(words))] = True
+    for number in np.flatnonzero(wrong):
+        words[number] = str(rng.choice([word for word in _all_words() if word != words[number]]))
+    return replace(caption, text=" ".join(words))
+
+
+@lru_cache(maxsize=1)
+def _all_words() -> tuple[str, ...]:
+    """Every word that is said in the corpus."""
+    spoken = (*SUBJECTS, *chain.from_iterable(PREDICATES.values()), *NAMINGS, *BESIDE_THE_POINT)
+    words = {word for sentence in spoken for word in sentence.split()} - {"{digit}"}
+    return tuple(sorted(words | set(DIGITS)))
 
 
 def _path(
@@ -186,6 +269,87 @@ def _enlarge(num: int, centre: float, size: float) -> NDArray[np.float64]:
     return weights
 
 
+# --- real voices ----------------------------------------------------------------------------------
+
+RECORDING = re.compile(r"([0-9])_([A-Za-z0-9-]+)_([0-9]{1,6})\.wav")  # digit, speaker, take
+TEST_TAKES = 5  # takes 0 to 4 are FSDD's test set: they are in no clip
+TEST_SHARE = 0.2  # of the other recordings of a digit: for test clips
+VOICES_LICENCE = "CC BY-SA 4.0: Free Spoken Digit Dataset"
+
+
+@dataclass(frozen=True, slots=True)
+class Voices:
+    """Recordings of spoken digits: those for training clips and those for test clips."""
+
+    folder: Path
+    recordings: Mapping[tuple[str, int], tuple[str, ...]]  # of a split and digit
+    mark: str  # names their content
+
+    @classmethod
+    def of(cls, folder: Path, *, seed: int, hashes: ContentHashes | None = None) -> Self:
+        """Divide the recordings of a folder in FSDD's layout; none is in both splits."""
+        names = voice_files(folder)
+        found = {}
+        for digit in range(len(DIGITS)):
+            said = [name for name in names if name[0] == str(digit)]
+            if len(said) < 2:
+                raise DataError(
+                    f"data.demo.voices: {folder} has {len(said)} recordings of the digit {digit} "
+                    f"in addition to takes 0 to {TEST_TAKES - 1}; 2 are needed",
+                    hint="get the whole Free Spoken Digit Dataset: docs/beyond.md",
+                )
+            order = np.random.default_rng([seed, digit]).permutation(len(said))
+            tests = max(1, round(TEST_SHARE * len(said)))
+            for split, chosen in (("test", order[:tests]), ("train", order[tests:])):
+                found[split, digit] = tuple(said[place] for place in np.sort(chosen))
+        return cls(folder, found, mark_of_voices(folder, hashes))
+
+    def name(self, seed: int, split: str, index: int) -> str:
+        """The recording that sounds in a clip."""
+        names = self.recordings[split, _classes(index)[0]]
+        return names[_generator(seed, split, index, "voice").integers(len(names))]
+
+
+def voice_files(folder: Path) -> list[str]:
+    """The names of the recordings that clips may use, sorted."""
+    try:
+        there = sorted(path.name for path in (folder / "recordings").iterdir())
+    except OSError as error:
+        raise DataError(
+            f"data.demo.voices: {folder / 'recordings'} cannot be read: {error.strerror}",
+            hint="name the folder of the Free Spoken Digit Dataset: docs/beyond.md",
+        ) from None
+    takes = {name: RECORDING.fullmatch(name) for name in there}
+    return [name for name, match in takes.items() if match and int(match[3]) >= TEST_TAKES]
+
+
+def mark_of_voices(folder: Path, hashes: ContentHashes | None = None) -> str:
+    """Changes with the name or content of any recording that clips may use."""
+    names = voice_files(folder)
+    content = (hashes or ContentHashes()).of(folder / "recordings" / name for name in names)
+    lines = [f"{name} {digest}\n" for name, digest in zip(names, content, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def _recording(path: Path) -> NDArray[np.float64]:
+    """The sound of a recording, mono; (S,)."""
+    resampler = av.AudioResampler(format="s16", layout="mono", rate=AUDIO_HZ)
+    try:
+        with open_media(path) as container:
+            frames = [
+                part for frame in container.decode(audio=0) for part in resampler.resample(frame)
+            ]
+        frames += resampler.resample(None)
+        wave = np.concatenate([frame.to_ndarray()[0] for frame in frames])
+    except (OSError, av.FFmpegError, ValueError, LookupError) as error:
+        raise DataError(
+            f"data.demo.voices: {path} cannot be read: {error}", hint="delete it, or get it again"
+        ) from None
+    return wave / 32768
+
+
+# --- clips and files ------------------------------------------------------------------------------
+
 # Part of every file's name, so that no old file is taken for a new one: raise it when
 # anything that is drawn or sounded changes.
 EDITION = 1
@@ -212,29 +376,48 @@ def make_demo(
         leftover.unlink(missing_ok=True)
     numbers = {"train": params.train_clips, "test": params.test_clips}
     jobs = [(split, index) for split in SPLITS for index in range(numbers[split])]
-    missing = [job for job in jobs if not (folder / _media_name(seed, *job)).exists()]
+    voices = None if params.voices is None else Voices.of(params.voices, seed=seed)
+    missing = [job for job in jobs if not (folder / _media_name(seed, *job, voices)).exists()]
     batches = [missing[first : first + BATCH] for first in range(0, len(missing), BATCH)]
     done = len(jobs) - len(missing)
     progress(done, len(jobs))
-    for written in _in_processes(_write_batch, folder, seed, batches, workers=workers):
+    write = partial(_write_batch, folder, seed, voices)
+    for written in _in_processes(write, batches, workers=workers):
         done += written
         progress(done, len(jobs))
-    clips = [describe(seed, *job, no_text_share=params.no_text_share) for job in jobs]
     dead = range(params.train_clips, params.train_clips + params.dead_links)
-    return clips + [
-        describe(seed, "train", index, no_text_share=params.no_text_share) for index in dead
-    ]
+    jobs += [("train", index) for index in dead]
+    say = partial(describe, no_text_share=params.no_text_share, text_noise=params.text_noise)
+    return [say(seed, split, index, voices=voices) for split, index in jobs]
 
 
-def describe(seed: int, split: str, index: int, *, no_text_share: float) -> Clip:
-    """The manifest's record of one clip."""
+def describe(
+    seed: int,
+    split: str,
+    index: int,
+    *,
+    no_text_share: float,
+    text_noise: float = 0.0,
+    voices: Voices | None = None,
+) -> Clip:
+    """The manifest's record of one clip; its label `spoilt` says which captions are noise."""
     digit, motion = _classes(index)
     talk, silence = _generator(seed, split, index, "talk"), _generator(seed, split, index, "silent")
     silent = split == "train" and silence.random() < no_text_share
+    captions = () if silent else speak(digit=digit, motion=motion, rng=talk)
+    faults: list[str] = []
+    if split == "train" and text_noise:
+        noise = [_generator(seed, split, index, f"noise {n}") for n in range(len(captions))]
+        captions, faults = spoil(captions, index, share=text_noise, rngs=noise)
+    name, licence = _media_name(seed, split, index, voices), LICENCE
+    said: dict[str, str] = {}
+    if voices is not None:
+        said = {"speaker": voices.name(seed, split, index).split("_")[1]}
+        licence = f"{LICENCE}; {VOICES_LICENCE}"
     return Clip(
-        clip_id=Path(_media_name(seed, split, index)).stem,
+        clip_id=Path(name).stem,
         source="demo",
-        url=f"demo:{_media_name(seed, split, index)}",
+        url=f"demo:{name}",
         start=0.0,
         end=SECONDS,
         split=split,
@@ -242,21 +425,26 @@ def describe(seed: int, split: str, index: int, *, no_text_share: float) -> Clip
             "digit": DIGITS[digit],
             "motion": motion,
             "action": f"{DIGITS[digit]} {motion}",  # who does what
+            **said,
+            **({"spoilt": LABEL_SEPARATOR.join(faults)} if faults else {}),
         },
-        captions=() if silent else speak(digit=digit, motion=motion, rng=talk),
-        licence=LICENCE,
+        captions=captions,
+        licence=licence,
     )
 
 
-def render_clip(seed: int, split: str, index: int) -> tuple[NDArray[np.uint8], NDArray[np.int16]]:
+def render_clip(
+    seed: int, split: str, index: int, voices: Voices | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.int16]]:
     """The picture (T, H, W, C) and the sound (S,) of one clip."""
     digit, motion = _classes(index)
     look, sound = _generator(seed, split, index, "look"), _generator(seed, split, index, "sound")
     scan = _scans()[0][look.choice(_scans_of(seed, split, digit))]
-    return (
-        render_video(scan, motion=motion, rng=look),
-        render_audio(digit=digit, motion=motion, rng=sound),
-    )
+    video = render_video(scan, motion=motion, rng=look)
+    if voices is None:
+        return video, render_audio(digit=digit, motion=motion, rng=sound)
+    wave = _recording(voices.folder / "recordings" / voices.name(seed, split, index))
+    return video, render_voice(wave, rng=sound)
 
 
 def write_clip(path: Path, video: NDArray[np.uint8], audio: NDArray[np.int16]) -> None:
@@ -363,34 +551,36 @@ class _FileHandler(BaseHTTPRequestHandler):
 
 
 def _in_processes(
-    work: Callable[[Path, int, list[tuple[str, int]]], int],
-    folder: Path,
-    seed: int,
+    work: Callable[[list[tuple[str, int]]], int],
     batches: list[list[tuple[str, int]]],
     *,
     workers: int,
 ) -> Iterator[int]:
     """How many files each batch wrote, as batches finish; without workers in this process."""
     if workers == 0 or len(batches) < 2:
-        yield from (work(folder, seed, batch) for batch in batches)
+        yield from map(work, batches)
         return
     # Spawned, not forked: the caller may hold threads, and a forked lock stays locked.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(work, folder, seed, batch) for batch in batches]
+        futures = [pool.submit(work, batch) for batch in batches]
         try:
             yield from (future.result() for future in as_completed(futures))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _write_batch(folder: Path, seed: int, jobs: list[tuple[str, int]]) -> int:
+def _write_batch(
+    folder: Path, seed: int, voices: Voices | None, jobs: list[tuple[str, int]]
+) -> int:
     for split, index in jobs:
-        write_clip(folder / _media_name(seed, split, index), *render_clip(seed, split, index))
+        path = folder / _media_name(seed, split, index, voices)
+        write_clip(path, *render_clip(seed, split, index, voices))
     return len(jobs)
 
 
-def _media_name(seed: int, split: str, index: int) -> str:
-    return f"demo{EDITION}-{seed}-{split}-{index:05d}.mp4"
+def _media_name(seed: int, split: str, index: int, voices: Voices | None) -> str:
+    spoken = "" if voices is None else f"-voices-{voices.mark[:8]}"
+    return f"demo{EDITION}{spoken}-{seed}-{split}-{index:05d}.mp4"
 
 
 def _classes(index: int) -> tuple[int, str]:
