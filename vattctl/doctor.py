@@ -378,10 +378,14 @@ def _extras(project: Path, params: "Params | None") -> Findings:
     if params is None:
         return
     machine = params.machine
-    wanted = {"ray": ("ray", "pip install 'vattctl[ray]', or machine.executor: local")}
+    wanted = {
+        "ray": ("ray", "pip install 'vattctl[ray]', or machine.executor: local"),
+        "languages": ("py3langid", "pip install 'vattctl[text]', or an empty list of languages"),
+    }
     url = (machine.shards_url or "").partition("://")[0]
     stores = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
-    needed = {"ray": machine.executor == "ray"}
+    text = params.preprocess.text_quality
+    needed = {"ray": machine.executor == "ray", "languages": bool(text and text.languages)}
     if url in stores:
         wanted[url] = (stores[url], f"pip install {stores[url]}: machine.shards_url needs it")
         needed[url] = True

@@ -337,3 +337,120 @@ def test_a_text_track_of_an_unknown_kind_is_none(tmp_path):
 def run_ffmpeg(*arguments: str, folder) -> None:
     command = [find_ffmpeg(None), "-v", "error", *arguments]
     subprocess.run(command, cwd=folder, check=True)
+
+
+# --- sentences ------------------------------------------------------------------------------------
+
+WHISPER = {
+    "segments": [
+        {"start": 0.0, "end": 3.0, "text": " First we open the", "words": [
+            {"word": " First", "start": 0.1, "end": 0.4}, {"word": " we", "start": 0.4, "end": 0.6},
+            {"word": " open", "start": 0.7, "end": 1.0}, {"word": " the", "start": 1.0, "end": 1.1}]},
+        {"start": 3.0, "end": 9.0, "text": " door. Then pour.", "words": [
+            {"word": " door.", "start": 1.2, "end": 1.6}, {"word": " Then", "start": 5.0, "end": 5.3},
+            {"word": " pour.", "start": 5.3, "end": 5.8}]},
+    ]
+}  # fmt: skip
+
+
+def sentences(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return read_subtitles(path, sentences=True)
+
+
+def test_sentences_of_whisper_join_its_segments_at_the_times_of_their_words(tmp_path):
+    got = sentences(tmp_path, "a.json", WHISPER)
+    assert got.captions == (
+        Caption(0.1, 1.6, "First we open the door."), Caption(5.0, 5.8, "Then pour."),
+    )  # fmt: skip
+    assert len(read(tmp_path, "b.json", json.dumps(WHISPER)).captions) == 2  # the segments
+
+
+def test_a_word_that_whisperx_gives_no_time_lies_between_its_neighbours(tmp_path):
+    words = [{"word": "In", "start": 1.0, "end": 1.2}, {"word": "2014"}, {"word": "we", "start": 2.0, "end": 2.2},
+             {"word": "won."}]  # fmt: skip
+    got = sentences(
+        tmp_path, "a.json", {"segments": [{"start": 1.0, "end": 3.0, "text": "x", "words": words}]}
+    )
+    assert got.captions == (Caption(1.0, 3.0, "In 2014 we won."),)
+    got = sentences(tmp_path, "b.json", {"word_segments": words})
+    assert got.captions == (Caption(1.0, 2.2, "In 2014 we won."),) and got.dropped == 0
+
+
+def test_sentences_of_youtubes_rolling_vtt_follow_the_times_in_the_lines(tmp_path):
+    rolling = (
+        "WEBVTT\n\n00:00.000 --> 00:02.000\n \nso today<00:00:00.500><c> we</c><00:00:00.800><c> are</c>\n\n"
+        "00:02.000 --> 00:02.010\nso today we are\n \n\n"
+        "00:02.010 --> 00:09.000\nso today we are\nmaking<00:00:02.500><c> pasta.</c><00:00:07.000><c> boil</c>\n\n"
+        "00:09.000 --> 00:09.010\nmaking pasta. boil\n \n\n"
+        "00:09.010 --> 00:12.000\nmaking pasta. boil\nwater\n"
+    )  # fmt: skip
+    got = sentences(tmp_path, "a.vtt", rolling)
+    assert [(one.text, one.start) for one in got.captions] == [
+        ("so today we are making pasta.", 0.0), ("boil", 7.0), ("water", 9.01),
+    ]  # fmt: skip
+    assert got.captions[0].end == 3.5  # a word lasts a second at most
+
+
+def test_sentences_of_youtubes_json3_follow_the_offsets_of_its_words(tmp_path):
+    events = [
+        {"tStartMs": 1000, "dDurationMs": 4000, "segs": [
+            {"utf8": "open", "tOffsetMs": 0}, {"utf8": " the", "tOffsetMs": 300},
+            {"utf8": " door", "tOffsetMs": 600}]},
+        {"tStartMs": 3000, "dDurationMs": 1000, "aAppend": 1, "segs": [{"utf8": "\n"}]},
+        {"tStartMs": 3010, "dDurationMs": 2000, "segs": [{"utf8": "pour"}, {"utf8": " milk", "tOffsetMs": 500}]},
+    ]  # fmt: skip
+    got = sentences(tmp_path, "a.json", {"events": events})
+    assert [(one.text, one.start) for one in got.captions] == [("open the door pour milk", 1.0)]
+    assert got.captions[0].end == 4.51
+
+
+def test_sentences_of_plain_srt_are_joined_across_cues_by_estimated_times(tmp_path):
+    cues = "1\n00:00:00,000 --> 00:00:02,000\nnow we open\n\n2\n00:00:02,000 --> 00:00:04,000\nthe door. Then\n"
+    got = sentences(tmp_path, "a.srt", cues)
+    assert [one.text for one in got.captions] == ["now we open the door.", "Then"]
+    assert got.captions[0].start == 0 and 3 < got.captions[0].end < 3.5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"segments": [{"start": 0, "end": 1, "words": [{"word": 3, "start": 0, "end": 1}]}]}',
+        '{"segments": [{"words": [{"word": "a"}]}, 7]}',
+        '{"events": [{"tStartMs": 0, "segs": [{"utf8": "a", "tOffsetMs": "x"}]}]}',
+        '{"events": [{"segs": 3}]}',
+    ],
+)
+def test_sentences_of_damaged_rows_are_dropped_and_counted(tmp_path, content):
+    got = sentences(tmp_path, "a.json", content)
+    assert got.captions == () and got.dropped >= 1
+
+
+def test_times_of_words_outside_their_cue_are_brought_back_into_it(tmp_path):
+    cues = "WEBVTT\n\n00:01.000 --> 00:03.000\none<900000:00:00.000><c> two</c><00:00:00.000><c> three</c>\n"
+    got = sentences(tmp_path, "a.vtt", cues)
+    assert got.captions[0].start == 1.0
+    assert all(1.0 <= one.start <= one.end <= 3.0 for one in got.captions)
+
+
+def test_sentences_of_a_cue_of_very_many_lines_take_no_longer_than_they_must(tmp_path):
+    got = sentences(tmp_path, "a.vtt", "WEBVTT\n\n00:00.000 --> 00:01.000\n" + "a\n" * 100_000)
+    assert sum(len(one.text.split()) for one in got.captions) == 100_000
+
+
+def test_embedded_text_gives_sentences_too(tmp_path):
+    path = embed(tmp_path)
+    said = [one.text for one in embedded_captions(path, sentences=True).captions]
+    assert said == ["now we open the door.", "Then"]
+
+
+def embed(tmp_path):
+    (tmp_path / "s.srt").write_text(
+        "1\n00:00:00,000 --> 00:00:01,000\nnow we open\n\n2\n00:00:01,000 --> 00:00:02,000\nthe door. Then\n"
+    )
+    write_media(tmp_path / "plain.mp4", seconds=2.0)
+    command = [find_ffmpeg(None), "-loglevel", "error", "-i", tmp_path / "plain.mp4", "-i", tmp_path / "s.srt",
+               "-c", "copy", "-c:s", "mov_text", tmp_path / "v.mp4"]  # fmt: skip
+    subprocess.run(command, check=True)
+    return tmp_path / "v.mp4"

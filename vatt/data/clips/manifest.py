@@ -40,14 +40,15 @@ class Caption:
     start: float
     end: float
     text: str
+    quality: float | None = None  # of 1, where preprocess.text_quality has judged it; shards only
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionFaults:
-    """What was wrong with the captions of a clip when they were read."""
+    """What was wrong with the captions of a clip when they were read or prepared."""
 
-    dropped: int = 0  # captions that could not be read
-    repaired: int = 0  # captions that were read after a correction
+    dropped: int = 0  # captions that could not be read, or were not good enough
+    repaired: int = 0  # captions that were used after a correction
     encoding: str = ""  # of their file, where it had to be guessed
 
     def __bool__(self) -> bool:

@@ -250,10 +250,12 @@ class ShardReader:
         return handle
 
 
-def _caption(start: float, end: float, text: str) -> Caption:
+def _caption(start: float, end: float, text: str, quality: float | None = None) -> Caption:
     if not (isinstance(text, str) and isfinite(start) and isfinite(end)):
         raise BrokenMediaError("one of its captions has no text or no time")
-    return Caption(float(start), float(end), text)
+    if quality is not None and not 0 <= quality <= 1:
+        raise BrokenMediaError("the score of one of its captions is not between 0 and 1")
+    return Caption(float(start), float(end), text, quality)
 
 
 def place(row: IndexRow) -> tuple[str, int]:

@@ -17,6 +17,7 @@ from vatt.config import DataParams, MachineParams, PreprocessParams
 from vatt.data.clips.ledger import Entry, with_captions, write_ledger
 from vatt.data.clips.manifest import Clip
 from vatt.data.clips.media import find_ffmpeg
+from vatt.data.clips.quality import improved
 from vatt.data.clips.samples import INDEX, VOCABULARY, IndexRow, row_of, write_index
 from vatt.data.clips.storage import Storage
 from vatt.data.clips.text import (
@@ -68,6 +69,9 @@ def write_shards(
     with lock(folder.with_name(f".{folder.name}.lock")):
         stop_words = read_stop_words(preprocess.stop_words)
         clips = [as_said(clip, clean=preprocess.clean_text, without=stop_words) for clip in clips]
+        facts: dict[str, float] = {}
+        if preprocess.text_quality is not None:
+            clips, facts = improved(clips, preprocess.text_quality)
         shards, entries = plan_shards(clips, downloads, preprocess, data, media=media, seed=seed)
         _tidy(folder, shards, work)
         try:
@@ -82,7 +86,7 @@ def write_shards(
         tried = [entries[name] for name in entries if downloads[name].state == "ok"]
         _check_failures(tried, preprocess, ledger)
         _check_rest(len(entries), tried, len(rows), data, ledger)
-        _finish(clips, entries, rows, preprocess, folder)
+        _finish(clips, entries, rows, preprocess, folder, quality=facts)
     return counts
 
 
@@ -214,6 +218,8 @@ def _finish(
     rows: Sequence[IndexRow],
     preprocess: PreprocessParams,
     folder: Path,
+    *,
+    quality: Mapping[str, float],
 ) -> None:
     """Write the vocabulary of the train captions and, last of all, the index."""
     counts = count_words(
@@ -233,6 +239,7 @@ def _finish(
         "distinct_words": len(counts),
         "vocabulary": len(vocabulary),
         "coverage": vocabulary.coverage(counts),
+        **({"quality": quality} if quality else {}),
     }
     with atomic_write(folder / TEXT_FACTS) as temporary:
         temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

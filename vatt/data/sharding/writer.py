@@ -414,9 +414,7 @@ def _add_sample(
         "end": window[1],
         "labels": clip.labels,
         "licence": clip.licence,
-        "captions": [
-            [round(c.start - window[0], 4), round(c.end - window[0], 4), c.text] for c in captions
-        ],
+        "captions": [_caption(caption, window[0]) for caption in captions],
     }
     if storage.video == "jpeg":
         facts["frame_bytes"] = [len(picture) for picture in piece.video]
@@ -442,6 +440,12 @@ def _add_sample(
         width=piece.width,
         num_samples=0 if piece.audio is None else len(piece.audio),
     )
+
+
+def _caption(caption: Caption, zero: float) -> list[Any]:
+    """As it is stored: with its score where it has one."""
+    times = [round(time - zero, 4) for time in (caption.start, caption.end)]
+    return [*times, caption.text, *([] if caption.quality is None else [caption.quality])]
 
 
 def _add_picture(key: str, piece: Piece, storage: Storage, writer: ShardWriter) -> Extent | None:

@@ -121,7 +121,10 @@ def scan(
         )
     layout = read_layout(files, data.split_folders)
     subtitles = match_subtitles(files, texts, data.caption_languages)
-    read = {name: _captions(folder, name, subtitles.of.get(name, [])) for name in files}
+    read = {
+        name: _captions(folder, name, subtitles.of.get(name, []), sentences=data.sentences)
+        for name in files
+    }
     digests = dict(
         zip(files, (hashes or ContentHashes()).of(folder / name for name in files), strict=True)
     )
@@ -446,13 +449,13 @@ def _clip(name: str, read: Subtitles, split: str, layout: Layout) -> Clip:
     )
 
 
-def _captions(folder: Path, name: str, beside: Sequence[str]) -> Subtitles:
+def _captions(folder: Path, name: str, beside: Sequence[str], *, sentences: bool) -> Subtitles:
     """From the files next to a video, else from a track inside it."""
     dropped = 0
     for text in beside:
-        read = read_subtitles(folder / text)
+        read = read_subtitles(folder / text, sentences=sentences)
         dropped += read.dropped
         if read.captions:
             return Subtitles(read.captions, replace(read.faults, dropped=dropped))
-    inside = embedded_captions(folder / name)
+    inside = embedded_captions(folder / name, sentences=sentences)
     return Subtitles(inside.captions, replace(inside.faults, dropped=dropped + inside.dropped))

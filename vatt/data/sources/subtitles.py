@@ -7,7 +7,7 @@ they count nothing, and they lose or merge the cues of damaged files.
 import html
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -19,6 +19,7 @@ from av.subtitles.stream import SubtitleStream
 from vatt.data.clips.files import MEDIA, composed
 from vatt.data.clips.manifest import LONGEST_TIME, Caption, CaptionFaults
 from vatt.data.clips.media import open_media
+from vatt.data.clips.quality import PAUSE_SECONDS, Word, sentences_of
 from vatt.data.sources.textfiles import UNICODE, decode, decode_as, encoding_of, number, split_lines
 
 SUFFIXES = (".srt", ".vtt", ".json")
@@ -26,7 +27,7 @@ MAX_BYTES = 20 * 2**20  # a larger file is not subtitles
 FEW = 3  # cues that begin as another ended, by chance
 MAX_LINES = 8  # that a cue has in common with the one before: two or three are usual
 LONG_SECONDS, LONG_WORDS = 10.0, 16  # a cue that has more of both is cut
-PAUSE = 1.0  # seconds without a word that end a caption, where each word has its time
+LONGEST_WORD = 1.0  # seconds; a file that only says when words begin has pauses after them
 _ASS = ("ass", "ssa")
 _TEXT_TRACKS = ("mov_text", "subrip", "srt", "webvtt", "text", *_ASS)
 ASS_FIELDS = 8  # of a line of an ass track, before its text
@@ -62,18 +63,20 @@ class Subtitles:
         return self.faults.dropped
 
 
-Word = tuple[str, float, float]  # with start and end
+Piece = tuple[float, list[str]]  # words, and when the first of them begins
+MaybePiece = tuple[float | None, list[str]]  # the same, where that may be unknown
 UNREADABLE = Subtitles((), CaptionFaults(dropped=1))
 
 
 @dataclass(slots=True)
 class _Cue:
-    """A span and the lines that are said in it, without marks."""
+    """A span and the lines that are said in it, without marks; of some lines, pieces with times."""
 
     start: float
     end: float
     repaired: bool = False
     lines: list[str] = field(default_factory=list)
+    pieces: dict[str, list[MaybePiece]] = field(default_factory=dict)
 
     def add(self, lines: Iterable[str]) -> None:
         """Add what is said in lines of the file."""
@@ -81,10 +84,25 @@ class _Cue:
             self.repaired = self.repaired or _DAMAGE.search(line) is not None
             if plain := _plain(line):
                 self.lines.append(plain)
+                if _INLINE_TIME.search(line):
+                    self.pieces[plain] = list(_pieces(line))
 
 
-def read_subtitles(path: Path) -> Subtitles:
-    """Read a file; what is malformed is counted, not raised."""
+def _pieces(line: str) -> Iterator[MaybePiece]:
+    """The words of a line from each of its times to the next; those before the first have none."""
+    at = 0
+    start: float | None = None
+    for match in _INLINE_TIME.finditer(line):
+        yield start, _plain(line[at : match.start()]).split()
+        at, start = match.end(), _seconds(match, 1)
+    yield start, _plain(line[at:]).split()
+
+
+def read_subtitles(path: Path, *, sentences: bool = False) -> Subtitles:
+    """Read a file; what is malformed is counted, not raised.
+
+    With `sentences`, captions are sentences by the times of their words, whatever the cues are.
+    """
     try:
         if path.stat().st_size > MAX_BYTES:
             return UNREADABLE
@@ -92,7 +110,8 @@ def read_subtitles(path: Path) -> Subtitles:
     except OSError:  # not ours to read
         return UNREADABLE
     text = text.lstrip("\ufeff")
-    read = _from_json(text, path.stem) if path.suffix.lower() == ".json" else _from_cues(text)
+    is_json = path.suffix.lower() == ".json"
+    read = _from_json(text, path.stem, sentences) if is_json else _from_cues(text, sentences)
     guessed = "" if encoding in UNICODE else encoding
     return Subtitles(read.captions, replace(read.faults, encoding=guessed))
 
@@ -100,19 +119,45 @@ def read_subtitles(path: Path) -> Subtitles:
 # --- srt and vtt ----------------------------------------------------------------------------------
 
 
-def _from_cues(text: str) -> Subtitles:
+def _from_cues(text: str, sentences: bool) -> Subtitles:
     """A line of times begins each cue; empty lines may be missing, doubled or anywhere."""
     lines = split_lines(text)
     cues, dropped = _cues(lines, is_vtt=lines[0].startswith("WEBVTT"))
     if _INLINE_TIME.search(text) or _rolls(cues):
         cues = _unroll(cues)
     captions: list[Caption] = []
-    repaired = 0
-    for cue in cues:
-        pieces = _cut(cue.start, cue.end, " ".join(cue.lines))
-        repaired += cue.repaired and bool(pieces)
-        captions += pieces
+    repaired = sum(cue.repaired and bool(cue.lines) for cue in cues)
+    if sentences:
+        captions = sentences_of(word for cue in cues for word in _words_in(cue))
+    else:
+        for cue in cues:
+            captions += _cut(cue.start, cue.end, " ".join(cue.lines))
     return Subtitles(_in_order(captions), CaptionFaults(dropped, repaired))
+
+
+def _words_in(cue: _Cue) -> list[Word]:
+    """The words of a cue by the times in its lines, or spread over the cue where it has none."""
+    pieces: list[Piece] = [(cue.start, [])]
+    for line in cue.lines:
+        whole: list[MaybePiece] = [(None, line.split())]
+        for start, words in cue.pieces.get(line, whole):
+            if start is not None:
+                pieces.append((min(max(start, pieces[-1][0]), cue.end), []))
+            pieces[-1][1].extend(words)
+    pieces = [piece for piece in pieces if piece[1]]
+    if len(pieces) == 1:
+        return _spread(pieces[0][1], cue.start, cue.end)
+    return _since(pieces, cue.end)
+
+
+def _since(pieces: Sequence[Piece], end: float) -> list[Word]:
+    """The words of pieces that each last until the next one begins, but not for long."""
+    ends = [start for start, _ in pieces[1:]] + [end]
+    return [
+        word
+        for (start, words), until in zip(pieces, ends, strict=bool(pieces))
+        for word in _spread(words, start, min(until, start + LONGEST_WORD * len(words)))
+    ]
 
 
 def _cues(lines: list[str], *, is_vtt: bool) -> tuple[list[_Cue], int]:
@@ -269,7 +314,7 @@ def _unroll(cues: list[_Cue]) -> list[_Cue]:
 # --- json -----------------------------------------------------------------------------------------
 
 
-def _from_json(text: str, name: str) -> Subtitles:
+def _from_json(text: str, name: str, sentences: bool) -> Subtitles:
     """Captions as HowTo100M, Whisper, WhisperX, whisper.cpp, YouTube and others write them."""
     try:
         record = json.loads(text)
@@ -280,15 +325,17 @@ def _from_json(text: str, name: str) -> Subtitles:
     rows = _rows_of(record) if isinstance(record, dict) else record
     if not isinstance(rows, list):
         return UNREADABLE
-    captions: list[Caption] = []
+    found: list[Any] = []  # captions, or words of sentences
     dropped = repaired = 0
+    read: Callable[[dict[str, Any]], list[Any] | None] = _timed_words if sentences else _captions_of
     for row in rows:
-        found = _captions_of(row) if isinstance(row, dict) else None
-        if found is None:
+        said = read(row) if isinstance(row, dict) else None
+        if said is None:
             dropped += 1
-        elif found:
-            captions += found
+        elif said:
+            found += said
             repaired += _is_repaired(row)
+    captions = sentences_of(found) if sentences else found
     return Subtitles(_in_order(captions), CaptionFaults(dropped, repaired))
 
 
@@ -321,6 +368,37 @@ def _captions_of(row: dict[str, Any]) -> list[Caption] | None:
     if span is None or not isinstance(text, str):
         return None
     return _cut(*span, _plain(text), words)
+
+
+def _timed_words(row: dict[str, Any]) -> list[Word] | None:
+    """The words of a row with their own times where it has them, else spread over its span."""
+    span, given = _span(row), row.get("words")
+    if isinstance(row.get("segs"), list):
+        return _words_of_segments(row["segs"], span)
+    if isinstance(given, list):
+        spans = [one for word in given if isinstance(word, dict) and (one := _span(word))]
+        if span is None and spans:
+            span = spans[0][0], spans[-1][1]
+        if words := _words_of(given, within=span):
+            return words
+    captions = _captions_of(row)
+    if captions is None:
+        return None
+    return [word for one in captions for word in _spread(one.text.split(), one.start, one.end)]
+
+
+def _words_of_segments(segments: list[Any], span: tuple[float, float] | None) -> list[Word] | None:
+    """The words of YouTube's json3, whose times count from the start of their row."""
+    if span is None:
+        return None
+    pieces: list[Piece] = []
+    for part in segments:
+        if isinstance(part, dict) and isinstance(part.get("utf8"), str):
+            since = span[0] + (_time(part.get("tOffsetMs", 0), 0.001) or 0.0)
+            least = pieces[-1][0] if pieces else span[0]
+            if words := _plain(part["utf8"]).split():
+                pieces.append((min(max(since, least), span[1]), words))
+    return _since(pieces, span[1])
 
 
 def _span(row: dict[str, Any]) -> tuple[float, float] | None:
@@ -358,23 +436,43 @@ def _is_repaired(row: dict[str, Any]) -> bool:
     return is_odd or (isinstance(text, str) and _DAMAGE.search(text) is not None)
 
 
-def _words_of(words: Any) -> list[Word] | None:
-    """Words with their times; None where any of them lacks one."""
+def _words_of(words: Any, *, within: tuple[float, float] | None = None) -> list[Word] | None:
+    """Words with their times; None where any of them lacks one.
+
+    In a row of a known span, such words share the time between their neighbours, as WhisperX has
+    no time for a number.
+    """
     if not isinstance(words, list) or not all(isinstance(word, dict) for word in words):
         return None
-    found = []
+    found: list[Word] = []
+    waiting: list[str] = []  # words without a time
     for word in words:
         text, span = word.get("word", word.get("text")), _span(word)
-        if span is None or not isinstance(text, str):
+        if not isinstance(text, str) or (span is None and within is None):
             return None
+        if span is None:
+            waiting += _plain(text).split()
+            continue
+        if waiting and within is not None:
+            found += _between(waiting, found, within, until=span[0])
+            waiting = []
         found += [(part, *span) for part in _plain(text).split()]
+    if waiting and within is not None:
+        found += _between(waiting, found, within, until=within[1])
     return found
+
+
+def _between(
+    words: Sequence[str], before: Sequence[Word], within: tuple[float, float], *, until: float
+) -> list[Word]:
+    start = before[-1][2] if before else within[0]
+    return _spread(words, min(start, until), until)
 
 
 # --- a track inside a video -----------------------------------------------------------------------
 
 
-def embedded_captions(path: Path) -> Subtitles:
+def embedded_captions(path: Path, *, sentences: bool = False) -> Subtitles:
     """The first text track inside a video; none where there is none or the file is broken."""
     if not path.is_file():
         return Subtitles(())
@@ -400,9 +498,14 @@ def embedded_captions(path: Path) -> Subtitles:
         if not max(start, 0.0) < end <= LONGEST_TIME:
             dropped += 1
             continue
-        pieces = _cut(max(start, 0.0), end, _plain(" ".join(split_lines(text))))
-        repaired += bool(pieces) and (start < 0 or _DAMAGE.search(text) is not None)
-        captions += pieces
+        plain = _plain(" ".join(split_lines(text)))
+        repaired += bool(plain) and (start < 0 or _DAMAGE.search(text) is not None)
+        whole = [Caption(max(start, 0.0), end, plain)] if plain else []
+        captions += whole if sentences else _cut(max(start, 0.0), end, plain)
+    if sentences:
+        captions = sentences_of(
+            word for one in captions for word in _spread(one.text.split(), one.start, one.end)
+        )
     guessed = "" if encoding in UNICODE else encoding
     return Subtitles(_in_order(captions), CaptionFaults(dropped, repaired, guessed))
 
@@ -456,7 +559,7 @@ def _grouped(words: Sequence[Word]) -> list[Caption]:
         if (
             group is None
             or len(group) >= LONG_WORDS
-            or word[1] - group[-1][2] > PAUSE
+            or word[1] - group[-1][2] > PAUSE_SECONDS
             or (is_whole and group[-1][0].endswith(_SENTENCE_END))
         ):
             groups.append([])
