@@ -190,3 +190,20 @@ def test_computing_again_and_compiling_change_no_gradient(options):
     apply_options(changed, tiny.machine_params(**options), backend="eager")
     for ours, expected in zip(changed.gradients(), plain.gradients(), strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+def test_blocks_of_many_lengths_compile_into_few_forms():
+    """Each block sees another number of tokens; torch stops compiling at too many forms."""
+    forms = []
+
+    def backend(graph, inputs):
+        forms.append(len(inputs))
+        return graph.forward
+
+    encoder = Encoder(SIZE.model_copy(update={"depth": 16}), dropout=0.0).eval()
+    tokens = torch.randn(2, 200, 12)
+    expected = encoder(tokens, merge_rate=0.1)
+    torch._dynamo.reset()
+    apply_options(encoder, tiny.machine_params(compile=True), backend=backend)
+    torch.testing.assert_close(encoder(tokens, merge_rate=0.1), expected)
+    assert len(forms) <= 6
