@@ -82,7 +82,7 @@ class Scale:
         """Noise on the device, as the training's second stream brings it there early."""
         if clips not in self._batches:
             batch = random_batch(self.model, clips, self.pretrain.text_candidates)
-            batch.colour = torch.tensor(COLOUR).repeat(clips, 1)
+            batch.changes["video"] = torch.tensor(COLOUR).repeat(clips, 1)
             self._batches = {clips: batch.to(distributed.device())}
         return self._batches[clips]
 
@@ -243,11 +243,11 @@ def colours(scale: Scale) -> Iterator[Row]:
     clips = 2 if scale.tiny else 64
     batch, model = scale.batch(clips), build(scale.model)
     places = torch.arange(clips, device=batch.video.device)
-    kept = draw_kept(model.num_video_tokens, 0.5, seed=0, step=0, samples=places)
+    kept = draw_kept(model.token_counts["video"], 0.5, seed=0, step=0, samples=places)
     for compiled in scale.modes():
         visible = Visible(model.video.get_submodule("embed"))  # type: ignore[arg-type]
         apply_options(visible, machine(compile=compiled))
-        run = partial(visible, batch.video, batch.colour, kept, torch.bfloat16)
+        run = partial(visible, batch.video, batch.changes.get("video"), kept, torch.bfloat16)
         times, _ = clock(run, scale.rounds)
         name = f"colours of {clips} clips, {'compiled' if compiled else 'plain'}"
         yield {"what": name, "seconds": statistics.median(times), "low": min(times),

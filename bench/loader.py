@@ -38,7 +38,6 @@ from vatt.config import Params, load_params
 from vatt.data.clips.ledger import Entry
 from vatt.data.clips.manifest import Caption, Clip
 from vatt.data.clips.media import find_ffmpeg
-from vatt.data.loading.augment import generator_for
 from vatt.data.loading.batches import (
     Batch,
     Loading,
@@ -49,8 +48,8 @@ from vatt.data.loading.batches import (
 )
 from vatt.data.loading.loader import AHEAD
 from vatt.data.loading.reader import WINDOW, ShardIndex, ShardReader
-from vatt.data.loading.sampling import frame_indices
 from vatt.data.sharding.shards import write_shards
+from vatt.senses.video import frame_indices, generator_for
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -167,16 +167,20 @@ def _batch() -> Any:
     except ModuleNotFoundError:  # checkouts before the folder data was divided
         batches = importlib.import_module("vatt.data.batches")
     torch.manual_seed(1)
-    return batches.Batch(
-        clip_ids=[str(number) for number in range(CLIPS)],
-        video=torch.randint(256, (CLIPS, 8, 64, 64, 3), dtype=torch.uint8),
-        audio=torch.randint(-(2**15), 2**15, (CLIPS, 16_000), dtype=torch.int16),
-        text=torch.randint(1, 8192, (CLIPS, CANDIDATES, 16)),
-        has_video=torch.ones(CLIPS, dtype=torch.bool),
-        has_audio=torch.ones(CLIPS, dtype=torch.bool),
-        colour=torch.tensor([0.1, 1.2, 0.8, 0.1]).repeat(CLIPS, 1),
-        labels={},
-    )
+    signals = {
+        "video": torch.randint(256, (CLIPS, 8, 64, 64, 3), dtype=torch.uint8),
+        "audio": torch.randint(-(2**15), 2**15, (CLIPS, 16_000), dtype=torch.int16),
+        "text": torch.randint(1, 8192, (CLIPS, CANDIDATES, 16)),
+    }
+    names, there = [str(number) for number in range(CLIPS)], torch.ones(CLIPS, dtype=torch.bool)
+    colour = torch.tensor([0.1, 1.2, 0.8, 0.1]).repeat(CLIPS, 1)
+    try:
+        present = {"video": there, "audio": there}
+        return batches.Batch(names, signals, present, labels={}, changes={"video": colour})
+    except TypeError:  # checkouts in which a batch has a field for each of three modalities
+        return batches.Batch(
+            clip_ids=names, **signals, has_video=there, has_audio=there, colour=colour, labels={}
+        )
 
 
 def main() -> None:

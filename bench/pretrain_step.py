@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from vatt.checkpoint import build
-from vatt.data.loading.batches import scaled
+from vatt.data.loading.batches import model_inputs
 from vatt.model.patches import draw_kept
 from vatt.model.transformer import SIZES
 from vatt.model.vatt import VATT
@@ -197,7 +197,7 @@ def plain_step(clips: int, precision: str = "bf16") -> Step:
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = model(*scaled(batch.video, batch.audio, batch.colour), batch.text)
+            loss = model(*model_inputs(batch).values())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

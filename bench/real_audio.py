@@ -32,9 +32,9 @@ from sklearn.preprocessing import StandardScaler
 from vatt.config import load_params
 from vatt.data.clips.manifest import Clip, path_in_folder
 from vatt.data.loading.batches import balanced
-from vatt.data.loading.sampling import STEP_SECONDS, log_mel
 from vatt.data.sources.urls import read_urls
 from vatt.metrics import Metric, measured
+from vatt.senses.audio import STEP_SECONDS, log_mel
 
 HZ, WINDOW, BINS = 8000, 6400, 40
 FOLDS = 4  # of the choice of a strength; no class has fewer train clips

@@ -65,11 +65,16 @@ def random_batch(model: ModelParams, clips: int, candidates: int) -> Batch:
     torch.manual_seed(1)
     return Batch(
         clip_ids=[str(number) for number in range(clips)],
-        video=torch.randint(256, (clips, model.video.frames, size, size, 3), dtype=torch.uint8),
-        audio=torch.randint(-(2**15), 2**15, (clips, model.audio.samples), dtype=torch.int16),
-        text=torch.randint(1, words, (clips, candidates, model.text.words)),
-        has_video=torch.ones(clips, dtype=torch.bool),
-        has_audio=torch.ones(clips, dtype=torch.bool),
+        signals={
+            "video": torch.randint(
+                256, (clips, model.video.frames, size, size, 3), dtype=torch.uint8
+            ),
+            "audio": torch.randint(
+                -(2**15), 2**15, (clips, model.audio.samples), dtype=torch.int16
+            ),
+            "text": torch.randint(1, words, (clips, candidates, model.text.words)),
+        },
+        present=dict.fromkeys(("video", "audio"), torch.ones(clips, dtype=torch.bool)),
         labels={},
     )
 

@@ -58,8 +58,9 @@ ROOMS = {
     "data.sharding": Room(2, 4, "data", "media to shards"),
     "data.loading": Room(3, 4, "data", "shards to batches"),
     "checkpoint": Room(4.5, 4, "model", "weights and config"),
-    "data.clips": Room(0.25, 5, "data", "manifest, ledger, media, text, samples", 2.0),
-    "data.workers": Room(2.5, 5, "data", "one machine or many"),
+    "data.workers": Room(0, 5, "data", "one machine or many"),
+    "data.clips": Room(1, 5, "data", "manifest, ledger, media, text, samples", 2.0),
+    "senses": Room(3, 5, "data", "a modality is one file"),
     "model": Room(4, 5, "model", "the paper's model"),
     "release.model": Room(5, 5, "model", "the released variant"),
 }

@@ -138,16 +138,15 @@ def test_candidates_and_clips_that_are_not_there_change_nothing(seed, clips, ext
 
 def test_a_clip_lacking_a_modality_leaves_the_losses_that_need_it():
     embeddings = Embeddings(
-        unit(5, 8), unit(5, 8, seed=1), unit(5, 6, seed=2), unit(5, 2, 6, seed=3)
+        va={"video": unit(5, 8), "audio": unit(5, 8, seed=1)},
+        vt={"video": unit(5, 6, seed=2), "text": unit(5, 2, 6, seed=3)},
     )
     has_video = torch.tensor([True, True, True, True, False])
     has_audio = torch.tensor([True, True, False, True, True])
     has_text = torch.tensor([[1, 1], [0, 0], [1, 0], [1, 1], [1, 1]]).bool()
     losses = pretraining_loss(
         embeddings,
-        has_video=has_video,
-        has_audio=has_audio,
-        has_text=has_text,
+        {"video": has_video, "audio": has_audio, "text": has_text},
         temperature=TAU,
         mil_nce_weight=0.5,
     )

@@ -37,6 +37,7 @@ WHOLE = (
     "vatt/evaluation",
     "vatt/model",
     "vatt/report",
+    "vatt/senses",
 )
 MOST = 2 / 3
 

@@ -24,9 +24,9 @@ from torch.overrides import TorchFunctionMode
 from vatt.config import ModelParams, Rate
 from vatt.errors import DataError
 from vatt.files import atomic_folder
-from vatt.model.positions import fit_tables
+from vatt.model.patches import fit_tables
+from vatt.model.transformer import Tower
 from vatt.model.vatt import (
-    MODALITIES,
     VATT,
     Classifier,
     ClassifierInput,
@@ -82,10 +82,11 @@ def build_classifier(
 
 @cache
 def feature_dims(params: ModelParams) -> dict[str, int]:
-    """The width of each modality's features."""
+    """The width of each sense's features."""
     with without_memory():
         model = build(params)
-    return {name: getattr(model, name).width for name in MODALITIES}
+    towers = ((name, model.get_submodule(name)) for name in model.senses)
+    return {name: tower.width for name, tower in towers if isinstance(tower, Tower)}
 
 
 def save(

@@ -32,7 +32,7 @@ YAML_BYTES, YAML_DEPTH, YAML_NODES = 10**6, 32, 20_000  # far more than any sett
 SHOWN = 20  # problems of a settings file, at most
 
 SizeName = Literal["tiny", "small", "base", "medium", "large"]
-Modality = Literal["video", "audio", "text"]
+Modality = Literal["video", "audio", "text", "motion"]
 Precision = Literal["fp32", "bf16"]  # of matrix products; weights, norms and losses are fp32
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 MOST = 10**9  # of anything: a larger number is a mistake
@@ -130,6 +130,8 @@ class DemoParams(Section):
     dead_links: NonNegativeInt  # clips whose address does not exist, as in any list
     voices: Path | None = off()  # folder of spoken digits, as FSDD's: they replace the tones
     text_noise: NoiseShare = off(0.0)  # of the train captions: unrelated, late, or with wrong words
+    motion: bool = off(False)  # an inertial sensor that moves with the digit, in noise
+    sense_share: Share = off(0.9)  # of the clips: the others lack it
 
 
 class DataParams(Section):
@@ -194,6 +196,14 @@ class TextQualityParams(Section):
     least_quality: Share  # captions with a lower score are dropped; 0: none is
 
 
+class MotionStorageParams(Section):
+    """How inertial sensors are stored: at a constant rate, by the clock of the picture."""
+
+    hz: PositiveInt  # samples a second
+    channels: Width  # the first ones of a file; one that has fewer is refused
+    longest_gap: PositiveFloat = off(0.2)  # seconds between two samples of a window
+
+
 class PreprocessParams(Section):
     """What the shards hold."""
 
@@ -216,6 +226,7 @@ class PreprocessParams(Section):
     clean_text: bool  # leave out [sounds], speakers' names, web addresses
     text_quality: TextQualityParams | None = off()  # null: captions are used as they are
     max_failed_share: Share  # stop when a larger share of the clips fails
+    motion: MotionStorageParams | None = off()
 
     @model_validator(mode="after")
     def _rate_that_aac_knows(self) -> "PreprocessParams":
@@ -279,6 +290,15 @@ class TextParams(Section):
     vocabulary: PositiveInt  # rows of the embedding table
 
 
+class MotionParams(Section):
+    """The motion tower's input: C channels of an inertial sensor."""
+
+    size: SizeName | SizeParams
+    samples: PositiveInt  # a clip, at the rate of the shards
+    channels: Width
+    patch: PositiveInt  # samples
+
+
 class ReleaseParams(Section):
     """Settings of released models only: in imported checkpoints, not needed in params.yaml."""
 
@@ -312,6 +332,9 @@ class ExpertsParams(Section):
         return self
 
 
+TowerParams = VideoParams | AudioParams | TextParams | MotionParams
+
+
 class ModelParams(Section):
     """The model: three towers or one, and the common spaces."""
 
@@ -320,6 +343,7 @@ class ModelParams(Section):
     video: VideoParams
     audio: AudioParams
     text: TextParams
+    motion: MotionParams | None = off()
     va_dim: Width  # common space of video and audio
     vt_dim: Width  # common space of video and text
     dropout: Rate
@@ -341,14 +365,24 @@ class ModelParams(Section):
 
     @model_validator(mode="after")
     def _one_encoder_when_agnostic(self) -> "ModelParams":
-        if self.backbone == "agnostic" and not (
-            self.video.size == self.audio.size == self.text.size
+        towers = self.towers()
+        if self.backbone == "agnostic" and any(
+            tower.size != self.video.size for tower in towers.values()
         ):
+            *most, last = (f"model.{name}.size" for name in towers)
             raise ValueError(
-                "model.backbone: agnostic shares one encoder, so model.video.size, "
-                "model.audio.size and model.text.size must be equal"
+                f"model.backbone: agnostic shares one encoder, so {', '.join(most)} "
+                f"and {last} must be equal"
             )
+        beyond = sorted(towers.keys() - {"video", "audio", "text"})
+        if self.recipe == "release" and beyond:
+            raise ValueError(f"model.recipe: release has no {' and no '.join(beyond)}")
         return self
+
+    def towers(self) -> dict[str, "TowerParams"]:
+        """The section of each sense that is on, by its name, in the order of the fields."""
+        found = {name: getattr(self, name) for name in get_args(Modality)}
+        return {name: section for name, section in found.items() if section is not None}
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -406,6 +440,7 @@ class PretrainParams(Section):
     merge_rate: MergeRate = off(0.0)  # of its tokens that each block merges; video and audio
     temperature: PositiveFloat
     mil_nce_weight: NonNegativeFloat
+    senses_weight: NonNegativeFloat = off(1.0)  # of each NCE with video beyond the paper's
     optimizer: OptimizerParams
     save_every: PositiveInt  # steps
     keep_states: PositiveInt  # how many of the latest states are kept
@@ -486,6 +521,7 @@ class EvaluateParams(Section):
     precision: Precision
     merge_rate: MergeRate = off(0.0)  # of its tokens that each block merges; classifiers, too
     bootstrap: PositiveInt  # resamples behind every 95 % interval
+    every_pair: bool = off(False)  # retrieval also between pairs that were not trained together
 
 
 class ReportParams(Section):

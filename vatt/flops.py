@@ -21,7 +21,6 @@ only this convention knows it. A block with experts counts its router and the ex
 takes: as many as there are, or as many as have room.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,12 +30,15 @@ from vatt.config import (
     ModelParams,
     SizeParams,
     TextParams,
+    TowerParams,
     VideoParams,
 )
 from vatt.model.experts import has_experts, most_choices
 from vatt.model.merging import num_merged, token_counts
-from vatt.model.patches import audio_grid, audio_patch, num_kept, video_grid
+from vatt.model.patches import num_kept, num_tokens, patch_values
 from vatt.model.transformer import resolve
+from vatt.senses import SENSES, senses_of
+from vatt.senses.form import Cutting
 
 Convention = Literal["paper", "true"]
 
@@ -47,16 +49,17 @@ PAPER_HEADS_FLOPS = 0.003e9
 
 def num_video_tokens(video: VideoParams) -> int:
     """Patches of a clip; a partial patch counts as one."""
-    return math.prod(video_grid(video))
+    return num_tokens(SENSES["video"].tokens(video))
 
 
 def num_audio_tokens(audio: AudioParams) -> int:
     """Segments of a waveform, or patches of a spectrogram."""
-    return math.prod(audio_grid(audio))
+    return num_tokens(SENSES["audio"].tokens(audio))
 
 
-def video_flops(
-    video: VideoParams,
+def signal_flops(
+    name: str,
+    section: TowerParams,
     *,
     drop_rate: float = 0.0,
     merge_rate: float = 0.0,
@@ -64,11 +67,13 @@ def video_flops(
     experts: ExpertsParams | None = None,
     convention: Convention,
 ) -> float:
-    """One clip through the video tower."""
+    """One clip of a sense that is cut into patches through its tower."""
+    tokens = SENSES[name].tokens(section)
+    assert isinstance(tokens, Cutting)
     return _tower(
-        resolve(video.size),
-        num_video_tokens(video),
-        patch_values=math.prod(video.patch) * 3,
+        resolve(section.size),
+        num_tokens(tokens),
+        patch_values=patch_values(tokens),
         drop_rate=drop_rate,
         merge_rate=merge_rate,
         training=training,
@@ -77,26 +82,14 @@ def video_flops(
     )
 
 
-def audio_flops(
-    audio: AudioParams,
-    *,
-    drop_rate: float = 0.0,
-    merge_rate: float = 0.0,
-    training: bool = False,
-    experts: ExpertsParams | None = None,
-    convention: Convention,
-) -> float:
-    """One waveform or spectrogram through the audio tower."""
-    return _tower(
-        resolve(audio.size),
-        num_audio_tokens(audio),
-        patch_values=math.prod(audio_patch(audio)),
-        drop_rate=drop_rate,
-        merge_rate=merge_rate,
-        training=training,
-        experts=experts,
-        convention=convention,
-    )
+def video_flops(video: VideoParams, **how: Any) -> float:
+    """One clip through the video tower; options as for `signal_flops`."""
+    return signal_flops("video", video, **how)
+
+
+def audio_flops(audio: AudioParams, **how: Any) -> float:
+    """One waveform or spectrogram through the audio tower; options as for `signal_flops`."""
+    return signal_flops("audio", audio, **how)
 
 
 def text_flops(
@@ -119,12 +112,22 @@ def multimodal_flops(
     """One clip, its sound and one sentence through the whole pre-training model."""
     more = {"training": training, "experts": model.experts}
     how: Any = {"drop_rate": drop_rate, "merge_rate": merge_rate, **more}
-    return (
-        video_flops(model.video, convention=convention, **how)
-        + audio_flops(model.audio, convention=convention, **how)
-        + text_flops(model.text, experts=model.experts, convention=convention)
-        + _heads(model, convention)
+    signals = sum(
+        signal_flops(name, section, convention=convention, **how)
+        for name, section in signals_of(model).items()
     )
+    words = text_flops(model.text, experts=model.experts, convention=convention)
+    return signals + words + _heads(model, convention)
+
+
+def signals_of(model: ModelParams) -> dict[str, TowerParams]:
+    """The sections of the senses that are cut into patches: all but text."""
+    sections = {sense.name: sense.section(model) for sense in senses_of(model)}
+    return {
+        name: section
+        for name, section in sections.items()
+        if isinstance(SENSES[name].tokens(section), Cutting)
+    }
 
 
 def _tower(
@@ -202,14 +205,13 @@ def clip_work(
     model: ModelParams, *, drop_rate: float, candidates: int, merge_rate: float = 0.0
 ) -> EncoderWork:
     """The encoders over one clip, its sound and its candidate texts, in pre-training."""
-    video = num_kept(num_video_tokens(model.video), drop_rate)
-    audio = num_kept(num_audio_tokens(model.audio), drop_rate)
     experts = model.experts
-    return (
-        encoder_work(resolve(model.video.size), video + 1, experts, merge_rate)
-        + encoder_work(resolve(model.audio.size), audio + 1, experts, merge_rate)
-        + encoder_work(resolve(model.text.size), model.text.words + 1, experts).times(candidates)
-    )
+    words = encoder_work(resolve(model.text.size), model.text.words + 1, experts)
+    total = words.times(candidates)
+    for name, section in signals_of(model).items():
+        kept = num_kept(num_tokens(SENSES[name].tokens(section)), drop_rate)
+        total += encoder_work(resolve(section.size), kept + 1, experts, merge_rate)
+    return total
 
 
 def _products(
@@ -222,6 +224,8 @@ def _products(
 def _heads(model: ModelParams, convention: Convention) -> float:
     if convention == "paper":
         return PAPER_HEADS_FLOPS
-    video, audio, text = (resolve(part.size).dim for part in (model.video, model.audio, model.text))
     va, vt = model.va_dim, model.vt_dim
-    return 2.0 * (video * va + va * va + va * vt + audio * va + text * vt)
+    total = 2.0 * (va * va + va * vt)  # the anchor's second layer, and from one space to the other
+    for sense in senses_of(model):
+        total += 2.0 * resolve(sense.section(model).size).dim * (va if sense.space == "va" else vt)
+    return total

@@ -4,7 +4,7 @@ B clips, K candidate texts of a clip, E common-space width, b anchors of a block
 s_ijl = v_i . t_jl / temperature, with one l for audio.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,16 +22,12 @@ Form = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class EmbeddingsLike(Protocol):
-    """The inputs of the losses: unit vectors in the common spaces."""
+    """The inputs of the losses: unit vectors in the common spaces, by sense."""
 
     @property
-    def video_va(self) -> Tensor | None: ...  # (B, E)
+    def va(self) -> Mapping[str, Tensor]: ...  # (B, E)
     @property
-    def audio_va(self) -> Tensor | None: ...  # (B, E)
-    @property
-    def video_vt(self) -> Tensor | None: ...  # (B, E)
-    @property
-    def text_vt(self) -> Tensor | None: ...  # (B, K, E)
+    def vt(self) -> Mapping[str, Tensor]: ...  # video (B, E), text (B, K, E)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +37,7 @@ class Losses:
     total: Tensor
     nce: Tensor
     mil_nce: Tensor
+    more: dict[str, Tensor]  # NCE of the senses beyond the paper's with video, by sense
 
 
 def paper_form(row: Tensor, column: Tensor, own: Tensor, valid: Tensor) -> Tensor:
@@ -76,39 +73,46 @@ FORMS: dict[str, Form] = {"paper": paper_form, "release": release_form}  # by re
 
 def pretraining_loss(
     embeddings: EmbeddingsLike,
+    present: Mapping[str, Tensor],
     *,
-    has_video: Tensor,
-    has_audio: Tensor,
-    has_text: Tensor,
     temperature: float,
     mil_nce_weight: float,
+    senses_weight: float = 1.0,
     form: Form = paper_form,
     text_weights: Tensor | None = None,
 ) -> Losses:
     """NCE(video, audio) + weight x MIL-NCE(video, texts) over the given, global batch.
 
-    has_video, has_audio (B,) and has_text (B, K) are bool: a clip without a modality takes
-    no part in the losses that need it. The release halves the total; Adam makes this irrelevant.
-    `text_weights` (B, K) are those of `mil_nce`.
+    For each other sense of the space va, senses_weight x NCE(video, sense) is added. `present` is
+    bool, by sense: (B,), and (B, K) for text. A clip without a sense takes no part in the losses
+    that need it. The release halves the total; Adam makes this irrelevant. `text_weights` (B, K)
+    are those of `mil_nce`.
     """
-    assert embeddings.video_va is not None and embeddings.audio_va is not None
-    assert embeddings.video_vt is not None and embeddings.text_vt is not None
-    va = nce(
-        embeddings.video_va,
-        embeddings.audio_va,
-        temperature,
-        valid=has_video & has_audio,
-        form=form,
-    )
+    has_video = present["video"]
+    pairs = {
+        name: nce(
+            embeddings.va["video"],
+            vectors,
+            temperature,
+            valid=has_video & present[name],
+            form=form,
+        )
+        for name, vectors in embeddings.va.items()
+        if name != "video"
+    }
     vt = mil_nce(
-        embeddings.video_vt,
-        embeddings.text_vt,
+        embeddings.vt["video"],
+        embeddings.vt["text"],
         temperature,
-        valid=has_video[:, None] & has_text,
+        valid=has_video[:, None] & present["text"],
         form=form,
         weights=text_weights,
     )
-    return Losses(total=va + mil_nce_weight * vt, nce=va, mil_nce=vt)
+    va = pairs.pop("audio")
+    total = va + mil_nce_weight * vt
+    for loss in pairs.values():
+        total = total + senses_weight * loss
+    return Losses(total=total, nce=va, mil_nce=vt, more=pairs)
 
 
 def nce(

@@ -31,6 +31,7 @@ from vatt.errors import DataError, SettingsError
 from vatt.files import atomic_folder, read_json
 from vatt.model.vatt import VATT
 from vatt.progress import Progress
+from vatt.senses.audio import audio_seconds
 
 Vectors = NDArray[np.float32]
 
@@ -103,7 +104,9 @@ class Embedder:
         device = next(self.model.parameters()).device
         for moments, batch in window.batches(clips, location, params, work=work, progress=progress):
             with torch.inference_mode():
-                found = self.model(video=model_inputs(batch.to(device))[0]).video_vt.cpu().numpy()
+                found = (
+                    self.model(video=model_inputs(batch.to(device))["video"]).video_vt.cpu().numpy()
+                )
             yield from zip(moments, found, strict=True)
 
 
@@ -119,10 +122,10 @@ class Window:
     def of(cls, model: VATT, params: Params, modality: str) -> Self:
         """A pre-trained model's window on pictures or on sound."""
         every = Sampling.for_pretraining(model.params, params.pretrain)
-        alone = replace(every, candidates=0, words=0, augmentation=None)
+        alone = replace(every, candidates=0, words=0, augmentation=None, more={})
         if modality == "audio":
             sampling = replace(alone, frames=0)
-            return cls(modality, sampling, sampling.audio_seconds(params.preprocess.audio_hz))
+            return cls(modality, sampling, audio_seconds(sampling, params.preprocess.audio_hz))
         return cls(modality, replace(alone, samples=0), alone.frames / alone.fps)
 
     def batches(

@@ -13,7 +13,7 @@ from vatt.config import Params, load_params
 from vatt.data.clips.ledger import Entry
 from vatt.data.clips.manifest import Caption, Clip
 from vatt.data.clips.storage import Box
-from vatt.data.loading import augment
+from vatt.senses import video as augment
 
 HZ = 8000
 STEP = 10  # grey levels from frame to frame

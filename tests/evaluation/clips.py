@@ -46,10 +46,14 @@ def _batch(rows: list[tuple[int, int]], seed: int) -> Batch:
     labels = [CLASSES[clip % 3] for clip, _ in rows]
     return Batch(
         clip_ids=[f"clip-{clip:03d}" for clip, _ in rows],
-        video=torch.stack(video),
-        audio=torch.stack(audio),
-        text=torch.stack(text),
-        has_video=torch.ones(len(rows), dtype=torch.bool),
-        has_audio=torch.tensor([clip % 7 != 6 for clip, _ in rows]),
+        signals={
+            "video": torch.stack(video),
+            "audio": torch.stack(audio),
+            "text": torch.stack(text),
+        },
+        present={
+            "video": torch.ones(len(rows), dtype=torch.bool),
+            "audio": torch.tensor([clip % 7 != 6 for clip, _ in rows]),
+        },
         labels={"shade": labels, "rare": ["" for _ in rows]},
     )

@@ -10,7 +10,6 @@ import torch
 from tests.evaluation.clips import MODEL, batches
 from vatt.errors import DataError, MachineError
 from vatt.evaluation.features import (
-    ARRAYS,
     KEPT_FILES,
     ProcessShare,
     cache_key,
@@ -43,8 +42,9 @@ def test_features_do_not_depend_on_the_batch_size(encoder):
     assert (
         small.clip_ids.tolist() == large.clip_ids.tolist() == [f"clip-{i:03d}" for i in range(12)]
     )
-    for name in ARRAYS:
-        np.testing.assert_allclose(getattr(small, name), getattr(large, name), atol=1e-5)
+    assert small.arrays.keys() == large.arrays.keys()
+    for name, values in small.arrays.items():
+        np.testing.assert_allclose(values, large.arrays[name], atol=1e-5)
 
 
 def test_in_bf16_only_the_encoders_compute_in_bf16(encoder):
@@ -82,7 +82,7 @@ def test_the_windows_of_a_clip_are_kept_side_by_side(encoder):
     (batch,) = batches(clips=3, batch_size=3, views=2)
     video = batch.video.float() / 255 * 2 - 1
     with torch.inference_mode():
-        each = encoder.encode(video=video).video
+        each = encoder.encode(video=video)["video"]
     np.testing.assert_allclose(both.video, each.unflatten(0, (3, 2)).numpy(), atol=1e-6)
     assert both.clip_ids.tolist() == ["clip-000", "clip-001", "clip-002"]
 
@@ -100,8 +100,9 @@ def test_shares_of_several_processes_join_to_the_same_bits(encoder):
         share = ProcessShare(rank, 3, gather, lambda value: value)
         found = extract({"one": encoder}, every[rank::3], progress=quiet, total=11, share=share)
         assert bool(found) == (rank == 0)
-    for name in ARRAYS:
-        np.testing.assert_array_equal(getattr(found["one"], name), getattr(alone, name))
+    assert found["one"].arrays.keys() == alone.arrays.keys()
+    for name, values in alone.arrays.items():
+        np.testing.assert_array_equal(found["one"].arrays[name], values)
     assert found["one"].clip_ids.tolist() == alone.clip_ids.tolist()
 
 
@@ -134,8 +135,9 @@ def test_saved_features_come_back_bit_for_bit(encoder, tmp_path):
     made = features(encoder)
     save_features(made, tmp_path / "features.npz")
     back = load_features(tmp_path / "features.npz")
-    for name in ARRAYS:
-        np.testing.assert_array_equal(getattr(back, name), getattr(made, name))
+    assert back.arrays.keys() == made.arrays.keys()
+    for name, values in made.arrays.items():
+        np.testing.assert_array_equal(back.arrays[name], values)
     assert back.labels["shade"].tolist() == made.labels["shade"].tolist()
 
 
@@ -193,7 +195,8 @@ def test_the_untrained_encoder_is_the_same_for_the_same_seed_and_touches_no_glob
 def test_a_modality_that_is_not_sampled_is_not_encoded(encoder):
     (batch,) = batches(clips=3, batch_size=3)
     whole = extract({"one": encoder}, [batch], progress=quiet, total=3)["one"]
-    bare = replace(batch, audio=batch.audio[:, :0], text=batch.text[:, :0])
+    signals = batch.signals | {"audio": batch.audio[:, :0], "text": batch.text[:, :0]}
+    bare = replace(batch, signals=signals)
     seen = extract({"one": encoder}, [bare], progress=quiet, total=3)["one"]
     np.testing.assert_array_equal(seen.video, whole.video)
     assert seen.audio.shape == seen.audio_va.shape == (3, 1, 0)

@@ -23,7 +23,7 @@ def encoder():
 def test_a_videos_nodes_and_input_equal_a_loop_over_clips_and_layers(encoder):
     found = inner_views(encoder, batches(clips=5, batch_size=2))
     (batch,) = batches(clips=5, batch_size=5)
-    video, _, _ = model_inputs(batch)
+    video = model_inputs(batch)["video"]
     tokens = encoder.video.embed(video)
     np.testing.assert_allclose(found["input/video"], tokens.mean(1), atol=1e-5)
     state = torch.cat([encoder.video.agg_token.expand(5, 1, -1), tokens], dim=1)
@@ -39,7 +39,8 @@ def test_pads_count_nowhere(encoder):
     (batch,) = batches(clips=4, batch_size=4)
     longer = torch.cat([batch.text, torch.zeros_like(batch.text)], dim=2)
     plain, padded = (
-        inner_views(encoder, [replace(batch, text=text)]) for text in (batch.text, longer)
+        inner_views(encoder, [replace(batch, signals=batch.signals | {"text": text})])
+        for text in (batch.text, longer)
     )
     for name in ("input/text", "nodes/text"):
         np.testing.assert_allclose(plain[name], padded[name], atol=1e-5)
@@ -48,9 +49,11 @@ def test_pads_count_nowhere(encoder):
 def test_a_clip_without_a_modality_is_left_out_of_it(encoder):
     (batch,) = batches(clips=4, batch_size=4)
     has_audio = torch.tensor([True, False, True, False])
-    found = inner_views(encoder, [replace(batch, has_audio=has_audio)])
+    found = inner_views(encoder, [replace(batch, present=batch.present | {"audio": has_audio})])
     assert found["input/audio/clip_ids"].tolist() == [batch.clip_ids[0], batch.clip_ids[2]]
-    silent = inner_views(encoder, [replace(batch, has_audio=has_audio & False)])
+    silent = inner_views(
+        encoder, [replace(batch, present=batch.present | {"audio": has_audio & False})]
+    )
     assert "nodes/audio" not in silent
 
 

@@ -23,9 +23,12 @@ def features(n, labels, *, windows, seed, signal=1.0):
     return FeatureSet(
         clip_ids=np.array([f"clip-{seed}-{i:03d}" for i in range(n)]),
         labels={"animal": CLASSES[wanted], **labels},
-        video=video.astype(np.float32), audio=nothing, video_va=nothing, audio_va=nothing,
-        video_vt=nothing, text_vt=nothing, text=np.zeros((n, 0, 0), int),
-        has_video=np.ones(n, bool), has_audio=np.zeros(n, bool), has_text=np.zeros((n, 0), bool),
+        arrays={
+            "video": video.astype(np.float32), "audio": nothing, "video_va": nothing,
+            "audio_va": nothing, "video_vt": nothing, "text_vt": nothing,
+            "text": np.zeros((n, 0, 0), int), "has_video": np.ones(n, bool),
+            "has_audio": np.zeros(n, bool), "has_text": np.zeros((n, 0), bool),
+        },
     )  # fmt: skip
 
 

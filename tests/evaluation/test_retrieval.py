@@ -32,16 +32,18 @@ def clips(n=40, *, noise=0.0, seed=0, labels=None, captions=None):
     return FeatureSet(
         clip_ids=np.array([f"clip-{i}" for i in range(n)]),
         labels=labels or {"digit": np.array([str(i % 10) for i in range(n)])},
-        video=truth[:, None],
-        audio=truth[:, None],
-        video_va=seen(1),
-        audio_va=seen(1),
-        video_vt=seen(1),
-        text_vt=seen(3),
-        text=np.full((n, 3, 4), 2),
-        has_video=np.ones(n, bool),
-        has_audio=np.ones(n, bool),
-        has_text=np.arange(3) < np.asarray(captions or [3] * n)[:, None],
+        arrays={
+            "video": truth[:, None],
+            "audio": truth[:, None],
+            "video_va": seen(1),
+            "audio_va": seen(1),
+            "video_vt": seen(1),
+            "text_vt": seen(3),
+            "text": np.full((n, 3, 4), 2),
+            "has_video": np.ones(n, bool),
+            "has_audio": np.ones(n, bool),
+            "has_text": np.arange(3) < np.asarray(captions or [3] * n)[:, None],
+        },
     )
 
 

@@ -61,9 +61,9 @@ def run(name: str, mode: str, device: str) -> tuple[VATT, Embeddings, dict[str, 
         **kept,
     )
     answers = {
-        "video": features.video,
-        "audio": features.audio,
-        "text": features.text.flatten(0, 1),
+        "video": features["video"],
+        "audio": features["audio"],
+        "text": features["text"].flatten(0, 1),
     }
     return model, model.project(features), answers
 
@@ -101,9 +101,11 @@ def test_losses_gradients_and_running_statistics_equal_the_reference(name, mode,
     file = f"{name}_{mode}"
     losses = pretraining_loss(
         embeddings,
-        has_video=torch.ones(4, dtype=torch.bool, device=device),
-        has_audio=tensor(file, "label/audio_mask").bool().to(device),
-        has_text=tensor(file, "label/text_mask").bool()[:, None].expand(4, 3).to(device),
+        {
+            "video": torch.ones(4, dtype=torch.bool, device=device),
+            "audio": tensor(file, "label/audio_mask").bool().to(device),
+            "text": tensor(file, "label/text_mask").bool()[:, None].expand(4, 3).to(device),
+        },
         temperature=0.07,
         mil_nce_weight=1.0,
         form=release_form,

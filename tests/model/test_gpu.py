@@ -26,13 +26,11 @@ def trained_once(recipe, backbone, device):
     has_text = (text != 0).any(-1)
     kept = torch.tensor([[5, 0, 3]], device=device).expand(6, -1)
     features = model.encode(video, audio, text, kept_video=kept)
-    embeddings = model.project(features, has_text=has_text)
+    embeddings = model.project(features, {"text": has_text})
     everyone = torch.ones(6, dtype=torch.bool, device=device)
     losses = pretraining_loss(
         embeddings,
-        has_video=everyone,
-        has_audio=everyone,
-        has_text=has_text,
+        {"video": everyone, "audio": everyone, "text": has_text},
         temperature=0.07,
         mil_nce_weight=1.0,
         form=FORMS[recipe],

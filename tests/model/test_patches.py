@@ -5,7 +5,8 @@ import torch
 from einops import rearrange
 
 from tests.model.golden import DEVICES
-from vatt.model.patches import PatchEmbedding, cut, motion_energy, num_patches, sound_energy
+from vatt.model.patches import PatchEmbedding, cut, num_patches
+from vatt.senses import SENSES
 
 
 def test_video_patches_equal_a_strided_convolution():
@@ -52,7 +53,7 @@ def test_a_waveform_is_cut_in_order_and_filled_with_silence():
         ((1, 4, 4), (1, 4, 4)),
     ],
 )
-def test_motion_energy_is_the_change_of_every_value_summed_by_voxel(sizes, patch, device):
+def test_a_videos_energy_is_the_change_of_every_value_summed_by_voxel(sizes, patch, device):
     generator = torch.Generator().manual_seed(0)
     video = torch.randint(0, 256, (2, *sizes, 3), generator=generator, dtype=torch.uint8)
     grid = num_patches(sizes, patch)
@@ -66,30 +67,33 @@ def test_motion_energy_is_the_change_of_every_value_summed_by_voxel(sizes, patch
                     change = sum(abs(a - b) for a, b in zip(one, before, strict=True))
                     place = (frame // patch[0], row // patch[1], column // patch[2])
                     expected[(clip, *place)] += change
-    found = motion_energy(video.to(device), patch)
+    found = cut(SENSES["video"].energy(video.to(device)), patch).sum(-1)
     assert found.cpu().tolist() == expected.flatten(1).tolist()
 
 
 def test_a_voxel_that_nothing_crosses_has_no_motion():
     video = torch.full((1, 4, 8, 8, 3), 200, dtype=torch.uint8)
     video[:, 2:, 4:, :4] = 0
-    assert motion_energy(video, (2, 4, 4)).tolist() == [[0] * 6 + [200 * 4 * 4 * 3, 0]]
+    energy = cut(SENSES["video"].energy(video), (2, 4, 4)).sum(-1)
+    assert energy.tolist() == [[0] * 6 + [200 * 4 * 4 * 3, 0]]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("patch", [4, 5])
-def test_sound_energy_is_the_sum_of_squares_by_segment(patch, device):
+def test_a_waveforms_energy_is_the_sum_of_squares_by_segment(patch, device):
     wave = torch.randint(-(2**15), 2**15, (2, 16), dtype=torch.int16)
     wave[0, 0] = -(2**15)
     parts = [[row[at : at + patch] for at in range(0, 16, patch)] for row in wave.tolist()]
     expected = [[sum(value**2 for value in part) for part in row] for row in parts]
-    assert sound_energy(wave.to(device), (patch,)).tolist() == expected
+    energy = SENSES["audio"].energy(wave.to(device))
+    assert cut(energy[..., None], (patch,)).sum(-1).tolist() == expected
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_spectrogram_s_energy_counts_from_the_clip_s_lowest_level(device):
     levels = torch.randint(-9, 9, (2, 5, 4)) / 4
-    found = sound_energy(levels.to(device), (2, 2)).view(2, 3, 2)
+    energy = SENSES["audio"].energy(levels.to(device))
+    found = cut(energy[..., None], (2, 2)).sum(-1).view(2, 3, 2)
     for clip in range(2):
         above = (levels[clip] - levels[clip].min()) * 4096
         for row in range(3):

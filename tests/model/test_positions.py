@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.model.golden import group
-from vatt.model.positions import AxisPositions, bicubic, fit_tables
+from vatt.model.patches import AxisPositions, bicubic, fit_tables
 from vatt.model.transformer import RelativeBias, relative_bucket
 from vatt.release.model import NormedPositions, ScrambledPositions, spline
 

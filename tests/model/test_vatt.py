@@ -1,6 +1,5 @@
 """What the assembled model promises, in both recipes and both backbones."""
 
-import dataclasses
 import itertools
 
 import pytest
@@ -62,13 +61,11 @@ def test_any_order_and_choice_of_modalities_gives_the_same(kind, calls, seed):
     seen = set()
     for names in calls:  # one call after another, each with some of them in some order
         out = model(**{name: inputs[name] for name in names})
-        for field in dataclasses.fields(out):
-            value = getattr(out, field.name)
-            assert (value is None) == (field.name.split("_")[0] not in names)
-            if value is not None:
-                seen.add(field.name)
-                torch.testing.assert_close(value, getattr(together, field.name))
-    assert len(seen) == 7
+        assert {name.split("_")[0] for name in out.named()} == set(names)
+        for name, value in out.named().items():
+            seen.add(name)
+            torch.testing.assert_close(value, getattr(together, name))
+    assert seen == together.named().keys() and len(seen) == 7
 
 
 def split_where(order, cuts):
@@ -116,7 +113,10 @@ def test_drop_token_0_equals_none(kind, seed, step):
     video, audio, _ = small_inputs(seed=seed)
     kept = {
         f"kept_{name}": draw_kept(number, 0.0, seed=seed, step=step, samples=[0, 1, 2])
-        for name, number in (("video", model.num_video_tokens), ("audio", model.num_audio_tokens))
+        for name, number in (
+            ("video", model.token_counts["video"]),
+            ("audio", model.token_counts["audio"]),
+        )
     }
     dropped, whole = model(video, audio, **kept), model(video, audio)
     for name in ("video_va", "audio_va", "video_vt", "video_features", "audio_features"):
@@ -143,8 +143,9 @@ def test_agnostic_equals_specific_with_weights_tied_by_hand(seed, clips, kept):
     assert specific.video.encoder is not specific.audio.encoder
     inputs, places = small_inputs(clips, seed=seed), torch.arange(kept).expand(clips, -1)
     left, right = (model(*inputs, kept_video=places) for model in (agnostic, specific))
-    for field in dataclasses.fields(left):
-        torch.testing.assert_close(getattr(left, field.name), getattr(right, field.name))
+    assert left.named().keys() == right.named().keys()
+    for name, value in left.named().items():
+        torch.testing.assert_close(value, getattr(right, name))
 
 
 def test_agnostic_towers_share_one_encoder():
@@ -210,7 +211,7 @@ def test_a_model_of_the_release_is_never_built_as_the_papers_by_mistake():
 @pytest.mark.parametrize("recipe", ["paper", "release"])
 def test_a_spectrogram_model_takes_frames_and_mel_bins(recipe):
     model = checkpoint.build(spectrogram_params(recipe=recipe)).eval()
-    assert model.num_audio_tokens == 8
+    assert model.token_counts["audio"] == 8
     assert model(audio=torch.rand(2, 32, 20)).audio_va.shape == (2, 8)
     assert model(audio=torch.rand(2, 50, 18)).audio_va.shape == (2, 8)
     biases = [name for name, _ in model.audio.encoder.named_parameters() if "qkv.bias" in name]
@@ -237,12 +238,12 @@ def test_batch_norm_of_texts_sees_valid_ones_only():
     features = model.encode(*small_inputs())
     has_text = torch.tensor([[True, True], [False, False], [True, False]])
     before = model.heads.text_to_vt.norm.running_mean.clone()
-    whole = model.project(features, has_text=has_text).text_vt
-    valid_only = model.heads.text_to_vt(features.text[has_text])
+    whole = model.project(features, {"text": has_text}).text_vt
+    valid_only = model.heads.text_to_vt(features["text"][has_text])
     torch.testing.assert_close(whole[has_text], torch.nn.functional.normalize(valid_only, dim=-1))
     after = model.heads.text_to_vt.norm.running_mean.clone()
     assert not torch.equal(before, after)
-    nothing = model.project(features, has_text=torch.zeros_like(has_text)).text_vt
+    nothing = model.project(features, {"text": torch.zeros_like(has_text)}).text_vt
     assert torch.equal(model.heads.text_to_vt.norm.running_mean, after)
     assert nothing.isfinite().all()
 
@@ -254,10 +255,8 @@ def test_a_batch_without_a_valid_clip_trains_nothing_and_breaks_nothing(recipe, 
     nobody = torch.zeros(3, dtype=torch.bool)
     has_text = torch.zeros(3, 2, dtype=torch.bool)
     losses = pretraining_loss(
-        model.project(model.encode(*inputs), has_text=has_text),
-        has_video=nobody,
-        has_audio=nobody,
-        has_text=has_text,
+        model.project(model.encode(*inputs), {"text": has_text}),
+        {"video": nobody, "audio": nobody, "text": has_text},
         temperature=0.07,
         mil_nce_weight=1.0,
     )
@@ -278,10 +277,8 @@ def test_one_batch_can_be_learnt(recipe, backbone):
     for _ in range(40):
         has_text = (text != 0).any(-1)
         losses = pretraining_loss(
-            model.project(model.encode(video, audio, text), has_text=has_text),
-            has_video=everyone,
-            has_audio=everyone,
-            has_text=has_text,
+            model.project(model.encode(video, audio, text), {"text": has_text}),
+            {"video": everyone, "audio": everyone, "text": has_text},
             temperature=0.07,
             mil_nce_weight=1.0,
         )

@@ -89,7 +89,7 @@ def test_one_compilation_serves_micro_batches_of_every_size():
 
     def step(module, clips):
         batch = tiny.make_batch(0, size=clips)
-        batch.colour = COLOUR.repeat(clips, 1)
+        batch.changes["video"] = COLOUR.repeat(clips, 1)
         module(*pretraining_inputs(module.model, batch, 0, drop_rate=0.5, seed=0))
 
     def graphs(clips, micro):
@@ -129,7 +129,7 @@ def test_every_form_of_a_block_is_compiled_or_training_stops(monkeypatch):
             module, tiny.machine_params(compile=True, micro_batch_size=3), backend=counted
         )
         batch = tiny.make_batch(0, size=8)
-        batch.colour = COLOUR.repeat(8, 1)
+        batch.changes["video"] = COLOUR.repeat(8, 1)
         losses = module(*pretraining_inputs(model, batch, 0, drop_rate=0.5, seed=0))
         losses["loss"].backward()
 
@@ -172,7 +172,7 @@ def test_compiled_colours_are_those_of_the_plain_form_in_one_pass(kind):
     visible = Visible(model.video.embed)
     batch = tiny.make_batch(0)
     colour = torch.rand(8, 4, generator=torch.Generator().manual_seed(0)) * 0.4 + COLOUR / 2
-    kept = draw_kept(model.num_video_tokens, 0.5, seed=0, step=0, samples=range(8))
+    kept = draw_kept(model.token_counts["video"], 0.5, seed=0, step=0, samples=range(8))
     with Called() as one_by_one:
         plain = visible(batch.video, colour, kept, kind)
     torch._dynamo.reset()

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.training import tiny
 from vatt.errors import VattError
-from vatt.model.patches import motion_energy, num_kept, sound_energy
+from vatt.model.patches import cut, num_kept
+from vatt.senses import SENSES
 from vatt.training.pretrain import Pretraining, pretrain, pretraining_inputs
 from vatt.training.telemetry import pretraining_work
 
@@ -31,18 +32,20 @@ def test_the_tokens_with_the_most_motion_and_sound_are_kept_and_a_share_of_other
     params = tiny.pretrain_params(**CONTENT)
     model, batch = tiny.make_model(tiny.model_params()), tiny.make_batch(0)
     batch.audio[2] = 0  # this clip has no sound: its tokens are drawn
-    *_, kept_video, kept_audio, _, _, shares = inputs_of(model, batch, params)
-    video, audio = motion_energy(batch.video, (2, 8, 8)), sound_energy(batch.audio, (16,))
-    for column, (kept, energies) in enumerate([(kept_video, video), (kept_audio, audio)]):
+    (given,) = inputs_of(model, batch, params)
+    energy = {name: SENSES[name].energy(batch.signals[name]) for name in ("video", "audio")}
+    video, audio = cut(energy["video"], (2, 8, 8)), cut(energy["audio"][..., None], (16,))
+    for name, energies in (("video", video.sum(-1)), ("audio", audio.sum(-1))):
+        kept = given.kept[name]
         assert kept.shape == (8, num_kept(8, 0.5)) == (8, 4)
         for clip, (places, energy) in enumerate(zip(kept.tolist(), energies.tolist(), strict=True)):
             assert len(set(places)) == 4
             loudest = sorted(range(8), key=lambda place: -energy[place])[:2]
             assert sum(energy) == 0 or set(loudest) <= set(places)
             held = sum(energy[place] for place in places) / sum(energy) if sum(energy) else 0.5
-            assert shares[clip, column].item() == pytest.approx(held)
-    random = inputs_of(model, batch, tiny.pretrain_params())
-    assert torch.equal(random[5][2], kept_audio[2]) and random[-1] is None
+            assert given.energy[name][clip].item() == pytest.approx(held)
+    (random,) = inputs_of(model, batch, tiny.pretrain_params())
+    assert torch.equal(random.kept["audio"][2], given.kept["audio"][2]) and not random.energy
 
 
 @pytest.mark.parametrize("drop_rate", [0.875, 0.75, 0.5, 0.0])
@@ -54,7 +57,7 @@ def test_by_content_and_at_random_as_many_tokens_cost_as_much(drop_rate):
         inputs = inputs_of(module.model, tiny.make_batch(0), params, drop_rate=drop_rate)
         with FlopCounterMode(display=False) as counter:
             module(*inputs)
-        shapes = [None if kept is None else kept.shape for kept in inputs[4:6]]
+        shapes = {name: kept.shape for name, kept in inputs[0].kept.items()}
         found.append(
             (shapes, counter.get_total_flops(), pretraining_work(module.model.params, params))
         )

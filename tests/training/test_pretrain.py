@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from tests.training import tiny
-from vatt.data.loading.batches import scaled, scaled_video
+from vatt.data.loading.batches import model_inputs
 from vatt.errors import VattError
 from vatt.losses import paper_form, pretraining_loss, release_form
 from vatt.model.patches import draw_kept
+from vatt.senses import ANCHOR
 from vatt.training import loop
 from vatt.training.pretrain import Pretraining, Visible, fingerprint, pretrain, pretraining_inputs
 
@@ -86,7 +87,7 @@ def test_a_loss_that_is_not_finite_names_step_and_clips_and_keeps_the_last_state
         for step in itertools.count(first_step):
             batch = tiny.make_batch(step)
             if step == 5:
-                batch.colour[3] = float("nan")
+                batch.changes["video"][3] = float("nan")
             yield batch
 
     with pytest.raises(VattError, match=r"(?s)step 5.*loss = nan.*clip-5-3"):
@@ -116,7 +117,7 @@ def test_read_late_a_loss_that_is_not_finite_stops_before_a_state_is_saved(tmp_p
     def poisoned(first_step):
         for step in itertools.count(first_step):
             batch = tiny.make_batch(step)
-            batch.colour[3] = float("nan") if step >= 3 else batch.colour[3]
+            batch.changes["video"][3] = float("nan") if step >= 3 else batch.changes["video"][3]
             yield batch
 
     with pytest.raises(VattError, match=r"(?s)at step 3.*loss = nan.*clip-3-3"):
@@ -181,17 +182,17 @@ def test_bf16_stays_close_to_fp32(tmp_path):
 def test_the_recipe_chooses_the_loss_and_how_tokens_are_dropped(recipe, form, alike):
     params = tiny.model_params().model_copy(update={"recipe": recipe})
     module = Pretraining(tiny.make_model(params), tiny.pretrain_params()).eval()
-    inputs = pretraining_inputs(module.model, tiny.make_batch(0), 0, drop_rate=0.5, seed=0)
-    video, audio, text, colour, kept_video, kept_audio, has_video, has_audio, _ = inputs
-    video, audio = scaled(video, audio, colour)
-    for kept in (kept_video, kept_audio):
+    batch = tiny.make_batch(0)
+    inputs = pretraining_inputs(module.model, batch, 0, drop_rate=0.5, seed=0)
+    (given,) = inputs
+    assert given.kept.keys() == {"video", "audio"}
+    for kept in given.kept.values():
         assert bool((kept == kept[0]).all()) is alike
-    out = module.model(video, audio, text, kept_video=kept_video, kept_audio=kept_audio)
+    names = {f"kept_{name}": kept for name, kept in given.kept.items()}
+    out = module.model(**model_inputs(batch), **names)
     wanted = pretraining_loss(
         out,
-        has_video=has_video,
-        has_audio=has_audio,
-        has_text=(text != 0).any(-1),
+        batch.has(),
         temperature=0.07,
         mil_nce_weight=1.0,
         form=form,
@@ -210,13 +211,13 @@ def test_colours_of_kept_patches_alone_are_those_of_whole_clips(size, rate, chan
     model, random = tiny.make_model(settings).eval(), torch.Generator().manual_seed(0)
     video = torch.randint(256, (3, 4, size, size, 3), dtype=torch.uint8, generator=random)
     colour = torch.tensor([[0.1, 1.2, 0.8, 0.1], [-0.1, 0.7, 1.3, -0.2], [0.0, 1.0, 1.0, 0.0]])
-    kept = draw_kept(model.num_video_tokens, rate, seed=0, step=0, samples=range(3))
+    kept = draw_kept(model.token_counts["video"], rate, seed=0, step=0, samples=range(3))
     own, embed = colour if changes else None, model.video.embed
-    whole = scaled_video(video, own)
+    whole = ANCHOR.scaled(video, own)
     visible = Visible(embed)
     values = visible(video, own, kept, torch.float32)
     seen = visible.patches(values, video, kept)
     if size == 16:
         assert torch.equal(values, embed.cut(whole, kept).values)
-    ours = model.encode(seen, kept_video=kept).video
-    assert torch.equal(ours, model.encode(whole, kept_video=kept).video)
+    ours = model.encode(seen, kept_video=kept)["video"]
+    assert torch.equal(ours, model.encode(whole, kept_video=kept)["video"])

@@ -2,7 +2,8 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,17 @@ BATCH_SIZE, CANDIDATES, WORDS = 8, 2, 4
 DEMO = load_params(Path(__file__).parents[2] / "presets" / "demo.yaml")
 
 
+SENSES = {"motion": {"size": SIZE, "samples": 20, "channels": 3, "patch": 5}}
+SHAPES = {"motion": (20, 3)}
+
+
 def model_params(
     *,
     backbone: str = "specific",
     dropout: float = 0.0,
     depth: int = 1,
     experts: dict[str, Any] | None = None,
+    senses: Iterable[str] = (),
 ) -> ModelParams:
     """Settings of a model that runs in a millisecond; with experts, of at least two blocks."""
     size = SIZE | {"depth": max(2, depth) if experts else depth}
@@ -47,6 +53,7 @@ def model_params(
             "vt_dim": 8,
             "dropout": dropout,
             "experts": experts,
+            **{name: SENSES[name] | {"size": size} for name in senses},
         }
     )
 
@@ -87,8 +94,17 @@ def make_classifier(
     return build_classifier(params, modality=modality, num_classes=3, head_dropout=0.0)
 
 
-def make_batch(number: int, *, size: int = BATCH_SIZE, textless: range = range(1, 2)) -> Batch:
-    """Random clips; those in `textless` have no words, one lacks a candidate, one its sound."""
+def make_batch(
+    number: int,
+    *,
+    size: int = BATCH_SIZE,
+    textless: range = range(1, 2),
+    senses: Iterable[str] = (),
+) -> Batch:
+    """Random clips; those in `textless` have no words, one lacks a candidate, one its sound.
+
+    Of the further senses, every third clip has none.
+    """
     generator = torch.Generator().manual_seed(number)
 
     def integers(low: int, high: int, *shape: int) -> torch.Tensor:
@@ -99,14 +115,18 @@ def make_batch(number: int, *, size: int = BATCH_SIZE, textless: range = range(1
     text[0, 1] = 0
     has_audio = torch.ones(size, dtype=torch.bool)
     has_audio[2] = False
+    more = {name: torch.randn(size, *SHAPES[name], generator=generator) for name in senses}
+    there = dict.fromkeys(senses, torch.arange(size) % 3 > 0)
     return Batch(
         clip_ids=[f"clip-{number}-{row}" for row in range(size)],
-        video=integers(0, 256, size, 4, 16, 16, 3).to(torch.uint8),
-        audio=integers(-(2**15), 2**15, size, 128).to(torch.int16),
-        text=text,
-        has_video=torch.ones(size, dtype=torch.bool),
-        has_audio=has_audio,
-        colour=torch.tensor([0.0, 1.0, 1.0, 0.0]).repeat(size, 1),
+        signals={
+            "video": integers(0, 256, size, 4, 16, 16, 3).to(torch.uint8),
+            "audio": integers(-(2**15), 2**15, size, 128).to(torch.int16),
+            "text": text,
+            **more,
+        },
+        present={"video": torch.ones(size, dtype=torch.bool), "audio": has_audio, **there},
+        changes={"video": torch.tensor([0.0, 1.0, 1.0, 0.0]).repeat(size, 1)},
         labels={"digit": [str(row % 3) for row in range(size)]},
     )
 
@@ -115,14 +135,9 @@ def part_of(batch: Batch, rank: int, world_size: int) -> Batch:
     """The rows that one process gets."""
     size = len(batch.clip_ids) // world_size
     rows = slice(rank * size, (rank + 1) * size)
-    return Batch(
+    return replace(
+        batch.mapped(lambda value: value[rows]),
         clip_ids=batch.clip_ids[rows],
-        video=batch.video[rows],
-        audio=batch.audio[rows],
-        text=batch.text[rows],
-        has_video=batch.has_video[rows],
-        has_audio=batch.has_audio[rows],
-        colour=batch.colour[rows],
         labels={name: values[rows] for name, values in batch.labels.items()},
     )
 

@@ -28,7 +28,7 @@ from vatt.metrics import (
     measured_multi_label,
     measured_multi_label_difference,
 )
-from vatt.model.vatt import Classifier
+from vatt.model.vatt import Classifier, tower_of
 
 TOP = (1, 5)
 
@@ -90,11 +90,11 @@ def predict(
     device = next(classifier.parameters()).device
     parts = []
     for batch in batches:
-        video, audio, _ = model_inputs(batch.to(device))
+        inputs = model_inputs(batch.to(device))[tower_of(modality)]
         with computing_in(precision, classifier):
-            answers = classifier(audio if modality == "audio" else video)
+            answers = classifier(inputs)
         logits = answers.double().cpu().numpy()
-        present = (batch.has_audio if modality == "audio" else batch.has_video).tolist()
+        present = batch.present[tower_of(modality)].tolist()
         names = batch.labels.get(label, [""] * len(batch.clip_ids))
         parts.append(
             [

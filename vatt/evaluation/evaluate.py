@@ -47,8 +47,8 @@ from vatt.evaluation.retrieval import (
 from vatt.files import atomic_folder, atomic_write
 from vatt.metrics import Metric, bootstrap_interval, ranks
 from vatt.model.experts import specialisation
-from vatt.model.vatt import MODALITIES
 from vatt.progress import Progress
+from vatt.senses import SENSES
 
 CURVE = "retrieval.json"  # recall of each direction by k
 CURVE_RANKS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100)
@@ -163,7 +163,10 @@ def measure(outputs: ModelOutputs, request: EvaluationRequest) -> tuple[Metrics,
         probes = run_probes(params, outputs.passes, seed=seed)
         searches = {
             name: similarities(
-                features[name], pool=params.retrieval_pool, caption_queries=params.caption_queries
+                features[name],
+                pool=params.retrieval_pool,
+                caption_queries=params.caption_queries,
+                every_pair=params.every_pair,
             )
             for name in ENCODERS
         }
@@ -214,7 +217,7 @@ def routing_metrics(insides: Mapping[str, Array], *, resamples: int, seed: int) 
     """
     found: Metrics = {}
     for encoder, prefix in (("pretrained", ""), ("untrained", "untrained/")):
-        names = [name for name in MODALITIES if f"{prefix}experts/{name}" in insides]
+        names = [name for name in SENSES if f"{prefix}experts/{name}" in insides]
         if len(names) < 2:
             continue
         ids = [insides[f"input/{name}/clip_ids"] for name in names]
@@ -376,14 +379,15 @@ def _features(features: Mapping[str, FeatureSet]) -> dict[str, Array]:
     kept: dict[str, Array] = {"clip_ids": clips.clip_ids[order]}
     kept |= {f"labels/{name}": values[order] for name, values in clips.labels.items()}
     for encoder, found in features.items():
-        kept[f"{encoder}/video"] = found.video[order].mean(axis=1)
-        kept[f"{encoder}/audio"] = found.audio[order].mean(axis=1)
+        for name in SENSES:
+            if name != "text" and name in found.arrays:
+                kept[f"{encoder}/{name}"] = found.arrays[name][order].mean(axis=1)
     for space, other in (("va", "audio"), ("vt", "text")):
-        there = clips.has_audio if other == "audio" else np.any(clips.has_text, axis=1)
-        rows = order[np.asarray(there)[order]]
+        there = clips.arrays[f"has_{other}"]
+        rows = order[np.asarray(there if there.ndim == 1 else there.any(axis=1))[order]]
         kept[f"{space}/clip_ids"] = clips.clip_ids[rows]
-        kept[f"{space}/video"] = getattr(clips, f"video_{space}")[rows].mean(axis=1)
-        own = getattr(clips, f"{other}_{space}")[rows]
+        kept[f"{space}/video"] = clips.arrays[f"video_{space}"][rows].mean(axis=1)
+        own = clips.arrays[f"{other}_{space}"][rows]
         if other == "text":
             own = np.where(clips.has_text[rows][..., None], own, np.nan)
         kept[f"{space}/{other}"] = np.nanmean(own, axis=1) if len(rows) else rows

@@ -8,7 +8,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from vatt.files import atomic_write, read_arrays
 from vatt.model.transformer import Block
 from vatt.model.vatt import VATT
 from vatt.progress import Progress
+from vatt.senses import SENSES
 
 _NOTHING = object()
 log = logging.getLogger(__name__)
@@ -59,35 +60,35 @@ EncodedPart = tuple[
     list[str], dict[str, list[str]], dict[str, dict[str, Array]]
 ]  # ids, labels, encoded
 
+ARRAY, LABEL = "arrays/", "labels/"  # in a file, before the names of what is kept
 KEPT_FILES = 48  # in the cache; the least recently used are deleted
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FeatureSet:
-    """The outputs of an encoder for every clip of a split, with the clips' ids and labels."""
+    """The outputs of an encoder for every clip of a split, with the clips' ids and labels.
+
+    `arrays` has, for each sense, `<sense>` (n, V, D) its features, `<sense>_va` and `<sense>_vt`
+    (n, V, E) its embeddings in the spaces that it reaches, and `has_<sense>` (n,). Of text there
+    are text_vt (n, K, E), has_text (n, K), and the words themselves as text (n, K, L).
+    `features.video_va` is `features.arrays["video_va"]`.
+    """
 
     clip_ids: NDArray[np.str_]  # (n,)
     labels: dict[str, NDArray[np.str_]]  # name -> (n,); "" where a clip has no label
-    video: Array  # (n, V, D)
-    audio: Array  # (n, V, D)
-    video_va: Array  # (n, V, E)
-    audio_va: Array  # (n, V, E)
-    video_vt: Array  # (n, V, E)
-    text_vt: Array  # (n, K, E)
-    text: Array  # (n, K, L) word ids
-    has_video: Array  # (n,)
-    has_audio: Array  # (n,)
-    has_text: Array  # (n, K)
+    arrays: dict[str, Array]
+
+    def __getattr__(self, name: str) -> Array:
+        arrays: dict[str, Array] = self.__dict__.get("arrays", {})
+        if name not in arrays:
+            raise AttributeError(f"the features have no {name}")
+        return arrays[name]
 
     def take(self, rows: NDArray[np.integer]) -> "FeatureSet":
         """The same for these clips, in this order."""
         labels = {name: values[rows] for name, values in self.labels.items()}
-        arrays = {name: getattr(self, name)[rows] for name in ARRAYS}
-        return FeatureSet(clip_ids=self.clip_ids[rows], labels=labels, **arrays)
-
-
-ARRAYS = tuple(f.name for f in fields(FeatureSet) if f.name not in ("clip_ids", "labels"))
-WINDOWED = ("video", "audio", "video_va", "audio_va", "video_vt")
+        arrays = {name: values[rows] for name, values in self.arrays.items()}
+        return FeatureSet(self.clip_ids[rows], labels, arrays)
 
 
 def extract(
@@ -130,7 +131,7 @@ def _together(name: str, parts: Sequence[EncodedPart]) -> FeatureSet:
             ]
             for label in names
         },
-        **_stack(arrays, windows),
+        arrays=_stack(arrays, windows),
     )
 
 
@@ -170,35 +171,23 @@ def computing_in(precision: Precision, model: nn.Module) -> Iterator[None]:
 
 @torch.inference_mode()
 def _encode(encoder: VATT, batch: Batch, precision: Precision) -> dict[str, Array]:
-    """The outputs of the encoder for a batch; a modality that was not sampled has width 0."""
+    """The outputs of the encoder for a batch; a sense that was not sampled has width 0."""
     encoder.eval()
     here = batch.to(next(encoder.parameters()).device)
-    video, audio, text = model_inputs(here)
     with computing_in(precision, encoder):
-        features = encoder.encode(
-            video if video.numel() else None,
-            audio if audio.numel() else None,
-            text if text.numel() else None,
-        )
-    has_text = (text != 0).any(dim=-1)
-    embeddings = encoder.project(features, has_text=has_text)
-    absent, absent_text = here.has_video.new_zeros(len(video), 0).float(), here.text[..., :0]
-    tensors = {
-        "video": features.video,
-        "audio": features.audio,
-        "video_va": embeddings.video_va,
-        "audio_va": embeddings.audio_va,
-        "video_vt": embeddings.video_vt,
-        "text_vt": absent_text.float() if embeddings.text_vt is None else embeddings.text_vt,
-        "text": text,
-        "has_video": here.has_video,
-        "has_audio": here.has_audio,
-        "has_text": has_text,
-    }
-    return {
-        name: (absent if tensor is None else tensor).cpu().numpy()
-        for name, tensor in tensors.items()
-    }
+        features = encoder.encode(**model_inputs(here))
+    present = here.has()
+    embeddings = encoder.project(features, present, bridged=True)
+    spaces = {"va": embeddings.va, "vt": embeddings.vt}
+    tensors = {f"has_{name}": there for name, there in present.items()}
+    for name, values in here.signals.items():
+        sense, there = SENSES[name], present[name]
+        several = there.dim() > 1  # words are kept, not their features
+        tensors[name] = values if several else features.get(name, there[:, None][:, :0].float())
+        for space in dict.fromkeys((sense.space, "vt")):
+            width_0 = there[..., None][..., :0].float()
+            tensors[f"{name}_{space}"] = spaces[space].get(name, width_0)
+    return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
 
 
 def _windows(clip_ids: list[str]) -> int:
@@ -214,11 +203,12 @@ def _windows(clip_ids: list[str]) -> int:
 
 def _stack(parts: list[dict[str, Array]], windows: int) -> dict[str, Array]:
     stacked = {}
-    for name in ARRAYS:
+    for name in parts[0]:
         rows = np.concatenate([part[name] for part in parts])
         by_clip = rows.reshape(len(rows) // windows, windows, *rows.shape[1:])
-        # Windows differ in picture and sound; the captions are those of the first window.
-        stacked[name] = by_clip if name in WINDOWED else by_clip[:, 0]
+        # Windows differ in what is shown of a signal; the captions are those of the first window.
+        is_windowed = not name.startswith(("has_", "text"))
+        stacked[name] = by_clip if is_windowed else by_clip[:, 0]
     return stacked
 
 
@@ -271,7 +261,7 @@ def cache_key(*parts: object) -> str:
     digest = hashlib.sha256(repr((torch.__version__, *parts)).encode())
     package = Path(vatt.__file__).parent
     own = ("classification.py", "features.py", "passes.py")
-    rooms = ("model", "data/clips", "data/loading")
+    rooms = ("model", "senses", "data/clips", "data/loading")
     sources = [package / "evaluation" / name for name in own]
     for source in sorted(
         [*sources, *(file for room in rooms for file in package.glob(f"{room}/*.py"))]
@@ -290,23 +280,25 @@ def file_hash(*files: Path) -> str:
 
 def save_features(features: FeatureSet, file: Path) -> None:
     """Write a feature set as one npz file of plain arrays."""
-    arrays = {name: getattr(features, name) for name in ARRAYS}
-    arrays |= {f"labels/{name}": values for name, values in features.labels.items()}
+    arrays = {f"{ARRAY}{name}": values for name, values in features.arrays.items()}
+    arrays |= {f"{LABEL}{name}": values for name, values in features.labels.items()}
     _save({"clip_ids": features.clip_ids, **arrays}, file)
 
 
 def load_features(file: Path) -> FeatureSet | None:
     """Read what `save_features` wrote; None if there is no file or it is damaged."""
     stored = _load(file)
-    if stored is None or not {"clip_ids", *ARRAYS} <= stored.keys():
+    if stored is None or not {"clip_ids", f"{ARRAY}video"} <= stored.keys():
         return None
-    labels = {
-        name.removeprefix("labels/"): values
-        for name, values in stored.items()
-        if name.startswith("labels/")
-    }
-    arrays = {name: stored[name] for name in ARRAYS}
-    return FeatureSet(clip_ids=stored["clip_ids"], labels=labels, **arrays)
+
+    def group(prefix: str) -> dict[str, Array]:
+        return {
+            name.removeprefix(prefix): values
+            for name, values in stored.items()
+            if name.startswith(prefix)
+        }
+
+    return FeatureSet(stored["clip_ids"], group(LABEL), group(ARRAY))
 
 
 def _save(arrays: Mapping[str, Any], file: Path) -> None:

@@ -42,10 +42,10 @@ from vatt.evaluation.features import (
     file_hash,
 )
 from vatt.evaluation.retrieval import draw_pool
-from vatt.flops import audio_flops, video_flops
+from vatt.flops import signal_flops, signals_of
 from vatt.model.experts import Routing, noting_routings
 from vatt.model.transformer import set_merging
-from vatt.model.vatt import MODALITIES, VATT, Classifier, tower_of
+from vatt.model.vatt import VATT, Classifier, tower_of
 from vatt.progress import Progress
 
 
@@ -170,7 +170,7 @@ def encoder_features(
         for encoder in encoders.values():
             set_merging(encoder, settings.params.merge_rate)
         timed = [encoders[name] for name in names if name == "pretrained"]
-        towers = {name: getattr(encoder, name) for encoder in timed for name in MODALITIES}
+        towers = {name: getattr(encoder, name) for encoder in timed for name in encoder.senses}
         with settings.watch.timing(towers):
             return extract(
                 encoders,
@@ -222,8 +222,8 @@ def gflops(folder: Path, merge_rate: float) -> dict[str, float]:
     model = ModelParams.model_validate(config["model"])
     how: Any = {"merge_rate": merge_rate, "experts": model.experts, "convention": "true"}
     towers = {
-        "video": video_flops(model.video, **how) / 1e9,
-        "audio": audio_flops(model.audio, **how) / 1e9,
+        name: signal_flops(name, section, **how) / 1e9
+        for name, section in signals_of(model).items()
     }
     if "classifier" not in config:
         return towers
@@ -246,6 +246,7 @@ def _of_probes(sampling: Sampling, params: EvaluateParams) -> Sampling:
         samples=sampling.samples if "audio" in used else 0,
         candidates=0,
         vocabulary=None,
+        more={},
     )
 
 
@@ -382,7 +383,7 @@ def inner_views(
     device = next(model.parameters()).device
     joined = share.joined([_watch_batch(model, batch.to(device)) for batch in batches])
     found: dict[str, Array] = {}
-    for name in MODALITIES:
+    for name in model.senses:
         seen = [part[name] for part in joined or () if name in part]
         if seen:
             found[f"input/{name}"] = np.concatenate([one.inputs for one in seen])
@@ -396,17 +397,13 @@ def inner_views(
 
 
 def _watch_batch(model: VATT, batch: Batch) -> dict[str, TowerActivity]:
-    video, audio, texts = model_inputs(batch)
-    text = texts[:, 0] if texts.shape[1] else texts[:, :, 0]
-    words = text != 0
-    found = {}
-    for name, given, present, counts in (
-        ("video", video, batch.has_video, None),
-        ("audio", audio, batch.has_audio, None),
-        ("text", text, words.any(1), torch.nn.functional.pad(words, (1, 0), value=True)),
-    ):
-        if given.numel() and present.any():
-            ids = [clip for clip, there in zip(batch.clip_ids, present, strict=True) if there]
-            own = None if counts is None else counts[present]
-            found[name] = watch(getattr(model, name), ids, given[present], own)
+    found, present = {}, batch.has()
+    for name, given in model_inputs(batch).items():
+        there, counts = present[name], None
+        if there.dim() > 1:  # several texts: the first
+            given, there = given[:, 0], there[:, 0]
+            counts = torch.nn.functional.pad(given != 0, (1, 0), value=True)[there]
+        if there.any():
+            ids = [clip for clip, has in zip(batch.clip_ids, there, strict=True) if has]
+            found[name] = watch(model.get_submodule(name), ids, given[there], counts)
     return found

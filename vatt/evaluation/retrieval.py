@@ -7,6 +7,7 @@ one correct answer: the other modality of its own clip. During training, the val
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from vatt.evaluation.features import Array, FeatureSet, extract
 from vatt.metrics import Floats, Metric, by_clip, measured, ranks
 from vatt.model.transformer import set_merging
 from vatt.model.vatt import VATT
+from vatt.senses import ANCHOR, SENSES
 
 RECALLS = (1, 5, 10)
 SIMILARITIES = "_similarities_averaged"  # suffix of a direction that averages cosines
@@ -65,31 +67,57 @@ def average_similarities(left: Array, right: Array) -> Floats:
     return _mean(_unit(left)) @ _mean(_unit(right)).T
 
 
-def similarities(features: FeatureSet, *, pool: int, caption_queries: str) -> dict[str, Search]:
-    """Every direction for which there are clips, with both ways of averaging if they differ."""
+def similarities(
+    features: FeatureSet, *, pool: int, caption_queries: str, every_pair: bool = False
+) -> dict[str, Search]:
+    """Every direction for which there are clips, with both ways of averaging if they differ.
+
+    Directions are those between video and each other sense, which were trained; with `every_pair`
+    those between all others too, in va where both are, else in vt.
+    """
     found: dict[str, Search] = {}
-    usable = features.has_video & features.has_text.any(axis=1)
-    if usable.any():
+    for one, other in _pairs(features, every_pair=every_pair):
+        usable = _has(features, one) & _has(features, other)
+        if not usable.any():
+            continue
         clips = features.take(draw_pool(features.clip_ids, usable, pool))
-        found |= _with_words(clips, each=caption_queries == "each")
-    usable = features.has_video & features.has_audio
-    if usable.any():
-        clips = features.take(draw_pool(features.clip_ids, usable, pool))
+        if f"has_{one}" in clips.arrays and clips.arrays[f"has_{one}"].ndim > 1:
+            found |= _with_words(clips, other, each=caption_queries == "each")
+            continue
         own = np.arange(len(clips.clip_ids))
-        for name, average in _ways(clips.audio_va, clips.video_va):
-            table = average(clips.audio_va, clips.video_va)
-            found[f"audio_to_video{name}"] = Search(table, own, None, clips, None)
-            found[f"video_to_audio{name}"] = Search(table.T, own, None, clips, None)
+        left, right = clips.arrays[f"{one}_va"], clips.arrays[f"{other}_va"]
+        for name, average in _ways(left, right):
+            table = average(left, right)
+            found[f"{one}_to_{other}{name}"] = Search(table, own, None, clips, None)
+            found[f"{other}_to_{one}{name}"] = Search(table.T, own, None, clips, None)
     return found
 
 
-def _with_words(clips: FeatureSet, *, each: bool) -> dict[str, Search]:
-    """Text and video: the captions of a clip are one query together, or one query each.
+def _pairs(features: FeatureSet, *, every_pair: bool) -> list[tuple[str, str]]:
+    """Pairs of senses: words come first in theirs, and the anchor comes last."""
+    there = [name for name in SENSES if f"has_{name}" in features.arrays]
+    words = [name for name in there if SENSES[name].space == "vt"]
+    signals = [name for name in there if SENSES[name].space == "va"]
+    others = [name for name in signals if name != ANCHOR.name]
+    trained = [(name, ANCHOR.name) for name in (*words, *others)]
+    if not every_pair:
+        return trained
+    return [*trained, *product(words, others), *combinations(others, 2)]
 
-    If each is a query, a video finds the clip of its nearest caption, as is usual for data sets
+
+def _has(features: FeatureSet, name: str) -> NDArray[np.bool_]:
+    """Which clips have a sense, or a text of it."""
+    there = features.arrays[f"has_{name}"]
+    return np.asarray(there if there.ndim == 1 else there.any(axis=1))
+
+
+def _with_words(clips: FeatureSet, other: str, *, each: bool) -> dict[str, Search]:
+    """Text and a signal: the captions of a clip are one query together, or one query each.
+
+    If each is a query, a signal finds the clip of its nearest caption, as is usual for data sets
     with several captions per clip.
     """
-    spoken = clips.has_text
+    spoken, shown = clips.has_text, clips.arrays[f"{other}_vt"]
     per_clip = float(spoken.sum(axis=1).mean())
     own, caption = np.arange(len(spoken)), None
     words = np.where(spoken[..., None], clips.text_vt, np.nan)
@@ -97,14 +125,14 @@ def _with_words(clips: FeatureSet, *, each: bool) -> dict[str, Search]:
         own, caption = np.nonzero(spoken)
         words = clips.text_vt[spoken][:, None]
     found = {}
-    for name, average in _ways(words, clips.video_vt):
-        table = average(words, clips.video_vt)
+    for name, average in _ways(words, shown):
+        table = average(words, shown)
         back = table.T
         if each:
             back = np.maximum.reduceat(table, np.flatnonzero(np.diff(own, prepend=-1)), axis=0).T
         every = np.arange(len(spoken))
-        found[f"text_to_video{name}"] = Search(table, own, caption, clips, per_clip)
-        found[f"video_to_text{name}"] = Search(back, every, None, clips, per_clip)
+        found[f"text_to_{other}{name}"] = Search(table, own, caption, clips, per_clip)
+        found[f"{other}_to_text{name}"] = Search(back, every, None, clips, per_clip)
     return found
 
 
@@ -177,7 +205,6 @@ def _unit(vectors: Array) -> Floats:
 
 SPLIT = "val"
 SCORE = "val.recall_at_10"  # the mean over the directions; the best checkpoint has the highest
-SCORED = ("text_to_video", "video_to_text", "audio_to_video", "video_to_audio")
 
 Validation = Callable[[Mapping[str, Tensor]], dict[str, float]]
 
@@ -225,9 +252,9 @@ def validation(
 def retrieval_scores(tables: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Recalls and median rank of each direction, and the mean R@10 over all directions."""
     scores: dict[str, float] = {}
-    for name in SCORED:
-        if name in tables:
-            own = ranks(tables[name], np.arange(len(tables[name])))
+    for name, table in tables.items():
+        if not name.endswith(SIMILARITIES):
+            own = ranks(table, np.arange(len(table)))
             scores |= {f"val.{name}.recall_at_{k}": float((own <= k).mean()) for k in RECALLS}
             scores[f"val.{name}.median_rank"] = float(np.median(own))
     recalls = [value for name, value in scores.items() if name.endswith("recall_at_10")]

@@ -1,4 +1,4 @@
-"""Raw signals -> tokens: voxels, waveform segments, words, and DropToken (the paper's section 3).
+"""Raw signals -> tokens: patches, words, positions, DropToken (the paper's section 3).
 
 B clips, T H W C frames, height, width, channels, S samples, L words, N tokens, K tokens kept,
 P values in a patch, D width.
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vatt.config import AudioParams, VideoParams
 from vatt.errors import SettingsError
 from vatt.model.operators import Linear
+from vatt.senses.form import Cutting, Words
 
 _CUT = {
     1: "b (n a) c -> b n (a c)",
@@ -144,22 +144,77 @@ class WordEmbedding(nn.Module):
         return self.dropout(self.table(text))
 
 
-def video_grid(params: VideoParams) -> tuple[int, ...]:
-    """Voxels along time, height and width."""
-    size = params.frame_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return num_patches((params.frames, height, width), params.patch)
+def grid_of(cutting: Cutting) -> tuple[int, ...]:
+    """Patches along each axis of a signal."""
+    return num_patches(cutting.sizes, cutting.patch)
 
 
-def audio_grid(params: AudioParams) -> tuple[int, ...]:
-    """Segments along time, and along mel bins for a spectrogram."""
-    sizes = (params.samples,) if params.mel_bins is None else (params.samples, params.mel_bins)
-    return num_patches(sizes, audio_patch(params))
+def patch_values(cutting: Cutting) -> int:
+    """Numbers in a patch."""
+    return math.prod(cutting.patch) * (cutting.channels or 1)
 
 
-def audio_patch(params: AudioParams) -> tuple[int, ...]:
-    """The patch as one number for each axis."""
-    return (params.patch,) if isinstance(params.patch, int) else params.patch
+def num_tokens(tokens: Cutting | Words) -> int:
+    """Tokens of a clip before DropToken, or words of a text; the AGG token is not one."""
+    return tokens.length if isinstance(tokens, Words) else math.prod(grid_of(tokens))
+
+
+# --- positions: one table for each axis, resized for inputs of other sizes ------------------------
+
+
+class AxisPositions(nn.Module):
+    """The position of a token is the sum of its axes' entries."""
+
+    def __init__(self, axes: Sequence[str], grid: Sequence[int], dim: int) -> None:
+        super().__init__()
+        self.axes = tuple(axes)
+        for axis, size in zip(axes, grid, strict=True):
+            self.register_parameter(axis, nn.Parameter(torch.empty(size, dim)))
+
+    def forward(self, grid: Sequence[int]) -> Tensor:  # -> (N, D), the first axis slowest
+        total: Tensor | None = None
+        for axis, size in zip(self.axes, grid, strict=True):
+            table = self.resize(self.get_parameter(axis), size)
+            total = table if total is None else total[..., None, :] + table
+        assert total is not None
+        return total.flatten(0, -2)
+
+    def resize(self, table: Tensor, size: int) -> Tensor:  # (n, D) -> (size, D)
+        """A table for an axis of another size."""
+        return bicubic(table, size)
+
+
+def bicubic(table: Tensor, size: int) -> Tensor:  # (n, D) -> (size, D)
+    """Resize a table as an image one pixel wide.
+
+    The paper resizes the summed positions of an image. Cubic weights sum to one, so resizing each
+    axis' table alone gives the same sum.
+    """
+    if len(table) == size:
+        return table
+    image = rearrange(table.float(), "n d -> 1 d n 1")
+    resized = F.interpolate(image, size=(size, 1), mode="bicubic", align_corners=False)
+    return rearrange(resized, "1 d n 1 -> n d")
+
+
+def fit_tables(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """These weights with their position tables resized to the sizes in `model`.
+
+    What is not a table stays as it is: the caller compares all forms.
+    """
+    fitted = dict(state)
+    for name, module in model.named_modules():
+        if isinstance(module, AxisPositions):
+            for axis in module.axes:
+                key = f"{name}.{axis}" if name else axis
+                if key in fitted and _is_table(fitted[key]):
+                    size = len(module.get_parameter(axis))
+                    fitted[key] = module.resize(fitted[key], size).to(fitted[key].dtype)
+    return fitted
+
+
+def _is_table(tensor: Tensor) -> bool:
+    return tensor.ndim == 2 and tensor.is_floating_point() and tensor.numel() > 0
 
 
 # --- DropToken ------------------------------------------------------------------------------------
@@ -272,36 +327,6 @@ def _mix(numbers: Tensor) -> Tensor:
 def drop_tokens(tokens: Tensor, kept: Tensor) -> Tensor:  # (B, N, D), (B, K) -> (B, K, D)
     """The kept tokens of each clip, in the order of `kept`."""
     return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
-# --- what is in a token's part of the signal ------------------------------------------------------
-
-_LEVELS = 4096  # steps of 1 in a spectrogram, whose sums are then exact
-
-
-def motion_energy(video: Tensor, patch: Sequence[int]) -> Tensor:  # (B, T, H, W, C) uint8 -> (B, N)
-    """How much each voxel changes: the sum of |frame - the frame before it| over its values.
-
-    The first frame is compared with the second. Whole numbers, so equal on every device.
-    """
-    before = torch.arange(-1, video.shape[1] - 1, device=video.device).abs()
-    others = video[:, before.clamp(max=video.shape[1] - 1)]
-    change = torch.maximum(video, others) - torch.minimum(video, others)
-    return cut(change, patch).sum(-1)
-
-
-def sound_energy(audio: Tensor, patch: Sequence[int]) -> Tensor:  # -> (B, N)
-    """Of int16 samples (B, S), the sum of squares in each segment.
-
-    Of a spectrogram (B, frames, mel bins), a patch's sum above the clip's lowest value. Both are
-    whole numbers, so equal on every device.
-    """
-    if audio.is_floating_point():
-        levels = (audio * _LEVELS).round().long()
-        values = levels - levels.amin(dim=(1, 2), keepdim=True)
-    else:
-        values = audio.long().square()
-    return cut(values[..., None], patch).sum(-1)
 
 
 def energy_share(energies: Tensor, kept: Tensor) -> Tensor:  # (B, N), (B, K) -> (B,)

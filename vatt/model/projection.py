@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vatt.model.operators import Linear, full_precision
+from vatt.senses.form import Sense
 
 
 class BatchNorm(nn.Module):
@@ -64,29 +65,25 @@ class NormalisedLinear(nn.Module):
 
 
 class Heads(nn.Module):
-    """g_v->va, g_a->va, g_v->vt (which starts from the va vector) and g_t->vt."""
+    """g_v->va, g_a->va, g_v->vt (which starts from the va vector) and g_t->vt.
 
-    def __init__(
-        self,
-        *,
-        video_to_va: nn.Module,
-        audio_to_va: nn.Module,
-        va_to_vt: nn.Module,
-        text_to_vt: nn.Module,
-    ) -> None:
+    A head is called <sense>_to_<space>; `va_to_vt` leads from one space to the other.
+    """
+
+    va_to_vt: nn.Module
+
+    def __init__(self, **heads: nn.Module) -> None:
         super().__init__()
-        self.video_to_va = video_to_va
-        self.audio_to_va = audio_to_va
-        self.va_to_vt = va_to_vt
-        self.text_to_vt = text_to_vt
+        for name, head in heads.items():
+            self.add_module(name, head)
 
-    def video(self, features: Tensor) -> tuple[Tensor, Tensor]:  # (B, D) -> (B, E), (B, E)
-        va = self.video_to_va(features)
-        return va, self.va_to_vt(va)
+    def into(self, sense: Sense, features: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Features (B, D) or (B, K, D) in the space that the sense joins, not yet of length 1.
 
-    def audio(self, features: Tensor) -> Tensor:  # (B, D) -> (B, E)
-        return self.audio_to_va(features)
-
-    def text(self, features: Tensor, valid: Tensor | None) -> Tensor:  # (B, K, D) -> (B, K, E)
-        flat_valid = None if valid is None else valid.flatten()
-        return self.text_to_vt(features.flatten(0, 1), flat_valid).unflatten(0, features.shape[:2])
+        Statistics of batch norm come from the rows where `valid` holds, if that is known.
+        """
+        head = self.get_submodule(f"{sense.name}_to_{sense.space}")
+        rows, several = features.flatten(0, -2), features.shape[:-1]
+        known = () if valid is None else (valid.flatten(),)
+        projected: Tensor = head(rows, *known)
+        return projected.unflatten(0, several)

@@ -1,6 +1,6 @@
 """The model of the paper: a tower for each modality, or one for all, and the heads behind them.
 
-In the order of the paper's section 3: tokens and positions (patches.py, positions.py), the
+In the order of the paper's section 3: tokens and positions (patches.py), the
 Transformer (transformer.py), the common spaces (projection.py). Where the paper is silent, the
 value of the released code is taken. The released model itself is put together in
 vatt/release/model.py from the same parts; docs/model.md says where the two differ.
@@ -10,26 +10,26 @@ L words, D feature width, E common-space width.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vatt.config import ModelParams, SizeParams
+from vatt.config import ModelParams
 from vatt.errors import SettingsError
 from vatt.model.experts import ExpertLinear
 from vatt.model.operators import Linear, full_precision
 from vatt.model.patches import (
+    AxisPositions,
     PatchEmbedding,
     Patches,
     WordEmbedding,
-    audio_grid,
-    audio_patch,
     check_input,
-    video_grid,
+    grid_of,
+    num_tokens,
 )
-from vatt.model.positions import AxisPositions
 from vatt.model.projection import Heads, NormalisedLinear
 from vatt.model.transformer import (
     Attention,
@@ -40,41 +40,52 @@ from vatt.model.transformer import (
     Tower,
     resolve,
 )
+from vatt.senses import ANCHOR, SENSES, senses_of
+from vatt.senses.form import Cutting, Sense, Words
 
-
-@dataclass(frozen=True, slots=True)
-class Features:
-    """What the heads receive; None for a modality that was not given."""
-
-    video: Tensor | None = None  # (B, D)
-    audio: Tensor | None = None  # (B, D)
-    text: Tensor | None = None  # (B, K, D)
+Features = Mapping[str, Tensor]  # what the heads receive, by sense: (B, D), text (B, K, D)
+Group = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """Unit vectors in the common spaces; None for a modality that was not given."""
+    """Unit vectors in the common spaces, by sense: (B, E), text (B, K, E).
 
-    video_va: Tensor | None = None  # (B, E)
-    audio_va: Tensor | None = None  # (B, E)
-    video_vt: Tensor | None = None  # (B, E)
-    text_vt: Tensor | None = None  # (B, K, E)
+    `embeddings.video_va` is `embeddings.va["video"]`, or None for a sense that was not given.
+    """
+
+    va: Group = field(default_factory=dict)
+    vt: Group = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        sense, _, group = name.rpartition("_")
+        if sense not in SENSES or group not in self.__slots__ + Embeddings.__slots__:
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        values: Group = getattr(self, group)
+        return values.get(sense)
 
 
 @dataclass(frozen=True, slots=True)
 class Output(Embeddings):
-    """Embeddings and the features they come from."""
+    """Embeddings and the features they come from: `output.video_features`."""
 
-    video_features: Tensor | None = None
-    audio_features: Tensor | None = None
-    text_features: Tensor | None = None
+    features: Features = field(default_factory=dict)
+
+    def named(self) -> dict[str, Tensor]:
+        """Everything that was computed, by the names of its attributes."""
+        groups = {"va": self.va, "vt": self.vt, "features": self.features}
+        return {
+            f"{sense}_{group}": value
+            for group, values in groups.items()
+            for sense, value in values.items()
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What a model is made of."""
 
-    towers: dict[str, Tower]  # by modality
+    towers: dict[str, Tower]  # by sense
     heads: Heads
     drops_alike: bool = False  # DropToken keeps the same tokens of every clip in a batch
 
@@ -82,87 +93,104 @@ class Parts:
 class VATT(nn.Module):
     """The whole model, from raw signals to unit vectors that can be compared."""
 
+    video: Tower
+    audio: Tower
+    text: Tower
+
     def __init__(self, params: ModelParams, parts: Parts | None = None) -> None:
         """Without `parts`, the paper's model; `vatt.checkpoint.build` builds any recipe's."""
         super().__init__()
         parts = parts or paper_parts(params)
         self.params = params
-        self.video, self.audio, self.text = (parts.towers[name] for name in MODALITIES)
+        self.senses = tuple(parts.towers)
+        for name, tower in parts.towers.items():
+            self.add_module(name, tower)
         self.heads = parts.heads
         self.drops_alike = parts.drops_alike
-        self.num_video_tokens = math.prod(video_grid(params.video))  # before DropToken
-        self.num_audio_tokens = math.prod(audio_grid(params.audio))
+        self.token_counts = {  # before DropToken, of the senses whose tokens it may drop
+            sense.name: num_tokens(tokens)
+            for sense in senses_of(params)
+            if isinstance(tokens := sense.tokens(sense.section(params)), Cutting)
+        }
         initialise(self)
 
     def forward(
         self,
-        video: Tensor | None = None,
+        video: Tensor | Patches | None = None,
         audio: Tensor | None = None,
         text: Tensor | None = None,
-        *,
-        kept_video: Tensor | None = None,
-        kept_audio: Tensor | None = None,
+        **more: Tensor | None,
     ) -> Output:
         """Embed whatever is given.
 
         video (B, T, H, W, 3) and audio (B, S) are floats in [-1, 1] (a spectrogram model takes
-        audio (B, frames, mel bins)); text (B, K, L) holds word ids, 0 for a pad. `kept_video`
-        and `kept_audio` (B, kept) name the tokens that DropToken keeps; only training gives them.
+        audio (B, frames, mel bins)); text (B, K, L) holds word ids, 0 for a pad. Other senses are
+        given by their names, as `scaled` in their files makes them. `kept_video`, `kept_audio` and
+        so on (B, kept) name the tokens that DropToken keeps; only training gives them.
         Raises SettingsError for an input of another type or shape.
         """
-        features = self.encode(video, audio, text, kept_video=kept_video, kept_audio=kept_audio)
-        has_text = None if text is None else (text != 0).any(-1)
-        embeddings = self.project(features, has_text=has_text)
-        return Output(
-            video_va=embeddings.video_va,
-            audio_va=embeddings.audio_va,
-            video_vt=embeddings.video_vt,
-            text_vt=embeddings.text_vt,
-            video_features=features.video,
-            audio_features=features.audio,
-            text_features=features.text,
-        )
+        features = self.encode(video, audio, text, **more)
+        present = {} if text is None else {"text": (text != 0).any(-1)}
+        embeddings = self.project(features, present)
+        return Output(embeddings.va, embeddings.vt, features)
 
     def encode(
         self,
         video: Tensor | Patches | None = None,
         audio: Tensor | None = None,
         text: Tensor | None = None,
-        *,
-        kept_video: Tensor | None = None,
-        kept_audio: Tensor | None = None,
+        **more: Tensor | None,
     ) -> Features:
         """Raw signals -> features; arguments as in `forward`, or a video that is cut already."""
-        if text is not None:
-            check_input(text, ("candidates", "words"), ids=True)
-        return Features(
-            video=None if video is None else self.video(video, kept_video),
-            audio=None if audio is None else self.audio(audio, kept_audio),
-            text=None
-            if text is None
-            else self.text(text.flatten(0, 1)).unflatten(0, text.shape[:2]),
-        )
+        given: dict[str, Any] = {"video": video, "audio": audio, "text": text, **more}
+        kept = {name: given.pop(f"kept_{name}", None) for name in self.senses}
+        unknown = given.keys() - set(self.senses)
+        if unknown:
+            raise SettingsError(
+                f"the model has no {min(unknown)}; it has {', '.join(self.senses)}",
+                hint="load a checkpoint that was trained with it",
+            )
+        features = {}
+        for name in self.senses:
+            value, tower = given.get(name), self.get_submodule(name)
+            if value is None:
+                continue
+            if isinstance(SENSES[name].tokens(SENSES[name].section(self.params)), Words):
+                check_input(value, ("candidates", "words"), ids=True)
+                features[name] = tower(value.flatten(0, 1)).unflatten(0, value.shape[:2])
+            else:
+                features[name] = tower(value, kept[name])
+        return features
 
-    def project(self, features: Features, *, has_text: Tensor | None = None) -> Embeddings:
+    def project(
+        self, features: Features, present: Group | None = None, *, bridged: bool = False
+    ) -> Embeddings:
         """Features -> unit vectors; in training, batch norm sees just the rows of this call.
 
-        `has_text` (B, K) says which texts have words; texts of pads alone do not count in the
-        statistics of batch norm.
+        `present` says which clips have a sense (B,), and which texts have words (B, K): what is
+        not there does not count in the statistics of batch norm. With `bridged`, every sense of
+        the space va is led on to vt, not only the anchor: for comparisons that were not trained.
         """
-        va, vt = (None, None) if features.video is None else self.heads.video(features.video)
-        audio = None if features.audio is None else self.heads.audio(features.audio)
-        text = None if features.text is None else self.heads.text(features.text, has_text)
-        return Embeddings(_unit(va), _unit(audio), _unit(vt), _unit(text))
+        present = present or {}
+        spaces: dict[str, dict[str, Tensor]] = {"va": {}, "vt": {}}
+        for name, values in features.items():
+            sense = SENSES[name]
+            valid = present.get(name) if sense.is_counted else None
+            rows = self.heads.into(sense, values, valid)
+            spaces[sense.space][name] = rows
+            if sense.space == "va" and (sense.is_anchor or bridged):
+                spaces["vt"][name] = self.heads.va_to_vt(rows)
+        return Embeddings(
+            *({name: _unit(rows) for name, rows in space.items()} for space in spaces.values())
+        )
 
 
-def _unit(vectors: Tensor | None) -> Tensor | None:
+def _unit(vectors: Tensor) -> Tensor:
     """L2-normalised; a lower bound on the norm keeps a zero vector finite."""
-    return None if vectors is None else F.normalize(vectors, dim=-1, eps=1e-6)
+    return F.normalize(vectors, dim=-1, eps=1e-6)
 
 
 # --- the paper's parts ----------------------------------------------------------------------------
-
-MODALITIES = ("video", "audio", "text")
 
 
 def paper_parts(params: ModelParams) -> Parts:
@@ -173,87 +201,72 @@ def paper_parts(params: ModelParams) -> Parts:
 
 
 def paper_towers(params: ModelParams) -> dict[str, Tower]:
-    """A tower for each modality; the modality-agnostic ones hold the same encoder."""
+    """A tower for each sense; the modality-agnostic ones hold the same encoder."""
     if params.recipe != "paper":
         raise SettingsError(
             f"this builds the paper's model, and model.recipe is {params.recipe}",
             hint="vatt.checkpoint.build and build_classifier build the model of either recipe",
         )
-    sizes = {name: resolve(getattr(params, name).size) for name in MODALITIES}
+    senses = senses_of(params)
+    sizes = {sense.name: resolve(sense.section(params).size) for sense in senses}
     if params.backbone == "agnostic":
-        shared = Encoder(sizes["video"], dropout=params.dropout, experts=params.experts)
-        encoders = dict.fromkeys(MODALITIES, shared)
+        shared = Encoder(sizes[ANCHOR.name], dropout=params.dropout, experts=params.experts)
+        encoders = dict.fromkeys(sizes, shared)
     else:
         encoders = {
-            name: Encoder(sizes[name], dropout=params.dropout, experts=params.experts)
-            for name in MODALITIES
+            name: Encoder(size, dropout=params.dropout, experts=params.experts)
+            for name, size in sizes.items()
         }
-    return {
-        "video": SignalTower(video_tokens(params), encoders["video"], dim=sizes["video"].dim),
-        "audio": SignalTower(audio_tokens(params), encoders["audio"], dim=sizes["audio"].dim),
-        "text": text_tower(params, sizes["text"], encoders["text"]),
-    }
+    return {sense.name: _tower(sense, params, encoders[sense.name]) for sense in senses}
 
 
-def video_tokens(
+def _tower(sense: Sense, params: ModelParams, encoder: Encoder) -> Tower:
+    """Patches or words, and the encoder behind them."""
+    tokens, size = sense.tokens(sense.section(params)), resolve(sense.section(params).size)
+    if isinstance(tokens, Cutting):
+        return SignalTower(signal_tokens(sense.name, params), encoder, dim=size.dim)
+    # Learned words; the first layer sees how far apart two words are.
+    words = WordEmbedding(nn.Embedding(tokens.vocabulary, size.dim), dropout=params.dropout)
+    return TextTower(words, encoder, dim=size.dim, relative=RelativeBias(size.heads))
+
+
+def signal_tokens(
+    name: str,
     params: ModelParams,
     positions: type[AxisPositions] = AxisPositions,
     lift: nn.Module | None = None,
 ) -> PatchEmbedding:
-    """Voxels of t x h x w; a position is the sum of a temporal, vertical and horizontal one."""
-    dim, axes = resolve(params.video.size).dim, ("temporal", "vertical", "horizontal")
+    """The patches of a sense; the position of a patch is the sum of one for each axis."""
+    section = SENSES[name].section(params)
+    cutting, dim = SENSES[name].tokens(section), resolve(section.size).dim
+    assert isinstance(cutting, Cutting)
     return PatchEmbedding(
-        ("frames", "height", "width"),
-        params.video.patch,
-        channels=3,
-        positions=positions(axes, video_grid(params.video), dim),
+        cutting.axes,
+        cutting.patch,
+        channels=cutting.channels,
+        positions=positions(cutting.positions, grid_of(cutting), dim),
         dim=dim,
         dropout=params.dropout,
         lift=lift,
-    )
-
-
-def audio_tokens(
-    params: ModelParams,
-    positions: type[AxisPositions] = AxisPositions,
-    lift: nn.Module | None = None,
-) -> PatchEmbedding:
-    """Segments of a waveform; or patches of a spectrogram, to which table 10 compares them."""
-    dim, grid = resolve(params.audio.size).dim, audio_grid(params.audio)
-    axes = ("temporal", "spectral")[: len(grid)]
-    return PatchEmbedding(
-        ("samples", "mel bins")[: len(grid)],
-        audio_patch(params.audio),
-        channels=None,
-        positions=positions(axes, grid, dim),
-        dim=dim,
-        dropout=params.dropout,
-        lift=lift,
-    )
-
-
-def text_tower(params: ModelParams, size: SizeParams, encoder: Encoder) -> TextTower:
-    """Learned words; the first layer sees how far apart two words are."""
-    table = nn.Embedding(params.text.vocabulary, size.dim)
-    return TextTower(
-        WordEmbedding(table, dropout=params.dropout),
-        encoder,
-        dim=size.dim,
-        relative=RelativeBias(size.heads),
     )
 
 
 def paper_heads(params: ModelParams, widths: dict[str, int]) -> Heads:
     """Batch norm after each linear layer; `widths` are those of the features."""
     va, vt = params.va_dim, params.vt_dim
-    return Heads(
-        video_to_va=nn.Sequential(
-            NormalisedLinear(widths["video"], va), nn.ReLU(), NormalisedLinear(va, va)
-        ),
-        audio_to_va=NormalisedLinear(widths["audio"], va),
-        va_to_vt=NormalisedLinear(va, vt),
-        text_to_vt=NormalisedLinear(widths["text"], vt),
-    )
+    spaces = {"va": va, "vt": vt}
+    heads: dict[str, nn.Module] = {}
+    for name, width in widths.items():
+        sense = SENSES[name]
+        if sense.is_anchor:
+            heads[f"{name}_to_va"] = nn.Sequential(
+                NormalisedLinear(width, va), nn.ReLU(), NormalisedLinear(va, va)
+            )
+        else:
+            if sense.space == "vt" and "va_to_vt" not in heads:
+                heads["va_to_vt"] = NormalisedLinear(va, vt)
+            heads[f"{name}_to_{sense.space}"] = NormalisedLinear(width, spaces[sense.space])
+    return Heads(**heads)
 
 
 # --- initial weights ------------------------------------------------------------------------------
@@ -310,12 +323,10 @@ class Classifier(nn.Module):
         self.backbone = backbone or paper_towers(params)[tower_of(modality)]
         self.dropout = nn.Dropout(head_dropout)
         self.head = Linear(self.backbone.width, num_classes)
-        is_audio = modality == "audio"
-        self.num_tokens = math.prod(
-            audio_grid(params.audio) if is_audio else video_grid(params.video)
-        )
+        sense = SENSES[tower_of(modality)]
+        self.num_tokens = num_tokens(sense.tokens(sense.section(params)))
         initialise(self)
-        if is_audio:
+        if not sense.is_anchor:
             # At first, each class has the probability 1 / C.
             nn.init.constant_(self.head.bias, -math.log(max(num_classes - 1, 1)))
         else:
@@ -326,6 +337,6 @@ class Classifier(nn.Module):
         return full_precision(self.head(self.dropout(self.backbone(inputs, kept))))
 
 
-def tower_of(modality: ClassifierInput) -> str:
+def tower_of(modality: str) -> str:
     """The tower that reads this input; an image is a video one voxel deep."""
     return "audio" if modality == "audio" else "video"

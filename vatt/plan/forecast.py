@@ -230,8 +230,10 @@ def loss_flops(model: ModelParams, params: PretrainParams) -> float:
         params.batch_size, params.text_candidates, model.va_dim, model.vt_dim,
     )  # fmt: skip
     dims = feature_dims(model)
-    heads = (dims["video"] + va + vt + dims["audio"]) * va + candidates * dims["text"] * vt
-    return 3 * 2.0 * batch * heads + 4 * 2 * 2.0 * batch**2 * (va + candidates * vt)
+    signals = sum(dims[name] for name in dims if name != "text")
+    heads = (signals + va + vt) * va + candidates * dims["text"] * vt
+    pairs = len(dims) - 2  # NCE of video with audio and every further sense
+    return 3 * 2.0 * batch * heads + 4 * 2 * 2.0 * batch**2 * (pairs * va + candidates * vt)
 
 
 USABLE = 0.92  # share of a device's memory: allocators leave gaps

@@ -31,18 +31,20 @@ from vatt.config import (
     PretrainParams,
     SizeParams,
 )
-from vatt.flops import num_audio_tokens, num_video_tokens
+from vatt.flops import num_video_tokens, signals_of
 from vatt.model.experts import has_experts
 from vatt.model.merging import num_merged, token_counts
-from vatt.model.patches import audio_patch, num_kept
+from vatt.model.patches import num_kept, num_tokens, patch_values
 from vatt.model.transformer import resolve
+from vatt.senses import SENSES
+from vatt.senses.form import Cutting
 from vatt.training.gradient_cache import micro_batch_sizes
 
 if TYPE_CHECKING:
     from torch import nn
 
 FP32, INT64 = 4, 8
-COLOUR_FLOATS = 20 / 3  # copies of the frames while vatt.data.loading.augment changes colours
+COLOUR_FLOATS = 20 / 3  # copies of the frames while vatt.senses.video changes colours
 MEANS_FLOATS, PATCHES_FLOATS = 17 / 3, 1.27  # of all frames, and of kept patches, when some drop
 MIXED_FLOATS = 4  # copies of clips while pairs of them are mixed
 ADAM_STATES, SGD_STATES = 2, 1  # numbers kept for each weight
@@ -257,8 +259,8 @@ def clip_bytes(model: ModelParams, params: PretrainParams, setting: BatchSetting
     """What the three towers keep for one clip from the forward to the backward pass."""
     kind = number_kind(model, params, setting)
     signals = sum(
-        tower_bytes(model, tower, params.drop_rate, kind, params.merge_rate)
-        for tower in ("video", "audio")
+        tower_bytes(model, name, params.drop_rate, kind, params.merge_rate)
+        for name in signals_of(model)
     )
     words = model.text.words
     sentence = words * INT64
@@ -284,15 +286,12 @@ def number_kind(
 def tower_bytes(
     model: ModelParams, tower: str, drop_rate: float, kind: NumberKind, merge_rate: float = 0.0
 ) -> int:
-    """What the video or the audio tower keeps for one clip."""
-    if tower == "video":
-        num_tokens, values = num_video_tokens(model.video), math.prod(model.video.patch) * 3
-        size = resolve(model.video.size)
-    else:
-        num_tokens, values = num_audio_tokens(model.audio), math.prod(audio_patch(model.audio))
-        size = resolve(model.audio.size)
-    kept = num_kept(num_tokens, drop_rate)
-    total = kept * values * kind.number  # the patches, projected
+    """What the tower of a signal keeps for one clip."""
+    section = SENSES[tower].section(model)
+    cutting, size = SENSES[tower].tokens(section), resolve(section.size)
+    assert isinstance(cutting, Cutting)
+    kept = num_kept(num_tokens(cutting), drop_rate)
+    total = kept * patch_values(cutting) * kind.number  # the patches, projected
     if model.dropout > 0:
         total += kept * size.dim * (1 if kind.on_gpu else FP32)
     return total + encoder_bytes(size, kept + 1, kind, merge_rate=merge_rate, experts=model.experts)
@@ -311,11 +310,11 @@ def signal_values(model: ModelParams) -> tuple[int, int]:
 
 
 def feature_values(model: ModelParams, candidates: int) -> int:
-    """How many numbers the features of a clip have: video, audio, and each candidate text."""
+    """How many numbers the features of a clip have: of each signal, and each candidate text."""
     from vatt.checkpoint import feature_dims
 
     dims = feature_dims(model)
-    return dims["video"] + dims["audio"] + candidates * dims["text"]
+    return sum(dims.values()) + (candidates - 1) * dims["text"]
 
 
 def loss_bytes(model: ModelParams, params: PretrainParams) -> int:
@@ -325,7 +324,8 @@ def loss_bytes(model: ModelParams, params: PretrainParams) -> int:
     batch, candidates = params.batch_size, params.text_candidates
     features = 2 * feature_values(model, candidates)  # with their gradient
     # A projection keeps centred rows, scaled rows and a unit vector, each with a gradient.
-    projected = 6 * (3 * model.va_dim + (1 + candidates) * model.vt_dim)
+    rows = 1 + len(signals_of(model))  # of the space va: the video's head has two layers
+    projected = 6 * (rows * model.va_dim + (1 + candidates) * model.vt_dim)
     # Blocks of anchors are computed again in the backward pass; one at a time has its scores.
     scores = min(batch * batch * candidates, max(MAX_SCORES, batch * candidates))
     return batch * FP32 * (features + projected) + scores * SCORE_BYTES
@@ -480,4 +480,9 @@ def batch_bytes(model: ModelParams, params: PretrainParams, setting: BatchSettin
     """The clips of a process as loaded: uint8 frames, int16 sound, int64 words."""
     picture, sound = signal_values(model)
     words = params.text_candidates * model.text.words * INT64
-    return setting.rows(params.batch_size) * (picture + 2 * sound + words)
+    more = sum(
+        FP32 * math.prod(cutting.sizes) * (cutting.channels or 1)
+        for name, section in signals_of(model).items()
+        if SENSES[name].places and isinstance(cutting := SENSES[name].tokens(section), Cutting)
+    )
+    return setting.rows(params.batch_size) * (picture + 2 * sound + words + more)

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ from vatt.flops import encoder_work, num_video_tokens
 from vatt.losses import FORMS, pretraining_loss
 from vatt.model.patches import num_kept
 from vatt.model.transformer import Block, layer_norm, resolve
-from vatt.model.vatt import VATT, Classifier, Features
+from vatt.model.vatt import VATT, Classifier
 from vatt.plan.forecast import (
     UPDATE_BYTES,
     USABLE,
@@ -61,6 +62,7 @@ from vatt.plan.memory import (
     finetuning_memory,
     optimizer_bytes,
 )
+from vatt.senses import SENSES
 from vatt.training import distributed
 from vatt.training.engine import Engine, ProvenPrecision, apply_options, compiles, make_engine
 from vatt.training.finetune import Finetuning, finetuning_inputs
@@ -457,24 +459,22 @@ def steps(params: Params) -> TrialResult:
 def make_clips(params: Params, size: int) -> Batch:
     """Random clips with the shapes of the settings."""
     generator = torch.Generator().manual_seed(0)
-    model, candidates = params.model, params.pretrain.text_candidates
-    frame = model.video.frame_size
-    height, width = frame if isinstance(frame, tuple) else (frame, frame)
-    heard = (size, model.audio.samples, *([model.audio.mel_bins] if model.audio.mel_bins else []))
+    shapes = Sampling.for_pretraining(params.model, params.pretrain).shapes()
 
-    def draw(low: int, high: int, shape: tuple[int, ...], kind: torch.dtype) -> torch.Tensor:
-        return torch.randint(low, high, shape, generator=generator, dtype=kind)
+    def draw(name: str) -> torch.Tensor:
+        shape, kind = shapes[name]
+        if np.issubdtype(kind, np.floating):
+            return torch.rand((size, *shape), generator=generator)
+        low, high = {"text": (2, params.model.text.vocabulary), "video": (0, 256)}.get(
+            name, (-9000, 9000)
+        )
+        values = torch.randint(low, high, (size, *shape), generator=generator)
+        return values.to(torch.from_numpy(np.empty(0, kind)).dtype)
 
-    return Batch(
-        clip_ids=[str(row) for row in range(size)],
-        video=draw(0, 256, (size, model.video.frames, height, width, 3), torch.uint8),
-        audio=draw(-9000, 9000, heard, torch.int16),
-        text=draw(2, model.text.vocabulary, (size, candidates, model.text.words), torch.int64),
-        has_video=torch.ones(size, dtype=torch.bool),
-        has_audio=torch.ones(size, dtype=torch.bool),
-        colour=torch.tensor([COLOUR] * size) if changes_colour(params.pretrain) else None,
-        labels={},
-    )
+    signals = {name: draw(name) for name in SENSES if name in shapes}
+    present = {name: torch.ones(size, dtype=torch.bool) for name in signals if name != "text"}
+    colour = {"video": torch.tensor([COLOUR] * size)} if changes_colour(params.pretrain) else {}
+    return Batch([str(row) for row in range(size)], signals, present, {}, colour)
 
 
 def _engine(
@@ -503,21 +503,25 @@ def _step(engine: Engine, module: Pretraining, batch: Batch) -> Callable[[], Non
 
 def _loss_step(model: VATT, params: PretrainParams, size: int) -> Callable[[], None]:
     dims, candidates = checkpoint.feature_dims(model.params), params.text_candidates
-    shapes = ((size, dims["video"]), (size, dims["audio"]), (size, candidates, dims["text"]))
+    shapes: dict[str, tuple[int, ...]] = {name: (size, dim) for name, dim in dims.items()}
+    shapes |= {"text": (size, candidates, dims["text"])}
     there = torch.ones(size, dtype=torch.bool, device=distributed.device())
+    present = dict.fromkeys(dims, there) | {"text": there[:, None].expand(-1, candidates)}
 
     def step() -> None:
-        parts = [torch.randn(shape, device=there.device, requires_grad=True) for shape in shapes]
+        parts = {
+            name: torch.randn(shape, device=there.device, requires_grad=True)
+            for name, shape in shapes.items()
+        }
         losses = pretraining_loss(
-            model.project(Features(*parts)),
-            has_video=there,
-            has_audio=there,
-            has_text=there[:, None].expand(-1, candidates),
+            model.project(parts),
+            present,
             temperature=params.temperature,
             mil_nce_weight=params.mil_nce_weight,
+            senses_weight=params.senses_weight,
             form=FORMS[model.params.recipe],
         )
-        torch.autograd.grad(losses.total, parts)
+        torch.autograd.grad(losses.total, list(parts.values()))
 
     return step
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from vatt.config import ModelParams, SizeParams
 from vatt.errors import SettingsError
 from vatt.model.operators import Linear, full_precision
-from vatt.model.patches import Patches, WordEmbedding
-from vatt.model.positions import AxisPositions
+from vatt.model.patches import AxisPositions, Patches, WordEmbedding
 from vatt.model.projection import Heads, NormalisedLinear
 from vatt.model.transformer import (
     Encoder,
@@ -24,7 +23,7 @@ from vatt.model.transformer import (
     pad_mask,
     resolve,
 )
-from vatt.model.vatt import MODALITIES, Parts, audio_tokens, video_tokens
+from vatt.model.vatt import Parts, signal_tokens
 
 
 def release_parts(params: ModelParams) -> Parts:
@@ -41,10 +40,10 @@ def release_towers(params: ModelParams) -> dict[str, Tower]:
 
 def _own_towers(params: ModelParams) -> dict[str, Tower]:
     """The paper's towers of video and audio; only a waveform's has biases. Text is T5's."""
-    sizes = {name: resolve(getattr(params, name).size) for name in MODALITIES}
+    sizes = {name: resolve(section.size) for name, section in params.towers().items()}
     is_waveform = params.audio.input == "waveform"
-    video = video_tokens(params, NormedPositions)
-    audio = audio_tokens(params, _audio_positions(params))
+    video = signal_tokens("video", params, NormedPositions)
+    audio = signal_tokens("audio", params, _audio_positions(params))
     return {
         "video": SignalTower(
             video, Encoder(sizes["video"], dropout=params.dropout), dim=sizes["video"].dim
@@ -62,8 +61,8 @@ def _shared_towers(params: ModelParams) -> dict[str, Tower]:
     """One encoder; each modality has its own dense layers before and after it."""
     size, width = resolve(params.video.size), params.release.post_dim
     encoder, dim = Encoder(size, dropout=params.dropout), size.dim
-    video = video_tokens(params, NormedPositions, lift=DenseGelu(dim, dim))
-    audio = audio_tokens(params, _audio_positions(params), lift=DenseGelu(dim, dim))
+    video = signal_tokens("video", params, NormedPositions, lift=DenseGelu(dim, dim))
+    audio = signal_tokens("audio", params, _audio_positions(params), lift=DenseGelu(dim, dim))
     words = PositionedWords(
         frozen_words(params),
         lift=DenseGelu(params.release.word_dim, dim),

@@ -19,8 +19,9 @@ from vatt import __version__, checkpoint
 from vatt.config import Params, parse_params
 from vatt.data.loading.batches import Batch, Sampling, model_inputs
 from vatt.errors import DataError
-from vatt.model.vatt import Classifier
+from vatt.model.vatt import Classifier, tower_of
 from vatt.search import Embedder, Vectors, Window, clip_of, explained
+from vatt.senses.audio import audio_seconds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -187,7 +188,7 @@ class _Labels:
         sampling = Sampling.for_task(model.params, settings)
         hz = sampling.audio_hz or params.preprocess.audio_hz
         is_audio = settings.modality == "audio"
-        seconds = sampling.audio_seconds(hz) if is_audio else sampling.frames / sampling.fps
+        seconds = audio_seconds(sampling, hz) if is_audio else sampling.frames / sampling.fps
         self.window = Window(settings.modality, sampling, seconds)
 
     @torch.inference_mode()
@@ -221,8 +222,7 @@ def _inputs(file: Path, window: Window, params: Params, model: torch.nn.Module) 
 
 
 def _tensor(batch: Batch, modality: str) -> Tensor:
-    video, audio, _ = model_inputs(batch)
-    return audio if modality == "audio" else video
+    return model_inputs(batch)[tower_of(modality)]
 
 
 def _unseen(done: int, total: int) -> None:

@@ -20,7 +20,7 @@ from vatt.data.clips.manifest import LABEL_SEPARATOR
 from vatt.data.loading.batches import Batch, model_inputs
 from vatt.model.operators import full_precision
 from vatt.model.patches import draw_kept
-from vatt.model.vatt import Classifier
+from vatt.model.vatt import Classifier, tower_of
 from vatt.training import distributed
 from vatt.training.engine import Weights
 from vatt.training.gradient_cache import encode_in_micro_batches
@@ -202,8 +202,7 @@ def finetuning_inputs(
     """A batch as `Finetuning.forward` takes it: mixed, and with the tokens that are kept."""
     targets = one_hot(batch.labels[params.label], classes)
     batch = batch.to(distributed.device())
-    video, audio, _ = model_inputs(batch)
-    inputs = audio if params.modality == "audio" else video
+    inputs = model_inputs(batch)[tower_of(params.modality)]
     first = distributed.rank() * len(inputs)
     samples = list(range(first, first + len(inputs)))
     targets = targets.to(inputs.device)
@@ -220,7 +219,7 @@ def finetuning_inputs(
 
 def load_backbone(model: Classifier, pretrained: Weights) -> None:
     """Start from a pre-trained model's tower; its position tables are resized when they must be."""
-    tower = "audio." if model.modality == "audio" else "video."
+    tower = f"{tower_of(model.modality)}."
     weights = {
         name.removeprefix(tower): value
         for name, value in pretrained.items()

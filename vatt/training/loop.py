@@ -9,8 +9,8 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -280,9 +280,8 @@ class Feed:
         self._next = None
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
-            for value in inputs:
-                if isinstance(value, Tensor):  # its memory is free again after this stream's work
-                    value.record_stream(torch.cuda.current_stream())
+            for value in _tensors(inputs):  # their memory is free again after this stream's work
+                value.record_stream(torch.cuda.current_stream())
         return batch, inputs
 
     def prefetch(self, step: int) -> None:
@@ -295,22 +294,21 @@ class Feed:
             batch = next(self._batches, None)
         if batch is None:
             raise DataError(f"the batches ended before step {step}")
-        self._size = sum(value.nbytes for value in _tensors(batch).values())
+        self._size = sum(value.nbytes for value in batch.tensors())
         if self._stream is None:
             return batch, self._inputs_of(batch, step)
         with torch.cuda.stream(self._stream):
-            return batch, self._inputs_of(_pinned(batch), step)
+            # In memory from which a GPU copies by itself.
+            return batch, self._inputs_of(batch.mapped(Tensor.pin_memory), step)
 
 
-def _pinned(batch: Batch) -> Batch:
-    """The batch in memory from which a GPU copies by itself."""
-    pinned: dict[str, Any] = {name: value.pin_memory() for name, value in _tensors(batch).items()}
-    return replace(batch, **pinned)
-
-
-def _tensors(batch: Batch) -> dict[str, Tensor]:
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+def _tensors(inputs: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors of what a module takes: itself, or in groups that list theirs."""
+    for value in inputs:
+        if isinstance(value, Tensor):
+            yield value
+        elif hasattr(value, "tensors"):
+            yield from value.tensors()
 
 
 def _room() -> float:

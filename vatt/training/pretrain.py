@@ -6,15 +6,16 @@ loss see the whole batch in every process, so that any number of them makes the 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vatt.config import ModelParams, PretrainParams
-from vatt.data.loading.augment import change_colour_of_patches
-from vatt.data.loading.batches import Batch, scaled_audio, scaled_video
+from vatt.data.loading.batches import Batch
 from vatt.losses import FORMS, agreement, pretraining_loss, weights_of
 from vatt.model.experts import (
     RoutingLosses,
@@ -27,16 +28,17 @@ from vatt.model.operators import full_precision
 from vatt.model.patches import (
     PatchEmbedding,
     Patches,
-    audio_patch,
+    cut,
     draw_kept,
     draw_kept_by_energy,
     energy_share,
-    motion_energy,
     num_patches,
-    sound_energy,
 )
 from vatt.model.transformer import set_merging
-from vatt.model.vatt import MODALITIES, VATT, Embeddings, Features
+from vatt.model.vatt import VATT, Embeddings
+from vatt.senses import ANCHOR, SENSES
+from vatt.senses.form import Cutting
+from vatt.senses.video import change_colour_of_patches
 from vatt.training import distributed
 from vatt.training.engine import Fused, Weights
 from vatt.training.gradient_cache import encode_in_micro_batches
@@ -49,6 +51,30 @@ SHAPELESS = {
     *("save_every", "keep_states", "keep_states_every", "report_every"),
     *("evaluate_every", "evaluate_clips"),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What `Pretraining` takes: this process's part of a batch, by sense."""
+
+    signals: dict[str, Tensor]  # (B / processes, ...), as stored
+    kept: dict[str, Tensor]  # (B / processes, K) the tokens that DropToken keeps
+    changes: dict[str, Tensor]  # (B / processes, ...) what `Sense.change` names
+    present: dict[str, Tensor]  # (B / processes,), and (B / processes, K) for text
+    energy: dict[str, Tensor]  # (B / processes,) of the signal, the share in the kept tokens
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        groups = (self.signals, self.kept, self.changes, self.present, self.energy)
+        return [value for group in groups for value in group.values()]
+
+    def by_clip(self) -> list[Tensor | None]:
+        """Signal, kept tokens and change of each sense in turn: what encoding needs of a clip."""
+        return [
+            group.get(name)
+            for name in self.signals
+            for group in (self.signals, self.kept, self.changes)
+        ]
 
 
 class Pretraining(nn.Module):
@@ -67,68 +93,61 @@ class Pretraining(nn.Module):
         self.params = params
         self.micro_batch_size = micro_batch_size
         self.kept_micro_batches = kept_micro_batches
-        embed = model.video.get_submodule("embed")
+        embed = model.get_submodule(f"{ANCHOR.name}.embed")
         assert isinstance(embed, PatchEmbedding)
         self.visible = Visible(embed)
-        self.sharing = towers_by_encoder({name: getattr(model, name) for name in MODALITIES})
+        self.sharing = towers_by_encoder({name: getattr(model, name) for name in model.senses})
         set_merging(model, params.merge_rate)
 
-    def forward(
-        self,
-        video: Tensor,  # (B / processes, T, H, W, C) uint8
-        audio: Tensor,  # (B / processes, S) int16
-        text: Tensor,  # (B / processes, K, L)
-        colour: Tensor | None,  # (B / processes, 4)
-        kept_video: Tensor | None,
-        kept_audio: Tensor | None,
-        has_video: Tensor,
-        has_audio: Tensor,
-        kept_energy: Tensor | None = None,  # (B / processes, 2) of video and audio, a share
-        weighs_text: bool = False,
-    ) -> dict[str, Tensor]:
+    def forward(self, inputs: Inputs, weighs_text: bool = False) -> dict[str, Tensor]:
         """Losses of the global batch by name; `loss` is the one to minimise."""
+        names = tuple(inputs.signals)
         own = encode_in_micro_batches(
-            self._encode,
-            *(video, audio, text, colour, kept_video, kept_audio),
+            partial(self._encode, names),
+            *inputs.by_clip(),
             weights=self._encoder_weights(),
             micro_batch_size=self.micro_batch_size,
             kept=self.kept_micro_batches,
         )
-        has_text = (text != 0).any(-1)
+        device = own[0].device.type
         # Heads and loss are small next to the encoders, and better off in full precision.
-        with torch.autocast(video.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             whole = [distributed.gather(part) for part in own]
-            features, routings = Features(*whole[: len(MODALITIES)]), whole[len(MODALITIES) :]
-            has_video, has_audio, has_text = map(
-                distributed.gather_flags, (has_video, has_audio, has_text)
-            )
-            embeddings = self.model.project(features, has_text=has_text)
-            valid = has_video[:, None] & has_text
+            features = dict(zip(names, whole, strict=False))
+            routings = dict(zip(names, whole[len(names) :], strict=False))
+            present = {
+                name: distributed.gather_flags(there) for name, there in inputs.present.items()
+            }
+            embeddings = self.model.project(features, present)
+            valid = present["video"][:, None] & present["text"]
             weights, facts = self._text_weights(embeddings, valid, weighs=weighs_text)
             losses = pretraining_loss(
                 embeddings,
-                has_video=has_video,
-                has_audio=has_audio,
-                has_text=has_text,
+                present,
                 temperature=self.params.temperature,
                 mil_nce_weight=self.params.mil_nce_weight,
+                senses_weight=self.params.senses_weight,
                 form=FORMS[self.model.params.recipe],
                 text_weights=weights,
             )
             found = {"loss": losses.total, "nce": losses.nce, "mil_nce": losses.mil_nce, **facts}
-            if kept_energy is not None:
-                video_share, audio_share = distributed.gather(kept_energy).mean(0)
-                found |= {"kept_energy.video": video_share, "kept_energy.audio": audio_share}
+            found |= {SENSES[name].loss: value for name, value in losses.more.items()}
+            found |= {
+                f"kept_energy.{name}": distributed.gather(share).mean()
+                for name, share in inputs.energy.items()
+            }
             if routings:
-                more = self._routing_losses(routings, (has_video, has_audio, has_text))
+                more = self._routing_losses(routings, present)
                 found |= {"loss": losses.total + more.total, **more.metrics}
         return found
 
-    def _routing_losses(self, routings: list[Tensor], has: Sequence[Tensor]) -> RoutingLosses:
+    def _routing_losses(
+        self, routings: Mapping[str, Tensor], present: Mapping[str, Tensor]
+    ) -> RoutingLosses:
         """Of routings (B, 1 or K, blocks, Q); what a clip lacks does not count."""
         sums = {}
-        for name, numbers, there in zip(MODALITIES, routings, has, strict=True):
-            weights = there.view(*numbers.shape[:2], 1, 1).to(numbers.dtype)
+        for name, numbers in routings.items():
+            weights = present[name].view(*numbers.shape[:2], 1, 1).to(numbers.dtype)
             sums[name] = (numbers * weights).sum((0, 1))
         assert self.model.params.experts is not None
         return routing_losses(sums, self.sharing, self.model.params.experts)
@@ -140,10 +159,8 @@ class Pretraining(nn.Module):
         setting = self.params.text_weighting
         if setting is None:
             return None, {}
-        assert embeddings.video_vt is not None and embeddings.text_vt is not None
-        found = agreement(
-            embeddings.video_vt, embeddings.text_vt, self.params.temperature, valid=valid
-        )
+        video, text = embeddings.vt["video"], embeddings.vt["text"]
+        found = agreement(video, text, self.params.temperature, valid=valid)
         weights = weights_of(found, kind=setting.kind, least=setting.least) if weighs else None
         number = valid.sum().clamp(min=1)
         left_out = 0 * found if weights is None else (valid & (weights == 0)).to(found.dtype)
@@ -153,32 +170,28 @@ class Pretraining(nn.Module):
         }
         return weights, facts
 
-    def _encode(
-        self,
-        video: Tensor,
-        audio: Tensor,
-        text: Tensor,
-        colour: Tensor | None,
-        kept_video: Tensor | None,
-        kept_audio: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    def _encode(self, names: tuple[str, ...], *rows: Tensor | None) -> tuple[Tensor, ...]:
+        """Features of some clips, then their routings; `rows` as `Inputs.by_clip` has them."""
         # In here, so that floats of a whole batch, four times its bytes, never exist at once.
         kind = next(self.model.parameters()).dtype
+        given: dict[str, Any] = {}
+        clips = 0
+        for name, values, kept, change in zip(names, *(rows[k::3] for k in range(3)), strict=True):
+            assert values is not None
+            clips = len(values)
+            if name == ANCHOR.name:
+                seen = self.visible(values, change, kept, kind)
+                given[name] = self.visible.patches(seen, values, kept)
+            else:
+                scaled = SENSES[name].scaled(values, change)
+                given[name] = scaled.to(kind) if scaled.is_floating_point() else scaled
+            given[f"kept_{name}"] = kept
         with noting_routings() as noted:
-            features = self.model.encode(
-                self.visible.patches(
-                    self.visible(video, colour, kept_video, kind), video, kept_video
-                ),
-                scaled_audio(audio).to(kind),
-                text,
-                kept_video=kept_video,
-                kept_audio=kept_audio,
-            )
-        towers = [getattr(self.model, name) for name in MODALITIES]
-        routings = routings_by_tower(noted, towers)
+            features = self.model.encode(**given)
+        routings = routings_by_tower(noted, [getattr(self.model, name) for name in names])
         return (
-            *map(_full, (features.video, features.audio, features.text)),
-            *(numbers.unflatten(0, (len(video), -1)) for numbers in routings),
+            *(full_precision(features[name]) for name in names),
+            *(numbers.unflatten(0, (clips, -1)) for numbers in routings),
         )
 
     def _encoder_weights(self) -> list[nn.Parameter]:
@@ -207,7 +220,7 @@ class Visible(Fused):
         sizes = zip(video.shape[1:4], self.patch, strict=True)
         if kept is None or any(size % step for size, step in sizes):
             # The padding of a partial patch is 0.0, which no uint8 scales to.
-            return scaled_video(video, colour).to(kind)
+            return ANCHOR.scaled(video, colour).to(kind)
         patches = self.cut(video, kept)
         depth = self.patch[0]
         values = patches.values.unflatten(-1, (depth, -1, video.shape[-1])).float() / 255
@@ -261,39 +274,39 @@ def pretraining_inputs(
     drop_rate: float,
     seed: int,
     random_share: float = 1.0,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Inputs]:
     """A batch as `Pretraining.forward` takes it, with the tokens that DropToken keeps.
 
     `random_share` of the kept ones are drawn; the others are those with the most motion or sound.
     """
     batch = batch.to(distributed.device())
+    signals = {name: batch.signals[name] for name in model.senses}
     first = distributed.rank() * len(batch.clip_ids)
-    samples = torch.arange(first, first + len(batch.clip_ids), device=batch.video.device)
+    device = signals[ANCHOR.name].device
+    samples = torch.arange(first, first + len(batch.clip_ids), device=device)
     if model.drops_alike:
         samples = torch.zeros_like(samples)
     kept: dict[str, Tensor] = {}
-    energies = []
-    numbers = {"video": model.num_video_tokens, "audio": model.num_audio_tokens}
-    for stream, number in numbers.items() if drop_rate > 0 else ():
-        draw: dict[str, Any] = {"seed": seed, "step": step, "samples": samples, "stream": stream}
+    energies: dict[str, Tensor] = {}
+    for name, number in model.token_counts.items() if drop_rate > 0 else ():
+        draw: dict[str, Any] = {"seed": seed, "step": step, "samples": samples, "stream": name}
         if random_share == 1:
-            kept[stream] = draw_kept(number, drop_rate, **draw)
+            kept[name] = draw_kept(number, drop_rate, **draw)
             continue
-        energy = _energy(model, batch, stream)
-        kept[stream] = draw_kept_by_energy(energy, drop_rate, random_share=random_share, **draw)
-        energies.append(energy_share(energy, kept[stream]))
-    return (
-        *(batch.video, batch.audio, batch.text, batch.colour),
-        *(kept.get("video"), kept.get("audio"), batch.has_video, batch.has_audio),
-        torch.stack(energies, dim=1) if energies else None,
-    )
+        energy = _energy(model, signals[name], name)
+        kept[name] = draw_kept_by_energy(energy, drop_rate, random_share=random_share, **draw)
+        energies[name] = energy_share(energy, kept[name])
+    present = {name: there for name, there in batch.has().items() if name in signals}
+    return (Inputs(signals, kept, batch.changes, present, energies),)
 
 
-def _energy(model: VATT, batch: Batch, stream: str) -> Tensor:  # -> (B, N)
+def _energy(model: VATT, values: Tensor, name: str) -> Tensor:  # -> (B, N)
     """How much there is to see or to hear in each token."""
-    if stream == "video":
-        return motion_energy(batch.video, model.params.video.patch)
-    return sound_energy(batch.audio, audio_patch(model.params.audio))
+    sense = SENSES[name]
+    cutting = sense.tokens(sense.section(model.params))
+    assert isinstance(cutting, Cutting)
+    energy = sense.energy(values)
+    return cut(energy if cutting.channels else energy[..., None], cutting.patch).sum(-1)
 
 
 def fingerprint(
@@ -308,8 +321,3 @@ def fingerprint(
             "seed": seed,
         }
     )
-
-
-def _full(features: Tensor | None) -> Tensor:
-    assert features is not None
-    return full_precision(features)

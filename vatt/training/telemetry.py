@@ -15,16 +15,11 @@ from typing import Any
 import torch
 
 from vatt.config import FinetuneTaskParams, ModelParams, Precision, PretrainParams
-from vatt.flops import (
-    audio_flops,
-    multimodal_flops,
-    num_audio_tokens,
-    num_video_tokens,
-    text_flops,
-    video_flops,
-)
+from vatt.flops import multimodal_flops, signal_flops, signals_of, text_flops
 from vatt.model.operators import Linear
-from vatt.model.patches import num_kept
+from vatt.model.patches import num_kept, num_tokens
+from vatt.model.vatt import tower_of
+from vatt.senses import SENSES
 from vatt.training import distributed
 
 PROBE, GPU_PROBE = 1024, 8192  # rows and columns of the matrices multiplied to find a peak
@@ -132,8 +127,9 @@ def pretraining_work(model: ModelParams, params: PretrainParams) -> Work:
         model, drop_rate=drop, merge_rate=params.merge_rate, convention="true"
     )
     forward += (candidates - 1) * text_flops(model.text, experts=model.experts, convention="true")
-    tokens = num_kept(num_video_tokens(model.video), drop)
-    tokens += num_kept(num_audio_tokens(model.audio), drop) + candidates * model.text.words
+    tokens = candidates * model.text.words
+    for name, section in signals_of(model).items():
+        tokens += num_kept(num_tokens(SENSES[name].tokens(section)), drop)
     batch = params.batch_size
     return Work(batch, batch * tokens, batch * (1 + BACKWARD) * forward, params.precision)
 
@@ -141,12 +137,10 @@ def pretraining_work(model: ModelParams, params: PretrainParams) -> Work:
 def finetuning_work(model: ModelParams, task: FinetuneTaskParams) -> Work:
     """One step of fine-tuning: a single tower."""
     drop, batch = task.drop_rate, task.batch_size
-    if task.modality == "audio":
-        tokens = num_kept(num_audio_tokens(model.audio), drop)
-        forward = audio_flops(model.audio, drop_rate=drop, experts=model.experts, convention="true")
-    else:
-        tokens = num_kept(num_video_tokens(model.video), drop)
-        forward = video_flops(model.video, drop_rate=drop, experts=model.experts, convention="true")
+    name = tower_of(task.modality)
+    section = SENSES[name].section(model)
+    tokens = num_kept(num_tokens(SENSES[name].tokens(section)), drop)
+    forward = signal_flops(name, section, drop_rate=drop, experts=model.experts, convention="true")
     return Work(batch, batch * tokens, batch * (1 + BACKWARD) * forward, task.precision)
 
 

@@ -435,8 +435,8 @@ def _count_all(model: VATT, rate: float) -> float:
         _video(32, 224),
         torch.empty(1, 153_600, device="meta"),
         torch.ones(1, 1, 16, dtype=torch.long, device="meta"),
-        kept_video=_kept(model.num_video_tokens, rate),
-        kept_audio=_kept(model.num_audio_tokens, rate),
+        kept_video=_kept(model.token_counts["video"], rate),
+        kept_audio=_kept(model.token_counts["audio"], rate),
     )
 
 

@@ -8,7 +8,7 @@ import torch
 
 from tests.data.corpus import show
 from vatt.config import AugmentationParams
-from vatt.data.loading import augment
+from vatt.senses import video as augment
 
 JITTER = AugmentationParams(
     crop_area=(0.08, 1.0),

@@ -10,8 +10,9 @@ import torch
 from tests.data.corpus import show
 from vatt.data.clips.samples import IndexRow
 from vatt.data.clips.storage import Storage
-from vatt.data.loading import augment
-from vatt.data.loading.sampling import Arrays, Request, SampleSource, Sampling, View, fill
+from vatt.data.loading.sampling import Arrays, Request, Sampling, fill
+from vatt.senses import video as augment
+from vatt.senses.form import SampleSource, View
 
 GOLDEN = dict(np.load(Path(__file__).parents[2] / "golden" / "data.npz"))
 SAMPLES = sorted(name for name in GOLDEN if name.startswith("sample/"))
@@ -42,7 +43,7 @@ def test_frames_of_test_windows(name):
     source = SampleSource(Numbered(), Storage(50, 8000, "h264", "pcm"), sampling, None)
     for window in range(windows):
         fill(arrays, window, Request(row, None, View(window, windows)), source)
-    assert arrays.video[..., 0, 0, 0].ravel().tolist() == GOLDEN[name].tolist()
+    assert arrays["video"][..., 0, 0, 0].ravel().tolist() == GOLDEN[name].tolist()
 
 
 def test_resizing_is_bilinear_to_a_grey_level():

@@ -14,9 +14,9 @@ from tests.data.sharding.test_shards import write
 from vatt.config import AudioParams, parse_params
 from vatt.data.loading.batches import Sampling, eval_batches, model_inputs
 from vatt.data.loading.reader import ShardIndex
-from vatt.data.loading.sampling import STEP_SECONDS, WINDOW_SECONDS, log_mel
 from vatt.errors import SettingsError
 from vatt.model.vatt import Classifier
+from vatt.senses.audio import STEP_SECONDS, WINDOW_SECONDS, log_mel
 from vatt.training.finetune import task_model
 
 GOLDEN = dict(np.load(Path(__file__).parents[2] / "golden" / "data.npz"))
@@ -81,7 +81,7 @@ def test_a_spectrogram_model_is_fed_from_shards(tmp_path):
     sampling = Sampling.for_task(model, task)
     index = ShardIndex.load(tmp_path / "shards", split="train")
     [batch] = eval_batches(index, sampling, batch_size=3)
-    _, sound, _ = model_inputs(batch)
+    sound = model_inputs(batch)["audio"]
     assert sound.shape == (3, 32, 80) and 0.5 < sound.max() <= 1 and sound.min() == 0
     plain = replace(SAMPLING, samples=round(32 * STEP_SECONDS * 8000), frames=0, candidates=0)
     [waves] = eval_batches(index, plain, batch_size=3)

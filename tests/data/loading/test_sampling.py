@@ -20,7 +20,8 @@ from vatt.data.clips.storage import Storage
 from vatt.data.clips.text import Vocabulary
 from vatt.data.loading.batches import Sampling, eval_batches, train_batches
 from vatt.data.loading.reader import ShardIndex, ShardReader
-from vatt.data.loading.sampling import Arrays, Request, SampleSource, fill
+from vatt.data.loading.sampling import Arrays, Request, fill
+from vatt.senses.form import SampleSource
 
 FPS, HZ, FRAMES = 10, 1000, 100
 STORAGE = Storage(FPS, HZ, "h264", "pcm")
@@ -97,44 +98,44 @@ spans = st.tuples(times, st.integers(0, 40)).map(lambda s: (s[0], s[0] + s[1] / 
 def test_the_five_captions_nearest_to_what_is_shown(spans, step):
     captions = tuple(Caption(*span, f"w{number}") for number, span in enumerate(spans))
     arrays = shown((0, step, 0), captions=captions)
-    start = arrays.video[0, 0, 0, 0, 0] / FPS
+    start = arrays["video"][0, 0, 0, 0, 0] / FPS
     expected = naive_nearest(captions, start, start + 0.8, 5)
-    assert [row[0] for row in arrays.text[0].tolist() if row[0]] == [
+    assert [row[0] for row in arrays["text"][0].tolist() if row[0]] == [
         2 + int(caption.text[1:]) for caption in expected
     ]
     assert nearest(captions, start=start, end=start + 0.8, count=5) == expected
-    assert (arrays.text[0, len(expected) :] == 0).all()
+    assert (arrays["text"][0, len(expected) :] == 0).all()
 
 
 @settings(max_examples=60, deadline=None)
 @given(step=st.integers(0, 10**6), place=st.integers(0, 2048))
 def test_sound_begins_with_the_first_frame_to_the_sample(step, place):
     arrays = shown((7, step, place))
-    first = int(arrays.video[0, 0, 0, 0, 0])
-    assert arrays.video[0, :, 0, 0, 0].tolist() == list(range(first, first + 8))
+    first = int(arrays["video"][0, 0, 0, 0, 0])
+    assert arrays["video"][0, :, 0, 0, 0].tolist() == list(range(first, first + 8))
     begin = first * HZ // FPS
-    assert arrays.audio[0].tolist() == list(range(begin, begin + 800))
+    assert arrays["audio"][0].tolist() == list(range(begin, begin + 800))
 
 
 def test_sound_alone_is_drawn_by_itself_and_a_short_one_ends_in_silence():
     deaf = replace(ROW, video=None, num_frames=0)
-    starts = {int(shown((0, step, 0), row=deaf).audio[0, 0]) for step in range(50)}
+    starts = {int(shown((0, step, 0), row=deaf)["audio"][0, 0]) for step in range(50)}
     assert len(starts) > 40 and max(starts) <= 10 * HZ - 800
     short = replace(deaf, num_samples=300)
     arrays = shown((0, 0, 0), row=short)
-    assert arrays.audio[0].tolist() == [*range(300), *[0] * 500]
-    assert not arrays.has_video[0] and arrays.has_audio[0] and (arrays.video == 0).all()
+    assert arrays["audio"][0].tolist() == [*range(300), *[0] * 500]
+    assert not arrays["has_video"][0] and arrays["has_audio"][0] and (arrays["video"] == 0).all()
 
 
 def test_a_row_used_before_keeps_nothing_of_the_sample_before():
     arrays = Arrays.empty(1, SAMPLING.shapes())
-    for name in arrays.__slots__:
-        getattr(arrays, name)[:] = 1
+    for name in arrays:
+        arrays[name][:] = 1
     empty = replace(ROW, video=None, audio=None, num_frames=0, num_samples=0)
     source = SampleSource(Counting(), STORAGE, SAMPLING, VOCABULARY)
     fill(arrays, 0, Request(empty, (0,)), source)
-    assert not any(getattr(arrays, name).any() for name in ("video", "audio", "text", "has_video"))
-    assert arrays.colour[0].tolist() == [0, 1, 1, 0]
+    assert not any(arrays[name].any() for name in ("video", "audio", "text", "has_video"))
+    assert arrays["colour"][0].tolist() == [0, 1, 1, 0]
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ STATES = (
     "no-video",
     "no-audio",
     "no-caption",
+    "no-motion",
 )
 RETRYABLE = frozenset({"rate-limited", "network"})
 LONGEST_LINE = 2**20  # bytes; we write a few hundred
@@ -57,7 +58,7 @@ class Entry:
     state: str
     stage: str
     reason: str = ""
-    has: tuple[str, ...] = ()  # of video, audio, text
+    has: tuple[str, ...] = ()  # of the senses
     seconds: float | None = None  # length of the media
     sha256: str | None = None  # of the media
     samples: int = 0  # cut from the clip

@@ -29,6 +29,7 @@ SPLITS = ("train", "val", "test")
 LABEL_SEPARATOR = "|"  # between the labels of a clip that has several of one name
 # A clip id becomes a name inside a tar and a WebDataset key, where a dot or a slash would cut it.
 CLIP_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,69}")
+PLAIN_NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)  # of a file, without a folder
 LONGEST_TIME = 1e7  # seconds, 115 days: a larger number is a damaged one
 LONGEST_LINE = 2**25  # bytes of a record: in memory it may take 35 times as much
 
@@ -69,6 +70,7 @@ class Clip:
     captions: tuple[Caption, ...]
     licence: str | None
     caption_faults: CaptionFaults = field(default_factory=CaptionFaults)
+    senses: dict[str, str] = field(default_factory=dict)  # address of a sense's own file, by sense
 
     @property
     def media_name(self) -> str:
@@ -86,6 +88,16 @@ def media_path(clip: Clip, *, media: Path, location: Path | None, absolute: bool
     if not clip.url.startswith("folder:"):
         return media / clip.media_name
     return path_in_folder(clip.url, location, absolute=absolute)
+
+
+def sense_path(url: str, *, media: Path, location: Path | None, absolute: bool = False) -> Path:
+    """The path of a sense's own file: in the folder of the media, or in the demo's corpus."""
+    if url.startswith("folder:"):
+        return path_in_folder(url, location, absolute=absolute)
+    name = url.removeprefix("demo:")
+    if not PLAIN_NAME.fullmatch(name):
+        raise DataError(f"{url} is not a file on this disk", hint="run `vattctl download` again")
+    return media.with_name("corpus") / name
 
 
 def path_in_folder(url: str, location: Path | None, *, absolute: bool = False) -> Path:
@@ -286,6 +298,8 @@ def _to_record(clip: Clip) -> dict[str, Any]:
     }
     if clip.caption_faults:  # rare; without it, hashes of older manifests stay the same
         record["caption_faults"] = asdict(clip.caption_faults)
+    if clip.senses:  # the same
+        record["senses"] = {name: _writable(url) for name, url in clip.senses.items()}
     return record
 
 
@@ -316,6 +330,10 @@ def _from_record(record: Any, *, where: str) -> Clip:
             ),
             licence=None if record["licence"] is None else _text(record["licence"]),
             caption_faults=_faults(record.get("caption_faults")),
+            senses={
+                sys.intern(_text(name)): _text(url)
+                for name, url in (record.get("senses") or {}).items()
+            },
         )
         _check(clip)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -381,6 +399,7 @@ def write_parquet(path: Path, records: Iterable[dict[str, Any]]) -> None:
             for row in rows:
                 row["captions"] = [dict(zip(_CAPTION, c, strict=True)) for c in row["captions"]]
                 row["labels"] = sorted(row["labels"].items())
+                row["senses"] = sorted(row.get("senses", {}).items())
             writer.write_table(pyarrow.Table.from_pylist(rows, schema))
 
 
@@ -395,6 +414,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
                 number += 1
                 row["captions"] = [tuple(c[name] for name in _CAPTION) for c in row["captions"]]
                 row["labels"] = _once(row["labels"])
+                row["senses"] = _once(row.get("senses") or [])
                 yield row
     except _faults_of_parquet() as error:
         reason = str(error)[:200]
@@ -409,7 +429,7 @@ def _batches(path: Path) -> Iterator[Any]:
 
     with pyarrow.parquet.ParquetFile(path, **_BOUNDS) as file:
         names = set(file.schema_arrow.names)
-        missing = set(_schema().names) - names - {_FAULTS}
+        missing = set(_schema().names) - names - {_FAULTS, _SENSES}
         if missing:
             raise DataError(
                 f"{path} has no column {', '.join(sorted(missing))}",
@@ -475,7 +495,7 @@ def _check_sizes(metadata: Any) -> None:
 
 
 _CAPTION = ("start", "end", "text")
-_FAULTS = "caption_faults"  # a column that older files lack
+_FAULTS, _SENSES = "caption_faults", "senses"  # columns that older files lack
 _BOUNDS = {"thrift_string_size_limit": 2**26, "thrift_container_size_limit": 2**20}
 
 
@@ -491,6 +511,7 @@ def _schema() -> Any:
             ("clip_id", text), ("source", text), ("url", text), ("start", seconds),
             ("end", seconds), ("split", text), ("labels", pyarrow.map_(text, text)),
             ("captions", pyarrow.list_(caption)), ("licence", text), (_FAULTS, faults),
+            (_SENSES, pyarrow.map_(text, text)),
         ]
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -21,7 +21,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from vatt.config import FinetuneTaskParams, Params, PreprocessParams
 from vatt.data.clips.ledger import read_ledger
 from vatt.data.clips.manifest import Caption
-from vatt.data.clips.storage import Storage
+from vatt.data.clips.storage import Count, Storage
 from vatt.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ FORMAT = 2
 
 Place = Annotated[int, Field(ge=0, lt=2**53)]  # bytes
 Extent = tuple[Place, Place]  # offset and size in the tar
-Count = Annotated[int, Field(ge=0, lt=2**40)]
 Side = Annotated[int, Field(ge=0, le=2**16)]  # pixels
 
 
@@ -57,9 +56,15 @@ class IndexRow:
     height: Side
     width: Side
     num_samples: Count  # of the waveform
+    senses: dict[str, tuple[Place, Place, Count]] = field(default_factory=dict)  # see `members`
+
+    def members(self) -> list[Extent]:
+        """Where its members lie: `senses` has offset, size and number of values of the others."""
+        own = [extent for extent in (self.json, self.video, self.audio) if extent is not None]
+        return own + [(offset, size) for offset, size, _ in self.senses.values()]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Header(Storage):
     """The first line of an index."""
 
@@ -81,9 +86,15 @@ def splits_of(folder: Path) -> dict[str, int]:
 
 def write_index(path: Path, rows: Sequence[IndexRow], *, storage: Storage) -> None:
     """Write the header and one line a sample."""
-    lines = [json.dumps({"format": FORMAT, **asdict(storage)}, sort_keys=True)]
-    lines += [json.dumps(asdict(row), ensure_ascii=False, sort_keys=True) for row in rows]
+    lines = [json.dumps({"format": FORMAT, **_plain(storage)}, sort_keys=True)]
+    lines += [json.dumps(_plain(row), ensure_ascii=False, sort_keys=True) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _plain(part: IndexRow | Storage) -> dict[str, Any]:
+    """As JSON; without senses of their own, as before there were any."""
+    record = asdict(part)
+    return {key: value for key, value in record.items() if key != "senses" or value}
 
 
 def row_of(record: dict[str, Any]) -> IndexRow:
@@ -114,7 +125,8 @@ def read_index(path: Path) -> tuple[Storage, list[IndexRow]]:
         raise DataError(
             f"{path}:{number}: {_reason(error)}", hint="run `vattctl preprocess`"
         ) from None
-    return Storage(header.fps, header.audio_hz, header.video, header.audio), list(rows.values())
+    storage = Storage(header.fps, header.audio_hz, header.video, header.audio, header.senses)
+    return storage, list(rows.values())
 
 
 def _add_row(rows: dict[str, IndexRow], line: bytes) -> None:

@@ -5,7 +5,7 @@ T H W C: frames, height, width, channels. S: samples.
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, Self
 
 import av
@@ -24,6 +24,7 @@ AAC_PREROLL = 2048  # samples: a packet's first half needs the packet before it
 _BITEXACT = {"fflags": "+bitexact"}
 _EXTENSIONS = {"pcm": "wav", "flac": "flac", "aac": "m4a"}
 Rate = Annotated[int, Field(gt=0, le=10**6)]  # a second
+Count = Annotated[int, Field(ge=0, lt=2**40)]
 _CONTAINERS = {"flac": "flac", "aac": "mp4"}
 MARGIN = 256  # pixels that a decoder may add to a side for itself
 _STRICT = {"err_detect": "crccheck+explode"}  # damage is an error, not a picture or sound made up
@@ -37,6 +38,8 @@ class Storage:
     audio_hz: Rate
     video: Literal["h264", "jpeg"]
     audio: Literal["pcm", "flac", "aac"]
+    # What is known of other senses that have members of their own, by name, e.g. their rate.
+    senses: dict[str, dict[str, Count]] = field(default_factory=dict, hash=False)
 
     @classmethod
     def of(cls, params: PreprocessParams) -> Self:

@@ -7,10 +7,10 @@ T H W C frames, height, width, channels, S audio samples, K candidate texts, L w
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from torch import Tensor
 from vatt.data.clips.ledger import Entry, Ledger
 from vatt.data.clips.manifest import LABEL_SEPARATOR
 from vatt.data.clips.samples import INDEX, read_index
-from vatt.data.loading import augment
 from vatt.data.loading.loader import HERE, LoadedBatch, Loading, load, open_index
 from vatt.data.loading.reader import OPEN_SHARDS, WINDOW, BrokenSampleError, ShardIndex
-from vatt.data.loading.sampling import Request, Sampling, View, check_rates
+from vatt.data.loading.sampling import Request, Sampling, check_rates
 from vatt.errors import DataError
+from vatt.senses import SENSES
+from vatt.senses.form import View
 
 __all__ = [
     "Batch",
@@ -32,7 +33,6 @@ __all__ = [
     "eval_batches",
     "model_inputs",
     "open_index",
-    "scaled",
     "train_batches",
 ]
 
@@ -43,51 +43,57 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Batch:
-    """The input of a training step; the training device changes the colours and scales."""
+    """The input of a training step, by sense; the training device changes colours and scales."""
 
     clip_ids: list[str]
-    video: Tensor  # (B, T, H, W, C) uint8
-    audio: Tensor  # (B, S) int16, or (B, frames, mel bins) float
-    text: Tensor  # (B, K, L) int64, 0 pads
-    has_video: Tensor  # (B,) bool
-    has_audio: Tensor  # (B,) bool
+    signals: dict[str, Tensor]  # as the shards store them, e.g. video (B, T, H, W, C) uint8
+    present: dict[str, Tensor]  # (B,) bool: which clips have it; a text says so itself
     labels: dict[str, list[str]]  # "" where a clip has no label of that name
-    colour: Tensor | None = None  # (B, 4) brightness, contrast, saturation, hue; None: unchanged
+    changes: dict[str, Tensor] = field(default_factory=dict)  # what the device changes of each clip
+
+    def __getattr__(self, name: str) -> Tensor:
+        """`batch.video` is the signal of that name; `batch.has_video` says which clips have it."""
+        sense = name.removeprefix("has_")
+        group: dict[str, Tensor] = self.__dict__.get("signals" if sense == name else "present", {})
+        if sense not in group:
+            raise AttributeError(f"the batch has no {name}")
+        return group[sense]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The batch with each of its tensors changed."""
+        groups: dict[str, Any] = {
+            name: {key: change(value) for key, value in getattr(self, name).items()}
+            for name in ("signals", "present", "changes")
+        }
+        return replace(self, **groups)
 
     def to(self, device: torch.device | str) -> Self:
         """The batch with its tensors on a device."""
-        return replace(
-            self,
-            video=self.video.to(device, non_blocking=True),
-            audio=self.audio.to(device, non_blocking=True),
-            text=self.text.to(device, non_blocking=True),
-            has_video=self.has_video.to(device, non_blocking=True),
-            has_audio=self.has_audio.to(device, non_blocking=True),
-            colour=None if self.colour is None else self.colour.to(device, non_blocking=True),
-        )
+        return self.mapped(lambda value: value.to(device, non_blocking=True))
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch."""
+        groups = (self.signals, self.present, self.changes)
+        return [value for group in groups for value in group.values()]
+
+    def has(self) -> dict[str, Tensor]:
+        """Which clips have each sense: (B,), or (B, K) for several candidates."""
+        return {
+            name: SENSES[name].present(values, self.present.get(name))
+            for name, values in self.signals.items()
+        }
 
 
-def model_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Video (B, T, H, W, C) and audio (B, S) in [-1, 1], and text, on the batch's device."""
-    return *scaled(batch.video, batch.audio, batch.colour), batch.text
+def model_inputs(batch: Batch) -> dict[str, Tensor]:
+    """Each sense as the model takes it, on the batch's device; one that was not read is left out.
 
-
-def scaled(video: Tensor, audio: Tensor, colour: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Video with its colours changed and waveforms, both in [-1, 1]; a spectrogram is unchanged."""
-    return scaled_video(video, colour), scaled_audio(audio)
-
-
-def scaled_video(video: Tensor, colour: Tensor | None) -> Tensor:
-    """A uint8 video in [-1, 1], its colours changed."""
-    clips = video.float() / 255
-    if colour is not None:
-        clips = augment.change_colour(clips, colour)
-    return clips * 2 - 1
-
-
-def scaled_audio(audio: Tensor) -> Tensor:
-    """A waveform in [-1, 1]; a spectrogram is unchanged."""
-    return audio if audio.is_floating_point() else audio.float() / 32768
+    Video (B, T, H, W, C) and audio (B, S) are in [-1, 1], text (B, K, L) has word ids.
+    """
+    return {
+        name: SENSES[name].scaled(values, batch.changes.get(name))
+        for name, values in batch.signals.items()
+        if values.numel()
+    }
 
 
 def train_batches(
@@ -169,14 +175,28 @@ def _as_batches(index: ShardIndex, loaded: Iterable[LoadedBatch]) -> Iterator[Ba
     names = sorted({name for row in index.rows for name in row.labels})
     for requests, arrays in loaded:
         rows = [request.row for request in requests]
-        tensors = {name: torch.from_numpy(getattr(arrays, name)) for name in arrays.__slots__}
-        if (arrays.colour == np.array(augment.IDENTITY, arrays.colour.dtype)).all():
-            del tensors["colour"]  # decided here: on a GPU the question would make the host wait
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         yield Batch(
             clip_ids=[row.key for row in rows],
+            signals={name: tensors[name] for name in SENSES if name in tensors},
+            present={name: tensors[f"has_{name}"] for name in SENSES if f"has_{name}" in tensors},
             labels={name: [row.labels.get(name, "") for row in rows] for name in names},
-            **tensors,
+            changes=_changes(arrays, tensors),
         )
+
+
+def _changes(arrays: Mapping[str, np.ndarray], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the training device changes, by sense; nothing where that would change no clip.
+
+    Decided here: on a GPU the question would make the host wait.
+    """
+    found = {}
+    for name, sense in SENSES.items():
+        if sense.change is not None and sense.change[0] in arrays:
+            key, identity = sense.change
+            if not (arrays[key] == np.array(identity, arrays[key].dtype)).all():
+                found[name] = tensors[key]
+    return found
 
 
 class TrainingOrder:

@@ -44,14 +44,14 @@ from vatt.data.loading.sampling import (
     Arrays,
     Request,
     Requests,
-    SampleSource,
-    SampleStore,
     Sampling,
     bytes_of,
     fill_all,
 )
 from vatt.data.workers import worker_pool
 from vatt.errors import MachineError, SettingsError
+from vatt.senses import SENSES
+from vatt.senses.form import SampleSource, SampleStore, SamplingLike
 
 AHEAD = 16  # batches made before they are needed, at most
 CHUNK = 16  # samples that a worker decodes at a time, at most
@@ -151,7 +151,13 @@ def decoded_bytes(rows: Sequence[IndexRow], sampling: Sampling) -> int:
     """The memory that the decoded samples need."""
     frames = sum(row.num_frames * row.height * row.width * 3 for row in rows)
     samples = sum(row.num_samples * 2 for row in rows)
-    return frames * (sampling.frames > 0) + samples * (sampling.samples > 0)
+    more = sum(
+        SENSES[name].decoded_bytes(row.senses[name])
+        for row in rows
+        for name in sampling.more
+        if name in row.senses
+    )
+    return frames * (sampling.frames > 0) + samples * (sampling.samples > 0) + more
 
 
 def _source(stored: SampleStore, index: ShardIndex, sampling: Sampling) -> SampleSource:
@@ -317,7 +323,7 @@ class MemoryBlocks:
         self._free: list[tuple[MemoryBlock, mmap.mmap]] = []
         self._numbers = count()
 
-    def arrays(self, clips: int, sampling: Sampling) -> tuple[MemoryBlock, Arrays]:
+    def arrays(self, clips: int, sampling: SamplingLike) -> tuple[MemoryBlock, Arrays]:
         """The arrays of a batch, and the block that they lie in."""
         shapes = sampling.shapes()
         block, memory = self.take(bytes_of(clips, shapes))
@@ -408,7 +414,7 @@ class SampleCache:
     def __init__(self, index: ShardIndex, sampling: Sampling, pool: Executor) -> None:
         self._index = replace(index, rows=[])
         self._reader = ShardReader(self._index)
-        self._wanted = sampling.frames > 0, sampling.samples > 0, sampling.candidates > 0
+        self._wanted = _wanted(sampling)
         self._pool = pool
         self._samples: dict[str, DecodedSample | None] = {}  # None: broken somewhere
         self._pending: dict[str, tuple[Sequence[IndexRow], Future[list[DecodedSample | None]]]] = {}
@@ -444,6 +450,13 @@ class SampleCache:
             return self._reader.audio(row, first, last)
         return sample.audio[max(first, 0) : last]
 
+    def signal(self, row: IndexRow, name: str) -> np.ndarray:
+        """All that is stored of a sense with a member of its own."""
+        sample = self._sample(row)
+        if sample is None or name not in sample.signals:
+            return self._reader.signal(row, name)
+        return sample.signals[name]
+
     def close(self) -> None:
         """Close the shards."""
         self._reader.close()
@@ -460,8 +473,14 @@ class SampleCache:
         return self._samples[row.key]
 
 
+def _wanted(sampling: Sampling) -> set[str]:
+    """The senses that are read."""
+    shapes = sampling.shapes()
+    return {name for name in SENSES if name in shapes and 0 not in shapes[name][0]}
+
+
 def _decode_in_worker(
-    index: ShardIndex, rows: Sequence[IndexRow], wanted: tuple[bool, bool, bool]
+    index: ShardIndex, rows: Sequence[IndexRow], wanted: Collection[str]
 ) -> list[DecodedSample | None]:
     reader = ShardReader(index)
     try:

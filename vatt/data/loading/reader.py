@@ -40,6 +40,7 @@ from vatt.data.clips.storage import (
 )
 from vatt.errors import DataError, MachineError, SettingsError
 from vatt.files import atomic_write
+from vatt.senses import SENSES
 
 OPEN_SHARDS = 32
 WINDOW = 2048  # rows
@@ -174,6 +175,12 @@ class ShardReader:
             span = (offset + WAV_HEADER_BYTES + 2 * first, 2 * (last - first))
             return np.frombuffer(self._read(row, span), dtype="<i2")
 
+    def signal(self, row: IndexRow, name: str) -> np.ndarray:
+        """All that is stored of a sense with a member of its own."""
+        offset, size, count = row.senses[name]
+        with self._broken_by_damage(row, f"its {name} cannot be decoded"):
+            return SENSES[name].decode(self._read(row, (offset, size)), count)
+
     def announce(self, rows: Iterable[IndexRow]) -> None:
         """Have the disk read samples that are needed soon, in the order in which they lie."""
         for shard, first, size in extents(rows):
@@ -267,7 +274,7 @@ def extents(rows: Iterable[IndexRow]) -> list[tuple[str, int, int]]:
     """Shard, offset and size of the bytes of samples; neighbours are joined."""
     found: list[tuple[str, int, int]] = []
     for row in sorted(rows, key=place):
-        members = [extent for extent in (row.json, row.video, row.audio) if extent is not None]
+        members = row.members()
         first = min(offset for offset, _ in members)
         end = max(offset + tar_bytes(size) for offset, size in members)
         if found and found[-1][0] == row.shard and first <= sum(found[-1][1:]):
@@ -284,20 +291,23 @@ class DecodedSample:
     video: np.ndarray | None  # (T, H, W, C) uint8
     audio: np.ndarray | None  # (S,) int16
     captions: tuple[Caption, ...] | None
+    signals: dict[str, np.ndarray]  # of senses with members of their own
 
 
 def decode_samples(
-    reader: ShardReader, rows: Iterable[IndexRow], wanted: tuple[bool, bool, bool]
+    reader: ShardReader, rows: Iterable[IndexRow], wanted: Collection[str]
 ) -> list[DecodedSample | None]:
-    """Decode whole samples: `wanted` are video, audio and captions; a broken sample is None."""
+    """Decode the senses of whole samples that are wanted; a broken sample is None."""
 
     def decode(row: IndexRow) -> DecodedSample | None:
-        video, audio, captions = wanted
         try:
             return DecodedSample(
-                reader.frames(row, range(row.num_frames)) if video and row.video else None,
-                reader.audio(row, 0, row.num_samples) if audio and row.audio else None,
-                reader.captions(row) if captions else None,
+                reader.frames(row, range(row.num_frames))
+                if "video" in wanted and row.video
+                else None,
+                reader.audio(row, 0, row.num_samples) if "audio" in wanted and row.audio else None,
+                reader.captions(row) if "text" in wanted else None,
+                {name: reader.signal(row, name) for name in row.senses if name in wanted},
             )
         except BrokenSampleError:
             return None

@@ -19,7 +19,6 @@ from vatt.data.clips.manifest import Clip
 from vatt.data.clips.media import find_ffmpeg
 from vatt.data.clips.quality import improved
 from vatt.data.clips.samples import INDEX, VOCABULARY, IndexRow, row_of, write_index
-from vatt.data.clips.storage import Storage
 from vatt.data.clips.text import (
     Vocabulary,
     as_said,
@@ -43,6 +42,7 @@ from vatt.data.workers import start_workers
 from vatt.errors import DataError
 from vatt.files import atomic_write, lock
 from vatt.progress import Progress
+from vatt.senses import SENSES, storage_of
 
 TEXT_FACTS = "text.json"  # how much is said, and how much of it the vocabulary knows
 
@@ -162,7 +162,7 @@ def _merge(first: Entry | None, second: Entry) -> Entry:
     if first is None:
         return second
     better, other = (first, second) if first.state == "ok" else (second, first)
-    has = tuple(name for name in ("video", "audio", "text") if name in better.has + other.has)
+    has = tuple(name for name in SENSES if name in better.has + other.has)
     reasons = [better.reason, *([] if other.reason in better.reason else [other.reason])]
     return Entry(
         better.clip_id, better.state, "preprocess", "; ".join(filter(None, reasons)), has,
@@ -244,4 +244,4 @@ def _finish(
     with atomic_write(folder / TEXT_FACTS) as temporary:
         temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     with atomic_write(folder / INDEX) as temporary:
-        write_index(temporary, rows, storage=Storage.of(preprocess))
+        write_index(temporary, rows, storage=storage_of(preprocess))

@@ -6,6 +6,7 @@ The plan is a pure function of manifest, ledger, settings and seed.
 import errno
 import hashlib
 import json
+import os
 import platform
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ import av
 
 from vatt.config import DataParams, PreprocessParams, fingerprint
 from vatt.data.clips.ledger import Entry
-from vatt.data.clips.manifest import Caption, Clip, media_path
+from vatt.data.clips.manifest import Caption, Clip, media_path, sense_path
 from vatt.data.clips.media import BrokenMediaError, Media, ffmpeg_version, find_ffmpeg, probe
 from vatt.data.clips.samples import (
     FORMAT,
@@ -34,6 +35,8 @@ from vatt.data.clips.storage import Storage, encode_sound
 from vatt.data.sharding.cut import Cut, Piece, cut
 from vatt.errors import DataError, MachineError
 from vatt.files import atomic_write
+from vatt.senses import SENSES, storage_of
+from vatt.senses.form import Cutout
 
 STAGE = "preprocess"
 
@@ -46,6 +49,7 @@ class ClipJob:
     source: Path
     windows: tuple[tuple[str, Window], ...]  # key and span
     sha256: str | None
+    senses: tuple[tuple[str, Path], ...] = ()  # with files of their own
     is_deadly: bool = False  # the worker that cut it was killed: it is not tried again now
 
 
@@ -96,7 +100,8 @@ def plan_shards(
         source = media_path(
             clip, media=media, location=data.location, absolute=data.allow_absolute_paths
         )
-        jobs.append(ClipJob(clip, source, tuple(_keyed(clip, windows)), before.sha256))
+        senses = _sense_files(clip, preprocess, data, media)
+        jobs.append(ClipJob(clip, source, tuple(_keyed(clip, windows)), before.sha256, senses))
 
     def order(job: ClipJob) -> tuple[str, str, float, str]:
         mixed = hashlib.sha256(f"{seed}:{job.clip.url}".encode()).hexdigest()
@@ -108,6 +113,21 @@ def plan_shards(
         for number, part in enumerate(_fill(list(group), preprocess.samples_per_shard)):
             shards.append(Shard(f"{split}-{number:05d}.tar", split, tuple(part)))
     return shards, entries
+
+
+def _sense_files(
+    clip: Clip, preprocess: PreprocessParams, data: DataParams, media: Path
+) -> tuple[tuple[str, Path], ...]:
+    """The files of the senses that the shards shall hold, where the clip has them."""
+    absolute = data.allow_absolute_paths
+    return tuple(
+        (
+            name,
+            sense_path(clip.senses[name], media=media, location=data.location, absolute=absolute),
+        )
+        for name in storage_of(preprocess).senses
+        if name in clip.senses
+    )
 
 
 def _keyed(clip: Clip, windows: Sequence[Window]) -> list[tuple[str, Window]]:
@@ -126,7 +146,7 @@ def _fill(jobs: Sequence[ClipJob], size: int) -> list[list[ClipJob]]:
             if room == 0:
                 shards.append([])
                 room = size
-            shards[-1].append(ClipJob(job.clip, job.source, windows[:room], job.sha256))
+            shards[-1].append(replace(job, windows=windows[:room]))
             taken = min(room, len(windows))
             windows, room = windows[taken:], room - taken
     return shards
@@ -156,7 +176,13 @@ class WriterSettings:
     def stamp(self, shard: Shard) -> str:
         """Names everything that the bytes of a shard depend on."""
         jobs = [
-            [asdict(job.clip), job.windows, job.sha256 or str(job.source)] for job in shard.jobs
+            [
+                asdict(job.clip),
+                job.windows,
+                job.sha256 or str(job.source),
+                *([name, _hash(self.root / path)] for name, path in job.senses),
+            ]
+            for job in shard.jobs
         ]
         deadly = [job.clip.clip_id for job in shard.jobs if job.is_deadly]
         made_from = (FORMAT, self.version, self.params, self.require, shard.split, jobs)
@@ -178,15 +204,16 @@ class WriterSettings:
 def made_by(program: str) -> str:
     """Names what writes shards; when it changes they are written again."""
     digest = hashlib.sha256(av.__version__.encode())
-    data = Path(__file__).parents[1]
+    package = Path(__file__).parents[2]
     for source in (
-        "clips/media",
-        "clips/samples",
-        "clips/storage",
-        "sharding/cut",
-        "sharding/writer",
+        "data/clips/media",
+        "data/clips/samples",
+        "data/clips/storage",
+        "data/sharding/cut",
+        "data/sharding/writer",
+        *(f"senses/{name}" for name, sense in SENSES.items() if sense.places),
     ):
-        digest.update((data / f"{source}.py").read_bytes())
+        digest.update((package / f"{source}.py").read_bytes())
     return f"{ffmpeg_version(program)} {digest.hexdigest()}"
 
 
@@ -214,7 +241,7 @@ class Tally:
             state = self.losses.most_common(1)[0][0]
             return Entry(clip.clip_id, state, STAGE, "; ".join(said))
         reason = "; ".join([*([f"{lost} of its windows are lost"] if lost else []), *said])
-        names = tuple(name for name in ("video", "audio", "text") if name in self.has)
+        names = tuple(name for name in SENSES if name in self.has)
         return Entry(clip.clip_id, "ok", STAGE, reason, names, samples=len(self.rows))
 
 
@@ -361,17 +388,73 @@ def _add(
     items = [item for item, _ in call]
     results = cut(items, params, program=setting.program, work=setting.work)
     for (item, owners), result in zip(call, results, strict=True):
-        for (number, key), window, piece in zip(owners, item.windows, result.pieces, strict=True):
+        others = _other_senses(item, owners, tallies, shard, setting)
+        for (number, key), window, piece, own in zip(
+            owners, item.windows, result.pieces, others, strict=True
+        ):
             clip, tally = shard.jobs[number].clip, tallies[number]
             tally.complaints |= dict.fromkeys(result.complaints)
             captions = _nearby(clip.captions, window)
-            has = _has(piece, captions)
+            has = (*_has(piece, captions), *own)
             loss = _loss(piece, has, setting, picture=item.media.video is not None)
             if loss:
                 tally.losses[loss] += 1
                 continue
             tally.has.update(has)
-            tally.rows.append(_add_sample(key, piece, captions, window, clip, params, writer))
+            row = _add_sample(key, piece, captions, window, clip, params, writer)
+            tally.rows.append(replace(row, senses=_add_senses(key, own, writer)))
+
+
+def _other_senses(
+    item: Cut,
+    owners: Sequence[Owner],
+    tallies: Sequence[Tally],
+    shard: Shard,
+    setting: WriterSettings,
+) -> list[dict[str, Cutout]]:
+    """What each window holds of the senses that lie in files of their own."""
+    groups: dict[tuple[str, Path], list[int]] = {}
+    for place, (number, _) in enumerate(owners):
+        for name, path in shard.jobs[number].senses:
+            groups.setdefault((name, setting.root / path), []).append(place)
+    found: list[dict[str, Cutout]] = [{} for _ in owners]
+    for (name, path), places in groups.items():
+        windows = [item.windows[place] for place in places]
+        pieces, complaint = SENSES[name].cut(path, windows, setting.params)
+        for place, piece in zip(places, pieces, strict=True):
+            found[place] |= {} if piece is None else {name: piece}
+            if complaint:
+                tallies[owners[place][0]].complaints[complaint] = None
+    return found
+
+
+def _add_senses(
+    key: str, own: Mapping[str, Cutout], writer: ShardWriter
+) -> dict[str, tuple[int, int, int]]:
+    """Write the members of these senses; where each lies, and how many values it has."""
+    return {
+        name: (*writer.add(SENSES[name].member(key), part.data), part.count)
+        for name, part in own.items()
+    }
+
+
+def _hash(path: Path) -> str:
+    """The content of a sense's file, or of a folder of files."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    stamps = [(file, stat.st_size, stat.st_mtime_ns) for file in files if (stat := _stat(file))]
+    return _hash_of(tuple(stamps))
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    return path.stat() if path.is_file() else None
+
+
+@lru_cache(maxsize=1024)  # many clips of a long video share a file
+def _hash_of(files: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for path, _, _ in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _has(piece: Piece, captions: Sequence[Caption]) -> tuple[str, ...]:
@@ -390,9 +473,9 @@ def _loss(
     params = setting.params
     if picture and piece.num_frames < int(params.min_clip_seconds * params.fps + 1e-6):
         return "too-short" if piece.num_frames else "corrupt"
-    for name, state in (("video", "no-video"), ("audio", "no-audio"), ("text", "no-caption")):
+    for name, sense in SENSES.items():
         if name in setting.require and name not in has:
-            return state
+            return sense.lacking
     return None if "video" in has or "audio" in has else "corrupt"
 
 

@@ -18,6 +18,7 @@ from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
+from types import MappingProxyType
 from typing import Any, Self
 
 import av
@@ -116,10 +117,9 @@ def render_video(
 ) -> NDArray[np.uint8]:
     """Move a scan, 8 x 8 with values in [0, 1], over a background; (T, H, W, C)."""
     num_frames = round(SECONDS * FPS)
-    size = rng.uniform(48, 52)  # pixels, of the enlarged scan
-    centre = FRAME_SIZE / 2 + rng.uniform(-1, 1, size=2) * rng.uniform(0.05, 0.08) * size / 2
-    time = np.linspace(0, 1, num_frames) ** rng.uniform(0.8, 1.25)  # some hurry at the end
-    down, right, scale = _path(motion, time, reach=rng.uniform(7, 10), rng=rng)
+    course = Course.draw(motion, rng)
+    size, centre = course.size, course.centre
+    down, right, scale = course.at(np.linspace(0, 1, num_frames))
     background = _background(rng)
     ink = rng.uniform(0.65, 1.0, size=3)
     video = np.empty((num_frames, FRAME_SIZE, FRAME_SIZE, 3))
@@ -234,12 +234,37 @@ def _all_words() -> tuple[str, ...]:
     return tuple(sorted(words | set(DIGITS)))
 
 
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How a digit moves in its clip."""
+
+    motion: str
+    size: float  # pixels, of the enlarged scan
+    centre: NDArray[np.float64]
+    hurry: float  # above 1: faster at the end
+    reach: float  # pixels
+    phase: float  # of a turn
+
+    @classmethod
+    def draw(cls, motion: str, rng: np.random.Generator) -> Self:
+        """Draw one."""
+        size = rng.uniform(48, 52)
+        centre = FRAME_SIZE / 2 + rng.uniform(-1, 1, size=2) * rng.uniform(0.05, 0.08) * size / 2
+        return cls(motion, size, centre, rng.uniform(0.8, 1.25), rng.uniform(7, 10), rng.uniform())
+
+    def at(
+        self, time: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Pixels down and right, and the size of the digit, at times from 0 to 1."""
+        return _path(self.motion, time**self.hurry, reach=self.reach, phase=self.phase)
+
+
 def _path(
-    motion: str, time: NDArray[np.float64], *, reach: float, rng: np.random.Generator
+    motion: str, time: NDArray[np.float64], *, reach: float, phase: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """How far down and right, in pixels, and how large the digit is at each time in [0, 1]."""
     still, along, one = np.zeros_like(time), (2 * time - 1) * reach, np.ones_like(time)
-    turn = 2 * np.pi * (time + rng.uniform())
+    turn = 2 * np.pi * (time + phase)
     paths = {
         "left": (still, -along, one),
         "right": (still, along, one),
@@ -386,9 +411,20 @@ def make_demo(
         done += written
         progress(done, len(jobs))
     dead = range(params.train_clips, params.train_clips + params.dead_links)
+    senses = own_senses(params)
+    if senses:
+        every = [jobs[first : first + BATCH] for first in range(0, len(jobs), BATCH)]
+        add = partial(_write_senses, folder, seed, voices, senses)
+        for _ in _in_processes(add, every, workers=workers):
+            pass
+    say = partial(
+        describe, no_text_share=params.no_text_share, text_noise=params.text_noise, senses=senses
+    )
     jobs += [("train", index) for index in dead]
-    say = partial(describe, no_text_share=params.no_text_share, text_noise=params.text_noise)
     return [say(seed, split, index, voices=voices) for split, index in jobs]
+
+
+Shares = Mapping[str, float]  # of the clips that have a sense beyond picture, sound and words
 
 
 def describe(
@@ -399,6 +435,7 @@ def describe(
     no_text_share: float,
     text_noise: float = 0.0,
     voices: Voices | None = None,
+    senses: Shares = MappingProxyType({}),
 ) -> Clip:
     """The manifest's record of one clip; its label `spoilt` says which captions are noise."""
     digit, motion = _classes(index)
@@ -430,6 +467,10 @@ def describe(
         },
         captions=captions,
         licence=licence,
+        senses={
+            sense: f"demo:{file}"
+            for sense, file in _sense_files(seed, split, index, name, senses).items()
+        },
     )
 
 
@@ -610,3 +651,72 @@ def _scans_of(seed: int, split: str, digit: int) -> NDArray[np.int64]:
     order = np.random.default_rng(seed).permutation(len(targets))
     chosen = order[:TEST_SCANS] if split == "test" else order[TEST_SCANS:]
     return chosen[targets[chosen] == digit]
+
+
+# --- senses beyond picture, sound and words -------------------------------------------------------
+
+MOTION_HZ = 50
+FINE = 8  # steps between two samples of motion, in which the path is followed
+
+
+def own_senses(params: DemoParams) -> Shares:
+    """The senses that are on."""
+    return {"motion": params.sense_share} if params.motion else {}
+
+
+def _sense_files(seed: int, split: str, index: int, media: str, senses: Shares) -> dict[str, str]:
+    """The names of the files of a clip's own senses; some clips lack one."""
+    return {
+        name: f"{Path(media).stem}.{name}{SUFFIXES[name]}"
+        for name, share in senses.items()
+        if _generator(seed, split, index, f"has {name}").random() < share
+    }
+
+
+def _write_senses(
+    folder: Path, seed: int, voices: Voices | None, senses: Shares, jobs: list[tuple[str, int]]
+) -> int:
+    """Write the files that are not there yet."""
+    for job in jobs:
+        media = _media_name(seed, *job, voices)
+        for name, file in _sense_files(seed, *job, media, senses).items():
+            if not (folder / file).exists():
+                WRITERS[name](folder / file, seed, *job)
+    return len(jobs)
+
+
+def course_of(seed: int, split: str, index: int) -> Course:
+    """How the digit of a clip moves: as `render_clip` shows it."""
+    digit, motion = _classes(index)
+    look = _generator(seed, split, index, "look")
+    look.choice(_scans_of(seed, split, digit))
+    return Course.draw(motion, look)
+
+
+def render_motion(course: Course, *, rng: np.random.Generator) -> NDArray[np.float64]:
+    """A sensor on the digit: time, then how fast right, down and bigger, then how that changes.
+
+    Units are frame widths and seconds; (samples, 7). Noise and a constant error are added.
+    """
+    time = np.arange(round(SECONDS * MOTION_HZ)) / MOTION_HZ
+    fine = np.linspace(0, 1, FINE * len(time) + 1)
+    down, right, scale = course.at(fine)
+    places = np.stack([right, down, scale * course.size], axis=1) / FRAME_SIZE
+    speed = np.gradient(places, fine * SECONDS, axis=0)
+    change = np.gradient(speed, fine * SECONDS, axis=0)
+    values = np.concatenate([speed, change], axis=1)[: FINE * len(time) : FINE]
+    values += rng.normal(0, [0.05] * 3 + [0.5] * 3)  # of the sensor
+    values += rng.normal(0, [0.1] * 3 + [1.0] * 3, size=values.shape)
+    return np.concatenate([time[:, None], values], axis=1)
+
+
+def _write_motion(path: Path, seed: int, split: str, index: int) -> None:
+    noise = _generator(seed, split, index, "motion")
+    values = render_motion(course_of(seed, split, index), rng=noise)
+    header = "t,right,down,bigger,right_change,down_change,bigger_change"
+    with atomic_write(path) as temporary:
+        np.savetxt(temporary, values, fmt="%.4f", delimiter=",", header=header, comments="")
+
+
+SUFFIXES = {"motion": ".csv"}
+WRITERS: dict[str, Callable[[Path, int, str, int], None]] = {"motion": _write_motion}

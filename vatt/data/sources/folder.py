@@ -31,6 +31,7 @@ from vatt.data.sources.subtitles import (
     read_subtitles,
 )
 from vatt.errors import DataError
+from vatt.senses import files_beside
 
 LABEL = "class"  # named after the sub-folder
 SHOWN = 3  # names in a note
@@ -112,6 +113,7 @@ def scan(
     """
     listing = list_files(folder)
     ignored = listing.skipped
+    senses = _senses(folder, listing)
     files, texts = _sorted_out(folder, listing)
     files, notes = _of_one_kind(files, data.file_kind, ignored)
     if not files:
@@ -130,7 +132,10 @@ def scan(
     )
     held_out = _held_out(digests, layout, data, spoken={n for n in files if read[n].captions})
     clips = [
-        _clip(name, read[name], layout.split_of(name) or held_out.get(name, "train"), layout)
+        replace(
+            _clip(name, read[name], layout.split_of(name) or held_out.get(name, "train"), layout),
+            senses={sense: f"folder:{own}" for sense, own in senses.get(name, {}).items()},
+        )
         for name in files
     ]
     opened, broken = _opened(folder, files) if opens else ({}, [])
@@ -148,7 +153,7 @@ def scan(
         ),
         ignored=dict(+ignored),
         captions_dropped=sum(subtitles.dropped for subtitles in read.values()),
-        mark=_mark(digests, clips),
+        mark=_mark(digests, clips, _contents(folder, clips)),
         notes=(*notes, *layout.notes(), *subtitles.notes, *_doubts(clips, digests, files)),
     )
 
@@ -176,6 +181,19 @@ COVERS = {
     "albumart", "artist", "back", "backdrop", "banner", "cover", "disc", "fanart", "folder",
     "front", "landscape", "logo", "movie", "poster", "thumb", "thumbnail",
 }  # fmt: skip
+
+
+def _senses(folder: Path, listing: Listing) -> dict[str, dict[str, str]]:
+    """The files of other senses, by media; they leave the listing, as they are no media."""
+    media = [name for name in listing.files if _suffix(name) in MEDIA]
+    found = {name: own for name in media if (own := files_beside(folder, name))}
+    taken = {there for own in found.values() for there in own.values()}
+    listing.files[:] = [
+        name
+        for name in listing.files
+        if name not in taken and not taken.intersection(map(str, PurePosixPath(name).parents))
+    ]
+    return {name: own for name, own in found.items() if name not in taken}
 
 
 def _sorted_out(folder: Path, listing: Listing) -> tuple[list[str], list[str]]:
@@ -424,10 +442,27 @@ def _doubts(clips: Sequence[Clip], digests: Mapping[str, str], files: Sequence[s
     return notes
 
 
-def _mark(digests: Mapping[str, str], clips: Sequence[Clip]) -> str:
+def _contents(folder: Path, clips: Sequence[Clip]) -> list[str]:
+    """Names and hashes of the files of other senses."""
+    named = {url.removeprefix("folder:") for clip in clips for url in clip.senses.values()}
+    files = [
+        file
+        for name in sorted(named)
+        for file in (
+            sorted((folder / name).iterdir()) if (folder / name).is_dir() else [folder / name]
+        )
+    ]
+    hashes = ContentHashes().of(files)
+    return [
+        f"{file.relative_to(folder)} {digest}" for file, digest in zip(files, hashes, strict=True)
+    ]
+
+
+def _mark(digests: Mapping[str, str], clips: Sequence[Clip], others: Sequence[str]) -> str:
     """The names, contents and captions of all files, in short."""
     marks = [f"{name} {digest}" for name, digest in digests.items()]
     marks += [repr(clip.captions) for clip in clips]
+    marks += others
     return hashlib.sha256("\n".join(marks).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 

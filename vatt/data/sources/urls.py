@@ -27,6 +27,7 @@ from vatt.data.sources.textfiles import (
     text_lines,
 )
 from vatt.errors import DataError
+from vatt.senses import files_beside
 
 ALIASES = {
     "time_start": "start",
@@ -190,7 +191,16 @@ def _clip(row: dict[str, str], home: Path, data: DataParams) -> Clip:
         labels={key: composed(value) for key, value in row.items() if key not in KNOWN and value},
         captions=(Caption(start, end if end is not None else start + 1.0, text),) if text else (),
         licence=row.get("licence") or None,
+        senses=_senses(url, home),
     )
+
+
+def _senses(url: str, home: Path) -> dict[str, str]:
+    """The files of other senses next to a file of the list."""
+    name = url.removeprefix("folder:")
+    if name == url or Path(name).is_absolute():
+        return {}
+    return {sense: f"folder:{own}" for sense, own in files_beside(home, name).items()}
 
 
 def _url(row: dict[str, str], home: Path, data: DataParams) -> str:

@@ -1,24 +1,111 @@
-"""Sample -> sample, pure: random numbers come from the generator that is passed in.
+"""Video: voxels of frames, cropped and flipped as they are read, coloured on the training device.
 
-B clips, T H W C frames, height, width, channels. Colour follows the released code: brightness is
-added, saturation and hue work in HSV, contrast about the mean of a frame's channel.
+Random numbers come from the generator that is passed in. B clips, T H W C frames, height, width,
+channels. Colour follows the released code: brightness is added, saturation and hue work in HSV,
+contrast about the mean of a frame's channel.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from vatt.config import AugmentationParams
+from vatt.config import AugmentationParams, VideoParams
 from vatt.data.clips.storage import Box
+from vatt.senses.form import ArrayShapes, Cutting, Framing, SamplingLike, Sense, Showing
 
 Colour = tuple[float, float, float, float]  # brightness, contrast, saturation, hue
 
 IDENTITY: Colour = (0.0, 1.0, 1.0, 0.0)  # changes nothing
 _TRIES = 10
+
+
+class Video(Sense):
+    """The picture: the sense with which all others are compared."""
+
+    name, lacking, is_anchor, change = "video", "no-video", True, ("colour", IDENTITY)
+    is_counted = False  # as in the paper and the release
+
+    def tokens(self, section: VideoParams) -> Cutting:
+        """Voxels of t x h x w; a position is the sum of a temporal, vertical and horizontal one."""
+        return Cutting(
+            axes=("frames", "height", "width"),
+            positions=("temporal", "vertical", "horizontal"),
+            sizes=(section.frames, *pair(section.frame_size)),
+            patch=section.patch,
+            channels=3,
+        )
+
+    def arrays(self, sampling: SamplingLike) -> ArrayShapes:
+        """The frames as they are stored; the training device changes their colours."""
+        return {
+            "video": ((sampling.frames, *sampling.frame_size, 3), np.uint8),
+            "colour": ((4,), np.float32),
+            "has_video": ((), np.bool_),
+        }
+
+    def fill(self, out: Mapping[str, np.ndarray], shown: Showing) -> None:
+        """Crop, resize and flip the frames, and draw the colour change for them."""
+        row, sampling = shown.row, shown.source.sampling
+        out["colour"][:] = IDENTITY
+        out["has_video"][()] = sampling.frames > 0 and row.video is not None
+        if not out["has_video"]:
+            out["video"][:] = 0
+            return
+        shown.framing, colour = _framing(shown)
+        out["colour"][:] = colour
+        fps, video = shown.source.storage.fps, out["video"]
+        count = 1 if sampling.still else sampling.frames
+        indices = frame_indices(
+            round(shown.start * fps), row.num_frames, frames=count, stride=fps / sampling.fps
+        )
+        frames = shown.source.stored.each_frame(row, indices, shown.framing.box)
+        show(frames, video[:count], flip=shown.framing.flip)
+        video[count:] = video[:1]
+
+    def scaled(self, values: Tensor, change: Tensor | None) -> Tensor:
+        """A uint8 video in [-1, 1], its colours changed."""
+        clips = values.float() / 255
+        if change is not None:
+            clips = change_colour(clips, change)
+        return clips * 2 - 1
+
+    def energy(self, values: Tensor) -> Tensor:
+        """How much each value changes: |frame - the frame before it|.
+
+        The first frame is compared with the second.
+        """
+        before = torch.arange(-1, values.shape[1] - 1, device=values.device).abs()
+        others = values[:, before.clamp(max=values.shape[1] - 1)]
+        return torch.maximum(values, others) - torch.minimum(values, others)
+
+
+def _framing(shown: Showing) -> tuple[Framing, Colour]:
+    """The part of the frames that is shown, and the colour change: drawn, or those of the view."""
+    row, sampling, generator = shown.row, shown.source.sampling, shown.generator
+    stored = row.height, row.width
+    change = None if generator is None else sampling.augmentation
+    if generator is None or change is None:
+        view = shown.view
+        box = view_box(stored, sampling.frame_size, view=view.crop, views=view.crops)
+        return Framing(box, stored, flip=False), IDENTITY
+    box = draw_box(stored, area=change.crop_area, aspect=change.crop_aspect, generator=generator)
+    flip = uniform(0, 1, generator) < 0.5 and change.flip
+    return Framing(box, stored, flip=flip), draw_colour(change, generator)
+
+
+def frame_indices(first: int, available: int, *, frames: int, stride: float) -> list[int]:
+    """`frames` indices from `first` on, `stride` apart; a clip too short for them is repeated."""
+    fitting = max(int(np.ceil((available - first) / stride - 1e-6)), 1)
+    return [first + int(number % fitting * stride + 1e-6) for number in range(frames)]
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width, where one number stands for both."""
+    return (size, size) if isinstance(size, int) else size
 
 
 def generator_for(*keys: int) -> torch.Generator:
