@@ -28,7 +28,7 @@ def test_a_videos_nodes_and_input_equal_a_loop_over_clips_and_layers(encoder):
     np.testing.assert_allclose(found["input/video"], tokens.mean(1), atol=1e-5)
     state = torch.cat([encoder.video.agg_token.expand(5, 1, -1), tokens], dim=1)
     for layer, block in enumerate(encoder.video.encoder.blocks):
-        half = state + block.attention(block.attention_norm(state))
+        half = state + block.attention(block.attention_norm(state))[0]
         active = torch.nn.functional.gelu(block.mlp.hidden(block.mlp_norm(half)))
         np.testing.assert_allclose(found["nodes/video"][layer], active.mean((0, 1)), atol=1e-5)
         state = block(state)
