@@ -87,6 +87,16 @@ def test_an_onnx_graph_gives_the_golden_logits(classifier: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_onnx_graphs_have_the_answers_of_experts(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    experts = {"number": 4, "top_k": 2, "capacity": 0.7}
+    params = model_params(backbone="agnostic", experts=experts)
+    checkpoint.save(checkpoint.build(params).eval(), params, tmp_path / "model")
+    comparisons = export_onnx(tmp_path / "model", tmp_path / "out")
+    assert {one.graph for one in comparisons} == {"video.onnx", "audio.onnx", "text.onnx"}
+
+
+@pytest.mark.slow
 def test_onnx_graphs_of_a_pretrained_model_take_any_number_of_clips(
     pretrained: Path, tmp_path: Path
 ) -> None:

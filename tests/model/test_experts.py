@@ -112,6 +112,13 @@ def test_gradients_equal_those_of_the_loop():
         torch.testing.assert_close(ours, expected)
 
 
+def test_an_exported_graph_asks_all_experts_and_answers_the_same(monkeypatch):
+    experts, (tokens, real) = make(top_k=2, capacity=0.5), some_tokens()
+    expected = experts(tokens, real)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    torch.testing.assert_close(experts(tokens, real), expected)
+
+
 def test_an_expert_without_rows_gets_a_gradient_of_zero():
     torch.manual_seed(0)
     rows = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)

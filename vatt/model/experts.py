@@ -66,11 +66,22 @@ class Experts(nn.Module):
         logs = self.router(tokens).log_softmax(-1)
         gates, experts = logs.exp().topk(self.params.top_k, dim=-1)  # (B, N, k)
         is_kept = real[..., None] & self._has_room(gates, experts, real)
-        rows, ends, places = _sorted_by_expert(tokens, experts, is_kept, self.params.number)
-        answers = self.out(self.dropout(self.activation(self.hidden(rows, ends))), ends)
-        answers = answers.index_select(0, places).view(*gates.shape, -1)  # (B, N, k, D)
+        asked = self._ask_all if torch.compiler.is_exporting() else self._ask
+        answers = asked(tokens, experts, is_kept)  # (B, N, k, D)
         mixed = (answers * (gates * is_kept)[..., None]).sum(2)
         return mixed, _routing(logs, experts, real, is_kept)
+
+    def _ask(self, tokens: Tensor, experts: Tensor, is_kept: Tensor) -> Tensor:
+        """The answers of each token's experts; of a choice that is not kept, anything."""
+        rows, ends, places = _sorted_by_expert(tokens, experts, is_kept, self.params.number)
+        answers = self.out(self.dropout(self.activation(self.hidden(rows, ends))), ends)
+        return answers.index_select(0, places).view(*experts.shape, -1)
+
+    def _ask_all(self, tokens: Tensor, experts: Tensor, _: Tensor) -> Tensor:
+        """The same from the answers of all experts: more work, but of operators that ONNX has."""
+        hidden = self.activation(self.hidden.all_experts(tokens[..., None, :]))
+        answers = self.out.all_experts(hidden)  # (B, N, X, D)
+        return answers.gather(2, experts[..., None].expand(-1, -1, -1, answers.shape[-1]))
 
     def _has_room(self, gates: Tensor, experts: Tensor, real: Tensor) -> Tensor:
         """Which choices (B, N, k) an expert accepts: all, or as many of a clip as `capacity` says.
@@ -81,7 +92,7 @@ class Experts(nn.Module):
             return torch.ones_like(experts, dtype=torch.bool)
         order = torch.arange(gates.shape[1], device=gates.device).expand(gates.shape[:2])
         if self.params.batch_priority:
-            order = gates[..., 0].argsort(dim=1, descending=True, stable=True)
+            order = _from_the_largest(gates[..., 0])
         order = order[..., None].expand_as(experts)
         numbers = torch.arange(self.params.number, device=gates.device)
         is_asked = (experts[..., None] == numbers) & real[..., None, None]  # (B, N, k, X)
@@ -94,6 +105,13 @@ class Experts(nn.Module):
         limit = (choices.double() * self.params.capacity / self.params.number - 1e-6).ceil()
         has_room = taken < limit[:, None, None]
         return torch.empty_like(has_room).scatter_(1, order, has_room)
+
+
+def _from_the_largest(scores: Tensor) -> Tensor:  # (B, N) -> (B, N)
+    """The places of the scores from the largest down, equal ones in their order."""
+    if torch.compiler.is_exporting():  # ONNX has no stable sort
+        return scores.topk(scores.shape[1], dim=1).indices
+    return scores.argsort(dim=1, descending=True, stable=True)
 
 
 class Router(nn.Linear):
@@ -118,6 +136,10 @@ class ExpertLinear(nn.Module):
         """Rows up to `ends[0]` belong to the first expert, and so on; later ones become zeros."""
         kind = product_type(rows)
         return grouped_linear(rows.to(kind), self.weight.to(kind), self.bias.to(kind), ends)
+
+    def all_experts(self, inputs: Tensor) -> Tensor:  # (..., 1 or X, in) -> (..., X, out)
+        """What each expert answers to an input, or to its own input."""
+        return (inputs[..., None, :] @ self.weight.transpose(1, 2))[..., 0, :] + self.bias
 
 
 def _sorted_by_expert(
@@ -263,8 +285,8 @@ def noting_routings() -> Iterator[list[Tensor]]:
 
 
 def note_routing(routing: Tensor) -> None:
-    """Add a block's routing to the list, where there is one."""
-    noted = _noted.get()
+    """Add a block's routing to the list, where there is one; an exported graph has none."""
+    noted = None if torch.compiler.is_exporting() else _noted.get()
     if noted is not None:
         noted.append(routing)
 
