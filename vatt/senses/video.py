@@ -74,13 +74,8 @@ class Video(Sense):
         return clips * 2 - 1
 
     def energy(self, values: Tensor) -> Tensor:
-        """How much each value changes: |frame - the frame before it|.
-
-        The first frame is compared with the second.
-        """
-        before = torch.arange(-1, values.shape[1] - 1, device=values.device).abs()
-        others = values[:, before.clamp(max=values.shape[1] - 1)]
-        return torch.maximum(values, others) - torch.minimum(values, others)
+        """How much each value changes."""
+        return frame_changes(values)
 
 
 def _framing(shown: Showing) -> tuple[Framing, Colour]:
@@ -95,6 +90,13 @@ def _framing(shown: Showing) -> tuple[Framing, Colour]:
     box = draw_box(stored, area=change.crop_area, aspect=change.crop_aspect, generator=generator)
     flip = uniform(0, 1, generator) < 0.5 and change.flip
     return Framing(box, stored, flip=flip), draw_colour(change, generator)
+
+
+def frame_changes(video: Tensor) -> Tensor:  # (B, T, ...) uint8
+    """|frame - the frame before it|; the first one is compared with the second."""
+    before = torch.arange(-1, video.shape[1] - 1, device=video.device).abs()
+    others = video[:, before.clamp(max=video.shape[1] - 1)]
+    return torch.maximum(video, others) - torch.minimum(video, others)
 
 
 def frame_indices(first: int, available: int, *, frames: int, stride: float) -> list[int]:
