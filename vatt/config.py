@@ -32,7 +32,7 @@ YAML_BYTES, YAML_DEPTH, YAML_NODES = 10**6, 32, 20_000  # far more than any sett
 SHOWN = 20  # problems of a settings file, at most
 
 SizeName = Literal["tiny", "small", "base", "medium", "large"]
-Modality = Literal["video", "audio", "text", "motion"]
+Modality = Literal["video", "audio", "text", "motion", "depth"]
 Precision = Literal["fp32", "bf16"]  # of matrix products; weights, norms and losses are fp32
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 MOST = 10**9  # of anything: a larger number is a mistake
@@ -131,7 +131,8 @@ class DemoParams(Section):
     voices: Path | None = off()  # folder of spoken digits, as FSDD's: they replace the tones
     text_noise: NoiseShare = off(0.0)  # of the train captions: unrelated, late, or with wrong words
     motion: bool = off(False)  # an inertial sensor that moves with the digit, in noise
-    sense_share: Share = off(0.9)  # of the clips: the others lack it
+    depth: bool = off(False)  # how far away the digit and what is behind it are, in noise
+    sense_share: Share = off(0.9)  # of the clips: the others lack motion, or depth
 
 
 class DataParams(Section):
@@ -204,6 +205,14 @@ class MotionStorageParams(Section):
     longest_gap: PositiveFloat = off(0.2)  # seconds between two samples of a window
 
 
+class DepthStorageParams(Section):
+    """How depth is stored: one channel of 8 bits, at `preprocess.fps`."""
+
+    short_side: Pixels
+    farthest: PositiveInt = off(255)  # the value of a source's pixel that is stored as 255
+    png_fps: PositiveFloat = off(30.0)  # of a folder of pictures
+
+
 class PreprocessParams(Section):
     """What the shards hold."""
 
@@ -227,6 +236,7 @@ class PreprocessParams(Section):
     text_quality: TextQualityParams | None = off()  # null: captions are used as they are
     max_failed_share: Share  # stop when a larger share of the clips fails
     motion: MotionStorageParams | None = off()
+    depth: DepthStorageParams | None = off()
 
     @model_validator(mode="after")
     def _rate_that_aac_knows(self) -> "PreprocessParams":
@@ -299,6 +309,15 @@ class MotionParams(Section):
     patch: PositiveInt  # samples
 
 
+class DepthParams(Section):
+    """The depth tower's input: frames of one channel."""
+
+    size: SizeName | SizeParams
+    frames: Frames  # a clip, at the rate of the video's frames
+    frame_size: Pixels | tuple[Pixels, Pixels]  # H = W, or (H, W), pixels
+    patch: tuple[Frames, Pixels, Pixels]  # t, h, w
+
+
 class ReleaseParams(Section):
     """Settings of released models only: in imported checkpoints, not needed in params.yaml."""
 
@@ -332,7 +351,7 @@ class ExpertsParams(Section):
         return self
 
 
-TowerParams = VideoParams | AudioParams | TextParams | MotionParams
+TowerParams = VideoParams | AudioParams | TextParams | MotionParams | DepthParams
 
 
 class ModelParams(Section):
@@ -344,6 +363,7 @@ class ModelParams(Section):
     audio: AudioParams
     text: TextParams
     motion: MotionParams | None = off()
+    depth: DepthParams | None = off()
     va_dim: Width  # common space of video and audio
     vt_dim: Width  # common space of video and text
     dropout: Rate

@@ -22,8 +22,11 @@ BATCH_SIZE, CANDIDATES, WORDS = 8, 2, 4
 DEMO = load_params(Path(__file__).parents[2] / "presets" / "demo.yaml")
 
 
-SENSES = {"motion": {"size": SIZE, "samples": 20, "channels": 3, "patch": 5}}
-SHAPES = {"motion": (20, 3)}
+SENSES = {
+    "motion": {"size": SIZE, "samples": 20, "channels": 3, "patch": 5},
+    "depth": {"size": SIZE, "frames": 4, "frame_size": 8, "patch": [2, 4, 4]},
+}
+SHAPES = {"motion": (20, 3), "depth": (4, 8, 8)}
 
 
 def model_params(

@@ -7,13 +7,15 @@ from pathlib import Path
 from vatt.config import ModelParams, PreprocessParams
 from vatt.data.clips.storage import Storage
 from vatt.senses.audio import Audio
+from vatt.senses.depth import Depth
 from vatt.senses.form import Sense
 from vatt.senses.motion import Motion
 from vatt.senses.text import Text
 from vatt.senses.video import Video
 
 # A sense may follow how an earlier one was shown: the video comes first.
-SENSES: dict[str, Sense] = {sense.name: sense for sense in (Video(), Audio(), Text(), Motion())}
+_ALL = (Video(), Audio(), Text(), Motion(), Depth())
+SENSES: dict[str, Sense] = {sense.name: sense for sense in _ALL}
 ANCHOR = next(sense for sense in SENSES.values() if sense.is_anchor)
 
 

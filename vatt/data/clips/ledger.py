@@ -41,6 +41,7 @@ STATES = (
     "no-audio",
     "no-caption",
     "no-motion",
+    "no-depth",
 )
 RETRYABLE = frozenset({"rate-limited", "network"})
 LONGEST_LINE = 2**20  # bytes; we write a few hundred

@@ -661,7 +661,8 @@ FINE = 8  # steps between two samples of motion, in which the path is followed
 
 def own_senses(params: DemoParams) -> Shares:
     """The senses that are on."""
-    return {"motion": params.sense_share} if params.motion else {}
+    on = {"motion": params.motion, "depth": params.depth}
+    return {name: params.sense_share for name, is_on in on.items() if is_on}
 
 
 def _sense_files(seed: int, split: str, index: int, media: str, senses: Shares) -> dict[str, str]:
@@ -687,10 +688,13 @@ def _write_senses(
 
 def course_of(seed: int, split: str, index: int) -> Course:
     """How the digit of a clip moves: as `render_clip` shows it."""
-    digit, motion = _classes(index)
+    return Course.draw(_classes(index)[1], _look(seed, split, index)[0])
+
+
+def _look(seed: int, split: str, index: int) -> tuple[np.random.Generator, int]:
+    """The stream that a clip's picture is drawn from, and the scan that it drew first."""
     look = _generator(seed, split, index, "look")
-    look.choice(_scans_of(seed, split, digit))
-    return Course.draw(motion, look)
+    return look, int(look.choice(_scans_of(seed, split, _classes(index)[0])))
 
 
 def render_motion(course: Course, *, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -718,5 +722,39 @@ def _write_motion(path: Path, seed: int, split: str, index: int) -> None:
         np.savetxt(temporary, values, fmt="%.4f", delimiter=",", header=header, comments="")
 
 
-SUFFIXES = {"motion": ".csv"}
-WRITERS: dict[str, Callable[[Path, int, str, int], None]] = {"motion": _write_motion}
+def render_depth(
+    scan: NDArray[np.float64], course: Course, *, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """How far away each pixel is, from 0 to 255: (T, H, W). A digit that grows comes closer."""
+    down, right, scale = course.at(np.linspace(0, 1, round(SECONDS * FPS)))
+    behind = 0.8 + 0.1 * rng.uniform(-1, 1) + 0.1 * np.linspace(-1, 1, FRAME_SIZE)[:, None]
+    depth = np.empty((len(scale), FRAME_SIZE, FRAME_SIZE))
+    for frame, size in enumerate(course.size * scale):
+        rows = _enlarge(scan.shape[0], course.centre[0] + down[frame], size)
+        columns = _enlarge(scan.shape[1], course.centre[1] + right[frame], size)
+        depth[frame] = np.where(rows @ scan @ columns.T > 0.3, 0.35 / scale[frame], behind)
+    depth += rng.normal(0, 0.05, size=depth.shape)
+    return np.rint(depth.clip(0, 1) * 255).astype(np.uint8)
+
+
+def _write_depth(path: Path, seed: int, split: str, index: int) -> None:
+    scan = _scans()[0][_look(seed, split, index)[1]]
+    noise = _generator(seed, split, index, "depth")
+    frames = render_depth(scan, course_of(seed, split, index), rng=noise)
+    with atomic_write(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        picture = container.add_stream("libx264", rate=FPS)
+        picture.width, picture.height, picture.pix_fmt = FRAME_SIZE, FRAME_SIZE, "yuv420p"
+        picture.options = {"preset": "veryfast", "crf": "12", "x264-params": "mbtree=0"}
+        picture.codec_context.thread_count = 1
+        for number, values in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.repeat(values[..., None], 3, -1), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, FPS)
+            container.mux(picture.encode(frame))
+        container.mux(picture.encode(None))
+
+
+SUFFIXES = {"motion": ".csv", "depth": ".mp4"}
+WRITERS: dict[str, Callable[[Path, int, str, int], None]] = {
+    "motion": _write_motion,
+    "depth": _write_depth,
+}
