@@ -49,12 +49,17 @@ PAPER_HEADS_FLOPS = 0.003e9
 
 def num_video_tokens(video: VideoParams) -> int:
     """Patches of a clip; a partial patch counts as one."""
-    return num_tokens(SENSES["video"].tokens(video))
+    return num_signal_tokens("video", video)
 
 
 def num_audio_tokens(audio: AudioParams) -> int:
     """Segments of a waveform, or patches of a spectrogram."""
-    return num_tokens(SENSES["audio"].tokens(audio))
+    return num_signal_tokens("audio", audio)
+
+
+def num_signal_tokens(name: str, section: TowerParams) -> int:
+    """Patches of a clip of any sense that is cut into them."""
+    return num_tokens(SENSES[name].tokens(section))
 
 
 def signal_flops(
@@ -209,7 +214,7 @@ def clip_work(
     words = encoder_work(resolve(model.text.size), model.text.words + 1, experts)
     total = words.times(candidates)
     for name, section in signals_of(model).items():
-        kept = num_kept(num_tokens(SENSES[name].tokens(section)), drop_rate)
+        kept = num_kept(num_signal_tokens(name, section), drop_rate)
         total += encoder_work(resolve(section.size), kept + 1, experts, merge_rate)
     return total
 

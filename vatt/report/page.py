@@ -14,7 +14,7 @@ from markupsafe import Markup
 from vatt.config import ModelParams, PathsParams, ReportParams, SizeParams
 from vatt.errors import redact
 from vatt.files import atomic_write
-from vatt.flops import Convention, multimodal_flops
+from vatt.flops import Convention, multimodal_flops, num_signal_tokens, signals_of
 from vatt.report.figures import (
     confusions,
     expert_shares,
@@ -235,6 +235,11 @@ def model_facts(inputs: Inputs) -> tuple[tuple[str, str], ...]:
         ("audio", f"{_size(audio.size)}, {audio.samples:,} samples ({audio.input})"),
         ("audio patch", str(audio.patch)),
         ("text", f"{_size(text.size)}, {text.words} words of {text.vocabulary:,}"),
+        *(
+            (name, f"{_size(part.size)}, {num_signal_tokens(name, part)} tokens")
+            for name, part in signals_of(model).items()
+            if name not in ("video", "audio")
+        ),
         ("common spaces", f"{model.va_dim} (video–audio), {model.vt_dim} (video–text)"),
         ("one clip, with both products of attention", gflops["true"]),
         ("one clip, as counted in the paper", gflops["paper"]),

@@ -12,7 +12,7 @@ from vatt.config import AudioParams, ModelParams, SizeParams, TextParams, VideoP
 from vatt.flops import multimodal_flops, video_flops
 from vatt.paper import PaperTable, paper_tables
 from vatt.report.inputs import Inputs
-from vatt.report.results import DIRECTIONS, PROBES, searched_kind
+from vatt.report.results import PROBES, directions, searched_kind
 from vatt.report.studies import row_name, study_table
 from vatt.report.tables import (
     NOT_RUN,
@@ -248,7 +248,7 @@ def _retrieval(inputs: Inputs) -> Table | None:
             ),
             "ours",
         )
-        for direction, name in DIRECTIONS.items()
+        for direction, name in directions(inputs).items()
         if direction in found
     ]
     return _scaled_down(("Direction", "R@10", "median rank", "chance R@10", "clips searched"), rows)

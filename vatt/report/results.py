@@ -41,6 +41,20 @@ PROBES = {"svm": "linear SVM", "low_rank": "low-rank classifier"}
 WHY = "evaluate has not been run"
 
 
+def directions(inputs: Inputs) -> dict[str, str]:
+    """The directions of the paper's senses in words, then those of others that were measured."""
+    found = inputs.lookup("retrieval", "pretrained") or {}
+    more = [name for name in found if name not in DIRECTIONS and not name.endswith("_averaged")]
+    return DIRECTIONS | {name: _words(name) for name in more}
+
+
+def _words(direction: str) -> str:
+    """A direction in words; only video was trained together with every other sense."""
+    senses = direction.split("_to_")
+    apart = "" if "video" in senses else " (not trained together)"
+    return "\u00a0→\u00a0".join(senses) + apart
+
+
 @dataclass(frozen=True, slots=True)
 class Figure:
     """A number on a card at the top of the page; without a value it has not been run."""
@@ -191,7 +205,7 @@ def _scale(
 
 def _retrieval_marks(inputs: Inputs) -> list[Mark]:
     marks = []
-    for direction, name in DIRECTIONS.items():
+    for direction, name in directions(inputs).items():
         for measure in ("recall_at_10", "class_at_1"):
             ours = inputs.lookup("retrieval", "pretrained", direction, measure)
             if ours is not None:
@@ -225,7 +239,7 @@ def result_tables(inputs: Inputs) -> tuple[Table, ...]:
 def _retrieval_table(inputs: Inputs) -> Table:
     rows = [
         row
-        for direction, name in DIRECTIONS.items()
+        for direction, name in directions(inputs).items()
         for row in _direction_rows(inputs, direction, name)
     ]
     return Table(

@@ -15,9 +15,15 @@ from typing import Any
 import torch
 
 from vatt.config import FinetuneTaskParams, ModelParams, Precision, PretrainParams
-from vatt.flops import multimodal_flops, signal_flops, signals_of, text_flops
+from vatt.flops import (
+    multimodal_flops,
+    num_signal_tokens,
+    signal_flops,
+    signals_of,
+    text_flops,
+)
 from vatt.model.operators import Linear
-from vatt.model.patches import num_kept, num_tokens
+from vatt.model.patches import num_kept
 from vatt.model.vatt import tower_of
 from vatt.senses import SENSES
 from vatt.training import distributed
@@ -129,7 +135,7 @@ def pretraining_work(model: ModelParams, params: PretrainParams) -> Work:
     forward += (candidates - 1) * text_flops(model.text, experts=model.experts, convention="true")
     tokens = candidates * model.text.words
     for name, section in signals_of(model).items():
-        tokens += num_kept(num_tokens(SENSES[name].tokens(section)), drop)
+        tokens += num_kept(num_signal_tokens(name, section), drop)
     batch = params.batch_size
     return Work(batch, batch * tokens, batch * (1 + BACKWARD) * forward, params.precision)
 
@@ -139,7 +145,7 @@ def finetuning_work(model: ModelParams, task: FinetuneTaskParams) -> Work:
     drop, batch = task.drop_rate, task.batch_size
     name = tower_of(task.modality)
     section = SENSES[name].section(model)
-    tokens = num_kept(num_tokens(SENSES[name].tokens(section)), drop)
+    tokens = num_kept(num_signal_tokens(name, section), drop)
     forward = signal_flops(name, section, drop_rate=drop, experts=model.experts, convention="true")
     return Work(batch, batch * tokens, batch * (1 + BACKWARD) * forward, task.precision)
 
