@@ -90,6 +90,7 @@ def test_gather_joins_rows_and_gives_each_process_its_gradient(found):
     [
         ("exact", {}),
         ("fewer tokens", worker.FEWER_TOKENS),
+        ("five senses", worker.FIVE_SENSES),
         *((kind, {"text_weighting": setting}) for kind, setting in worker.WEIGHTINGS.items()),
     ],
 )

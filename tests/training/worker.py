@@ -6,6 +6,7 @@ which engines are tried; VATT_TEST_START holds states to go on from, by backbone
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -48,6 +49,7 @@ CASES: dict[str, list[Case]] = {
 }
 CASES["quick"] += CASES["one"]
 FEWER_TOKENS: dict[str, Any] = {"depth": 3, "drop_by": "content", "merge_rate": 0.25}
+FIVE_SENSES: dict[str, Any] = {"senses": ("motion", "depth"), "drop_by": "content"}
 OPTIONS: dict[str, dict[str, Any]] = {  # settings of `machine`
     "checkpointed": {"activation_checkpointing": True, "zero_stage": 3},
     "optimizer offloaded": {"offload": "optimizer", "zero_stage": 2},
@@ -75,6 +77,7 @@ def main() -> None:
         for backbone in BACKBONES:
             results["exact", backbone] = exact_gradients(backbone)
             results["fewer tokens", backbone] = exact_gradients(backbone, **FEWER_TOKENS)
+            results["five senses", backbone] = exact_gradients(backbone, **FIVE_SENSES)
             for kind, setting in WEIGHTINGS.items():
                 results[kind, backbone] = exact_gradients(backbone, text_weighting=setting)
         for number, case in enumerate(CASES[os.environ["VATT_TEST_CASES"]]):
@@ -153,30 +156,35 @@ def types_as_on_a_gpu(zero: int) -> list[str]:
     return sorted(seen)
 
 
-def model_of(backbone: str, depth: int = 1) -> VATT:
+def model_of(backbone: str, depth: int = 1, senses: Sequence[str] = ()) -> VATT:
     """The model that is trained."""
     if backbone == "experts":
         experts = {"number": 4, "top_k": 2, "capacity": 0.8}
-        params = tiny.model_params(backbone="agnostic", depth=depth, experts=experts)
+        params = tiny.model_params(backbone="agnostic", depth=depth, experts=experts, senses=senses)
         return tiny.make_model(params)
-    return tiny.make_model(tiny.model_params(backbone=backbone, depth=depth))
+    return tiny.make_model(tiny.model_params(backbone=backbone, depth=depth, senses=senses))
 
 
-def batch_of(step: int) -> Batch:
+def batch_of(step: int, senses: Sequence[str] = ()) -> Batch:
     """A step's global batch."""
-    return tiny.make_batch(step, textless=TEXTLESS[step % len(TEXTLESS)])
+    return tiny.make_batch(step, textless=TEXTLESS[step % len(TEXTLESS)], senses=senses)
 
 
 def exact_gradients(
-    backbone: str, micro_batch_size: int | None = 1, *, depth: int = 1, **changes: Any
+    backbone: str,
+    micro_batch_size: int | None = 1,
+    *,
+    depth: int = 1,
+    senses: Sequence[str] = (),
+    **changes: Any,
 ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Losses and gradients of a few batches in fp64 and plain torch, averaged over processes."""
-    model = model_of(backbone, depth).double()
+    model = model_of(backbone, depth, senses).double()
     params = tiny.pretrain_params(**changes)
     module = Pretraining(model, params, micro_batch_size=micro_batch_size)
     found = []
     for step in range(len(TEXTLESS)):
-        own = tiny.part_of(batch_of(step), distributed.rank(), distributed.world_size())
+        own = tiny.part_of(batch_of(step, senses), distributed.rank(), distributed.world_size())
         drawn = params.random_share
         inputs = pretraining_inputs(model, own, step, drop_rate=0.5, seed=0, random_share=drawn)
         module.zero_grad()

@@ -13,7 +13,6 @@ from vatt.config import ModelParams, SizeParams
 from vatt.errors import SettingsError
 from vatt.model.operators import Linear, full_precision
 from vatt.model.patches import AxisPositions, Patches, WordEmbedding
-from vatt.model.projection import Heads, NormalisedLinear
 from vatt.model.transformer import (
     Encoder,
     RelativeBias,
@@ -23,7 +22,7 @@ from vatt.model.transformer import (
     pad_mask,
     resolve,
 )
-from vatt.model.vatt import Parts, signal_tokens
+from vatt.model.vatt import Heads, NormalisedLinear, Parts, signal_tokens
 
 
 def release_parts(params: ModelParams) -> Parts:

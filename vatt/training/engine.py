@@ -28,8 +28,8 @@ from vatt.config import MachineParams, OptimizerParams, Precision
 from vatt.errors import MachineError, SettingsError
 from vatt.model.experts import ExpertLinear
 from vatt.model.operators import Linear
-from vatt.model.projection import BatchNorm, Heads
 from vatt.model.transformer import Block, Tower
+from vatt.model.vatt import BatchNorm, Heads
 from vatt.training import distributed
 from vatt.training.distributed import TensorState, read_shares, write_share
 from vatt.training.optimizer import Adam, Sgd, make_optimizer
