@@ -272,19 +272,68 @@ def _auto_map(modality: str | None) -> dict[str, str]:
     return {auto: f"{_flat_name(_CODE)}.{name}" for auto, name in found.items()}
 
 
+SENSES = "vatt.senses"
+OF_A_SENSE = {"section", "tokens"}  # what a model asks of one; the rest would need vattctl's data
+
+
 def _copy_code(folder: Path) -> None:
-    """Write AutoModel's classes, and each module of ours that they import, as files of a folder."""
-    wanted, written = [_CODE], set[str]()
-    while wanted:
-        module = wanted.pop()
-        if module in written:
-            continue
-        source = _ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text("utf-8")
+    """Write AutoModel's classes, and what they need of our modules, as files of a folder."""
+    sources: dict[str, str] = {}
+    names: dict[str, set[str]] = {_CODE: set()}  # imported from each module
+    waiting = [_CODE]
+    while waiting:
+        module = waiting.pop()
+        sources[module] = _source(module, names[module])
+        for node in ast.walk(ast.parse(sources[module])):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("vatt."):
+                continue
+            known = names.get(node.module or "")
+            more = {alias.name for alias in node.names}
+            if known is None or not more <= known:
+                names[node.module or ""] = more | (known or set())
+                waiting.append(node.module or "")
+    for module, source in sources.items():
         (folder / f"{_flat_name(module)}.py").write_text(_flattened(source), encoding="utf-8")
-        written.add(module)
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vatt."):
-                wanted.append(node.module or "")
+
+
+def _source(module: str, names: set[str]) -> str:
+    """The code of a module; of the senses, only what these names need."""
+    path = _ROOT.joinpath(*module.split(".")[1:])
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    source = path.read_text(encoding="utf-8")
+    return _part_of(source, names) if module.startswith(SENSES) else source
+
+
+def _part_of(source: str, names: set[str]) -> str:
+    """The definitions of these names, and of all that they use; classes without other methods."""
+    tree = ast.parse(source)
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            node.body = [
+                part for part in node.body if getattr(part, "name", "") in ("", *OF_A_SENSE)
+            ]
+    needed, before = set(names), set[str]()
+    while needed != before:
+        before = set(needed)
+        own = [node for node in tree.body if needed & _defines(node)]
+        needed |= {part.id for node in own for part in ast.walk(node) if isinstance(part, ast.Name)}
+    kept = [f'"""{ast.get_docstring(tree)}"""\n']
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            node.names = [one for one in node.names if (one.asname or one.name) in needed]
+        if needed & _defines(node):
+            kept.append(ast.unparse(node))
+    return "\n".join(kept) + "\n"
+
+
+def _defines(node: ast.stmt) -> set[str]:
+    """The names that a statement at the top of a module defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.ImportFrom | ast.Import):
+        return {one.asname or one.name for one in node.names}
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def _flat_name(module: str) -> str:

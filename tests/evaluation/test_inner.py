@@ -73,7 +73,7 @@ def test_choices_of_experts_are_those_of_the_routers():
     model = sparse()
     found = inner_views(model, batches(clips=5, batch_size=2))
     (batch,) = batches(clips=5, batch_size=5)
-    video, _, texts = model_inputs(batch)
+    video, _, texts = model_inputs(batch).values()
     encoder = model.video.encoder
     tokens = model.video.prepend_agg(model.video.embed(video))
     block = encoder.blocks[1]
