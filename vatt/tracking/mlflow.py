@@ -438,6 +438,8 @@ def _connect(machine: MachineParams) -> Any:
 
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("models", "pyfunc", "utils.environment"):  # advice on a model's folder
+        logging.getLogger(f"mlflow.{name}").setLevel(logging.ERROR)
     # It prints the traceback of an error that it raises, too: a full disk, a locked database.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     uri = store_uri(machine)
