@@ -457,7 +457,7 @@ class PretrainParams(Section):
     drop_rate: Rate  # DropToken, video and audio
     drop_by: Literal["random", "content"] = off("random")  # content: what moves or sounds is kept
     drop_random_share: Share = off(0.25)  # drop_by content: of the kept tokens, drawn from the rest
-    merge_rate: MergeRate = off(0.0)  # of its tokens that each block merges; video and audio
+    merge_rate: MergeRate = off(0.0)  # of its tokens that each block merges; text never merges
     temperature: PositiveFloat
     mil_nce_weight: NonNegativeFloat
     senses_weight: NonNegativeFloat = off(1.0)  # of each NCE with video beyond the paper's

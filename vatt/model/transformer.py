@@ -269,9 +269,9 @@ class SignalTower(Tower):
 
 
 def set_merging(model: nn.Module, rate: float) -> None:
-    """From now on, let each block of the video and audio towers merge this share of its tokens.
+    """From now on, let each block merge this share of its tokens, in every tower but text's.
 
-    The last block merges none, and text towers never merge. Weights stay as they are.
+    The last block merges none. Weights stay as they are.
     """
     for part in model.modules():
         if isinstance(part, SignalTower):

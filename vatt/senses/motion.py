@@ -72,7 +72,7 @@ class Motion(Sense):
 
     def energy(self, values: Tensor) -> Tensor:
         """The square of what the model sees."""
-        return (values.asinh() * LEVELS).round().long().square()
+        return (values.double().asinh() * LEVELS).round().long().square()
 
     def stored(self, params: PreprocessParams) -> dict[str, int] | None:
         """The rate and the number of channels."""
