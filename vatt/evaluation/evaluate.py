@@ -48,7 +48,7 @@ from vatt.files import atomic_folder, atomic_write
 from vatt.metrics import Metric, bootstrap_interval, ranks
 from vatt.model.experts import specialisation
 from vatt.progress import Progress
-from vatt.senses import SENSES
+from vatt.senses import ANCHOR, SENSES
 
 CURVE = "retrieval.json"  # recall of each direction by k
 CURVE_RANKS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100)
@@ -287,12 +287,13 @@ def summary(metrics: Metrics) -> dict[str, float]:
     At most 60 values of pre-trained and fine-tuned models; evaluate.json holds all, with their
     intervals.
     """
-    found = {
+    searched = {
         f"{direction}.{measure}": metric
         for direction, measures in metrics["retrieval"].get("pretrained", {}).items()
         if not direction.endswith(SIMILARITIES)
         for measure, metric in measures.items()
     }
+    found = {name: metric for name, metric in searched.items() if ANCHOR.name in name}
     for task, runs in metrics["classification"].items():
         inits = [init for init in ("pretrained", "scratch") if init in runs]
         measures = {name: value for init in inits for name, value in runs[init].items()}
@@ -308,6 +309,7 @@ def summary(metrics: Metrics) -> dict[str, float]:
     }
     if "experts" in metrics:
         found["experts.specialisation"] = metrics["experts"]["pretrained"]["specialisation"]
+    found |= searched  # pairs that were not trained together come last: they may be many
     values = {name: one["value"] for name, one in found.items() if one.get("value") is not None}
     return {name: float(value) for name, value in list(values.items())[:SUMMARY]}
 

@@ -270,7 +270,6 @@ ENCODERS = {"pretrained": "pre-trained", "untrained": "untrained"}  # name in th
 STARTS = {"pretrained": "from the pre-trained weights", "scratch": "from scratch"}
 FEWEST_CLIPS = 8  # in a map
 SMOOTH_SHARE = 0.02  # of a curve: half the width of its moving mean
-MODALITIES = ("video", "audio", "text")
 MATRIX_CLASSES = 16  # more do not fit into a chart
 
 
@@ -427,7 +426,11 @@ def _input_pairs(insides: NamedArrays, other: str) -> tuple[NDArray[Any], NDArra
 def node_activations(inputs: Inputs) -> list[Picture]:
     """The mean activation of every MLP node by layer, a chart for each modality (figure 4)."""
     insides = inputs.arrays.get("insides", {})
-    nodes = {name: insides[f"nodes/{name}"] for name in MODALITIES if f"nodes/{name}" in insides}
+    nodes = {
+        key.removeprefix("nodes/"): values
+        for key, values in insides.items()
+        if key.startswith("nodes/")
+    }
     if not nodes:
         return []
     shared = (inputs.model or {}).get("model", {}).get("backbone") == "agnostic"
