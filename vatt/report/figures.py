@@ -278,10 +278,11 @@ def learning_curves(inputs: Inputs) -> list[Picture]:
     pictures = []
     history = inputs.curves.get("pretrain")
     if history:
+        losses = {"nce": "video–audio (NCE)", "mil_nce": "video–text (MIL-NCE)"}
+        others = [key for key in history[0] if key.startswith("nce_")]
+        losses |= {key: f"video–{key.removeprefix('nce_')} (NCE)" for key in others}
         series = [
-            (name, *_curve(history, key))
-            for key, name in (("nce", "video–audio (NCE)"), ("mil_nce", "video–text (MIL-NCE)"))
-            if key in history[0]
+            (name, *_curve(history, key)) for key, name in losses.items() if key in history[0]
         ]
         series = series or [("loss", *_curve(history, "loss"))]
         pictures.append(
@@ -290,7 +291,8 @@ def learning_curves(inputs: Inputs) -> list[Picture]:
                 series,
                 x_label="step",
                 y_label="loss",
-                caption="The two contrastive losses over the global batch.",
+                caption=f"The {'two ' if len(series) == 2 else ''}contrastive losses over the "
+                "global batch.",
             )
         )
     by_task: dict[str, dict[str, list[dict[str, float]]]] = {}

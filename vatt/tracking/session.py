@@ -26,7 +26,8 @@ from vatt.training import distributed
 from vatt.training.engine import Weights
 
 REPEATABLE = ("loss", "nce", "mil_nce", "accuracy", "learning_rate", "gradient_norm")
-KINDS = ("val.", "experts.")  # how names of metrics of an evaluation, and of routers, begin
+# How names of metrics of an evaluation, of routers, and of the losses of further senses begin.
+KINDS = ("val.", "experts.", "nce_")
 HISTORY, SPIKES = "history.jsonl", "spikes.jsonl"  # in the state's folder, with what follows
 BEST = "best"
 CURVE = "history.json"  # in the checkpoint's folder
