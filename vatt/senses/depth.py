@@ -114,6 +114,9 @@ class Depth(Sense):
 
     def decode(self, data: bytes, count: int) -> np.ndarray:
         """(T, H, W) uint8."""
+        width, height = (int.from_bytes(data[at : at + 4]) for at in (16, 20))  # as it claims
+        if width * height > MOST_PIXELS * max(count, 1) or not data:
+            raise BrokenMediaError(f"its depth has {width} x {height} pixels")
         picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if picture is None or picture.ndim != 2 or count == 0 or len(picture) % count:
             raise BrokenMediaError(f"its depth is not {count} frames of one channel")

@@ -153,7 +153,7 @@ def scan(
         ),
         ignored=dict(+ignored),
         captions_dropped=sum(subtitles.dropped for subtitles in read.values()),
-        mark=_mark(digests, clips, _contents(folder, clips)),
+        mark=_mark(digests, clips, _contents(folder, clips, hashes or ContentHashes())),
         notes=(*notes, *layout.notes(), *subtitles.notes, *_doubts(clips, digests, files)),
     )
 
@@ -442,20 +442,14 @@ def _doubts(clips: Sequence[Clip], digests: Mapping[str, str], files: Sequence[s
     return notes
 
 
-def _contents(folder: Path, clips: Sequence[Clip]) -> list[str]:
+def _contents(folder: Path, clips: Sequence[Clip], hashes: ContentHashes) -> list[str]:
     """Names and hashes of the files of other senses."""
-    named = {url.removeprefix("folder:") for clip in clips for url in clip.senses.values()}
-    files = [
-        file
-        for name in sorted(named)
-        for file in (
-            sorted((folder / name).iterdir()) if (folder / name).is_dir() else [folder / name]
-        )
-    ]
-    hashes = ContentHashes().of(files)
-    return [
-        f"{file.relative_to(folder)} {digest}" for file, digest in zip(files, hashes, strict=True)
-    ]
+    named = {folder / url.removeprefix("folder:") for clip in clips for url in clip.senses.values()}
+    files: list[Path] = []
+    for path in sorted(named):
+        files += sorted(path.iterdir()) if path.is_dir() else [path]
+    digests = zip(files, hashes.of(files), strict=True)
+    return [f"{file.relative_to(folder)} {digest}" for file, digest in digests]
 
 
 def _mark(digests: Mapping[str, str], clips: Sequence[Clip], others: Sequence[str]) -> str:
