@@ -10,8 +10,8 @@ from vatt.evaluation.evaluate import EvaluationRequest, encode, measure, save_re
 from vatt.evaluation.features import ProcessShare
 from vatt.process import run_stage
 from vatt.progress import progress
-from vatt.provenance import data_hash, stage_hash
 from vatt.tracking import mlflow
+from vatt.tracking.provenance import data_hash, stage_hash
 from vatt.training import distributed
 
 FEATURE_CACHE = Path("runs/feature-cache")  # by checkpoint and data; safe to delete

@@ -10,8 +10,8 @@ from vatt.data.sources.official import account, shares
 from vatt.files import atomic_write
 from vatt.process import run_stage
 from vatt.progress import progress
-from vatt.provenance import stage_hash
 from vatt.tracking import mlflow
+from vatt.tracking.provenance import stage_hash
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ from vatt.data.clips.samples import check_clips, stages_to_come
 from vatt.data.loading.batches import Sampling
 from vatt.process import run_stage
 from vatt.progress import progress
-from vatt.provenance import data_hash, stage_hash
 from vatt.tracking import mlflow
+from vatt.tracking.provenance import data_hash, stage_hash
 from vatt.tracking.session import Outputs, Session, feed
 from vatt.training import distributed
 from vatt.training.loop import Training

@@ -2,10 +2,10 @@
 
 from vatt.config import load_params, plain
 from vatt.process import run_stage
-from vatt.provenance import git_commit, listed_hash, stage_hash
 from vatt.report.inputs import Origin
 from vatt.report.page import write_report
 from vatt.tracking import mlflow
+from vatt.tracking.provenance import git_commit, listed_hash, stage_hash
 
 
 def main() -> None:

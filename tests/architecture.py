@@ -38,7 +38,7 @@ class Room(NamedTuple):
 
 
 ROOMS = {
-    "provenance": Room(0, 1, "learn", "commit and versions"),
+    "beyond": Room(5, 1, "report", "studies beyond the paper"),
     "tracking": Room(1, 1, "learn", "MLflow, history, energy"),
     "plan": Room(2, 1, "learn", "memory, time and cost"),
     "verify": Room(3, 1, "learn", "the published figures"),

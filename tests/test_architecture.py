@@ -21,7 +21,8 @@ ALLOWED = {  # longest prefix wins; a room may always import itself
     "stages": ("vatt",),
     "vattctl": ("vatt",),
     "vatt.studies": ("vatt.paper",),
-    "vatt.report": ("vatt.paper", "vatt.studies", "vatt.flops"),
+    "vatt.beyond": ("vatt.studies",),
+    "vatt.report": ("vatt.paper", "vatt.studies", "vatt.beyond", "vatt.flops"),
     "vatt.verify": (
         "vatt.paper",
         "vatt.model",
@@ -38,7 +39,6 @@ ALLOWED = {  # longest prefix wins; a room may always import itself
         "vatt.model",
         "vatt.senses",
         "vatt.data",
-        "vatt.provenance",
     ),
     "vatt.training": (
         "vatt.model",

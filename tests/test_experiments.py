@@ -12,7 +12,7 @@ import pytest
 
 from tests.test_stages import SMALL, environment, metrics, new_project, sets, signal_stage, vattctl
 from vatt.errors import SettingsError
-from vatt.provenance import stage_hash
+from vatt.tracking.provenance import stage_hash
 from vattctl.experiments import Experiment, inside, run_experiment, write_experiment
 
 QUICK = {("finetune", "run"): [], ("evaluate", "probes"): {}, ("pretrain", "steps"): 6}

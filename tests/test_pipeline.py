@@ -21,7 +21,7 @@ WITHOUT_EFFECT = {
     "vatt.files",
     "vatt.process",
     "vatt.progress",
-    "vatt.provenance",
+    "vatt.tracking.provenance",
     "vatt.tracking.mlflow",
     "vatt.tracking.records",
     "vatt.training.telemetry",

@@ -15,7 +15,7 @@ import yaml
 import vatt
 from tests.test_architecture import ROOT
 from tests.test_stages import SMALL, new_project, sets
-from vatt.provenance import write_marks
+from vatt.tracking.provenance import write_marks
 from vattctl.experiments import Experiment, inside, write_experiment
 from vattctl.project import project_pipeline
 

@@ -10,7 +10,7 @@ import yaml
 
 from tests.test_architecture import ROOT
 from vatt.config import Params, parse_params
-from vatt.provenance import git_commit, stage_hash
+from vatt.tracking.provenance import git_commit, stage_hash
 
 PIPELINE = {
     "stages": {

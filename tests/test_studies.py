@@ -4,9 +4,21 @@ from pathlib import Path
 
 import pytest
 
-from vatt.config import load_params
+from vatt.beyond import Beyond, beyond
+from vatt.config import known_keys, load_params
 from vatt.paper import paper_tables
-from vatt.studies import BASE, DEMO, FACTOR, PAPER, SEEDED, studies, study, with_seed
+from vatt.studies import (
+    BASE,
+    DEMO,
+    FACTOR,
+    PAPER,
+    SEEDED,
+    SEEDS,
+    StudyRun,
+    studies,
+    study,
+    with_seed,
+)
 
 TABLES = {table.number: table for table in paper_tables()}
 OURS = {
@@ -101,3 +113,41 @@ def test_another_seed_is_another_run_from_that_seed_s_weights() -> None:
         "base-seed-2",
         2,
     )
+
+
+@pytest.mark.parametrize("one", beyond().values(), ids=lambda one: one.name)
+def test_a_study_beyond_the_paper_has_controls_and_its_runs_come_in_order(one: Beyond) -> None:
+    names = [arm.words for arm in one.arms]
+    assert len(set(names)) == len(names)
+    for arm in one.arms:
+        assert arm.control is None or (arm.control in names and arm.control != arm.words)
+    assert any(arm.control for arm in one.arms)
+    known: set[str | None] = {None}
+    for run in one.runs():
+        assert run.start in known
+        assert run.bringer in known | {run.name}
+        known.add(run.name)
+    assert known >= {with_seed(arm.run, seed).name for arm in one.arms for seed in SEEDS}
+
+
+def test_a_run_that_studies_and_tables_share_is_the_same_in_each() -> None:
+    tables = {run.name: run for one in studies(DEMO) for run in one.runs}
+    runs = tables | {run.name: run for one in tables.values() for run in _with_seeds(one)}
+    for one in beyond().values():
+        for run in one.runs():
+            assert runs.setdefault(run.name, run) == run
+
+
+def _with_seeds(run: StudyRun) -> list[StudyRun]:
+    return [with_seed(run, seed) for seed in SEEDS]
+
+
+def test_arms_of_a_study_differ_from_their_control_in_settings_that_exist() -> None:
+    keys = {key for one in beyond().values() for arm in one.arms for key in arm.run.settings}
+    for key in keys:
+        if not key.startswith("evaluate.probes."):
+            assert key.rpartition(".")[2] in known_keys(tuple(key.split(".")[:-1])), key
+    for one in beyond().values():
+        runs = {arm.words: arm.run for arm in one.arms}
+        for arm in one.arms:
+            assert arm.control is None or arm.run.settings != runs[arm.control].settings

@@ -41,6 +41,14 @@ class StudyRun:
     tasks: tuple[Task, ...] = ()
     inits: tuple[str, ...] = ("pretrained",)
     seed: int | None = None  # None: the project's
+    corpus: str | None = None  # the run that makes its clips; None: the project, or base-seed-N
+
+    @property
+    def bringer(self) -> str | None:
+        """The run whose clips it uses, itself maybe; None: the clips are the project's."""
+        if self.corpus is None and self.seed is not None:
+            return f"{BASE}-seed-{self.seed}"
+        return self.corpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +151,17 @@ def with_seed(run: StudyRun, seed: int) -> StudyRun:
     """The same run with another seed and its own name; the first seed is that of the project."""
     if seed == SEEDS[0]:
         return run
-    start = None if run.start is None else f"{run.start}-seed-{seed}"
-    settings = {**run.settings, "seed": seed}
-    return replace(run, name=f"{run.name}-seed-{seed}", start=start, settings=settings, seed=seed)
+    start, corpus = (
+        None if name is None else f"{name}-seed-{seed}" for name in (run.start, run.corpus)
+    )
+    return replace(
+        run,
+        name=f"{run.name}-seed-{seed}",
+        start=start,
+        corpus=corpus,
+        settings={**run.settings, "seed": seed},
+        seed=seed,
+    )
 
 
 # On the paper's data sets, the task or probe of a column has the name of the set.
@@ -188,7 +204,7 @@ def _rows(number: int) -> dict[str, int]:
     return {row.name: place for place, row in enumerate(_table(number).rows)}
 
 
-def _pretraining(scale: Scale, name: str, settings: Settings | None = None) -> StudyRun:
+def pretraining(scale: Scale, name: str, settings: Settings | None = None) -> StudyRun:
     """A pre-training of an exploration; those that are fine-tuned have tasks."""
     tasks: tuple[Task, ...] = ()
     if scale.name == "demo" and name in (BASE, AGNOSTIC):
@@ -202,8 +218,8 @@ def _model(scale: Scale, model: str) -> StudyRun:
     if scale.name == "paper":
         return StudyRun(model.lower(), MODELS[model])
     if model == "MA":
-        return _pretraining(scale, AGNOSTIC, {"model.backbone": "agnostic"})
-    return _pretraining(scale, BASE)
+        return pretraining(scale, AGNOSTIC, {"model.backbone": "agnostic"})
+    return pretraining(scale, BASE)
 
 
 def _data_set(column: str) -> str:
@@ -309,7 +325,7 @@ def _table_5(scale: Scale) -> Study:
 
 
 def _dropping(scale: Scale, rate: float) -> StudyRun:
-    return _pretraining(scale, dropping(rate), {"pretrain.drop_rate": rate})
+    return pretraining(scale, dropping(rate), {"pretrain.drop_rate": rate})
 
 
 def _table_6(scale: Scale) -> Study:
@@ -369,7 +385,7 @@ def _table_9(scale: Scale) -> Study:
         for key, value in scale.crop(size).items():
             settings[f"pretrain.augmentation.{key}"] = value
         name = BASE if (clip, patch) == ("32x224x224", "4x16x16") else f"{clip}-{patch}"
-        run = _pretraining(scale, name, {} if name == BASE else settings)
+        run = pretraining(scale, name, {} if name == BASE else settings)
         for column in table.columns[2:]:
             made.ask(place, column, run)
     return made.done()
@@ -389,7 +405,7 @@ def _table_10(scale: Scale) -> Study:
             }
         elif patch != "128":
             settings = {"model.audio.patch": int(patch)}
-        run = _pretraining(scale, f"{kind}-{patch}" if settings else BASE, settings)
+        run = pretraining(scale, f"{kind}-{patch}" if settings else BASE, settings)
         for column in table.columns[2:]:
             made.ask(place, column, run)
     return made.done()

@@ -476,7 +476,7 @@ def _files_of(place: Path) -> Iterator[Path]:
 def refresh_marks(project: Path) -> None:
     """In a project without a clone, note the installed code where it differs from what is noted."""
     if was_made_by_init(project):
-        from vatt.provenance import write_marks
+        from vatt.tracking.provenance import write_marks
 
         write_marks(SHIPPED / "dvc.yaml", project)
 

@@ -1,4 +1,4 @@
-"""One command for each table of the paper: its runs as experiments, their cost, their results."""
+"""One command for each table and study: its runs as experiments, their cost, their results."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,12 @@ from vattctl.params import enter_project, print_rich
 from vattctl.sets import overlay
 
 if TYPE_CHECKING:
+    from vatt.beyond import Beyond
     from vatt.config import Params
     from vatt.studies import Scale, StudyRun
 
 NUMBERS = tuple(str(number) for number in range(1, 11))
+BEYOND = ("voices", "text", "tokens", "senses", "experts")
 RESUMABLE = (Stopped.exit_code, INTERRUPTED)
 VERSION = 1
 EXPERIMENTS, SETS = Path("experiments"), Path("sets")
@@ -69,8 +71,8 @@ def experiment_of(run: "StudyRun", scale: "Scale") -> Experiment:
         *(["evaluate"] if scale.name == "demo" or run.start is not None else []),
     ]
     data = Path() if run.data is None else SETS / run.data
-    if run.seed is not None and not _brings_data(run):
-        data = EXPERIMENTS / _bringer(run)
+    if run.bringer is not None and not _brings_data(run):
+        data = EXPERIMENTS / run.bringer
     return Experiment(
         EXPERIMENTS / run.name,
         stages=tuple(stages),
@@ -86,15 +88,8 @@ def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return {**under, **over, **deeper}
 
 
-def _bringer(run: "StudyRun") -> str:
-    """The run that makes the corpus of a seed."""
-    from vatt.studies import BASE
-
-    return f"{BASE}-seed-{run.seed}"
-
-
 def _brings_data(run: "StudyRun") -> bool:
-    return run.seed is not None and run.name == _bringer(run)
+    return run.bringer == run.name
 
 
 def _of(tasks: dict[str, Any], like: str, run: "StudyRun") -> dict[str, Any]:
@@ -184,6 +179,22 @@ def _training_seconds(params: "Params", folder: Path) -> float | None:
     return samples / median(speeds) if speeds else None
 
 
+def _seconds_of_a_window(params: "Params", folder: Path) -> dict[str, float]:
+    """What a window takes in each tower, as the evaluation of a run has measured it."""
+    from vatt.tracking.mlflow import metric_values
+    from vatt.tracking.records import Record
+
+    run_id = Record.read(folder / params.paths.runs / "evaluate.json").facts.get("run_id")
+    if run_id is None:
+        return {}
+    with inside(folder):
+        found = {
+            tower: metric_values(params, run_id, f"cost.{tower}.seconds")
+            for tower in ("video", "audio")
+        }
+    return {tower: values[-1] for tower, values in found.items() if values}
+
+
 def _speed(device: str | None, gpus: int) -> float | None:
     """Operations a second: a GPU's by its data sheet, else as a pre-training here has shown."""
     from vatt.plan.forecast import COMMON_SHARE, named_place
@@ -223,12 +234,16 @@ def _work(run: "StudyRun", start: "StudyRun | None", scale: "Scale") -> float:
 
 def gather(scale: "Scale", params: "Params") -> dict[str, Any]:
     """What the runs have measured, in one file among the metrics: the report is made from it."""
+    from vatt.beyond import beyond
     from vatt.files import atomic_write
     from vatt.studies import SEEDS, STUDIES, studies, with_seed
 
-    runs = {run.name: run for one in studies(scale) for run in one.runs}
+    once = {run.name: run for one in studies(scale) for run in one.runs}
+    runs = {run.name: run for one in once.values() for run in (with_seed(one, n) for n in SEEDS)}
+    if scale.name == "demo":
+        runs |= {run.name: run for one in beyond().values() for run in one.runs()}
     found = {}
-    for run in [with_seed(run, seed) for run in runs.values() for seed in SEEDS]:
+    for run in runs.values():
         file = EXPERIMENTS / run.name / "reports/metrics/evaluate.json"
         if file.exists():
             found[run.name] = _measured(EXPERIMENTS / run.name, file)
@@ -255,7 +270,8 @@ def _measured(folder: Path, file: Path) -> dict[str, Any]:
     forward = multimodal_flops(
         whole, drop_rate=rate, merge_rate=params.pretrain.merge_rate, convention="true"
     )
-    gflops = {"pretrain": forward / 1e9}
+    gflops: dict[str, Any] = {"pretrain": forward / 1e9}
+    gflops["evaluate"] = results.get("protocol", {}).get("gflops", {})
     for name in params.finetune.run:
         task = params.finetune.tasks[name]
         model = task_model(whole, task)
@@ -272,6 +288,7 @@ def _measured(folder: Path, file: Path) -> dict[str, Any]:
         "gflops": gflops,
         "seconds": _seconds(folder),
         "training_seconds": _training_seconds(params, folder),
+        "cost": _seconds_of_a_window(params, folder),
         "retrieval": {"pretrained": results.get("retrieval", {}).get("pretrained", {})},
         "probes": results.get("probes", {}),
         "classification": results.get("classification", {}),
@@ -286,9 +303,10 @@ Examples:
   vattctl table 5 --dry-run     the runs behind table 5 (DropToken while pre-training)
   vattctl table 5               run those that are missing
   vattctl table all --seeds     three seeds for DropToken and the two backbones
+  vattctl table tokens          a study beyond the paper, with three seeds
   vattctl table 1 --dry-run --device h100-80gb --gpus 64""",
 )
-@click.argument("number", required=False, type=click.Choice([*NUMBERS, "all"]))
+@click.argument("which", required=False, type=click.Choice([*NUMBERS, "all", *BEYOND, "beyond"]))
 @click.option("--dry-run", is_flag=True, help="List the runs, their state and cost; run nothing.")
 @click.option(
     "--seeds",
@@ -301,32 +319,33 @@ Examples:
 @click.pass_context
 def table(
     context: click.Context,
-    number: str | None,
+    which: str | None,
     dry_run: bool,
     seeds: bool,
     device: str | None,
     gpus: int,
     as_json: bool,
 ) -> None:
-    """Run what a table of the paper needs, each run an experiment in a folder of its own.
+    """Run what a table of the paper, or a study beyond it, needs: each run is an experiment.
 
     On the demo corpus the tables are scaled down; with the paper's settings, on the data sets
     in sets/ (`vattctl finetune SET --data DIR` makes them). A run that several tables need is run
     once; a killed one continues. The report shows the results next to the published numbers.
+    `beyond` is all studies of docs/beyond.md, each arm and its control with three seeds.
     """
     from vatt.config import load_params
 
     enter_project(context)
     params = load_params()
-    numbers = [int(one) for one in (NUMBERS if number in (None, "all") else [number])]
     scale = _scale(params)
-    runs = _runs(numbers, scale, seeds=seeds)
-    if number is None or dry_run:
+    chosen = _choose(which, scale)
+    runs = _runs(chosen, scale, seeds=seeds)
+    if which is None or dry_run:
         planned = plan(runs, scale, device=device, gpus=gpus)
         if as_json:
-            click.echo(json.dumps(_plain(numbers, planned, scale), indent=2))
-        elif number is None:
-            _print_tables(numbers, planned, scale)
+            click.echo(json.dumps(_plain(chosen, planned, scale), indent=2))
+        elif which is None:
+            _print_tables(chosen, planned, scale)
         else:
             _print_runs(planned)
         return
@@ -343,7 +362,7 @@ def table(
             json.dumps({"version": VERSION, "scale": scale.name, "runs": gathered}, indent=2)
         )
     else:
-        _print_results(numbers)
+        _print_results(chosen)
     if failed:
         raise VattError(f"failed: {', '.join(failed)}", hint="their messages are above")
 
@@ -354,13 +373,45 @@ def _scale(params: "Params") -> "Scale":
     return SCALES["demo" if params.data.source == "demo" else "paper"]
 
 
-def _runs(numbers: Sequence[int], scale: "Scale", *, seeds: bool) -> "list[StudyRun]":
-    """The runs of some tables, shared ones once, each after the one whose weights it takes."""
-    from vatt.studies import BASE, SEEDED, SEEDS, study, with_seed
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What a call of `vattctl table` is about."""
 
-    found = {run.name: run for number in numbers for run in study(number, scale).runs}
+    numbers: tuple[int, ...]  # of the paper's tables
+    studies: "tuple[Beyond, ...]"
+
+    def runs_of(self, scale: "Scale") -> "dict[str, list[StudyRun]]":
+        """The runs of each table and study, by the name under which it is listed."""
+        from vatt.studies import study
+
+        tables = {str(number): list(study(number, scale).runs) for number in self.numbers}
+        return tables | {one.name: list(one.runs()) for one in self.studies}
+
+
+def _choose(which: str | None, scale: "Scale") -> Chosen:
+    from vatt.beyond import beyond, named
+
+    if which in NUMBERS:
+        return Chosen((int(which),), ())
+    numbers = tuple(map(int, NUMBERS)) if which in (None, "all") else ()
+    if which == "all" or (which is None and scale.name != "demo"):
+        return Chosen(numbers, ())
+    if scale.name != "demo":
+        raise SettingsError(
+            f"the study '{which}' runs on the demo corpus, scaled down",
+            hint="vattctl init DIR --preset demo makes a project for it",
+        )
+    every = which in (None, "beyond")
+    return Chosen(numbers, tuple(beyond().values()) if every else named(str(which)))
+
+
+def _runs(chosen: Chosen, scale: "Scale", *, seeds: bool) -> "list[StudyRun]":
+    """The chosen runs, shared ones once, each after the one whose weights or clips it takes."""
+    from vatt.studies import BASE, SEEDED, SEEDS, with_seed
+
+    found = {run.name: run for runs in chosen.runs_of(scale).values() for run in runs}
     runs = list(found.values())
-    if seeds:
+    if seeds and chosen.numbers:
         # the base first: it brings the corpus that its seed makes
         again = sorted((r for r in runs if r.name in SEEDED), key=lambda run: run.name != BASE)
         runs = [with_seed(run, seed) for seed in SEEDS for run in again]
@@ -385,13 +436,13 @@ def _run_all(
     return failed
 
 
-def _plain(numbers: Sequence[int], planned: Sequence[RunState], scale: "Scale") -> dict[str, Any]:
-    from vatt.studies import study
-
+def _plain(chosen: Chosen, planned: Sequence[RunState], scale: "Scale") -> dict[str, Any]:
     return {
         "version": VERSION,
         "scale": scale.name,
-        "tables": {number: [run.name for run in study(number, scale).runs] for number in numbers},
+        "tables": {
+            name: [run.name for run in runs] for name, runs in chosen.runs_of(scale).items()
+        },
         "runs": [
             {
                 "run": one.run.name,
@@ -456,42 +507,45 @@ def _total(planned: Sequence[RunState]) -> str:
     return f"{len(left)} of {len(planned)} runs are left, {cost}{note}"
 
 
-def _print_tables(numbers: Sequence[int], planned: Sequence[RunState], scale: "Scale") -> None:
+def _print_tables(chosen: Chosen, planned: Sequence[RunState], scale: "Scale") -> None:
     from rich.table import Table
 
     from vatt.paper import paper_tables
-    from vatt.studies import study
 
     by_name = {one.run.name: one for one in planned}
-    captions = {one.number: one.caption for one in paper_tables()}
+    captions = {str(one.number): one.caption for one in paper_tables()}
+    captions |= {one.name: one.title for one in chosen.studies}
     lines = Table(box=None, pad_edge=False)
     for column in ("table", "what", "runs done", "left"):
         lines.add_column(column, overflow="fold")
-    for number in numbers:
-        runs = [by_name[run.name] for run in study(number, scale).runs]
+    for name, wanted in chosen.runs_of(scale).items():
+        runs = [by_name[run.name] for run in wanted]
         done = sum(one.state == "done" for one in runs)
         words = "by formula, nothing to run" if not runs else _total(runs)
-        lines.add_row(str(number), captions[number], f"{done} of {len(runs)}", words)
+        lines.add_row(name, captions[name], f"{done} of {len(runs)}", words)
     print_rich(lines)
     print_rich(f"all together: {_total(planned)}")
 
 
-def _print_results(numbers: Sequence[int]) -> None:
+def _print_results(chosen: Chosen) -> None:
     from rich.table import Table
 
     from vatt.config import load_params
     from vatt.report.inputs import read_inputs
-    from vatt.report.studies import study_table
+    from vatt.report.studies import beyond_table, study_table
 
     inputs = read_inputs(load_params().paths)
-    for number in numbers:
-        found = study_table(number, inputs)
-        if found is None:
+    found = [
+        (f"Table {number}, scaled down", study_table(number, inputs)) for number in chosen.numbers
+    ]
+    found += [(study.title, beyond_table(study, inputs)) for study in chosen.studies]
+    for title, one in found:
+        if one is None:
             continue
-        lines = Table(box=None, pad_edge=False, title=f"Table {number}, scaled down")
-        for heading in found.headings:
+        lines = Table(box=None, pad_edge=False, title=title)
+        for heading in one.headings:
             lines.add_column(heading, overflow="fold")
-        for row in found.rows:
+        for row in one.rows:
             cells = (f"{cell.text} {cell.detail}".strip() for cell in row.cells)
             lines.add_row(f"{row.head} ({row.note})" if row.note else row.head, *cells)
         print_rich(lines)

@@ -13,8 +13,16 @@ from vatt.errors import DataError
 from vatt.model.transformer import resolve
 from vatt.model.vatt import VATT, Classifier
 from vatt.progress import Progress
-from vatt.release import keys
-from vatt.release.recognise import ReleasedModel, recognise
+from vatt.release.recognise import (
+    COUNTERS,
+    ENDING,
+    GRAPH,
+    ROOT,
+    SLOT,
+    TOWERS,
+    ReleasedModel,
+    recognise,
+)
 from vatt.release.tf_checkpoint import TensorFlowCheckpoint
 
 HEAD_DROPOUT = {"video": 0.5, "audio": 0.0}  # while fine-tuning only
@@ -95,14 +103,14 @@ def split_keys(released: TensorFlowCheckpoint) -> tuple[dict[str, str], dict[str
     """Short name -> key of all weights; and how many keys are slots, counters or the graph."""
     weights, not_weights = {}, dict.fromkeys(("optimizer slots", "counters", "object graph"), 0)
     for key in released.entries:
-        if keys.SLOT in key:
+        if SLOT in key:
             not_weights["optimizer slots"] += 1
-        elif key.startswith(keys.GRAPH):
+        elif key.startswith(GRAPH):
             not_weights["object graph"] += 1
-        elif key.startswith(keys.COUNTERS):
+        elif key.startswith(COUNTERS):
             not_weights["counters"] += 1
-        elif key.startswith(keys.ROOT) and key.endswith(keys.ENDING):
-            weights[key.removeprefix(keys.ROOT).removesuffix(keys.ENDING)] = key
+        elif key.startswith(ROOT) and key.endswith(ENDING):
+            weights[key.removeprefix(ROOT).removesuffix(ENDING)] = key
         else:
             weights[key] = key
     return weights, not_weights
@@ -169,7 +177,7 @@ def _convert(
         used=sorted(weights[key] for key in used),
         not_weights=not_weights,
         unused=sorted(weights[key] for key in weights.keys() - used - misfit),
-        missing=sorted(keys.ROOT + key + keys.ENDING for key in asked - weights.keys()),
+        missing=sorted(ROOT + key + ENDING for key in asked - weights.keys()),
         shape=list(misfits.values()),
     )
     return state, account
@@ -183,7 +191,7 @@ def _ours(released: TensorFlowCheckpoint, key: str) -> Tensor:
     tensor = tensor.to(torch.float32)
     if not tensor.isfinite().all():
         raise DataError(f"{key} holds values that are not finite")
-    if key.removesuffix(keys.ENDING).endswith("/kernel") and tensor.ndim > 1:
+    if key.removesuffix(ENDING).endswith("/kernel") and tensor.ndim > 1:
         tensor = tensor.flatten(0, -2).T.contiguous()
     return tensor
 
@@ -203,7 +211,7 @@ def _new_weights(found: ReleasedModel) -> dict[str, Tensor]:
 
 
 def _heads(found: ReleasedModel) -> dict[str, int]:
-    towers = keys.TOWERS if found.modality is None else (found.modality,)
+    towers = TOWERS if found.modality is None else (found.modality,)
     return {name: resolve(getattr(found.params, name).size).heads for name in towers}
 
 

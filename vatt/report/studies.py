@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vatt.beyond import Arm, Beyond, Measure, beyond
 from vatt.paper import DATASETS, PaperTable, heading, paper_tables
 from vatt.report.figures import Picture, lines
 from vatt.report.inputs import Inputs
@@ -236,3 +237,75 @@ def drop_token_pictures(inputs: Inputs) -> list[Picture]:
         for axis, xs in places.items()
         if shown and None not in xs
     ]
+
+
+# --- beyond the paper -----------------------------------------------------------------------------
+
+
+def beyond_table(study: Beyond, inputs: Inputs) -> Table | None:
+    """A study: each arm, and below it what it adds to its control; None without any run."""
+    controls = {arm.words: arm for arm in study.arms}
+    rows: list[TableRow] = []
+    for arm in study.arms:
+        found = [_by_seed(inputs, arm, measure) for measure in study.measures]
+        seeds = max(len([one for one in values if one is not None]) for values in found)
+        if not seeds:
+            continue
+        note = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+        cells = tuple(
+            _mean_cell(values, measure)
+            for values, measure in zip(found, study.measures, strict=True)
+        )
+        rows.append(TableRow(arm.words, cells, "ours", note, starts=True))
+        if arm.control is None:
+            continue
+        others = [_by_seed(inputs, controls[arm.control], one) for one in study.measures]
+        differences = tuple(
+            _difference(ours, theirs, measure)
+            for ours, theirs, measure in zip(found, others, study.measures, strict=True)
+        )
+        rows.append(TableRow(f"minus {arm.control}", differences, "text", "paired by seed"))
+    if not rows:
+        return None
+    return Table(
+        title=study.title,
+        headings=("", *(measure.words for measure in study.measures)),
+        rows=tuple(rows),
+        remark=f"{study.question} Each run has the tiny model and the steps of the scaled-down "
+        f"tables. Intervals: Student's t over {len(SEEDS)} seeds, 95 %. A difference is bold only "
+        "where its interval does not hold 0.",
+    )
+
+
+def beyond_tables(inputs: Inputs) -> list[Table]:
+    """Every study of which something has been run."""
+    tables = (beyond_table(study, inputs) for study in beyond().values())
+    return [table for table in tables if table is not None]
+
+
+def _by_seed(inputs: Inputs, arm: Arm, measure: Measure) -> list[Any]:
+    """The values of an arm, one for each seed; None where a run is missing."""
+    return [_look(runs.get(name), measure.path) for runs, name in _seeds(inputs, arm.run.name)]
+
+
+def _mean_cell(values: Sequence[Any], measure: Measure) -> Cell:
+    known = [value for value in values if value is not None]
+    if not known:
+        return Cell(NOT_RUN, "not_run")
+    if measure.kind == "number":
+        return Cell(f"{statistics.fmean(known):.3g}", "computed")
+    mean = over_seeds(known if len(known) == len(SEEDS) else known[:1])
+    return metric_cell({**mean, "low": max(mean["low"], 0), "high": min(mean["high"], 1)})
+
+
+def _difference(ours: Sequence[Any], theirs: Sequence[Any], measure: Measure) -> Cell:
+    """Ours minus theirs, pair by pair; of costs the ratio."""
+    pairs = [pair for pair in zip(ours, theirs, strict=True) if None not in pair]
+    if measure.kind == "number" and pairs:
+        ratio = statistics.fmean(one / other for one, other in pairs)
+        return Cell(f"× {ratio:.2f}", "computed")
+    if len(pairs) < len(SEEDS):
+        return Cell("–", "none", f"needs {len(SEEDS)} seeds")
+    return difference_cell(
+        over_seeds([{"value": one["value"] - other["value"]} for one, other in pairs])
+    )

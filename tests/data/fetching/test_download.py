@@ -29,8 +29,7 @@ from vatt.data.clips.storage import decode_frames, whole
 from vatt.data.fetching import download as download_module
 from vatt.data.fetching import fetch
 from vatt.data.fetching.download import addresses_of, download
-from vatt.data.fetching.fetch import download_section
-from vatt.data.fetching.hosts import Hosts, explain
+from vatt.data.fetching.fetch import Hosts, download_section, explain
 from vatt.data.fetching.network import Guard
 from vatt.data.sharding.cut import Cut, cut
 from vatt.errors import DataError, MachineError

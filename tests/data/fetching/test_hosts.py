@@ -7,12 +7,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
-from vatt.data.fetching.hosts import Hosts
+from vatt.data.fetching.fetch import Hosts
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from vatt.data.fetching.hosts import Hosts
+from vatt.data.fetching.fetch import Hosts
 with Hosts(Path(sys.argv[1]), 1, 0.0).turn("host"):
     print("mine", flush=True)
     time.sleep(60)

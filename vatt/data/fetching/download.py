@@ -30,12 +30,12 @@ from vatt.data.fetching.fetch import (
     TOOLS,
     Fetching,
     FetchRequest,
+    Hosts,
     Outcome,
     TimeRange,
     fetch_all,
     without_deadly,
 )
-from vatt.data.fetching.hosts import Hosts
 from vatt.data.fetching.network import SETTING as ALLOW_PRIVATE
 from vatt.data.fetching.network import place_of
 from vatt.data.workers import Workers, start_workers

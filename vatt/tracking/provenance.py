@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PIPELINE_FILE = Path("dvc.yaml")
 LOCK_FILE = Path("dvc.lock")
-CODE = Path(__file__).parents[1]  # the folder of vatt and stages: a clone, or site-packages
+CODE = Path(__file__).parents[2]  # the folder of vatt and stages: a clone, or site-packages
 
 
 def git_commit() -> str:
