@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo tables tables-seeds test lint bench gpu faults slow dist docs lock audit clean
+.PHONY: setup demo tables tables-seeds beyond test lint bench gpu faults slow dist docs lock audit clean
 
 setup: $(READY)
 
@@ -27,6 +27,10 @@ tables: setup  # every table of the paper, scaled down, and the report: within a
 
 tables-seeds: setup  # DropToken and specific against agnostic with three seeds: slower
 	@$(BIN)/vattctl table all --seeds
+	@$(BIN)/vattctl report
+
+beyond: setup  # the studies of docs/beyond.md, three seeds each; a killed one continues
+	@$(BIN)/vattctl table beyond
 	@$(BIN)/vattctl report
 
 test: setup

@@ -146,7 +146,7 @@ def test_dvc_is_run_from_one_module() -> None:
 
 def test_rooms_are_few() -> None:
     files = [file for module, file in modules().items() if not within(module, ("stages",))]
-    assert len(files) <= 120
+    assert len(files) <= 126  # 120 for the paper, six for what goes beyond it
     rooms = Counter(file.parent.relative_to(ROOT).as_posix() for file in files)
     assert max(rooms.values()) <= 15, rooms.most_common(3)
 

@@ -6,10 +6,11 @@ same first weights. docs/beyond.md says what each setting does.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vatt.studies import (
+    AGNOSTIC,
     BASE,
     DEMO,
     SEEDS,
@@ -62,6 +63,10 @@ class Beyond:
         return tuple(found.values())
 
 
+RECALL = "recall_at_10"
+AUDIO_TO_VIDEO = Measure(
+    "sound to video, R@10", ("retrieval", "pretrained", "audio_to_video", RECALL)
+)
 TEXT_TO_VIDEO = Measure("text to video, R@10", STAND_INS["youcook2_r10"][1])
 DIGIT = Measure("digit, probe on video", STAND_INS["ucf101"][1])
 ACTION = Measure("who does what, probe on video", STAND_INS["hmdb51"][1])
@@ -126,7 +131,156 @@ def _merging() -> Beyond:
     )
 
 
-BUILDERS = (_tokens, _merging)
+# --- text quality ---------------------------------------------------------------------------------
+
+NOISES = (0.4, 0.8)
+PREPARED = {
+    "preprocess.text_quality": {
+        "fillers": [],
+        "repeat_seconds": 0,
+        "languages": [],
+        "least_quality": 0.7,
+    }
+}
+WEIGHTED = {"pretrain.text_weighting": {"kind": "drop", "least": 0.6, "warmup_steps": 60}}
+
+
+def _text() -> Beyond:
+    arms = [Arm("clean captions", _run(BASE))]
+    for noise in NOISES:
+        percent = f"{100 * noise:.0f}"
+        plain, prepared = f"text-{percent}", f"text-{percent}-prepared"
+        noisy = {"data.demo.text_noise": noise}
+        control = f"{percent} % spoilt, plain"
+        arms += [
+            Arm(control, replace(_run(plain, noisy), corpus=plain), control="clean captions"),
+            Arm(
+                f"{percent} % spoilt, prepared",
+                replace(_run(prepared, noisy | PREPARED), corpus=prepared),
+                control=control,
+            ),
+            Arm(
+                f"{percent} % spoilt, weighted",
+                replace(_run(f"text-{percent}-weighted", noisy | WEIGHTED), corpus=plain),
+                control=control,
+            ),
+            Arm(
+                f"{percent} % spoilt, both",
+                replace(_run(f"text-{percent}-both", noisy | PREPARED | WEIGHTED), corpus=prepared),
+                control=control,
+            ),
+        ]
+    video_to_text = Measure("video to text, R@10", STAND_INS["msrvtt_r10"][1])
+    return Beyond(
+        "text",
+        "Text quality: spoilt captions",
+        "When captions of the train clips are beside the point, late or mistranscribed: what do "
+        "preparation and weighting give back? Captions of the test clips are clean.",
+        tuple(arms),
+        (TEXT_TO_VIDEO, video_to_text, SECONDS),
+    )
+
+
+# --- more senses ----------------------------------------------------------------------------------
+
+MOTION = {
+    "data.demo.motion": True,
+    "preprocess.motion": {"hz": 50, "channels": 6},
+}
+DEPTH = {
+    "data.demo.depth": True,
+    "preprocess.depth": {"short_side": 72},
+}
+MOTION_MODEL = {"model.motion": {"size": "tiny", "samples": 40, "channels": 6, "patch": 5}}
+DEPTH_MODEL = {"model.depth": {"size": "tiny", "frames": 8, "frame_size": 64, "patch": [4, 16, 16]}}
+PAIRS = {"evaluate.every_pair": True}
+
+
+def _senses() -> Beyond:
+    every, three = "senses-both", "video, sound and words"
+    stored = MOTION | DEPTH | PAIRS
+    return Beyond(
+        "senses",
+        "More senses: motion and depth",
+        "Does another sense find its video, does motion find words that no loss has compared it "
+        "with, and what becomes of the first three? By chance R@10 is 10 of the pool.",
+        (
+            Arm(three, StudyRun("senses-three", {**DEMO.settings, **PAIRS}, start=BASE)),
+            Arm(
+                "and motion and depth",
+                replace(_run(every, stored | MOTION_MODEL | DEPTH_MODEL), corpus=every),
+                control=three,
+            ),
+            Arm(
+                "and motion",
+                replace(_run("senses-motion", stored | MOTION_MODEL), corpus=every),
+                control=three,
+            ),
+            Arm(
+                "and depth",
+                replace(_run("senses-depth", stored | DEPTH_MODEL), corpus=every),
+                control=three,
+            ),
+        ),
+        (
+            TEXT_TO_VIDEO,
+            AUDIO_TO_VIDEO,
+            *(
+                Measure(f"{one} to {other}, R@10", ("retrieval", "pretrained", pair, RECALL))
+                for one, other, pair in (
+                    ("motion", "video", "motion_to_video"),
+                    ("depth", "video", "depth_to_video"),
+                    ("words", "motion", "text_to_motion"),
+                    ("motion", "words", "motion_to_text"),
+                    ("words", "sound", "text_to_audio"),
+                )
+            ),
+            SECONDS,
+        ),
+    )
+
+
+# --- experts --------------------------------------------------------------------------------------
+
+EXPERTS = {"model.backbone": "agnostic", "model.experts": {"number": 4}}
+NO_ENTROPIES = {"number": 4, "local_weight": 0, "global_weight": 0}
+
+
+def _experts() -> Beyond:
+    dense = "one dense encoder"
+    shared = {"model.backbone": "agnostic"}
+    return Beyond(
+        "experts",
+        "Experts: one encoder for all senses",
+        "At equal operations for each token: are four experts in every second block better than "
+        "one dense encoder, and do modalities take different experts?",
+        (
+            Arm(dense, _run(AGNOSTIC, shared)),
+            Arm("with experts", _run("experts", EXPERTS), control=dense),
+            Arm(
+                "with experts, without entropies",
+                _run("experts-without-entropies", shared | {"model.experts": NO_ENTROPIES}),
+                control=dense,
+            ),
+            Arm(
+                "with experts of limited capacity",
+                _run(
+                    "experts-with-capacity",
+                    shared | {"model.experts": {"number": 4, "capacity": 1.0}},
+                ),
+                control=dense,
+            ),
+            Arm("a tower for each modality", _run(BASE), control=dense),
+        ),
+        (
+            *(TEXT_TO_VIDEO, AUDIO_TO_VIDEO, DIGIT, GFLOPS, SECONDS),
+            Measure("specialisation", ("experts", "pretrained", "specialisation")),
+            Measure("specialisation, untrained", ("experts", "untrained", "specialisation")),
+        ),
+    )
+
+
+BUILDERS = (_text, _tokens, _merging, _senses, _experts)
 
 
 def beyond() -> dict[str, Beyond]:

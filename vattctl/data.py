@@ -124,7 +124,7 @@ def own_edit(
 @json_option
 @click.pass_context
 def use(context: click.Context, preset: str, dry_run: bool, as_json: bool) -> None:
-    """Replace params.yaml by a preset: demo, small, one-gpu or paper.
+    """Replace params.yaml by a preset: demo, small, one-gpu, paper or beyond.
 
     After `vattctl ingest`, the data settings are kept, and the preset is fitted to your files.
     Only `demo` goes back to the generated corpus.

@@ -166,7 +166,7 @@ Examples:
     default="demo",
     show_default=True,
     shell_complete=complete_presets,
-    help="demo, small, one-gpu or paper.",
+    help="demo, small, one-gpu, paper or beyond.",
 )
 @click.option("--update", is_flag=True, help="Write dvc.yaml of an existing project again.")
 @dry_run_option("Check DIR and the preset; write nothing.")

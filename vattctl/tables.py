@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vatt.studies import Scale, StudyRun
 
 NUMBERS = tuple(str(number) for number in range(1, 11))
-BEYOND = ("voices", "text", "tokens", "senses", "experts")
+BEYOND = ("text", "tokens", "senses", "experts")
 RESUMABLE = (Stopped.exit_code, INTERRUPTED)
 VERSION = 1
 EXPERIMENTS, SETS = Path("experiments"), Path("sets")
@@ -292,6 +292,7 @@ def _measured(folder: Path, file: Path) -> dict[str, Any]:
         "retrieval": {"pretrained": results.get("retrieval", {}).get("pretrained", {})},
         "probes": results.get("probes", {}),
         "classification": results.get("classification", {}),
+        "experts": results.get("experts", {}),
     }
 
 
