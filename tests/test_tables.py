@@ -29,6 +29,17 @@ def test_without_a_number_every_table_has_a_line_and_nothing_runs(project: Path)
     assert not (project / "experiments").exists()
 
 
+def test_a_study_beyond_the_paper_lists_its_arms_with_three_seeds(project: Path) -> None:
+    said = json.loads(vattctl(project, "table", "senses", "--dry-run", "--json").stdout)
+    arms = {"base", "senses-three", "senses-both", "senses-motion", "senses-depth"}
+    names = {f"{arm}{seed}" for arm in arms for seed in ("", "-seed-1", "-seed-2")}
+    assert set(said["tables"]) == {"senses"}
+    assert {run["run"] for run in said["runs"]} == names
+    starts = {run["run"]: run["start"] for run in said["runs"]}
+    assert starts["senses-three-seed-1"] == "base-seed-1"
+    assert not (project / "experiments").exists()
+
+
 def test_a_gpu_forecasts_what_nobody_has_measured(project: Path) -> None:
     command = ("table", "all", "--seeds", "--dry-run", "--json", "--device", "h100-80gb")
     runs = json.loads(vattctl(project, *command).stdout)["runs"]
@@ -52,6 +63,8 @@ def test_at_the_paper_s_size_missing_data_sets_are_named_with_what_to_do(
     assert done.returncode == 2
     assert "sets/imagenet" in done.stderr
     assert "vattctl finetune SET --data DIR" in done.stderr
+    done = vattctl(project, "table", "tokens", "--dry-run", check=False)
+    assert (done.returncode, "--preset demo" in done.stderr) == (2, True)
 
 
 def test_tables_are_planned_with_every_preset_and_with_tasks_of_one_s_own(tmp_path: Path) -> None:

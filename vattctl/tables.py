@@ -345,7 +345,7 @@ def table(
         planned = plan(runs, scale, device=device, gpus=gpus)
         if as_json:
             click.echo(json.dumps(_plain(chosen, planned, scale), indent=2))
-        elif which is None:
+        elif which in (None, "beyond"):
             _print_tables(chosen, planned, scale)
         else:
             _print_runs(planned)
@@ -392,18 +392,15 @@ class Chosen:
 def _choose(which: str | None, scale: "Scale") -> Chosen:
     from vatt.beyond import beyond, named
 
-    if which in NUMBERS:
-        return Chosen((int(which),), ())
-    numbers = tuple(map(int, NUMBERS)) if which in (None, "all") else ()
-    if which == "all" or (which is None and scale.name != "demo"):
-        return Chosen(numbers, ())
+    if which in (None, "all", *NUMBERS):
+        wanted = [str(which)] if which in NUMBERS else NUMBERS
+        return Chosen(tuple(map(int, wanted)), ())
     if scale.name != "demo":
         raise SettingsError(
             f"the study '{which}' runs on the demo corpus, scaled down",
             hint="vattctl init DIR --preset demo makes a project for it",
         )
-    every = which in (None, "beyond")
-    return Chosen(numbers, tuple(beyond().values()) if every else named(str(which)))
+    return Chosen((), tuple(beyond().values()) if which == "beyond" else named(str(which)))
 
 
 def _runs(chosen: Chosen, scale: "Scale", *, seeds: bool) -> "list[StudyRun]":
@@ -525,6 +522,8 @@ def _print_tables(chosen: Chosen, planned: Sequence[RunState], scale: "Scale") -
         words = "by formula, nothing to run" if not runs else _total(runs)
         lines.add_row(name, captions[name], f"{done} of {len(runs)}", words)
     print_rich(lines)
+    if scale.name == "demo" and chosen.numbers:
+        print_rich("more, beyond the paper: vattctl table beyond --dry-run")
     print_rich(f"all together: {_total(planned)}")
 
 
