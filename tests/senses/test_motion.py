@@ -1,5 +1,6 @@
 """Motion: files of any quality -> samples by the clip's clock -> what a batch shows."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -319,6 +320,18 @@ def test_an_index_without_other_senses_is_written_as_before(shards, tmp_path):
         batch_size=1,
     )
     assert batch.signals.keys() == {"video", "audio", "text"}
+
+
+def test_shards_written_before_there_were_other_senses_load_as_they_did():
+    """tests/golden/shards: two clips of tests/data/corpus.py, as commit b3ba96d wrote them."""
+    index = open_index(Path(__file__).parents[1] / "golden" / "shards", Loading(), split="train")
+    (batch,) = eval_batches(index, replace(SEEN, more={}), batch_size=2)
+    digest = hashlib.sha256()
+    for tensor in (*batch.signals.values(), batch.has_video, batch.has_audio):
+        digest.update(tensor.numpy().tobytes())
+    assert digest.hexdigest() == "38068206bdd328bb21ff22e75a0cbe1f03fb21ee5615e9241f3a50988ac8a078"
+    with pytest.raises(SettingsError, match="the shards hold no motion"):
+        list(eval_batches(index, SEEN, batch_size=2))
 
 
 def test_the_files_next_to_a_video_are_found(tmp_path):
