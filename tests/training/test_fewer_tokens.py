@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.training import tiny
+from vatt.config import ExpertsParams
 from vatt.errors import VattError
 from vatt.model.patches import cut, num_kept
 from vatt.senses import SENSES
@@ -17,8 +18,9 @@ CONTENT = {"drop_by": "content", "drop_random_share": 0.5}
 FEWER = {**CONTENT, "merge_rate": 0.25}
 
 
-def module_of(params, *, backbone="specific", micro_batch_size=None):
-    model = tiny.make_model(tiny.model_params(backbone=backbone, depth=3))
+def module_of(params, *, backbone="specific", experts=None, micro_batch_size=None):
+    settings = tiny.model_params(backbone=backbone, depth=3)
+    model = tiny.make_model(settings.model_copy(update={"experts": experts}))
     return Pretraining(model, params, micro_batch_size=micro_batch_size)
 
 
@@ -64,12 +66,17 @@ def test_by_content_and_at_random_as_many_tokens_cost_as_much(drop_rate):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("backbone", ["specific", "agnostic"])
+@pytest.mark.parametrize(
+    ("backbone", "experts"),
+    [("specific", None), ("agnostic", None), ("agnostic", ExpertsParams(number=4))],
+    ids=["specific", "agnostic", "experts"],
+)
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
-def test_gradients_in_micro_batches_equal_the_whole_batch_s(backbone, micro_batch_size):
+def test_gradients_in_micro_batches_equal_the_whole_batch_s(backbone, experts, micro_batch_size):
     params, found = tiny.pretrain_params(**FEWER), []
     for size in (None, micro_batch_size):
-        module = module_of(params, backbone=backbone, micro_batch_size=size).double()
+        kind = {"backbone": backbone, "experts": experts}
+        module = module_of(params, **kind, micro_batch_size=size).double()
         losses = module(*inputs_of(module.model, tiny.make_batch(0), params))
         losses["loss"].backward()
         weights = {name: weight.grad for name, weight in module.named_parameters()}
