@@ -17,6 +17,7 @@ from tests.evaluation.test_comparison import write as write_evaluation
 from tests.test_architecture import ROOT
 from tests.test_dvc import processes, wait_until
 from vattctl.cli import cli
+from vattctl.runs import _print_pipelines
 
 
 @pytest.fixture
@@ -277,3 +278,14 @@ def test_no_process_of_a_server_outlives_vattctl(tmp_path: Path, number: signal.
     _, errors = process.communicate(timeout=30)
     wait_until(lambda: processes(tmp_path) == [], seconds=10)
     assert number != signal.SIGINT or (process.returncode, errors) == (0, "")
+
+
+def test_a_list_of_pipelines_shows_no_number_of_too_few_clips(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = {"run_id": "1" * 32, "name": "own", "status": "FINISHED", "began": "now", "changed": {}}
+    measured = {"text_to_video.recall_at_10": 1.0, "video_to_audio.recall_at_10": 0.25}
+    few = {"text_to_video.clips": 1, "video_to_audio.clips": 60}
+    _print_pipelines([{**row, "metrics": measured | few}])
+    shown = capsys.readouterr().out
+    assert "too few clips" in shown and "25.0 %" in shown and "100.0 %" not in shown

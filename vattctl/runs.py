@@ -527,7 +527,7 @@ def _print_pipelines(rows: list[dict[str, Any]]) -> None:
     table.add_column("changed", overflow="fold")
     for row in rows:
         measured = row["metrics"]
-        values = [show_value(name, measured[name]) if name in measured else "" for name in shown]
+        values = [_shown_of(name, measured) for name in shown]
         changed = [f"{key}={value}" for key, value in row["changed"].items()]
         more = [f"and {len(changed) - SHOWN} more"] if len(changed) > SHOWN else []
         took = duration(measured["seconds"]) if "seconds" in measured else ""
@@ -536,6 +536,15 @@ def _print_pipelines(rows: list[dict[str, Any]]) -> None:
             *values, "\n".join([*changed[:SHOWN], *more]),
         )  # fmt: skip
     print_rich(table if rows else "no runs yet: vattctl demo")
+
+
+def _shown_of(name: str, measured: Mapping[str, float]) -> str:
+    """A measure of a pipeline; not the number, where too few clips were searched."""
+    from vatt.report.tables import FEWEST_SEARCHED
+
+    if measured.get(f"{name.rpartition('.')[0]}.clips", FEWEST_SEARCHED) < FEWEST_SEARCHED:
+        return "too few clips"
+    return show_value(name, measured[name]) if name in measured else ""
 
 
 MAIN = ("text_to_video.recall_at_10", "video_to_audio.recall_at_10")

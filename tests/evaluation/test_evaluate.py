@@ -213,6 +213,8 @@ def test_the_summary_has_few_values_by_the_names_that_compare_prints(measured):
     found = summary(metrics)
     nested = metrics["retrieval"]["pretrained"]["text_to_video"]["recall_at_10"]["value"]
     assert found["text_to_video.recall_at_10"] == nested
+    searched = metrics["retrieval"]["pretrained"]["text_to_video"]["recall_at_10"]["n"]
+    assert found["text_to_video.clips"] == searched
     probes = {name for name in found if name.startswith("probe-")}
     assert probes == {
         f"probe-{name}-{kind}.accuracy"

@@ -287,13 +287,20 @@ def summary(metrics: Metrics) -> dict[str, float]:
     At most 60 values of pre-trained and fine-tuned models; evaluate.json holds all, with their
     intervals.
     """
-    searched = {
-        f"{direction}.{measure}": metric
+    searches = {
+        direction: measures
         for direction, measures in metrics["retrieval"].get("pretrained", {}).items()
         if not direction.endswith(SIMILARITIES)
+    }
+    searched = {
+        f"{direction}.{measure}": metric
+        for direction, measures in searches.items()
         for measure, metric in measures.items()
     }
     found = {name: metric for name, metric in searched.items() if ANCHOR.name in name}
+    for direction in (name for name in searches if ANCHOR.name in name):
+        clips = searches[direction].get("recall_at_10", {}).get("n")  # too few: not shown
+        found[f"{direction}.clips"] = {"value": clips}
     for task, runs in metrics["classification"].items():
         inits = [init for init in ("pretrained", "scratch") if init in runs]
         measures = {name: value for init in inits for name, value in runs[init].items()}
