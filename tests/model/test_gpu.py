@@ -1,6 +1,5 @@
 """A GPU gives the CPU's numbers; bf16 takes flash attention; compiled equals eager."""
 
-import dataclasses
 import itertools
 
 import pytest
@@ -36,10 +35,7 @@ def trained_once(recipe, backbone, device):
         form=FORMS[recipe],
     )
     losses.total.backward()
-    found = {
-        field.name: getattr(embeddings, field.name) for field in dataclasses.fields(embeddings)
-    }
-    found |= {"loss": losses.total}
+    found = embeddings.named() | {"loss": losses.total}
     found |= {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
     return {name: value.detach().cpu() for name, value in found.items()}
 

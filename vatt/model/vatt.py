@@ -11,7 +11,7 @@ L words, D feature width, E common-space width.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -59,10 +59,18 @@ class Embeddings:
 
     def __getattr__(self, name: str) -> Tensor | None:
         sense, _, group = name.rpartition("_")
-        if sense not in SENSES or group not in self.__slots__ + Embeddings.__slots__:
+        if sense not in SENSES or group not in {one.name for one in fields(self)}:
             raise AttributeError(f"{type(self).__name__} has no {name}")
         values: Group = getattr(self, group)
         return values.get(sense)
+
+    def named(self) -> dict[str, Tensor]:
+        """Everything that was computed, by the names of its attributes."""
+        return {
+            f"{sense}_{group.name}": value
+            for group in fields(self)
+            for sense, value in getattr(self, group.name).items()
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +78,6 @@ class Output(Embeddings):
     """Embeddings and the features they come from: `output.video_features`."""
 
     features: Features = field(default_factory=dict)
-
-    def named(self) -> dict[str, Tensor]:
-        """Everything that was computed, by the names of its attributes."""
-        groups = {"va": self.va, "vt": self.vt, "features": self.features}
-        return {
-            f"{sense}_{group}": value
-            for group, values in groups.items()
-            for sense, value in values.items()
-        }
 
 
 @dataclass(frozen=True, slots=True)
