@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.model.small import SIZE, small_inputs, small_params
 from vatt.checkpoint import build, build_classifier, load, save, without_memory
 from vatt.config import ExpertsParams, ModelParams, SizeParams
-from vatt.flops import multimodal_flops
+from vatt.flops import expert_weights, multimodal_flops
 from vatt.model.experts import (
     ExpertLinear,
     Experts,
@@ -24,6 +24,7 @@ from vatt.model.experts import (
     routing_losses,
     specialisation,
 )
+from vatt.model.experts import _parts as experts_parts
 from vatt.model.transformer import MLP, Encoder, ExpertBlock, layer_norm
 from vatt.model.vatt import initialise
 
@@ -110,6 +111,31 @@ def test_gradients_equal_those_of_the_loop():
     ]
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("ends", [[5, 40, 40, 71], [0, 0, 60, 60], [70, 71, 71, 71]])
+def test_products_in_bf16_are_those_of_each_group_and_of_few_sizes(ends):
+    torch.manual_seed(0)
+    shapes = ((71, 16), (4, 8, 16), (4, 8))
+    inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
+    exact = [one.detach().double().requires_grad_() for one in inputs]
+    found, expected = (grouped_linear(*given, torch.tensor(ends)) for given in (inputs, exact))
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
+    slope = torch.randn(71, 8)
+    gradients = [
+        torch.autograd.grad(answer, given, slope.to(answer.dtype))
+        for answer, given in ((found, inputs), (expected, exact))
+    ]
+    for ours, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=2e-2, atol=5e-2)
+    rows = torch.empty(4096, 1, dtype=torch.bfloat16)
+    sizes = set()
+    for end in range(1, 4096):
+        ((part, around),) = experts_parts(rows, torch.tensor([end]))
+        assert around.start <= part.start and part.stop <= around.stop <= 4096
+        assert part.stop - part.start <= around.stop - around.start <= 1.25 * end + 16
+        sizes.add(around.stop - around.start)
+    assert len(sizes) <= 40
 
 
 def test_an_exported_graph_asks_all_experts_and_answers_the_same(monkeypatch):
@@ -374,6 +400,15 @@ def test_more_experts_are_more_weights_at_the_same_operations():
     )
     sizes = [sum(w.numel() for w in build(params).parameters()) for params in (few, many)]
     assert sizes[1] - sizes[0] == 3 * 4 * (2 * 12 * 24 + 24 + 12 + 12)
+
+
+@pytest.mark.parametrize("backbone", ["specific", "agnostic"])
+def test_weights_of_experts_are_those_of_the_built_model(backbone):
+    params = small_params(backbone=backbone, experts={"number": 4, "top_k": 2})
+    layers = [part for part in build(params).modules() if isinstance(part, ExpertLinear)]
+    built = sum(weight.numel() for layer in layers for weight in layer.parameters())
+    assert expert_weights(params) == (built, built // 2)
+    assert expert_weights(small_params()) == (0, 0)
 
 
 def test_a_model_with_experts_comes_back_from_its_folder(tmp_path):

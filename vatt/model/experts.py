@@ -165,13 +165,12 @@ _NAMESPACE = __name__.replace(".", "_")  # a copy of this file, as Hugging Face 
 def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor, ends: Tensor) -> Tensor:
     """A linear layer for each group of rows: (R, in), (X, out, in), (X, out), (X,) -> (R, out).
 
-    It computes no row twice and no padding. Being one operator, it compiles with fixed sizes.
+    Being one operator, it compiles with fixed sizes.
     """
-    answers = rows.new_empty(len(rows), weight.shape[1])
-    spans = _spans(ends)
-    for part, matrix, start in zip(spans, weight, bias, strict=True):
-        torch.addmm(start, rows[part], matrix.t(), out=answers[part])
-    answers[spans[-1].stop :] = 0
+    answers = rows.new_zeros(len(rows), weight.shape[1])
+    for number, (part, around) in enumerate(_parts(rows, ends)):
+        found = torch.addmm(bias[number], rows[around], weight[number].t())
+        answers[part] = found[_inside(part, around)]
     return answers
 
 
@@ -180,19 +179,36 @@ def _grouped_linear_backward(
     gradient: Tensor, rows: Tensor, weight: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of rows, weight and bias; those of an expert without rows are zero."""
-    to_rows, to_weight = torch.empty_like(rows), torch.empty_like(weight)
+    to_rows, to_weight = torch.zeros_like(rows), torch.empty_like(weight)
     to_bias = weight.new_empty(weight.shape[:2])
-    spans = _spans(ends)
-    for number, part in enumerate(spans):
-        torch.mm(gradient[part], weight[number], out=to_rows[part])
-        torch.mm(gradient[part].t(), rows[part], out=to_weight[number])
-        torch.sum(gradient[part], 0, out=to_bias[number])
-    to_rows[spans[-1].stop :] = 0
+    for number, (part, around) in enumerate(_parts(rows, ends)):
+        own = gradient[part]
+        if part != around:
+            own = torch.zeros_like(gradient[around])
+            own[_inside(part, around)] = gradient[part]
+        to_rows[part] = (own @ weight[number])[_inside(part, around)]
+        torch.mm(own.t(), rows[around], out=to_weight[number])
+        torch.sum(own, 0, out=to_bias[number])
     return to_rows, to_weight, to_bias
 
 
-def _spans(ends: Tensor) -> list[slice]:
-    return [slice(*span) for span in pairwise([0, *ends.tolist()])]
+def _parts(rows: Tensor, ends: Tensor) -> Iterator[tuple[slice, slice]]:
+    """The rows of each group, and the rows around them that are multiplied."""
+    for start, end in pairwise([0, *ends.tolist()]):
+        part, size = slice(start, end), end - start
+        if rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and size:
+            # oneDNN keeps code for every size that it has multiplied in bf16. Groups have another
+            # size in each step, so sizes are rounded up, in steps of at most a quarter.
+            step = max(16, 2 ** (size.bit_length() - 3))
+            size = min(len(rows), -(-size // step) * step)
+            start = min(start, len(rows) - size)
+            yield part, slice(start, start + size)
+        else:
+            yield part, part
+
+
+def _inside(part: slice, around: slice) -> slice:
+    return slice(part.start - around.start, part.stop - around.start)
 
 
 @grouped_linear.register_fake

@@ -14,7 +14,13 @@ from markupsafe import Markup
 from vatt.config import ModelParams, PathsParams, ReportParams, SizeParams
 from vatt.errors import redact
 from vatt.files import atomic_write
-from vatt.flops import Convention, multimodal_flops, num_signal_tokens, signals_of
+from vatt.flops import (
+    Convention,
+    expert_weights,
+    multimodal_flops,
+    num_signal_tokens,
+    signals_of,
+)
 from vatt.report.figures import (
     confusions,
     expert_shares,
@@ -241,9 +247,24 @@ def model_facts(inputs: Inputs) -> tuple[tuple[str, str], ...]:
             for name, part in signals_of(model).items()
             if name not in ("video", "audio")
         ),
+        *expert_facts(model),
         ("common spaces", f"{model.va_dim} (video–audio), {model.vt_dim} (video–text)"),
         ("one clip, with both products of attention", gflops["true"]),
         ("one clip, as counted in the paper", gflops["paper"]),
+    )
+
+
+def expert_facts(model: ModelParams) -> tuple[tuple[str, str], ...]:
+    """The experts and how many weights they have, where there are some."""
+    if model.experts is None:
+        return ()
+    weights, active = expert_weights(model)
+    chosen = f"{model.experts.top_k} of {model.experts.number} for each token"
+    return (
+        (
+            "experts",
+            f"{chosen}: {weights / 1e6:.1f} M weights, {active / 1e6:.1f} M of them active",
+        ),
     )
 
 
