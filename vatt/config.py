@@ -372,7 +372,7 @@ class ModelParams(Section):
 
     @model_validator(mode="after")
     def _experts_have_a_block(self) -> "ModelParams":
-        sizes = (self.video.size, self.audio.size, self.text.size)
+        sizes = [section.size for section in self.towers().values()]
         if self.experts is not None and self.recipe == "release":
             raise ValueError("model.experts needs model.recipe: paper")
         if self.experts is not None and any(

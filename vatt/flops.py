@@ -210,11 +210,9 @@ def expert_weights(model: ModelParams) -> tuple[int, int]:
     """The weights of all experts of a model, and of those that one token of each encoder takes."""
     if model.experts is None:
         return 0, 0
-    towers = (
-        (model.video,) if model.backbone == "agnostic" else (model.video, model.audio, model.text)
-    )
+    sizes = [resolve(section.size) for section in model.towers().values()]
     one = 0
-    for size in (resolve(tower.size) for tower in towers):
+    for size in sizes[:1] if model.backbone == "agnostic" else sizes:
         blocks = sum(has_experts(n, size.depth, model.experts) for n in range(1, size.depth + 1))
         one += blocks * (2 * size.dim * size.mlp_dim + size.mlp_dim + size.dim)
     return model.experts.number * one, model.experts.top_k * one

@@ -70,6 +70,18 @@ def test_gradients_with_experts_equal_the_whole_batch_s(micro_batch_size, backbo
     assert all(found[name].abs().sum() > 0 for name in found if "router" in name)
 
 
+def test_every_sense_has_its_own_routing():
+    both = ("motion", "depth")
+    params = tiny.model_params(backbone="agnostic", experts=EXPERTS["capacity"], senses=both)
+    batch = tiny.make_batch(0, senses=both)
+    whole, _ = gradients(double(params), batch, micro_batch_size=None)
+    losses, _ = gradients(double(params), batch, micro_batch_size=3)
+    used = {name for name in losses if name.startswith("experts.used.")}
+    assert used == {f"experts.used.{name}" for name in ("video", "audio", "text", *both)}
+    for name, value in losses.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_kept_micro_batches_change_no_bit_with_experts(precision):
     found = []

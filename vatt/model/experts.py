@@ -12,7 +12,7 @@ of a token and an expert, Q numbers of a routing.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -307,12 +307,18 @@ def note_routing(routing: Tensor) -> None:
         noted.append(routing)
 
 
-def routings_by_tower(noted: Sequence[Tensor], towers: Iterable[nn.Module]) -> list[Tensor]:
-    """For each tower with experts (B, blocks, Q), of routings in the order in which towers ran."""
-    counts = [sum(isinstance(part, Experts) for part in tower.modules()) for tower in towers]
-    assert len(noted) == sum(counts)
-    ends = torch.tensor([0, *counts]).cumsum(0).tolist()
-    return [torch.stack(list(noted[a:b]), dim=1) for a, b in pairwise(ends) if b > a]
+def routings_by_tower(
+    noted: Sequence[Tensor], towers: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """The routings (B, blocks, Q) of each tower, from those of its blocks, in their order."""
+    if not noted:
+        return {}
+    left = iter(noted)
+    found = {}
+    for name, tower in towers.items():
+        number = sum(isinstance(part, Experts) for part in tower.modules())
+        found[name] = torch.stack([next(left) for _ in range(number)], dim=1)
+    return found
 
 
 def towers_by_encoder(towers: Mapping[str, nn.Module]) -> list[tuple[str, ...]]:

@@ -188,10 +188,11 @@ class Pretraining(nn.Module):
             given[f"kept_{name}"] = kept
         with noting_routings() as noted:
             features = self.model.encode(**given)
-        routings = routings_by_tower(noted, [getattr(self.model, name) for name in names])
+        towers = {name: self.model.get_submodule(name) for name in features}  # as they ran
+        routings = routings_by_tower(noted, towers)
         return (
             *(full_precision(features[name]) for name in names),
-            *(numbers.unflatten(0, (clips, -1)) for numbers in routings),
+            *(routings[name].unflatten(0, (clips, -1)) for name in names if routings),
         )
 
     def _encoder_weights(self) -> list[nn.Parameter]:
