@@ -350,11 +350,14 @@ def mounted(
         subprocess.run(mount, check=True)
         shutil.copytree(held, target, symlinks=True, dirs_exist_ok=True)
         shutil.rmtree(held)
+        disk, filler = os.statvfs(target), target / ".filler"
+        filler.write_bytes(bytes(max(0, disk.f_bavail * disk.f_frsize - 1024 * spare)))
         if read_only:
             subprocess.run(["mount", "-o", "remount,ro", str(target)], check=True)
 
         def undo() -> None:
-            shutil.copytree(target, saved, symlinks=True)
+            ignored = shutil.ignore_patterns(filler.name)
+            shutil.copytree(target, saved, symlinks=True, ignore=ignored)
             subprocess.run(["umount", "-l", str(target)], check=True)
             shutil.rmtree(target)
             saved.rename(target)
