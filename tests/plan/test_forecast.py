@@ -157,7 +157,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
     assert largest_micro_batch(PAPER, BatchSettings(on_gpu=True), tiny_place, counts) is None
 
 
-def test_the_next_batch_is_counted_where_it_is_brought_over_early():
+def test_the_next_batch_skips_absent_where_it_is_brought_over_early():
     setting, counts = BatchSettings(on_gpu=True, micro_batch_size=1), count(PAPER.model)
     batch = batch_bytes(PAPER.model, PAPER.pretrain, setting)
     for gigabytes, batches in ((6.1 * batch, 2), (5.9 * batch, 1)):

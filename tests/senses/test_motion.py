@@ -349,3 +349,8 @@ def test_the_files_next_to_a_video_are_found(tmp_path):
     ]
     inside = Path(tmp_path / "day")
     assert files_beside(inside, "d.mp4") == {}  # what lies above the folder is not the user's
+
+
+def test_the_energy_of_motion_is_the_square_in_whole_steps():
+    values = torch.tensor([[0.0, 0.5, -2.0, 1e30]])
+    assert MOTION.energy(values).tolist() == [[0, 128**2, 512**2, (2**15 * 256) ** 2]]

@@ -174,7 +174,7 @@ class VATT(nn.Module):
         spaces: dict[str, dict[str, Tensor]] = {"va": {}, "vt": {}}
         for name, values in features.items():
             sense = SENSES[name]
-            valid = present.get(name) if sense.is_counted else None
+            valid = present.get(name) if sense.skips_absent else None
             rows = self.heads.into(sense, values, valid)
             spaces[sense.space][name] = rows
             if sense.space == "va" and (sense.is_anchor or bridged):

@@ -24,7 +24,7 @@ class Audio(Sense):
     """The sound."""
 
     name, loss, lacking = "audio", "nce", "no-audio"
-    is_counted = False  # as in the paper and the release
+    skips_absent = False  # as in the paper and the release
 
     def tokens(self, section: AudioParams) -> Cutting:
         """Segments of a waveform; or patches of a spectrogram, to which table 10 compares them."""

@@ -150,7 +150,7 @@ class Sense:
     space: ClassVar[Space] = "va"  # the common space that its head leads to
     is_anchor: ClassVar[bool] = False  # every other sense is compared with it
     # Whether clips that lack it are left out of the statistics of its head's batch norm.
-    is_counted: ClassVar[bool] = True
+    skips_absent: ClassVar[bool] = True
     change: ClassVar[tuple[str, tuple[float, ...]] | None] = None  # see `arrays`
     # The state of a clip that lacks it although `data.require` names it.
     lacking: ClassVar[str]

@@ -24,7 +24,7 @@ from vatt.data.clips.storage import Storage
 from vatt.errors import SettingsError
 from vatt.senses.form import ArrayShapes, Cutout, Cutting, SamplingLike, Sense, Showing
 
-LEVELS = 256  # steps of 1 in what the model sees
+LEVELS, LARGEST_VALUE = 256, 2**15  # steps of 1; with both, sums of squares are exact
 LARGEST = 2**29  # bytes of a file: ten hours of six channels at 200 Hz
 LONGEST_LINE = 2**16
 TIME, EGO4D_TIME = "t", "canonical_timestamp_ms"
@@ -72,8 +72,9 @@ class Motion(Sense):
         return values.asinh()
 
     def energy(self, values: Tensor) -> Tensor:
-        """The square of what the model sees."""
-        return (values.double().asinh() * LEVELS).round().long().square()
+        """The square of each value."""
+        steps = values.clamp(-LARGEST_VALUE, LARGEST_VALUE) * LEVELS
+        return steps.round().long().square()
 
     def stored(self, params: PreprocessParams) -> dict[str, int] | None:
         """The rate and the number of channels."""

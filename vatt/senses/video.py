@@ -27,7 +27,7 @@ class Video(Sense):
     """The picture: the sense with which all others are compared."""
 
     name, lacking, is_anchor, change = "video", "no-video", True, ("colour", IDENTITY)
-    is_counted = False  # as in the paper and the release
+    skips_absent = False  # as in the paper and the release
 
     def tokens(self, section: VideoParams) -> Cutting:
         """Voxels of t x h x w; a position is the sum of a temporal, vertical and horizontal one."""

@@ -159,7 +159,7 @@ SYSTEM = (
 )  # fmt: skip
 
 
-def test_what_systems_leave_behind_is_counted_and_used_by_no_source(tmp_path):
+def test_what_systems_leave_behind_skips_absent_and_used_by_no_source(tmp_path):
     make(tmp_path, "cat/1.jpg", "dog/2.jpg", *SYSTEM)
     found = scan(tmp_path, DATA)
     assert [clip.url for clip in found.clips] == ["folder:cat/1.jpg", "folder:dog/2.jpg"]

@@ -211,7 +211,7 @@ def test_each_cue_is_read_repaired_or_dropped_alone(tmp_path, cue, texts, droppe
     assert (got.dropped, got.faults.repaired) == (dropped, repaired)
 
 
-def test_a_cue_whose_times_are_lost_is_counted_and_joins_no_other(tmp_path):
+def test_a_cue_whose_times_are_lost_skips_absent_and_joins_no_other(tmp_path):
     got = read(
         tmp_path, "a.srt", f"1\n{ONE}\nopen the door\n\n2\nlost\n\n3\n{TWO}\npour the milk\n"
     )
