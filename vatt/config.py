@@ -329,7 +329,7 @@ class ReleaseParams(Section):
 class ExpertsParams(Section):
     """Sparse experts in place of the MLP of some blocks; docs/beyond.md."""
 
-    number: Annotated[int, Field(gt=0, le=1024)]
+    number: Annotated[int, Field(gt=0, le=1024)]  # experts in each block that has some
     top_k: Literal[1, 2] = 1  # experts of each token
     every: Layers = 2  # blocks from one with experts to the next, from the last but one back
     capacity: PositiveFloat | None = (
@@ -368,7 +368,7 @@ class ModelParams(Section):
     vt_dim: Width  # common space of video and text
     dropout: Rate
     release: ReleaseParams = ReleaseParams()  # read by recipe: release
-    experts: ExpertsParams | None = off()
+    experts: ExpertsParams | None = off()  # null: every block has one MLP
 
     @model_validator(mode="after")
     def _experts_have_a_block(self) -> "ModelParams":
