@@ -3,15 +3,20 @@
 S samples. A spectrogram model gets log-mel frames, 42.7 ms long, one every 21.3 ms.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from functools import lru_cache
 from math import gcd
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from vatt.config import AudioParams
 from vatt.senses.form import ArrayShapes, Cutting, SamplingLike, Sense, Showing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WINDOW_SECONDS = 2048 / 48000
 STEP_SECONDS = 1024 / 48000

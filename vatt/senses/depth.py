@@ -5,18 +5,19 @@ A clip's frames lie next to its media: `clip.depth.mp4`, or a folder `clip.depth
 flipped as the video is. T frames, H W height, width.
 """
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import av
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vatt.config import DepthParams, DepthStorageParams, PreprocessParams
 from vatt.data.clips.media import BrokenMediaError
@@ -25,6 +26,9 @@ from vatt.data.clips.storage import Box, Storage
 from vatt.errors import SettingsError
 from vatt.senses.form import ArrayShapes, Cutout, Cutting, SamplingLike, Sense, Showing
 from vatt.senses.video import frame_changes, frame_indices, pair, show, view_box
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_PIXELS = 2**26  # of a frame
 LATE = 0.01  # seconds by which the stamp of a frame may be late

@@ -8,20 +8,24 @@ docs/add-a-modality.md adds one.
 B clips, T H W C frames, height, width, channels, S audio samples, K candidate texts, L words.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from vatt.config import AugmentationParams, ModelParams, PreprocessParams
 from vatt.data.clips.manifest import Caption
 from vatt.data.clips.samples import IndexRow, Window
 from vatt.data.clips.storage import Box, FrameStream, Storage
 from vatt.data.clips.text import Vocabulary
+
+if TYPE_CHECKING:  # what writes shards needs no torch, which is slow to import
+    import torch
+    from torch import Tensor
 
 Space = Literal["va", "vt"]
 ArrayShapes = Mapping[str, tuple[tuple[int, ...], type]]  # of one clip: name -> shape, type

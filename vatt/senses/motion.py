@@ -6,16 +6,18 @@ are `canonical_timestamp_ms`. Units are the file's own; the model sees asinh of 
 linear for small values and logarithmic for large ones.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vatt.config import MotionParams, MotionStorageParams, PreprocessParams
 from vatt.data.clips.media import BrokenMediaError
@@ -23,6 +25,9 @@ from vatt.data.clips.samples import Window
 from vatt.data.clips.storage import Storage
 from vatt.errors import SettingsError
 from vatt.senses.form import ArrayShapes, Cutout, Cutting, SamplingLike, Sense, Showing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEVELS, LARGEST_VALUE = 256, 2**15  # steps of 1; with both, sums of squares are exact
 LARGEST = 2**29  # bytes of a file: ten hours of six channels at 200 Hz

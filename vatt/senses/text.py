@@ -3,15 +3,19 @@
 B clips, K candidate texts, L words.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from vatt.config import TextParams
 from vatt.data.clips.samples import nearest
 from vatt.senses.form import ArrayShapes, SamplingLike, Sense, Showing, Space, Words
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Text(Sense):

@@ -5,17 +5,22 @@ channels. Colour follows the released code: brightness is added, saturation and 
 contrast about the mean of a frame's channel.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-import torch
-from torch import Tensor
 
 from vatt.config import AugmentationParams, VideoParams
 from vatt.data.clips.storage import Box
 from vatt.senses.form import ArrayShapes, Cutting, Framing, SamplingLike, Sense, Showing
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Colour = tuple[float, float, float, float]  # brightness, contrast, saturation, hue
 
@@ -94,9 +99,11 @@ def _framing(shown: Showing) -> tuple[Framing, Colour]:
 
 def frame_changes(video: Tensor) -> Tensor:  # (B, T, ...) uint8
     """|frame - the frame before it|; the first one is compared with the second."""
+    import torch
+
     before = torch.arange(-1, video.shape[1] - 1, device=video.device).abs()
     others = video[:, before.clamp(max=video.shape[1] - 1)]
-    return torch.maximum(video, others) - torch.minimum(video, others)
+    return video.maximum(others) - video.minimum(others)
 
 
 def frame_indices(first: int, available: int, *, frames: int, stride: float) -> list[int]:
@@ -112,12 +119,16 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 def generator_for(*keys: int) -> torch.Generator:
     """A generator whose numbers depend on the keys alone."""
+    import torch
+
     state = np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) % 2**63)
 
 
 def uniform(low: float, high: float, generator: torch.Generator) -> float:
     """A number from low to high."""
+    import torch
+
     return low + (high - low) * torch.rand((), generator=generator).item()
 
 
@@ -222,11 +233,13 @@ def change_saturation(video: Tensor, factor: Tensor) -> Tensor:
     low, value = video.aminmax(dim=-1, keepdim=True)
     spread = value - low
     most = value / spread.clamp_min(1e-12)  # the factor that makes the saturation 1
-    return value - (value - video) * torch.minimum(factor, most.clamp_min(0))
+    return value - (value - video) * factor.minimum(most.clamp_min(0))
 
 
 def turn_hue(video: Tensor, turn: Tensor) -> Tensor:
     """Turn the hue by a share (B,) of the circle; largest and smallest channel stay as they are."""
+    import torch
+
     turn = turn.to(video.dtype)[..., None, None, None]
     red, green, blue = video.unbind(-1)
     low, high = video.aminmax(dim=-1)
