@@ -110,6 +110,13 @@ def test_short_captions_are_judged_with_their_neighbours():
 
 
 @needs_languages
+def test_a_doubtful_caption_is_kept():
+    clip = clip_of("okay let us go on", "let me get some coffee first", "no no no no no no no no")
+    (done,), facts = improved([clip], params(languages=("en",)))
+    assert texts_of(done) == texts_of(clip) and facts["dropped_language"] == 0
+
+
+@needs_languages
 def test_an_unknown_language_is_named():
     with pytest.raises(SettingsError, match="languages: 'english' is not known"):
         improved([clip_of("a")], params(languages=("english",)))

@@ -29,7 +29,7 @@ SPLIT = "train"  # val and test captions are what is measured: they stay as they
 SHORT_WORDS = 3
 PAIRS = 2**22  # counters of word pairs; pairs that share one are only judged more mildly
 ALONE_WORDS = 8  # the language of a shorter caption is judged with its neighbours
-SURE = 0.5  # probability of a language from which a caption is not kept
+SURE = 0.7  # probability of a language from which a caption is not kept
 REASONS = ("filler", "repeat", "language", "quality")
 
 Word = tuple[str, float, float]  # with start and end, in seconds
