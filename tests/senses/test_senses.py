@@ -1,6 +1,8 @@
 """Every sense has the same form: model, loss, gradient and retrieval go through the list."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -231,3 +233,11 @@ def test_motion_reaches_text_by_the_videos_own_head():
     expected = torch.nn.functional.normalize(model.heads.va_to_vt(va), dim=-1)
     torch.testing.assert_close(model.project(features, bridged=True).vt["motion"], expected)
     assert model.project(features).vt == {}  # in training, it would move the video's statistics
+
+
+def test_what_lists_clips_and_writes_shards_imports_no_torch():
+    code = (
+        "import sys, vatt.data.sources.choice, vatt.data.sharding.writer; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
