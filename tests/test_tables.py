@@ -72,12 +72,11 @@ def test_tables_are_planned_with_every_preset_and_with_tasks_of_one_s_own(tmp_pa
     project = new_project(tmp_path)
     vattctl(project, "config", "use", "one-gpu")
     vattctl(project, "config", "set", "finetune.run=[]", "finetune.tasks={}")
-    command = ("table", "all", "--dry-run", "--json", "--device", "h100-80gb")
+    command = ("table", "1", "--dry-run", "--json", "--device", "h100-80gb")
     runs = {run["run"]: run for run in json.loads(vattctl(project, *command).stdout)["runs"]}
     sizes = {name: runs[name]["settings"]["model.video.size"] for name in ("bbs", "mbs", "ma")}
     assert sizes == {"bbs": "base", "mbs": "medium", "ma": "medium"}
     assert runs["mbs-kinetics600"]["forecast_seconds"] > 0
-    assert "runs are left" in vattctl(project, "table").stdout
 
 
 @pytest.mark.slow
