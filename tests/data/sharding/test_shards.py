@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 
 from tests.data.corpus import demo_params, make_clip, make_corpus, write_media
+from vatt.config import TextQualityParams
 from vatt.data.clips.ledger import Entry, read_ledger
 from vatt.data.clips.manifest import Caption, media_path
 from vatt.data.clips.samples import nearest, splits_of
@@ -241,6 +242,26 @@ def test_a_long_clip_gives_several_samples_even_over_shards(tmp_path):
     assert read_ledger(tmp_path / "ledger.jsonl")["clip-000"].samples == 5
     captions = ShardReader(index).captions(index.rows[3])
     assert (captions[0].start, captions[3]) == (-3.0, Caption(0.0, 0.5, "at 3"))
+
+
+QUALITY = {"fillers": ["um"], "repeat_seconds": 0, "languages": [], "least_quality": 0.5}
+
+
+def test_the_score_of_a_caption_is_stored_with_it_and_its_drops_are_in_the_ledger(tmp_path):
+    said = (Caption(0.0, 0.4, "um open the door"), Caption(0.5, 0.9, "no no no no"))
+    clips, entries = make_corpus(tmp_path / "media", 4, tests=1)
+    clips = [replace(clip, captions=said) for clip in clips]
+    write(tmp_path, clips, entries, text_quality=TextQualityParams.model_validate(QUALITY))
+    found = {}
+    for split in ("train", "test"):
+        index = ShardIndex.load(tmp_path / "shards", split=split)
+        found[split] = ShardReader(index).captions(index.rows[0])
+    assert found == {"train": (Caption(0.0, 0.4, "open the door", 1.0),), "test": said}
+    ledger = read_ledger(tmp_path / "ledger.jsonl")
+    counted = [(e.captions_dropped, e.captions_repaired) for e in ledger.values()]
+    assert sorted(counted) == [(0, 0), (1, 1), (1, 1), (1, 1)]
+    facts = json.loads((tmp_path / "shards" / "text.json").read_text())["quality"]
+    assert (facts["captions"], facts["dropped_quality"], facts["kept"]) == (6, 3, 3)
 
 
 def test_the_nearest_captions_come_first():
