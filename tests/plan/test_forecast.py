@@ -27,7 +27,7 @@ from vatt.plan.forecast import (
     settings,
 )
 from vatt.plan.memory import BatchSettings, Counts, batch_bytes, count, memory
-from vatt.plan.trial import clear_size
+from vatt.plan.trial import clear_size, two_parts
 from vatt.training.telemetry import GPUS, pretraining_work
 
 PAPER = load_params(Path(__file__).parents[2] / "presets" / "paper.yaml")
@@ -132,6 +132,11 @@ def test_a_trial_of_a_large_model_takes_more_clips_until_they_show_in_the_time()
     assert clear_size(1, 4, seconds=5.0, most=64) in (29, 30)
     assert clear_size(1, 4, seconds=5.0, most=16) == 16  # that fit
     assert clear_size(1, 4, seconds=30.0, most=64) == 4  # too slow to try more
+
+
+def test_the_clips_of_a_trial_are_never_free():
+    assert two_parts({4: 1.0, 32: 2.4}, 4, 32) == pytest.approx((0.8, 0.05))
+    assert two_parts({4: 3.0, 32: 2.4}, 4, 32) == pytest.approx((0.0, 0.075))  # a busy machine
 
 
 def test_days_hours_energy_by_hand():

@@ -400,8 +400,7 @@ def trial(params: Params) -> Trial:
         large = clear_size(small, large, times[small], most)
         if large not in times:
             measure(large)
-    clip = max(0.0, (times[large] - times[small]) / (large - small))
-    fixed = max(0.0, times[small] - small * clip)
+    fixed, clip = two_parts(times, small, large)
     module.micro_batch_size, module.kept_micro_batches = max(1, large // 2), 0
     cached = _median(_step(engine, module, make_clips(params, large))) - losses[large]
     return Trial(fixed, clip, max(clip, (cached - fixed) / large), losses)
@@ -432,6 +431,16 @@ def rough_step(params: Params, counts: Counts) -> float:
     # Several processes share the cores and the memory: together they are as fast as one.
     computed = pretraining_work(params.model, pretrain).flops / (speed * BLOCK_SHARE)
     return computed + counts.trained * UPDATE_BYTES / bandwidth
+
+
+def two_parts(times: Mapping[int, float], small: int, large: int) -> tuple[float, float]:
+    """Seconds of every step and of each clip, by the seconds of two batches.
+
+    Where a busy machine hides the difference, all of the larger batch's time counts for its clips.
+    """
+    clip = (times[large] - times[small]) / (large - small)
+    clip = clip if clip > 0 else times[large] / large
+    return max(0.0, times[large] - large * clip), clip
 
 
 def clear_size(small: int, large: int, seconds: float, most: int) -> int:
