@@ -13,7 +13,14 @@ import pytest
 from tests.test_stages import SMALL, environment, metrics, new_project, sets, signal_stage, vattctl
 from vatt.errors import SettingsError
 from vatt.tracking.provenance import stage_hash
-from vattctl.experiments import Experiment, inside, run_experiment, write_experiment
+from vattctl.experiments import (
+    Experiment,
+    inside,
+    run_experiment,
+    settings_of,
+    write_experiment,
+)
+from vattctl.params import edit
 
 QUICK = {("finetune", "run"): [], ("evaluate", "probes"): {}, ("pretrain", "steps"): 6}
 FOLDER = Path("experiments/quick")
@@ -45,6 +52,14 @@ def here(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with inside(project):
         yield project
+
+
+def test_an_experiment_finds_the_voices_where_the_project_has_them(tmp_path: Path) -> None:
+    experiment = Experiment(Path("experiments/voices"), stages=("download",))
+    with inside(new_project(tmp_path)):
+        assert settings_of(experiment).data.demo.voices is None
+        edit({("data", "demo", "voices"): "data/fsdd"}).write()
+        assert settings_of(experiment).data.demo.voices == Path("../../data/fsdd")
 
 
 def dvc(folder: Path, *arguments: str) -> str:
