@@ -1,13 +1,12 @@
 """The engines beyond what test_many_processes.py compares: settings, saving, offloading."""
 
-import shutil
-
 import pytest
 import torch
 import torch._dynamo.utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.training import tiny
+from tests.training.tiny import needs_compiler
 from vatt.errors import MachineError, SettingsError
 from vatt.model.patches import draw_kept
 from vatt.training.engine import DeepSpeedEngine, LocalEngine, apply_options, compiles
@@ -79,7 +78,6 @@ def test_compiling_says_what_it_needs(monkeypatch):
         apply_options(Regression(), tiny.machine_params(compile=True))
 
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
 COLOUR = torch.tensor([0.1, 1.2, 0.8, 0.1])
 
 

@@ -2,11 +2,13 @@
 
 import hashlib
 import itertools
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from vatt.checkpoint import build, build_classifier
@@ -15,6 +17,8 @@ from vatt.data.loading.batches import Batch
 from vatt.model.vatt import VATT, Classifier, ClassifierInput
 from vatt.training.engine import Engine, LocalEngine
 from vatt.training.loop import BatchesFrom, Reporter, Training
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
 
 SIZE = {"depth": 1, "dim": 16, "mlp_dim": 32, "heads": 2, "head_dim": 8}
 BATCH_SIZE, CANDIDATES, WORDS = 8, 2, 4
