@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.test_stages import SMALL, metrics, new_project, sets, vattctl
+from vatt.beyond import beyond, named
+from vattctl.tables import BEYOND
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,10 @@ def test_a_study_beyond_the_paper_lists_its_arms_with_three_seeds(project: Path)
     starts = {run["run"]: run["start"] for run in said["runs"]}
     assert starts["senses-three-seed-1"] == "base-seed-1"
     assert not (project / "experiments").exists()
+
+
+def test_the_names_of_studies_lead_to_all_of_them() -> None:
+    assert [study for name in BEYOND for study in named(name)] == list(beyond().values())
 
 
 def test_a_gpu_forecasts_what_nobody_has_measured(project: Path) -> None:

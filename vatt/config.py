@@ -332,9 +332,7 @@ class ExpertsParams(Section):
     number: Annotated[int, Field(gt=0, le=1024)]  # experts in each block that has some
     top_k: Literal[1, 2] = 1  # experts of each token
     every: Layers = 2  # blocks from one with experts to the next, from the last but one back
-    capacity: PositiveFloat | None = (
-        None  # of an expert, in equal shares of a clip's tokens; null: all
-    )
+    capacity: PositiveFloat | None = None  # of an expert, in shares of a clip's tokens; null: all
     batch_priority: bool = True  # with a capacity, the surest tokens of a clip come first
     balance_weight: NonNegativeFloat = 0.01  # of the loss that keeps experts equally busy
     local_weight: NonNegativeFloat = 0.01  # of LIMoE's local entropy: sure routers

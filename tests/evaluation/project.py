@@ -71,7 +71,11 @@ def make_project(folder: Path) -> None:
         ledger=folder / "ledger.jsonl",
         seed=0,
     )
-    model = tiny_model(params)
+    save_checkpoints(folder, tiny_model(params))
+
+
+def save_checkpoints(folder: Path, model: ModelParams) -> None:
+    """A model and an audio classifier, both untrained."""
     torch.manual_seed(0)
     words = folder / "shards" / "vocabulary.txt"
     checkpoint.save(VATT(model), model, folder / "pretrained", vocabulary=words)

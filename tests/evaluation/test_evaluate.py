@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.evaluation.project import (
-    MOTIONS,
     both,
     make_project,
     measure,
+    save_checkpoints,
     settings,
     tiny_model,
 )
@@ -290,15 +290,7 @@ def deeper(tmp_path_factory, project):
     model = ModelParams.model_validate(
         content | {name: content[name] | size for name in ("video", "audio", "text")}
     )
-    torch.manual_seed(0)
-    words = folder / "shards" / "vocabulary.txt"
-    checkpoint.save(VATT(model), model, folder / "pretrained", vocabulary=words)
-    checkpoint.save(
-        Classifier(model, modality="audio", num_classes=len(MOTIONS), head_dropout=0.0),
-        model,
-        folder / "finetuned" / "audio-scratch",
-        extra={"classifier": {"modality": "audio", "classes": MOTIONS}},
-    )
+    save_checkpoints(folder, model)
     return folder, model
 
 
