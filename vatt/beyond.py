@@ -203,7 +203,7 @@ def _senses() -> Beyond:
         "senses",
         "More senses: motion and depth",
         "Does another sense find its video, does motion find words that no loss has compared it "
-        "with, and what becomes of the first three? By chance R@10 is 10 of the pool.",
+        "with, and what becomes of the first three? By chance, R@10 is 10 divided by the pool.",
         (
             Arm(three, StudyRun("senses-three", {**DEMO.settings, **PAIRS}, start=BASE)),
             Arm(

@@ -4,10 +4,13 @@ import pytest
 from scipy import stats
 
 from tests.report.made_up import metric
+from vatt.beyond import beyond
 from vatt.report.inputs import Inputs
 from vatt.report.studies import (
     STUDENT_T,
     backbone_table,
+    beyond_table,
+    beyond_tables,
     drop_token_pictures,
     over_seeds,
     study_table,
@@ -108,3 +111,47 @@ def test_drop_token_s_pictures_need_all_its_runs() -> None:
     assert [picture.title.split()[-1] for picture in pictures] == ["GFLOPs", "seconds"]
     del runs["drop_25"]
     assert drop_token_pictures(inputs(**runs)) == []
+
+
+def routed(value: float, share: float) -> dict:
+    """What a run with experts measured."""
+    one = metric(share, share - 0.1, share + 0.1)
+    found = {"pretrained": {"specialisation": one}, "untrained": {"specialisation": one}}
+    return run(value) | {"experts": found}
+
+
+def test_an_arm_is_compared_with_its_control_pair_by_pair() -> None:
+    dense, ours = [0.40, 0.50, 0.30], [0.45, 0.53, 0.36]
+    runs = {
+        f"{name}{seed}": made
+        for number, seed in enumerate(("", "-seed-1", "-seed-2"))
+        for name, made in (
+            ("agnostic", run(dense[number])),
+            ("experts", routed(ours[number], 0.2)),
+        )
+    }
+    table = beyond_table(beyond()["experts"], inputs(**runs))
+    assert [row.head for row in table.rows] == [
+        "one dense encoder",
+        "with experts",
+        "minus one dense encoder",
+    ]
+    gains = [one - other for one, other in zip(ours, dense, strict=True)]
+    low, high = stats.t.interval(0.95, df=2, loc=sum(gains) / 3, scale=stats.sem(gains))
+    difference = table.rows[2].cells[0]
+    assert difference.text == "+4.7\u00a0points"
+    assert difference.detail == f"+{100 * low:.1f} to +{100 * high:.1f}"
+    gflops = table.headings.index("GFLOPs of a clip") - 1
+    ratio = sum(one / other for one, other in zip(ours, dense, strict=True)) / 3
+    assert table.rows[2].cells[gflops].text == f"× {ratio:.2f}"
+    last = [row.cells[-1].text for row in table.rows]  # a dense model has no experts
+    assert last == ["–", "20.0\u00a0%", "–"]
+
+
+def test_a_study_with_one_seed_says_so_and_compares_nothing() -> None:
+    runs = {"agnostic": run(0.4), "experts": routed(0.5, 0.2), "experts-seed-1": routed(0.9, 0.2)}
+    (table,) = beyond_tables(inputs(**runs))
+    assert [row.note for row in table.rows] == ["one seed", "one seed", "paired by seed"]
+    assert table.rows[1].cells[0].text == "50.0\u00a0%"
+    assert table.rows[2].cells[0].detail == "needs 3 seeds"
+    assert beyond_tables(inputs()) == []

@@ -247,24 +247,16 @@ def beyond_table(study: Beyond, inputs: Inputs) -> Table | None:
     controls = {arm.words: arm for arm in study.arms}
     rows: list[TableRow] = []
     for arm in study.arms:
-        found = [_by_seed(inputs, arm, measure) for measure in study.measures]
-        seeds = max(len([one for one in values if one is not None]) for values in found)
-        if not seeds:
+        found = _results(inputs, arm)
+        if not found:
             continue
-        note = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
-        cells = tuple(
-            _mean_cell(values, measure)
-            for values, measure in zip(found, study.measures, strict=True)
-        )
+        note = f"mean of {len(found)} seeds" if len(found) > 1 else "one seed"
+        cells = tuple(_mean_cell(found, measure) for measure in study.measures)
         rows.append(TableRow(arm.words, cells, "ours", note, starts=True))
-        if arm.control is None:
-            continue
-        others = [_by_seed(inputs, controls[arm.control], one) for one in study.measures]
-        differences = tuple(
-            _difference(ours, theirs, measure)
-            for ours, theirs, measure in zip(found, others, study.measures, strict=True)
-        )
-        rows.append(TableRow(f"minus {arm.control}", differences, "text", "paired by seed"))
+        if arm.control is not None:
+            others = _results(inputs, controls[arm.control])
+            differences = tuple(_difference(found, others, measure) for measure in study.measures)
+            rows.append(TableRow(f"minus {arm.control}", differences, "text", "paired by seed"))
     if not rows:
         return None
     return Table(
@@ -272,8 +264,8 @@ def beyond_table(study: Beyond, inputs: Inputs) -> Table | None:
         headings=("", *(measure.words for measure in study.measures)),
         rows=tuple(rows),
         remark=f"{study.question} Each run has the tiny model and the steps of the scaled-down "
-        f"tables. Intervals: Student's t over {len(SEEDS)} seeds, 95 %. A difference is bold only "
-        "where its interval does not hold 0.",
+        f"tables. Intervals: Student's t over {len(SEEDS)} seeds, 95 %. A difference is grey where "
+        "its interval holds 0; of costs, the ratio is given.",
     )
 
 
@@ -283,24 +275,32 @@ def beyond_tables(inputs: Inputs) -> list[Table]:
     return [table for table in tables if table is not None]
 
 
-def _by_seed(inputs: Inputs, arm: Arm, measure: Measure) -> list[Any]:
-    """The values of an arm, one for each seed; None where a run is missing."""
-    return [_look(runs.get(name), measure.path) for runs, name in _seeds(inputs, arm.run.name)]
+def _results(inputs: Inputs, arm: Arm) -> list[Mapping[str, Any]]:
+    """What the runs of an arm have measured, seed by seed; only the first until all are there."""
+    found = [runs.get(name) for runs, name in _seeds(inputs, arm.run.name)]
+    return [one for one in (found if None not in found else found[:1]) if one is not None]
 
 
-def _mean_cell(values: Sequence[Any], measure: Measure) -> Cell:
-    known = [value for value in values if value is not None]
-    if not known:
-        return Cell(NOT_RUN, "not_run")
+def _mean_cell(results: Sequence[Mapping[str, Any]], measure: Measure) -> Cell:
+    values = [_look(result, measure.path) for result in results]
+    if None in values:
+        return Cell("–", "none")  # a model without it
     if measure.kind == "number":
-        return Cell(f"{statistics.fmean(known):.3g}", "computed")
-    mean = over_seeds(known if len(known) == len(SEEDS) else known[:1])
+        return Cell(f"{statistics.fmean(values):.3g}", "computed")
+    mean = over_seeds(values)
     return metric_cell({**mean, "low": max(mean["low"], 0), "high": min(mean["high"], 1)})
 
 
-def _difference(ours: Sequence[Any], theirs: Sequence[Any], measure: Measure) -> Cell:
+def _difference(
+    ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], measure: Measure
+) -> Cell:
     """Ours minus theirs, pair by pair; of costs the ratio."""
-    pairs = [pair for pair in zip(ours, theirs, strict=True) if None not in pair]
+    pairs = [
+        (_look(one, measure.path), _look(other, measure.path))
+        for one, other in zip(ours, theirs, strict=False)
+    ]
+    if any(None in pair for pair in pairs):
+        return Cell("–", "none")
     if measure.kind == "number" and pairs:
         ratio = statistics.fmean(one / other for one, other in pairs)
         return Cell(f"× {ratio:.2f}", "computed")
