@@ -1,6 +1,7 @@
 """Motion: files of any quality -> samples by the clip's clock -> what a batch shows."""
 
 import hashlib
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.data.corpus import demo_params, make_corpus
 from tests.data.loading.test_sampling import FPS, ROW, SAMPLING, STORAGE, VOCABULARY, Counting
 from vatt.config import MotionParams, MotionStorageParams
 from vatt.data.clips.ledger import read_ledger
+from vatt.data.clips.media import BrokenMediaError
 from vatt.data.clips.samples import INDEX, read_index
 from vatt.data.loading.batches import eval_batches, open_index, train_batches
 from vatt.data.loading.loader import Loading
@@ -23,7 +25,7 @@ from vatt.data.sharding.shards import write_shards
 from vatt.errors import SettingsError
 from vatt.senses import SENSES, files_beside
 from vatt.senses.form import SampleSource
-from vatt.senses.motion import longest_gap, resampled
+from vatt.senses.motion import _encode, longest_gap, resampled
 
 MOTION = SENSES["motion"]
 SECTION = MotionParams(size="tiny", samples=40, channels=2, patch=5)
@@ -276,8 +278,27 @@ def test_a_damaged_member_is_a_broken_sample(shards, tmp_path):
     content = bytearray(shard.read_bytes())
     content[row.senses["motion"][0] + 3] ^= 255
     shard.write_bytes(content)
-    with pytest.raises(Exception, match="its motion cannot be decoded"):
+    with pytest.raises(Exception, match="its motion is damaged"):
         list(eval_batches(open_index(tmp_path, Loading(), split="train"), SEEN, batch_size=2))
+
+
+def test_any_damage_to_a_member_is_found():
+    values = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+    data = _encode(values)
+    np.testing.assert_array_equal(MOTION.decode(data, 50), values)
+    np.testing.assert_array_equal(np.load(io.BytesIO(data)), values)  # others may read it, too
+    damaged = [data[:end] for end in range(0, len(data), 13)] + [data + b"x"]
+    for place in range(0, 8 * len(data), 7):
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        damaged.append(bytes(flipped))
+    huge = data.replace(b"(50, 6), }" + 8 * b" ", b"(5000000000, 6), }")
+    assert len(huge) == len(data) and huge != data
+    not_finite = values.copy()
+    not_finite[3, 2] = np.nan
+    for one in (*damaged, huge, _encode(not_finite)):
+        with pytest.raises(BrokenMediaError):
+            MOTION.decode(one, 50)
 
 
 def test_motion_can_be_required(tmp_path):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_PIXELS = 2**26  # of a frame
+MOST_STORED = 2**29  # pixels of a member: half a gigabyte
 LATE = 0.01  # seconds by which the stamp of a frame may be late
 Frame = NDArray[np.uint8]  # (H, W)
 Timed = Iterator[tuple[float, Callable[[], Frame]]]  # when a frame appears, and how to get it
@@ -119,9 +120,12 @@ class Depth(Sense):
     def decode(self, data: bytes, count: int) -> np.ndarray:
         """(T, H, W) uint8."""
         width, height = (int.from_bytes(data[at : at + 4]) for at in (16, 20))  # as it claims
-        if width * height > MOST_PIXELS * max(count, 1) or not data:
+        if width * height > MOST_STORED or not data:
             raise BrokenMediaError(f"its depth has {width} x {height} pixels")
-        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        try:
+            picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        except cv2.error as error:
+            raise BrokenMediaError(f"its depth cannot be decoded: {error}") from None
         if picture is None or picture.ndim != 2 or count == 0 or len(picture) % count:
             raise BrokenMediaError(f"its depth is not {count} frames of one channel")
         return picture.reshape(count, -1, picture.shape[1])

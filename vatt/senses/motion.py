@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 LEVELS, LARGEST_VALUE = 256, 2**15  # steps of 1; with both, sums of squares are exact
 LARGEST = 2**29  # bytes of a file: ten hours of six channels at 200 Hz
 LONGEST_LINE = 2**16
+HEADER_BYTES, CHECKSUM_BYTES = 128, 4  # of a stored member: NumPy's header, a CRC-32 at the end
 TIME, EGO4D_TIME = "t", "canonical_timestamp_ms"
 NOT_A_CHANNEL = {TIME, EGO4D_TIME, "component_idx", "component_timestamp_ms"}
 
@@ -117,14 +119,18 @@ class Motion(Sense):
         return pieces, "; ".join(filter(None, [remark, *gaps[:1], *more]))
 
     def member(self, key: str) -> str:
-        """A NumPy file."""
+        """A NumPy file, and after its end the CRC-32 of its bytes."""
         return f"{key}.motion.npy"
 
     def decode(self, data: bytes, count: int) -> np.ndarray:
         """(samples, C) float32."""
-        values = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-        if values.dtype != np.float32 or values.ndim != 2 or len(values) != count:
-            raise BrokenMediaError(f"its motion is not {count} rows of float32")
+        size = len(data) - HEADER_BYTES - CHECKSUM_BYTES
+        if count == 0 or size <= 0 or size % (4 * count):
+            raise BrokenMediaError(f"{len(data)} bytes cannot hold {count} rows of its motion")
+        values = np.frombuffer(data, np.float32, size // 4, HEADER_BYTES).reshape(count, -1)
+        # No byte is trusted: a header may claim any size, and numbers show no damage.
+        if _encode(values) != data or not np.isfinite(values).all():
+            raise BrokenMediaError("its motion is damaged")
         return values
 
     def check(self, section: MotionParams, storage: Storage) -> None:
@@ -146,7 +152,8 @@ class Motion(Sense):
 def _encode(values: NDArray[np.float32]) -> bytes:
     file = io.BytesIO()
     np.lib.format.write_array(file, values, version=(1, 0), allow_pickle=False)
-    return file.getvalue()
+    content = file.getvalue()
+    return content + zlib.crc32(content).to_bytes(CHECKSUM_BYTES)
 
 
 # --- a file ---------------------------------------------------------------------------------------
