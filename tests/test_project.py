@@ -86,6 +86,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("preset", "command"), [("demo", "demo"), ("beyond", "repro"), ("small", "ingest DIR")]
+)
+def test_init_names_the_command_that_fits_the_preset(
+    tmp_path: Path, preset: str, command: str
+) -> None:
+    said = vattctl(tmp_path, "init", "new", "--preset", preset, "--json").stdout
+    assert json.loads(said)["next"].startswith(f"cd new && vattctl {command}")
+
+
 def test_init_makes_a_repository_of_git_and_dvc(made: Path) -> None:
     names = {".git", ".dvc", ".gitignore", ".dvcignore", "params.yaml", "dvc.yaml", "README.md"}
     assert {path.name for path in made.iterdir()} == names | {".vattctl"}

@@ -191,7 +191,8 @@ def init(folder: Path, preset: str, update: bool, dry_run: bool, as_json: bool) 
         make_project(folder, preset)
         done = f"{folder}: a project with the preset {preset}"
         place = folder.name if folder.parent == Path.cwd() else folder
-        following = "vattctl demo" if preset == "demo" else "vattctl ingest DIR_OF_YOUR_VIDEOS"
+        first = {"demo": "demo", "beyond": "repro"}  # on the generated corpus
+        following = f"vattctl {first.get(preset, 'ingest DIR_OF_YOUR_VIDEOS')}"
         if folder != Path.cwd():
             following = f"cd {place} && {following}"
     if as_json:
