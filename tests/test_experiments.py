@@ -62,6 +62,14 @@ def test_an_experiment_finds_the_voices_where_the_project_has_them(tmp_path: Pat
         assert settings_of(experiment).data.demo.voices == Path("../../data/fsdd")
 
 
+def test_a_download_with_the_settings_of_another_brings_its_own_media(here: Path) -> None:
+    twins = [Path("experiments/twin-1"), Path("experiments/twin-2")]
+    for folder in twins:  # DVC has the results of the first one in its cache
+        run_experiment(Experiment(folder, stages=("download",)), quiet=True)
+    counts = [len(list((here / folder / "data/media").iterdir())) for folder in twins]
+    assert counts[0] == counts[1] > 0
+
+
 def dvc(folder: Path, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "dvc", *arguments],
