@@ -56,7 +56,7 @@ def experiment_of(run: "StudyRun", scale: "Scale") -> Experiment:
         settings = {("evaluate", key): value for key, value in raw["evaluate"].items()}
     for key, value in run.settings.items():
         keys = tuple(key.split("."))
-        if keys[:2] == ("evaluate", "probes"):  # one more
+        if keys[:2] == ("evaluate", "probes") and keys[2:]:  # one more
             probes = {**raw["evaluate"]["probes"], keys[2]: value}
             settings["evaluate", "probes"] = probes
         else:
