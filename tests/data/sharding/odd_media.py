@@ -144,8 +144,9 @@ def all_cases() -> list[Case]:
         for form in B_FRAMES
         for change in ("plain", "late", "early", "restart", "size", "leap")
         for trait in TRAITS
-        for hold, offset in ((0, 0.0), (3, 3.7))
+        for hold, offset in ((0, 0.0), (3, 3.7), (4, 0.0))
         if (form, change) not in IMPOSSIBLE and (change in ALONE or form not in ("mp4", "mov"))
+        if hold < 4 or (change == "plain" and trait == "b")
         if not (hold and trait in ("uneven", "open")) and not (form == "flv" and trait == "tracks")
         if not (offset and change in ALONE and form in ("mp4", "mov"))
     ]
@@ -159,13 +160,13 @@ def make(folder: Path, case: Case) -> Path:
     path = folder / case.name
     hidden = HIDDEN if case.trait == "hidden" else 0
     if not case.parts:
-        _record(path, case, (-hidden, SECONDS), case.offset)
+        record(path, case, (-hidden, SECONDS), case.offset)
         return path
     again = {"restart": -float(CHANGE), "joined": -float(CHANGE), "back": -2.0}
     leap = {**again, **LEAPS}.get(case.change, 0.0)
     parts = [folder / f"{case.name}.{number}" for number in range(2)]
-    _record(parts[0], case, (-hidden, CHANGE), case.offset)
-    _record(parts[1], case, (CHANGE - hidden, SECONDS), case.offset + leap, changed=True)
+    record(parts[0], case, (-hidden, CHANGE), case.offset)
+    record(parts[1], case, (CHANGE - hidden, SECONDS), case.offset + leap, changed=True)
     first, second = (part.read_bytes() for part in parts)
     if case.change == "joined":
         pass
@@ -179,7 +180,7 @@ def make(folder: Path, case: Case) -> Path:
     return path
 
 
-def _record(
+def record(
     path: Path, case: Case, span: tuple[int, int], shift: float, *, changed: bool = False
 ) -> None:
     """Write the seconds of a span, with time stamps that are shifted."""

@@ -16,6 +16,7 @@ from tests.data.sharding.odd_media import (
     Case,
     all_cases,
     make,
+    record,
 )
 from tests.data.sharding.test_shards import write
 from vatt.data.clips.ledger import Entry, read_ledger
@@ -44,6 +45,8 @@ QUICK = [
     Case("ts", "streams", 3, 0.0),
     Case("ts", "mute"),
     Case("mkv", "plain", 0, 0.0, "tracks"),
+    Case("mkv", "plain", 3, 3.7, "b"),
+    Case("mkv", "plain", 4, 0.0, "b"),
     Case("ts", "restart", 0, 0.0, "open"),
     Case("flv", "plain", 0, 0.0, "uneven"),
     Case("mp4", "plain", 0, 0.0, "hidden"),
@@ -131,6 +134,23 @@ def test_a_picture_of_another_shape_keeps_it_within_a_window(tmp_path):
     np.testing.assert_allclose(frames[0], GREY * 5, atol=3)
     assert frames[9][:, :24].max() < 12 and frames[9][:, -24:].max() < 12  # 42 of 96 columns
     np.testing.assert_allclose(frames[9][2:-2, 30:-30], GREY * 6, atol=3)
+
+
+@pytest.mark.parametrize(
+    ("form", "hold"), [("ts", 8), ("flv", 8), ("mkv", 8), ("mp4", 8), ("ts", 15), ("flv", 15)]
+)
+def test_slides_that_are_encoded_out_of_order_stand_at_their_time(tmp_path, form, hold):
+    path = tmp_path / f"slides.{form}"
+    record(path, Case(form, "plain", hold, 0.0, "b"), (0, 4 * hold), 0.0)
+    windows = tuple((second + 0.5, second + 1.5) for second in range(0, 4 * hold - 1, 3))
+    params = demo_params().preprocess.model_copy(update={"fps": 5, "crf": 1})
+    [result] = cut(
+        [Cut(path, probe(path), windows)], params, program=find_ffmpeg(None), work=tmp_path
+    )
+    for (start, _), piece in zip(windows, result.pieces, strict=True):
+        slide = int(start) // hold * hold
+        first = next(iter(decode_frames(piece.video[0], [0], fps=5)))[1]
+        np.testing.assert_allclose(first, GREY * (slide + 1) % 250, atol=4)
 
 
 @pytest.mark.slow

@@ -59,6 +59,7 @@ SKEW = LEAP / 2  # the streams of a file are interleaved more closely
 HOLD = 2.0  # a picture that stays for longer may be missed after a seek
 KEYS = 2.5  # and so may one between key frames that are further apart
 OFF_RATE, MIN_STEPS = 0.05, 8  # share by which the pace of sound may be wrong; steps that show it
+REORDERED = 16  # pictures that wait for one: no codec allows more
 PAUSE = 1.0  # no packet for longer is worth a remark
 ALONE = 60.0  # seconds; a longer picture without sound is not a film
 INDEXED = {"matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "avi", "gif"}  # a seek finds key frames
@@ -223,6 +224,7 @@ class _Columns:
         sound = {stream.index: stream.type == "audio" for stream in streams}
         reached, count, first = begin, 0, len(self.columns[0])
         start = -np.inf
+        undated: dict[int, list[int]] = {stream.index: [] for stream in streams}
         if begin and container.start_time is not None:
             start = self.starts[first] = container.start_time / 1e6
         for packet, pts, dts in stamped_packets(container, streams):
@@ -231,19 +233,37 @@ class _Columns:
             unit = units[packet.stream_index]
             facts = (pts * unit, dts * unit, (packet.duration or 0) * unit)
             flags = (sound[packet.stream_index], packet.is_keyframe, place)
+            waiting = undated.get(packet.stream_index, [])
+            if packet.dts is None and len(waiting) <= REORDERED:
+                waiting.append(len(self.columns[0]))
+            else:
+                self._date(undated.pop(packet.stream_index, []), dts * unit)
             for column, value in zip(self.columns, (*facts, *flags), strict=True):
                 column.append(value)
+        for packets in undated.values():
+            self._date(packets, np.inf)
         for stream in streams if count else ():
             self.readings[sound[stream.index]].append(Reading(stream.index, begin, end, start))
         return reached
 
-    def packets(self, *, leaps: bool) -> tuple[Packets, list[tuple[float, float]]]:
+    def _date(self, packets: Sequence[int], until: float) -> None:
+        """A stream's first packets may lack times of decoding: none is after a later one."""
+        times = self.columns[1]
+        for number in reversed(packets):
+            until = times[number] = min(times[number], until)
+
+    def packets(
+        self, *, leaps: bool, are_guessed: bool
+    ) -> tuple[Packets, list[tuple[float, float]]]:
         """The packets, and where and by how much their time stamps jump."""
         presented, decoded, length = (np.array(column) for column in self.columns[:3])
         sound, key = (np.array(column, bool) for column in self.columns[3:5])
         if not presented.size:
             raise BrokenMediaError("no packet in it")
-        away = np.abs(presented - decoded) > LEAP  # stamps from both sides of a break
+        # Stamps from both sides of a break; but a picture that stays for long waits for long, too.
+        away = np.abs(presented - decoded) > LEAP
+        if not are_guessed:
+            away &= ~_is_reordered(sound, presented, decoded)
         presented[away] = decoded[away]
         order = _order(sound, np.array(self.columns[5]))
         part = _parts(sound, decoded, presented, order, leaps=leaps)
@@ -271,7 +291,8 @@ def _scan(path: Path, container: av.container.InputContainer) -> tuple[Media, Pa
         if form == "mpegts":
             more, remarks = _later_streams(path, container, columns, chosen, opened)
         packets, jumps = columns.packets(
-            leaps=bool(container.format.flags & _CLOCK_LEAPS) or bool(more)
+            leaps=bool(container.format.flags & _CLOCK_LEAPS) or bool(more),
+            are_guessed=form == "mpeg",  # it has time stamps for some pictures only
         )
         streams = [*chosen, *more]
         kinds = {kind: [s for s in streams if s.type == kind] for kind in ("video", "audio")}
@@ -431,6 +452,13 @@ def _lengths(sound: np.ndarray, time: np.ndarray, length: np.ndarray) -> np.ndar
     return filled
 
 
+def _is_reordered(sound: np.ndarray, pts: np.ndarray, dts: np.ndarray) -> np.ndarray:
+    """Whether a picture is decoded early for the pictures that are shown before it."""
+    shown = np.sort(pts[~sound])
+    between = np.searchsorted(shown, pts) - np.searchsorted(shown, dts, side="right")
+    return ~sound & (pts > dts) & (between <= REORDERED)
+
+
 def _order(sound: np.ndarray, place: np.ndarray) -> np.ndarray:
     """The order of the packets in the file: a picture may come out of it seconds later."""
     filled = place.copy()
@@ -445,7 +473,11 @@ def _parts(
     """The number of the part that each packet belongs to: a clock of its own."""
     part = np.zeros(len(dts), np.int64)
     steps = [np.diff(dts[kind]) for kind in (sound, ~sound)]
-    if not any(((s < -BACK) | (leaps & (s > LEAP))).any() for s in steps):
+    # Slides that all stay for longer than a leap do not leap.
+    leap = [max(LEAP, 2 * float(np.median(s[s > 0]))) if (s > 0).any() else LEAP for s in steps]
+    if not any(
+        ((s < -BACK) | (leaps & (s > most))).any() for s, most in zip(steps, leap, strict=True)
+    ):
         return part
     repeats = np.zeros(len(dts), bool)  # pictures that are shown no later than the one before
     repeats[~sound] = np.diff(pts[~sound], prepend=-np.inf) <= 0
@@ -465,7 +497,7 @@ def _parts(
             step = stamp - last[kind]
             # A picture that comes again at the same time, long after it, is of the next part.
             again = repeats[number] and step <= 0 and BACK < reached - stamp - shift[now] < np.inf
-            if step < -BACK or again or (leaps and step > LEAP and away > SKEW):
+            if step < -BACK or again or (leaps and step > leap[not kind] and away > SKEW):
                 ends = [last[stream] + shift[at[stream]] for stream in last]
                 shift.append(max(ends) - stamp)
                 at[kind] = newest + 1
