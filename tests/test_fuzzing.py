@@ -1,42 +1,59 @@
 """Whatever bytes a file of ours holds, its reader reads it or names it: settings, checkpoints,
-states, indexes, records, arrays, media, and what DVC left.
+states, indexes, records, arrays, media, files of other senses, and what DVC left.
 
 The long form runs for VATT_FUZZ_SECONDS seconds a reader:
 `VATT_FUZZ_SECONDS=600 pytest -m slow tests/test_fuzzing.py tests/data/sources/test_fuzzing.py`.
 """
 
+import contextlib
+import io
 import json
+import math
 import struct
 import tempfile
 from collections.abc import Callable, Mapping
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from yt_dlp.networking import Response
+from yt_dlp.networking.exceptions import HTTPError
 
 from tests import tf_bundle
-from tests.data.corpus import write_media
+from tests.data.corpus import demo_params, make_clip, write_media
 from tests.data.loading.test_damage import GOOD
+from tests.data.sources.test_demo import write_recording
 from tests.fuzzing import Reader, fuzz, fuzz_long, run
 from tests.test_architecture import ROOT
 from tests.training.tiny import make_model, model_params, pretrain_params
-from vatt import checkpoint
-from vatt.config import load_params
+from vatt import checkpoint, export
+from vatt.config import DepthStorageParams, MotionStorageParams, TextQualityParams, load_params
 from vatt.data.clips.files import ContentHashes
 from vatt.data.clips.media import BrokenMediaError, probe
+from vatt.data.clips.quality import Languages, improved
 from vatt.data.clips.samples import read_index, row_of, write_index
 from vatt.data.clips.storage import Storage
+from vatt.data.clips.text import read_stop_words
+from vatt.data.fetching.fetch import explain
+from vatt.data.fetching.network import Guard, Relay
+from vatt.data.sources import demo
+from vatt.data.sources.subtitles import read_subtitles
 from vatt.errors import DataError
 from vatt.evaluation.features import load_features
-from vatt.files import read_arrays, read_json
+from vatt.files import inside, read_arrays, read_json
+from vatt.plan import trial
 from vatt.process import OUTCOME, read_outcome
 from vatt.release.tf_checkpoint import TensorFlowCheckpoint
+from vatt.report.inputs import read_inputs
 from vatt.search import FACTS, MOMENTS, VECTORS, Index, Moment
 from vatt.search import write_index as write_search_index
-from vatt.tracking.records import Record
+from vatt.senses import SENSES, motion
+from vatt.tracking.records import MetricValue, Record, Unsent
 from vatt.tracking.session import History
 from vatt.training.engine import LocalEngine
 from vatt.training.state import open_states
@@ -252,9 +269,163 @@ def read_use(path: Path) -> None:
     assert not path.exists() or isinstance(json.loads(path.read_text()), dict)
 
 
+def read_changes(path: Path) -> None:
+    with inside(path.parents[1]):
+        changes = dvc._last_answer("m")
+    assert changes is None or all(isinstance(names, list) for names in changes.values())
+
+
+def read_choice(path: Path) -> None:
+    noted = trial._noted(path)
+    assert noted is None or noted["micro_batch_size"] is None or noted["micro_batch_size"] > 0
+
+
+def read_unsent(path: Path) -> None:
+    for kept in Unsent.kept_in(path.parents[1]):
+        assert kept.run_id
+
+
+def unsent_files() -> Files:
+    values = [MetricValue("loss", 0.5, 1_700_000_000_000, step) for step in range(2)]
+    return files_of(lambda folder: Unsent("a", values, {"b": "c"}, "FINISHED").keep(folder))
+
+
+def read_report(path: Path, *, depth: int) -> None:
+    with inside(path.parents[depth]):
+        read_inputs(load_params(ROOT / "presets/demo.yaml").paths)
+
+
+DOWNLOADED = b'{"corpus": {"clips": 2, "splits": {"train": 2}, "sources": {"a": 2}, "hash": "b"}}'
+LEDGER = b"".join(
+    b'{"clip_id": "%d", "state": "ok", "stage": "download", "reason": "a"}\n' % k for k in range(3)
+)
+PLAYLIST = b"""#EXTM3U
+#EXT-X-TARGETDURATION:4
+#EXT-X-KEY:METHOD=AES-128,URI="key.bin",IV=0x1
+#EXTINF:4,
+../d/0.ts
+#EXTINF:4,
+https://b.example:8443/1.ts?x=1#y
+#EXT-X-ENDLIST
+"""
+
+# --- what comes from the network ------------------------------------------------------------------
+
+
+def read_playlist(path: Path) -> None:
+    """A playlist's addresses lead to the relay, all of them, or the playlist is refused."""
+    relay = Relay(lambda _: None, Guard(private=False), 1)
+    relay._base = "http://127.0.0.1:1"
+    with contextlib.suppress(ValueError):
+        text = relay._rewritten(path.read_bytes(), "https://a.example/b/c.m3u8", {}).decode()
+        named = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+        assert all(line.startswith(relay._base + "/") for line in named)
+
+
+def read_wait(path: Path) -> None:
+    headers = {"Retry-After": path.read_bytes().decode("latin-1")}
+    answer = Response(io.BytesIO(), "https://a.example", headers, status=429)
+    wait = explain(HTTPError(answer)).wait
+    assert 0 <= wait < math.inf
+
+
+def read_sums(path: Path) -> None:
+    assert isinstance(export._read_sums(path.read_bytes(), "https://a.example"), dict)
+
+
+# --- media, and files next to them ----------------------------------------------------------------
+
+WINDOWS = [(0.0, 0.3), (0.2, 0.5)]
+MOTION_CSV = b"t,x,y\n" + b"".join(b"%.2f,%d,0.5\n" % (k / 50, k) for k in range(30))
+EGO4D_CSV = (
+    b"component_idx,canonical_timestamp_ms,gyro_x,gyro_y,gyro_z,accl_x\n"
+    + b"".join(b"0,%.1f,0.5,-1.25e-1,%d,9.81\n" % (20 * k, k) for k in range(30))
+)  # fmt: skip
+
+
+def read_sense(name: str, path: Path) -> None:
+    """What is cut is finite and can be decoded; a window without it has a reason."""
+    params = demo_params().preprocess.model_copy(
+        update={
+            "motion": MotionStorageParams(hz=50, channels=2),
+            "depth": DepthStorageParams(short_side=16, png_fps=10.0),
+        }
+    )
+    motion._read.cache_clear()
+    pieces, said = SENSES[name].cut(path, WINDOWS, params)
+    assert len(pieces) == len(WINDOWS) and (said or None not in pieces)
+    for piece in filter(None, pieces):
+        values = SENSES[name].decode(piece.data, piece.count)
+        assert len(values) == piece.count and np.isfinite(values).all()
+
+
+def depth_files() -> Files:
+    def write(folder: Path) -> None:
+        write_media(folder / "a.depth.mp4", seconds=0.6, size=(32, 32), sound=False)
+        (folder / "a.depth").mkdir()
+        for number in range(6):
+            picture = np.full((20, 24), 900 * number, np.uint16)
+            cv2.imwrite(str(folder / f"a.depth/{number}.png"), picture)
+
+    return files_of(write)
+
+
+def depth_picture() -> Reader:
+    pictures = {name: data for name, data in depth_files().items() if name.endswith(".png")}
+    return reader("a.depth/2.png", pictures, lambda path: read_sense("depth", path.parent))
+
+
+def voice() -> Reader:
+    files = files_of(lambda folder: write_recording(folder / "0_ada_7.wav", 400))
+    return reader("0_ada_7.wav", files, read_voice)
+
+
+def read_voice(path: Path) -> None:
+    sound = demo.render_voice(demo._recording(path), rng=np.random.default_rng(0))
+    assert sound.dtype == np.int16
+
+
+@cache
+def english() -> Languages:
+    return Languages(("en",))
+
+
+def read_said(path: Path) -> None:
+    """Captions as candidates: fillers, repeats, languages, scores."""
+    found = read_subtitles(path)
+    clip = replace(make_clip(1), captions=tuple(found.captions))
+    params = TextQualityParams(
+        fillers=("um", "uh"), repeat_seconds=2.0, languages=(), least_quality=0.2
+    )
+    (better,), facts = improved([clip], params)
+    assert set(english().only_wanted(better.captions)) <= set(better.captions)
+    assert all(0.2 <= (caption.quality or 0.0) <= 1 for caption in better.captions)
+    assert facts["kept"] == len(better.captions) <= len(found.captions)
+
+
+SAID = b"""WEBVTT
+
+00:01.000 --> 00:03.000
+um so we put the butter in the pan
+
+00:02.000 --> 00:03.500
+so we put the butter in the pan
+
+00:04.000 --> 00:06.000
+und dann schneiden wir die Zwiebeln in kleine Stucke
+"""
+
+
+def read_stop(path: Path) -> None:
+    try:
+        assert all(word == word.strip() for word in read_stop_words(path))
+    except DataError as error:
+        assert "stop_words" in str(error)
+
+
 def media_files() -> Files:
     def write(folder: Path) -> None:
-        for form in ("mp4", "matroska"):
+        for form in ("mp4", "matroska", "mpegts", "avi"):
             write_media(folder / f"a.{form}", seconds=0.5, form=form)
 
     return files_of(write)
@@ -307,8 +478,35 @@ CASES: dict[str, Callable[[], Reader]] = {
     "lock of DVC": lambda: Reader(
         ".dvc/tmp/rwlock", USE.encode(), read_use, others={".dvc/config": b""}
     ),
+    "last answer of dvc status": lambda: Reader(
+        ".vattctl/status.json", b'{"mark": "m", "changes": {"a": ["b: c"]}}', read_changes
+    ),
+    "choice of a micro-batch": lambda: Reader(
+        "micro-batch.json", b'{"key": "a", "micro_batch_size": 4, "kept": 2}', read_choice
+    ),
+    "unsent metrics": lambda: reader("unsent/a.json", unsent_files(), read_unsent),
+    "metrics that a report shows": lambda: Reader(
+        "reports/metrics/download.json", DOWNLOADED, partial(read_report, depth=2)
+    ),
+    "ledger that a report shows": lambda: Reader(
+        "data/download.ledger.jsonl", LEDGER, partial(read_report, depth=1)
+    ),
+    "playlist": lambda: Reader("c.m3u8", PLAYLIST, read_playlist),
+    "header of an answer": lambda: Reader("header", b"120", read_wait),
+    "checksums of a pushed checkpoint": lambda: Reader(
+        "checksums.json", b'{"sha256": {"config.json": "%s"}}' % (b"0" * 64), read_sums
+    ),
+    "motion": lambda: Reader("a.motion.csv", MOTION_CSV, partial(read_sense, "motion")),
+    "motion of Ego4D": lambda: Reader("imu/a.csv", EGO4D_CSV, partial(read_sense, "motion")),
+    "depth, video": lambda: reader("a.depth.mp4", depth_files(), partial(read_sense, "depth")),
+    "depth, picture": depth_picture,
+    "voices": voice,
+    "captions, made better": lambda: Reader("a.vtt", SAID, read_said),
+    "stop words": lambda: Reader("stop.txt", b"the\nof\n\xc3\xa9t\xc3\xa9\n", read_stop),
     "mp4": lambda: media("mp4"),
     "matroska": lambda: media("matroska"),
+    "transport stream": lambda: media("mpegts"),
+    "avi": lambda: media("avi"),
 }  # fmt: skip
 
 

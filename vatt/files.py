@@ -15,6 +15,9 @@ from vatt.errors import DataError, MachineError
 
 T = TypeVar("T")
 
+# What reading JSON of ours may raise where a file is not there, damaged, or holds something else.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:

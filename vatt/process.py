@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from vatt.errors import SettingsError, Stopped, VattError, machine_error, redact, redact_logs
-from vatt.files import atomic_write, lock
+from vatt.files import UNREADABLE, atomic_write, lock
 
 FOLDER = Path(".vattctl")  # in the project's root; locks, the last outcome, the last traceback
 OUTCOME = FOLDER / "outcome.json"
@@ -186,7 +186,7 @@ def read_outcome(project: Path = Path()) -> tuple[int, str] | None:
     try:
         outcome = json.loads((project / OUTCOME).read_text(encoding="utf-8"))
         return int(outcome["code"]), str(outcome["message"])
-    except (OSError, ValueError, KeyError):
+    except (*UNREADABLE, OverflowError):
         return None
 
 

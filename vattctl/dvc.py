@@ -31,7 +31,7 @@ from typing import Any, TextIO
 import click
 
 from vatt.errors import DataError, MachineError, SettingsError, Stopped, VattError
-from vatt.files import atomic_write, lock
+from vatt.files import UNREADABLE, atomic_write, lock
 from vatt.process import (
     CLOCK_SECONDS,
     DVC_VARIABLE,
@@ -237,7 +237,7 @@ class Display:
         if self._running:
             row = self._rows[self._running]
             row.text = duration(time.monotonic() - self._began)
-            with contextlib.suppress(OSError, ValueError, KeyError, ZeroDivisionError):
+            with contextlib.suppress(*UNREADABLE, ZeroDivisionError):
                 found = json.loads(self.progress.read_text(encoding="utf-8"))
                 row.share, row.text = found["done"] / found["total"], str(found["text"])
 
@@ -401,7 +401,7 @@ PATH_KEY = re.compile(r"\$\{paths\.(\w+)\}")
 
 
 def _last_answer(mark: str | None) -> Changes | None:
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(*UNREADABLE):
         known = json.loads(ANSWER.read_text(encoding="utf-8"))
         if mark is not None and known["mark"] == mark:
             changes: Changes = known["changes"]
@@ -419,7 +419,7 @@ def _mark_of_files(repository: Path | None) -> str | None:
     """Size, times and inode of every file that DVC would look at; None where it must look."""
     if repository is None:
         return None
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+    with contextlib.suppress(*UNREADABLE):
         return _mark_within(repository)
     return None
 
@@ -688,7 +688,7 @@ def _stages_in(text: str) -> dict[str, Any] | None:
             )
             for stage in stages.values()
         )
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+    except (yaml.YAMLError, *UNREADABLE):
         return None
     return stages if whole and stages else None
 

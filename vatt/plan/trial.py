@@ -35,7 +35,7 @@ from vatt.config import (
 )
 from vatt.data.loading.batches import Batch, Loading, Sampling, open_index, train_batches
 from vatt.errors import MachineError
-from vatt.files import atomic_write
+from vatt.files import UNREADABLE, atomic_write
 from vatt.flops import encoder_work, num_video_tokens
 from vatt.losses import FORMS, pretraining_loss
 from vatt.model.patches import num_kept
@@ -212,6 +212,18 @@ def _free(place: Place, processes: int) -> float:
     return math.inf if place.on_gpu else psutil.virtual_memory().available / processes
 
 
+def _noted(file: Path) -> dict[str, Any] | None:
+    """An earlier choice; None where there is none, or its file is damaged."""
+    try:
+        noted: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        sizes = [noted["micro_batch_size"], noted["kept"]]
+        is_sound = isinstance(noted["key"], str) and sizes[1] is not None
+        are_counts = all(size is None or (type(size) is int and size >= 0) for size in sizes)
+    except UNREADABLE:
+        return None
+    return noted if is_sound and are_counts and sizes[0] != 0 else None
+
+
 def _choose(job: Job, place: Place, room: float) -> tuple[int | None, int]:
     """What was noted for the same settings and device; else the largest that fits, proven."""
     machine, settings = job.params.machine, job.settings
@@ -222,7 +234,7 @@ def _choose(job: Job, place: Place, room: float) -> tuple[int | None, int]:
         {"offload": machine.offload, "checkpointing": machine.activation_checkpointing},
     )
     file = job.state / CHOICE
-    noted = json.loads(file.read_text()) if file.exists() else None
+    noted = _noted(file)
     if noted is not None and noted["key"] == key:
         return noted["micro_batch_size"], noted["kept"]
     setting = _proven(job, place, room)

@@ -12,6 +12,7 @@ import fsspec
 from aiohttp import ClientError
 
 from vatt.errors import DataError, MachineError, SettingsError, VattError
+from vatt.files import UNREADABLE
 from vatt.progress import Progress
 from vatt.release.sstable import MalformedTableError
 from vatt.release.tf_checkpoint import INDEX_SUFFIX, MAX_INDEX_BYTES, parse_index, shard_path
@@ -228,7 +229,7 @@ def _note_path(target: Path) -> Path:
 def _noted(target: Path) -> Any:
     try:
         return json.loads(_note_path(target).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except UNREADABLE:
         return None
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vatt.config import PathsParams
 from vatt.errors import DataError
-from vatt.files import read_arrays, read_json
+from vatt.files import UNREADABLE, read_arrays, read_json
 
 THUMBNAIL_BYTES = 2_000_000  # all together
 STAGES = ("download", "preprocess", "pretrain", "finetune", "evaluate")
@@ -169,7 +169,7 @@ def _read_ledger(stage: str, file: Path) -> StateCounts:
             try:
                 entry = json.loads(line)
                 last[entry["clip_id"]] = {"state": str(entry["state"]), **entry}
-            except (ValueError, LookupError, TypeError, RecursionError):
+            except UNREADABLE:
                 raise DataError(f"{file}:{number} is damaged", hint=AGAIN) from None
     states = Counter(str(entry["state"]) for entry in last.values())
     reasons: dict[str, Counter[str]] = {}
@@ -190,7 +190,14 @@ def _read_corpus(metrics: Mapping[str, Json]) -> CorpusFacts | None:
     found = metrics.get("download", {}).get("corpus")
     if not found:
         return None
-    return CorpusFacts(**{one.name: found[one.name] for one in fields(CorpusFacts)})
+    try:
+        facts = CorpusFacts(**{one.name: found[one.name] for one in fields(CorpusFacts)})
+        counts = (facts.clips, *facts.splits.values(), *facts.sources.values())
+    except UNREADABLE:
+        counts = ("",)
+    if not all(type(count) is int for count in counts):
+        raise DataError("download.json is damaged: its corpus has no counts", hint=AGAIN)
+    return facts
 
 
 def _read_thumbnails(folder: Path) -> dict[str, str]:

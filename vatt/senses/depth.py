@@ -7,8 +7,9 @@ flipped as the video is. T frames, H W height, width.
 
 from __future__ import annotations
 
+import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from vatt.data.clips.media import BrokenMediaError
 from vatt.data.clips.samples import Window
 from vatt.data.clips.storage import Box, Storage
 from vatt.errors import SettingsError
+from vatt.files import UNREADABLE
 from vatt.senses.form import ArrayShapes, Cutout, Cutting, SamplingLike, Sense, Showing
 from vatt.senses.video import frame_changes, frame_indices, pair, show, view_box
 
@@ -32,7 +34,10 @@ if TYPE_CHECKING:
 
 MOST_PIXELS = 2**26  # of a frame
 MOST_STORED = 2**29  # pixels of a member: half a gigabyte
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # how each begins
 LATE = 0.01  # seconds by which the stamp of a frame may be late
+# What a decoder may raise for a damaged file.
+DAMAGE = (*UNREADABLE, BrokenMediaError, av.FFmpegError, cv2.error, ArithmeticError, MemoryError)
 Frame = NDArray[np.uint8]  # (H, W)
 Timed = Iterator[tuple[float, Callable[[], Frame]]]  # when a frame appears, and how to get it
 
@@ -108,7 +113,7 @@ class Depth(Sense):
                 frames = _at(timed, wanted, params.depth)
                 lost += frames is None
                 pieces.append(None if frames is None else Cutout(_encode(frames), len(frames)))
-        except (BrokenMediaError, OSError, av.FFmpegError, cv2.error, ValueError) as error:
+        except DAMAGE as error:
             why = getattr(error, "strerror", None) or str(error)
             return [None] * len(windows), f"no depth: {path.name}: {why}"
         return pieces, f"no depth in {lost} of {len(windows)} windows" if lost else ""
@@ -119,8 +124,8 @@ class Depth(Sense):
 
     def decode(self, data: bytes, count: int) -> np.ndarray:
         """(T, H, W) uint8."""
-        width, height = (int.from_bytes(data[at : at + 4]) for at in (16, 20))  # as it claims
-        if width * height > MOST_STORED or not data:
+        width, height = _png_size(data)
+        if width * height > MOST_STORED:
             raise BrokenMediaError(f"its depth has {width} x {height} pixels")
         try:
             picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -161,11 +166,11 @@ def _box(shown: Showing, stored: tuple[int, ...], size: tuple[int, ...]) -> tupl
 def _video(path: Path, window: Window) -> Timed:
     """The frames of an mp4 that may stand in a window."""
     with av.open(str(path), format="mp4", options={"max_pixels": str(MOST_PIXELS)}) as container:
-        if not container.streams.video:
-            raise BrokenMediaError("it has no picture")
-        stream = container.streams.video[0]
+        stream = next(iter(container.streams.video), None)
+        if stream is None or stream.codec_context is None:
+            raise BrokenMediaError("it has no picture that can be decoded")
         stream.codec_context.thread_count = 1
-        if stream.time_base is None:
+        if not stream.time_base:
             raise BrokenMediaError("its picture has no clock")
         begin = (stream.start_time or 0) * stream.time_base
         if window[0] > 1:
@@ -183,28 +188,50 @@ def _grey(frame: av.VideoFrame) -> NDArray[np.uint8]:
 
 
 def _pictures(path: Path, params: DepthStorageParams) -> Timed:
-    """The PNGs of a folder."""
-    for number, file in enumerate(sorted(path.glob("*.png"))):
-        yield number / params.png_fps, partial(_picture, file)
+    """The PNGs of a folder: 2.png comes before 10.png, hidden files are left out."""
+    names = [file.name for file in path.iterdir() if file.suffix.lower() == ".png"]
+    shown = sorted(name for name in names if not name.startswith("."))
+    for number, name in enumerate(sorted(shown, key=_by_number)):
+        yield number / params.png_fps, partial(_picture, path / name)
+
+
+def _by_number(name: str) -> list[str | int]:
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
 def _picture(path: Path) -> NDArray[np.uint8]:
-    picture = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    if path.stat().st_size > MOST_STORED:
+        raise BrokenMediaError(f"{path.name} is larger than {MOST_STORED // 2**20} MiB")
+    data = path.read_bytes()
+    width, height = _png_size(data)
+    if width * height > MOST_PIXELS:
+        raise BrokenMediaError(f"{path.name} has {width} x {height} pixels")
+    is_png = width * height > 0
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if is_png else None
     if picture is None:
         raise BrokenMediaError(f"{path.name} is not a picture")
     return np.asarray(picture if picture.ndim == 2 else picture[..., 0])
 
 
-def _at(timed: Timed, wanted: Iterable[float], params: DepthStorageParams) -> Frame | None:
+def _png_size(data: bytes) -> tuple[int, int]:
+    """The width and height that a PNG claims; zeros where the bytes are not one."""
+    if not data.startswith(PNG):
+        return 0, 0
+    return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+
+
+def _at(timed: Timed, wanted: NDArray[np.float64], params: DepthStorageParams) -> Frame | None:
     """What stands at each of the wanted times (T, H, W); None where nothing does.
 
     The last frame stands as long as the one before it.
     """
     frames: list[Frame] = []
     due = deque(wanted)
+    most = MOST_STORED // max(len(wanted), 1)
     for since, until, get in _standing(timed):
         while due and since <= due[0] + LATE < until:
-            frames.append(_scaled(get(), params))
+            frames.append(_scaled(get(), params, most))
             due.popleft()
         if not due or due[0] + LATE < since:
             break
@@ -224,11 +251,13 @@ def _standing(timed: Timed) -> Iterator[tuple[float, float, Callable[[], Frame]]
         yield since, since + max(length, LATE) + LATE, shown
 
 
-def _scaled(frame: NDArray[np.integer], params: DepthStorageParams) -> Frame:
-    """As it is stored: 8 bits, on its short side `short_side` pixels."""
+def _scaled(frame: NDArray[np.integer], params: DepthStorageParams, most: int) -> Frame:
+    """As it is stored: 8 bits, on its short side `short_side` pixels; `most` pixels in all."""
     height, width = frame.shape
     scale = params.short_side / min(height, width)
     size = max(round(width * scale), 1), max(round(height * scale), 1)
+    if size[0] * size[1] > most:
+        raise BrokenMediaError(f"a frame of {width} x {height} is too narrow to be stored")
     levels = np.minimum(frame.astype(np.float32) * (255 / params.farthest), 255)
     resized = cv2.resize(levels, size, interpolation=cv2.INTER_AREA)
     return np.rint(resized).astype(np.uint8)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 LEVELS, LARGEST_VALUE = 256, 2**15  # steps of 1; with both, sums of squares are exact
 LARGEST = 2**29  # bytes of a file: ten hours of six channels at 200 Hz
 LONGEST_LINE = 2**16
+DELIMITERS = (",", ";", "\t")
 HEADER_BYTES, CHECKSUM_BYTES = 128, 4  # of a stored member: NumPy's header, a CRC-32 at the end
 TIME, EGO4D_TIME = "t", "canonical_timestamp_ms"
 NOT_A_CHANNEL = {TIME, EGO4D_TIME, "component_idx", "component_timestamp_ms"}
@@ -183,29 +184,35 @@ def _table(path: Path) -> tuple[Floats, int]:
     """Rows of time and channels, and how many rows could not be used."""
     numbers, lost = array("d"), 0  # a list of Python's numbers would take four times the memory
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        lines = csv.reader(_lines(file))
-        try:
-            header = [name.strip().lower() for name in next(lines, [])]
-            clock, unit = _clock(header)
-            columns = [k for k, name in enumerate(header) if name and name not in NOT_A_CHANNEL]
-            if not columns:
-                raise BrokenMediaError("no column but the time")
-            for row in lines:
-                found = _numbers(row, [clock, *columns])
-                if found is None:
-                    lost += bool(row)
-                else:
-                    numbers.extend((found[0] * unit, *found[1:]))
-        except csv.Error as error:
-            raise BrokenMediaError(f"not a csv file: {error}") from None
+        rows = _rows(file)
+        header = [name.strip().lower() for name in next(rows, [])]
+        clock, unit = _clock(header)
+        columns = [k for k, name in enumerate(header) if name and name not in NOT_A_CHANNEL]
+        if not columns:
+            raise BrokenMediaError("no column but the time")
+        for row in rows:
+            found = _numbers(row, [clock, *columns])
+            if found is None:
+                lost += bool(row)
+            else:
+                numbers.extend((found[0] * unit, *found[1:]))
     return np.asarray(numbers, np.float64).reshape(-1, 1 + len(columns)), lost
 
 
-def _lines(file: io.TextIOBase) -> Iterator[str]:
+def _rows(file: io.TextIOBase) -> Iterator[list[str]]:
+    """The fields of each line: a quote that is left open ends with its line.
+
+    The first line shows whether commas, semicolons or tabs separate them.
+    """
+    delimiter = None
     while line := file.readline(LONGEST_LINE):
         if len(line) == LONGEST_LINE:
             raise BrokenMediaError(f"a line of {LONGEST_LINE} characters or more")
-        yield line
+        delimiter = delimiter or max(DELIMITERS, key=line.count)
+        try:
+            yield from csv.reader([line], delimiter=delimiter)
+        except csv.Error as error:
+            raise BrokenMediaError(f"not a csv file: {error}") from None
 
 
 def _clock(header: Sequence[str]) -> tuple[int, float]:

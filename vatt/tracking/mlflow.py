@@ -31,6 +31,7 @@ from vatt import process
 from vatt.config import MachineParams, Params, fingerprint
 from vatt.data.clips.samples import INDEX, splits_of
 from vatt.errors import DataError, MachineError, Stopped, redact
+from vatt.files import UNREADABLE
 from vatt.tracking.records import Line, MetricLog, MetricValue, Record, Unsent, first_line
 from vatt.training import distributed
 from vatt.training.state import flatten
@@ -554,7 +555,7 @@ def _listed_clips(params: Params) -> dict[str, int]:
     try:
         text = (params.paths.metrics / "download.json").read_text(encoding="utf-8")
         return {"all": json.loads(text)["corpus"]["clips"]}
-    except (OSError, ValueError, KeyError):
+    except UNREADABLE:
         return {}
 
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from vatt import process
 from vatt.errors import redact
-from vatt.files import atomic_write
+from vatt.files import UNREADABLE, atomic_write
 
 SECONDS = 5.0  # between two batches
 SILENT_SECONDS = 60.0  # before a store that was away is tried again
@@ -139,7 +139,7 @@ class Unsent:
                 content = json.loads(file.read_text(encoding="utf-8"))
                 metrics = [MetricValue(**one) for one in content.pop("metrics")]
                 found.append(cls(metrics=metrics, **content))
-            except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            except UNREADABLE:
                 log.warning("%s cannot be read; it is left there", file)
         return found
 
@@ -166,7 +166,7 @@ class Record:
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
             is_sound = all(isinstance(facts[name], kinds) for name, kinds in _KINDS.items())
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        except UNREADABLE:
             is_sound = False
         return cls(path, facts if is_sound else {})
 

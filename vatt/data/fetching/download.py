@@ -263,9 +263,9 @@ def _proxy_in(file: Path | None) -> str | None:
         return None
     try:
         return file.read_text(encoding="utf-8").strip()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise MachineError(
-            f"machine.proxy: {file} cannot be read: {error.strerror}",
+            f"machine.proxy: {file} cannot be read: {getattr(error, 'strerror', 'not UTF-8')}",
             hint="name a file that holds the proxy's address, or null",
         ) from None
 

@@ -160,7 +160,7 @@ def _address(cause: BaseException) -> str:
 def _asked_to_wait(cause: BaseException) -> float:
     """Seconds that the server asks for; 0 when it names none."""
     header = cause.response.headers.get("Retry-After") if isinstance(cause, HTTPError) else None
-    return float(header) if header and header.isdigit() else 0.0
+    return float(header) if re.fullmatch(r"[0-9]{1,9}", header or "") else 0.0
 
 
 def _status_in(said: str) -> int | None:

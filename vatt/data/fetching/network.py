@@ -283,7 +283,11 @@ class Relay:
                 self.errors.append(error)
             return
         with answer:
-            self._pass_on(answer, handler, headers)
+            try:
+                self._pass_on(answer, handler, headers)
+            except ValueError as error:
+                self.errors.append(RequestError(f"an address in a playlist is wrong: {error}"))
+                raise
 
     def _pass_on(
         self, answer: Response, handler: BaseHTTPRequestHandler, headers: dict[str, str]

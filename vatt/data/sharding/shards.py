@@ -40,7 +40,7 @@ from vatt.data.sharding.writer import (
 )
 from vatt.data.workers import start_workers
 from vatt.errors import DataError
-from vatt.files import atomic_write, lock
+from vatt.files import UNREADABLE, atomic_write, lock
 from vatt.progress import Progress
 from vatt.senses import SENSES, storage_of
 
@@ -177,7 +177,7 @@ def _read_part(shard: Shard, setting: WriterSettings) -> dict[str, Any] | None:
         size = (setting.folder / shard.name).stat().st_size
         part: dict[str, Any] = json.loads(text)
         is_finished = (part["stamp"], part["bytes"]) == (setting.stamp(shard), size)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except UNREADABLE:
         return None
     return part if is_finished else None
 

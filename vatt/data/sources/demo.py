@@ -298,6 +298,7 @@ def _enlarge(num: int, centre: float, size: float) -> NDArray[np.float64]:
 
 RECORDING = re.compile(r"([0-9])_([A-Za-z0-9-]+)_([0-9]{1,6})\.wav")  # digit, speaker, take
 TEST_TAKES = 5  # takes 0 to 4 are FSDD's test set: they are in no clip
+LONGEST_VOICE = 60  # seconds of a recording
 TEST_SHARE = 0.2  # of the other recordings of a digit: for test clips
 VOICES_LICENCE = "CC BY-SA 4.0: Free Spoken Digit Dataset"
 
@@ -361,9 +362,11 @@ def _recording(path: Path) -> NDArray[np.float64]:
     resampler = av.AudioResampler(format="s16", layout="mono", rate=AUDIO_HZ)
     try:
         with open_media(path) as container:
-            frames = [
-                part for frame in container.decode(audio=0) for part in resampler.resample(frame)
-            ]
+            frames = []
+            for frame in container.decode(audio=0):
+                if frame.time is not None and frame.time > LONGEST_VOICE:
+                    raise ValueError(f"it is longer than {LONGEST_VOICE} s")
+                frames += resampler.resample(frame)
         frames += resampler.resample(None)
         wave = np.concatenate([frame.to_ndarray()[0] for frame in frames])
     except (OSError, av.FFmpegError, ValueError, LookupError) as error:
