@@ -86,6 +86,35 @@ def test_a_picture_that_is_none_and_a_folder_without_pictures(tmp_path):
     assert "1.png is not a picture" in cut(tmp_path, [(0.0, 0.01), (0.0, 1.0)])[1]
 
 
+def test_pictures_come_in_the_order_of_their_numbers_without_hidden_files(tmp_path):
+    for k in range(12):
+        cv2.imwrite(str(tmp_path / f"d{k}.png"), np.full((16, 16), 10 * k, np.uint8))
+    (tmp_path / "d11.png").rename(tmp_path / "D11.PNG".replace("D", "d"))
+    (tmp_path / "._d0.png").write_bytes(b"of a Mac")
+    (found,), said = cut(tmp_path, [(0.0, 1.2)], stored(png_fps=10.0, farthest=255))
+    assert said == "" and levels(found) == [10 * k for k in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [((2**14, 2**14), "16384 x 16384 pixels"), ((2, 2**19), "too narrow")]
+)
+def test_a_picture_that_would_take_gigabytes_is_refused(tmp_path, size, said):
+    data = bytearray(png(np.zeros((size[0] if size[0] == 2 else 4, 4), np.uint8)))
+    if size[0] == 2:
+        data = png(np.zeros(size, np.uint8))
+    else:
+        data[16:24] = size[1].to_bytes(4) + size[0].to_bytes(4)
+    (tmp_path / "1.png").write_bytes(data)
+    assert said in cut(tmp_path, [(0.0, 0.1)])[1]
+
+
+def test_a_video_without_a_decoder_says_so(tmp_path):
+    write_media(tmp_path / "a.depth.mp4", seconds=1.0, size=(32, 32), sound=False)
+    data = (tmp_path / "a.depth.mp4").read_bytes()
+    (tmp_path / "a.depth.mp4").write_bytes(data.replace(b"avc1", b"avq1"))
+    assert cut(tmp_path / "a.depth.mp4", [(0.0, 1.0)])[1].startswith("no depth: a.depth.mp4: ")
+
+
 def png(frames):
     return bytes(cv2.imencode(".png", frames)[1])
 

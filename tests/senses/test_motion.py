@@ -162,6 +162,26 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path, content, message):
     assert pieces == [None] and said == f"no motion: a.motion.csv: {message}"
 
 
+def test_a_quote_that_is_left_open_costs_its_row_only(tmp_path):
+    path, time = tmp_path / "a.motion.csv", np.arange(150) / 100
+    write_csv(path, time, wave(time))
+    lines = path.read_text().splitlines()
+    lines[40] = '"' + lines[40]
+    path.write_text("\n".join(lines))
+    (found,), said = cut(path, [(0.0, 1.0)])
+    np.testing.assert_allclose(found, wave(np.arange(50) / 50), atol=0.05)
+    assert said == "1 rows of a.motion.csv are not finite numbers"
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_other_delimiters_are_read(tmp_path, delimiter):
+    path, time = tmp_path / "a.motion.csv", np.arange(150) / 100
+    write_csv(path, time, wave(time))
+    path.write_text(path.read_text().replace(",", delimiter))
+    (found,), said = cut(path, [(0.0, 1.0)])
+    assert said == "" and found.shape == (50, 2)
+
+
 def test_a_missing_file_says_so(tmp_path):
     assert cut(tmp_path / "a.motion.csv", [(0.0, 1.0)])[1].endswith("No such file or directory")
 

@@ -192,7 +192,7 @@ def _read_corpus(metrics: Mapping[str, Json]) -> CorpusFacts | None:
         return None
     try:
         facts = CorpusFacts(**{one.name: found[one.name] for one in fields(CorpusFacts)})
-        counts = (facts.clips, *facts.splits.values(), *facts.sources.values())
+        counts: tuple[object, ...] = (facts.clips, *facts.splits.values(), *facts.sources.values())
     except UNREADABLE:
         counts = ("",)
     if not all(type(count) is int for count in counts):

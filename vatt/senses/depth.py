@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MOST_PIXELS = 2**26  # of a frame
 MOST_STORED = 2**29  # pixels of a member: half a gigabyte
+LONGEST_SIDE = 10**6  # pixels of a PNG
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # how each begins
 LATE = 0.01  # seconds by which the stamp of a frame may be late
 # What a decoder may raise for a damaged file.
@@ -256,7 +257,7 @@ def _scaled(frame: NDArray[np.integer], params: DepthStorageParams, most: int) -
     height, width = frame.shape
     scale = params.short_side / min(height, width)
     size = max(round(width * scale), 1), max(round(height * scale), 1)
-    if size[0] * size[1] > most:
+    if size[0] * size[1] > most or max(size) > LONGEST_SIDE:
         raise BrokenMediaError(f"a frame of {width} x {height} is too narrow to be stored")
     levels = np.minimum(frame.astype(np.float32) * (255 / params.farthest), 255)
     resized = cv2.resize(levels, size, interpolation=cv2.INTER_AREA)
@@ -264,6 +265,7 @@ def _scaled(frame: NDArray[np.integer], params: DepthStorageParams, most: int) -
 
 
 def _encode(frames: Frame) -> bytes:
-    done, data = cv2.imencode(".png", frames.reshape(-1, frames.shape[2]))
-    assert done, "PNG holds any picture of 8 bits"
-    return data.tobytes()
+    rows = frames.reshape(-1, frames.shape[2])
+    if max(rows.shape) > LONGEST_SIDE:
+        raise BrokenMediaError(f"{rows.shape[1]} x {rows.shape[0]} pixels do not fit into a PNG")
+    return cv2.imencode(".png", rows)[1].tobytes()

@@ -159,8 +159,8 @@ def _address(cause: BaseException) -> str:
 
 def _asked_to_wait(cause: BaseException) -> float:
     """Seconds that the server asks for; 0 when it names none."""
-    header = cause.response.headers.get("Retry-After") if isinstance(cause, HTTPError) else None
-    return float(header) if re.fullmatch(r"[0-9]{1,9}", header or "") else 0.0
+    header = cause.response.headers.get("Retry-After", "") if isinstance(cause, HTTPError) else ""
+    return float(header) if re.fullmatch(r"[0-9]{1,9}", header) else 0.0
 
 
 def _status_in(said: str) -> int | None:
