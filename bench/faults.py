@@ -25,9 +25,10 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -397,20 +398,92 @@ def another_writer(project: Path) -> Callable[[], None]:
     return undo
 
 
-def silent_server(project: Path) -> Callable[[], None]:
-    """The settings name an MLflow server that accepts connections and never answers."""
-    server = socket.create_server(("127.0.0.1", 0))
+def store_at(project: Path, port: int) -> Callable[[], None]:
+    """The settings name an MLflow server; call to put them back."""
     settings = project / "params.yaml"
     text = settings.read_text(encoding="utf-8")
     content = yaml.safe_load(text)
-    content["machine"]["mlflow_uri"] = f"http://127.0.0.1:{server.getsockname()[1]}"
+    content["machine"]["mlflow_uri"] = f"http://127.0.0.1:{port}"
     settings.write_text(yaml.safe_dump(content), encoding="utf-8")
+
+    def put_back() -> None:
+        settings.write_text(text, encoding="utf-8")
+
+    return put_back
+
+
+def silent_server(project: Path) -> Callable[[], None]:
+    """The settings name an MLflow server that accepts connections and never answers."""
+    server = socket.create_server(("127.0.0.1", 0))
+    put_back = store_at(project, server.getsockname()[1])
 
     def undo() -> None:
         server.close()
-        settings.write_text(text, encoding="utf-8")
+        put_back()
 
     return undo
+
+
+def server_gone(number: signal.Signals) -> Callable[[Path], Callable[[], None]]:
+    """An MLflow server, which gets a signal once it has a run: it is gone, or hangs."""
+
+    def damage(project: Path) -> Callable[[], None]:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        store = project.parent / "store"
+        store.mkdir()
+        shutil.copy(project / "mlflow.db", store)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"],
+            env=environment() | {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{store}/mlflow.db"},
+            cwd=store, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        wait_until(lambda: answers(port))
+        put_back = store_at(project, port)
+
+        def undo() -> None:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+            put_back()
+
+        def later() -> None:
+            wait_until(lambda: has_run(store / "mlflow.db"))
+            os.killpg(server.pid, number)
+
+        threading.Thread(target=later, daemon=True).start()
+        return undo
+
+    return damage
+
+
+def answers(port: int) -> bool:
+    """Whether the server is ready."""
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def has_run(database: Path) -> bool:
+    """Whether a stage writes to a run there."""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        running = "SELECT count(*) FROM runs WHERE status = 'RUNNING'"
+        return bool(connection.execute(running).fetchone()[0])
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def network(*, back: bool) -> tuple[str, ...]:
+    """A network of its own, whose link goes down once some media are there; it may come back."""
+    up, down = "ip link set lo up", "ip link set lo down"
+    enough = "[ $(ls data/media 2>/dev/null | grep -cE '^[0-9a-f]{24}$') -ge 5 ]"
+    later = f"until {enough}; do sleep 0.02; done; {down}" + (f"; sleep 5; {up}" if back else "")
+    return "unshare", "--net", "sh", "-c", f'{up}; ({later}) & exec "$@"', "sh"
 
 
 def signalled(number: signal.Signals) -> Callable[[Path], None]:
@@ -456,7 +529,11 @@ FAULTS = (
     Fault("MLflow's database cut short", "pretrain", truncate("mlflow.db"), (0, 4)),
     Fault("MLflow's database locked", "pretrain", locked_database, (0, 4)),
     Fault("MLflow's server never answers", "pretrain", silent_server, (0, 4)),
+    Fault("MLflow's server gone in the middle", "pretrain", server_gone(signal.SIGKILL), (0,)),
+    Fault("MLflow's server hangs in the middle", "pretrain", server_gone(signal.SIGSTOP), (0,)),
     Fault("network gone", "download", write("a", ""), (3, 4), prefix=("unshare", "--net")),
+    Fault("network gone in the middle", "download", write("a", ""), (3, 4), prefix=network(back=False)),
+    Fault("network gone for some seconds", "download", write("a", ""), (0,), prefix=network(back=True)),
     Fault("clock set back by a day", "pretrain", clock_set_back, (0,)),
     Fault("files left by a killed writer", "preprocess", write("data/.shards.tmp/x", "rest"), (0,)),
     Fault("disk full while shards are written", "preprocess", mounted("data", spare=150), (4,)),

@@ -84,7 +84,7 @@ def test_the_default_stream_is_the_film(tmp_path):
 
 def test_channels_that_cancel_each_other_are_not_mixed(tmp_path):
     result = cut_file(DATA / "attack" / "antiphase_sound.mp4", [(0.0, 1.0), (1.0, 2.0)], tmp_path)
-    assert result.complaint == "its two channels cancel each other: the left one was taken"
+    assert result.complaint == "its channels cancel each other: another mix was taken"
     assert all(np.abs(piece.audio).max() > 50 for piece in result.pieces)
 
 

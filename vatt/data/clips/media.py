@@ -69,7 +69,7 @@ OVERLAP = 0.02  # share of a file by which one stream may begin before the end o
 MIXED = 8  # channels; FFmpeg has no rule to mix more of them
 _CLOCK_LEAPS = av.format.Flags.ts_discont.value
 _NOT_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
-_FOR_FEW = Disposition.hearing_impaired | Disposition.visual_impaired
+_FOR_FEW = Disposition.hearing_impaired | Disposition.visual_impaired | Disposition.comment
 
 Span = tuple[float, float]  # from, to, in seconds
 
@@ -90,7 +90,7 @@ class Media:
     interlaced: bool = False  # some of its pictures are two half pictures
     image: str | None = None  # FFmpeg's name for the format of an image
     exact: bool = False  # the ffmpeg program would lose the clock: `cut` decodes by packets
-    stereo: bool = False
+    channels: int = 0  # of the sound
     mix: str = ""  # what FFmpeg's `pan` makes of channels that it cannot mix by itself
     heard: tuple[Span, ...] = ()  # where there are packets of sound
     pauses: tuple[Span, ...] = ()  # where nothing was recorded
@@ -428,7 +428,8 @@ def _in_step(data: np.ndarray, place: int) -> tuple[int, int, int] | None:
 def _chosen(streams: Sequence[Any]) -> Any | None:
     """The stream to take of a kind: the default one, or else the first; no cover art.
 
-    A stream without a decoder is left out. One for people who cannot hear or see comes last.
+    A stream without a decoder is left out. A commentary, or one for people who cannot hear or see,
+    comes last.
     """
     known = [
         stream
@@ -592,7 +593,7 @@ def _describe(
         interlaced=field_order > PROGRESSIVE,
         exact=bool(jumps) or moved or joined or odd,
         mix="" if audio is None else _mix(audio),
-        stereo=audio is not None and audio.codec_context.layout.nb_channels == 2,
+        channels=0 if audio is None else audio.codec_context.layout.nb_channels,
         heard=heard,
         pauses=tuple(pauses),
         remark=_remark(jumped, pauses, remarks),
@@ -637,6 +638,17 @@ def off_rate(time: np.ndarray, length: np.ndarray) -> np.ndarray:
         paces = [form(steps) / max(form(own), 1e-6) for form in (np.median, np.mean)]
         off[inside] = all(pace > 0 and abs(pace - 1) > OFF_RATE for pace in paces)
     return off
+
+
+def other_mix(channels: int) -> list[float]:
+    """Weights of channels whose plain mix may be silent: half the difference of two of them.
+
+    No two of several weights are equal, and their signs alternate.
+    """
+    if channels == 2:
+        return [0.5, -0.5]
+    weights = [(-1) ** channel / (channel + 1) for channel in range(channels)]
+    return [weight / sum(map(abs, weights)) for weight in weights]
 
 
 def _mix(audio: Any) -> str:

@@ -37,6 +37,7 @@ from vatt.data.clips.media import (
     Reading,
     off_rate,
     open_media,
+    other_mix,
     run_limited,
     scan,
     stamped_packets,
@@ -52,7 +53,7 @@ LOOK_AHEAD = 0.01
 PATIENCE = 20.0  # seconds that a second of video may take
 MAX_CLIP_BYTES = 2**28  # of a stored clip's picture
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192; a file that claims more is not decoded
-CANCELLED = 30.0  # a mix that is so many times quieter than its two channels is not their sound
+CANCELLED = 30.0  # a mix that is so many times quieter than another one is not their sound
 AUDIBLE = 10  # of 32,768: quieter channels need not be rescued
 _GLOBAL = ("-nostdin", "-hide_banner", "-nostats", "-filter_complex_threads", "1", "-y")
 _LEVEL = ("-loglevel", "level+info")  # at this level it says when the form of a stream changes
@@ -250,13 +251,15 @@ def _outputs(item: Cut, params: PreprocessParams, prefix: str) -> list[Any]:
         outputs += _pictures(picture, windows, params, prefix)
     if item.media.audio is not None:
         sound = stream[str(item.media.audio)]
-        if item.media.mix:
-            sound = sound.filter("pan", args=item.media.mix)
-        if item.media.stereo:
+        if item.media.channels > 1:
             both = sound.filter_multi_output("asplit", 2)
-            side = both[1].filter("pan", args="mono|c0=0.5*c0-0.5*c1")
+            weights = enumerate(other_mix(item.media.channels))
+            args = "".join(f"{weight:+.6f}*c{channel}" for channel, weight in weights)
+            side = both[1].filter("pan", args=f"mono|c0={args.removeprefix('+')}")
             outputs.append(_sound(side, length, params, f"{prefix}-side"))
             sound = both[0]
+        if item.media.mix:
+            sound = sound.filter("pan", args=item.media.mix)
         outputs.append(_sound(sound, length, params, f"{prefix}-sound"))
     return outputs
 
@@ -362,14 +365,14 @@ def _samples(path: str) -> np.ndarray:
 
 
 def _mixed(mid: np.ndarray, side: np.ndarray) -> tuple[np.ndarray, str]:
-    """The sound of a window, and a complaint where the mix of two channels is not its sound."""
+    """The sound of a window, and a complaint where the mix of its channels is not its sound."""
     loudness = [
         float(np.sqrt(np.mean(wave.astype(float) ** 2))) for wave in (mid, side) if wave.size
     ]
     if len(loudness) < 2 or loudness[1] < max(AUDIBLE, CANCELLED * loudness[0]):
         return mid, ""
-    left = np.clip(mid.astype(int) + side, -32768, 32767).astype(np.int16)
-    return left, "its two channels cancel each other: the left one was taken"
+    other = np.clip(mid.astype(int) + side, -32768, 32767).astype(np.int16)  # of two, the left
+    return other, "its channels cancel each other: another mix was taken"
 
 
 def _piece(path: str, sound: np.ndarray, seconds: float, params: PreprocessParams) -> Piece:
@@ -487,7 +490,7 @@ def main(path: str) -> None:
 
 # Time on the clips' clock, a frame, and the shape of its pixels.
 Decoded = tuple[float, Any, Fraction | None]
-Sound = tuple[float, int, np.ndarray]  # time, sample rate, (2, S): the mix, half the difference
+Sound = tuple[float, int, np.ndarray]  # time, sample rate, (2, S): the mix, another mix
 
 
 def _needed_pictures(packets: Packets, windows: Sequence[Window], *, whole: bool) -> np.ndarray:
@@ -720,8 +723,8 @@ def _pull(graph: Any, shape: Fraction | None, *, flush: bool = False) -> Iterato
 
 
 def _hear(frames: Iterator[Decoded], media: Media) -> Iterator[Sound]:
-    """Frames of sound as one channel, and half the difference of two."""
-    mixers: dict[tuple[str, str, int], av.AudioResampler] = {}
+    """Frames of sound as one channel, and another mix of several."""
+    mixers: dict[tuple[str, str, int], list[av.AudioResampler]] = {}
     for time, frame, _ in frames:
         layout, rate = frame.layout.name, frame.sample_rate
         if frame.layout.nb_channels in _LAYOUTS and "channels" in layout:  # FFmpeg's guess
@@ -731,13 +734,13 @@ def _hear(frames: Iterator[Decoded], media: Media) -> Iterator[Sound]:
         kind = (frame.format.name, layout, rate)
         if kind not in mixers:
             wanted = layout if media.mix or layout == "stereo" else "mono"
-            mixers[kind] = av.AudioResampler(format="fltp", layout=wanted, rate=rate)
+            mixers[kind] = [av.AudioResampler("fltp", form, rate) for form in (wanted, layout)]
         frame.pts = None
-        for mixed in mixers[kind].resample(frame):
-            wave = mixed.to_ndarray()
+        for mixed, each in zip(*(mixer.resample(frame) for mixer in mixers[kind]), strict=True):
+            wave, channels = mixed.to_ndarray(), each.to_ndarray()
             mono = wave[0] if media.mix.endswith("c0=c0") else wave.mean(axis=0)
-            side = (wave[0] - wave[1]) / 2 if layout == "stereo" else np.zeros_like(mono)
-            yield time, rate, np.stack([mono, side])
+            weights = other_mix(len(channels)) if len(channels) > 1 else [0.0]
+            yield time, rate, np.stack([mono, np.asarray(weights, np.float32) @ channels])
 
 
 def _in_rate(heard: list[Sound]) -> tuple[list[Sound], list[str]]:
