@@ -306,6 +306,17 @@ def test_no_recording_is_in_both_splits_and_no_official_test_take_in_either(spok
         assert all(int(name.split("_")[2].removesuffix(".wav")) >= 5 for name in both)
 
 
+def test_every_recording_sounds_before_one_sounds_again(spoken):
+    voices = demo.Voices.of(spoken[2], seed=0)
+    names = [voices.name(0, "train", 10 * number + 3) for number in range(40)]
+    known = voices.recordings["train", 3]
+    turns = [names[first : first + len(known)] for first in range(0, 40, len(known))]
+    assert all(sorted(turn) == sorted(known) for turn in turns)
+    assert len({tuple(turn) for turn in turns}) > 1
+    assert voices.name(1, "train", 3) in known
+    assert names != [voices.name(1, "train", 10 * number + 3) for number in range(40)]
+
+
 def test_what_sounds_in_a_clip_is_its_digit_once(spoken):
     folder, clips, _ = spoken
     for clip in clips[:20]:

@@ -104,7 +104,7 @@ BESIDE_THE_POINT = (
 # against the direct sound, and that of the noise against the voice's peak.
 ROOM_SECONDS = (0.05, 0.4)
 ROOM_SHARE = (0.0, 0.5)
-NOISE_SHARE = (0.005, 0.1)
+NOISE_SHARE = (0.0005, 0.1)
 
 # How `data.demo.text_noise` spoils a caption.
 FAULTS = ("unrelated", "late", "words")
@@ -300,6 +300,7 @@ RECORDING = re.compile(r"([0-9])_([A-Za-z0-9-]+)_([0-9]{1,6})\.wav")  # digit, s
 TEST_TAKES = 5  # takes 0 to 4 are FSDD's test set: they are in no clip
 LONGEST_VOICE = 60  # seconds of a recording
 TEST_SHARE = 0.2  # of the other recordings of a digit: for test clips
+VOICES_EDITION = 2  # raise it when what is done with recordings changes
 VOICES_LICENCE = "CC BY-SA 4.0: Free Spoken Digit Dataset"
 
 
@@ -331,9 +332,12 @@ class Voices:
         return cls(folder, found, mark_of_voices(folder, hashes))
 
     def name(self, seed: int, split: str, index: int) -> str:
-        """The recording that sounds in a clip."""
-        names = self.recordings[split, _classes(index)[0]]
-        return names[_generator(seed, split, index, "voice").integers(len(names))]
+        """The recording that sounds in a clip: each is used once before one is used again."""
+        digit, number = index % len(DIGITS), index // len(DIGITS)
+        names = self.recordings[split, digit]
+        turn, place = divmod(number, len(names))
+        order = _generator(seed, split, digit, f"voices {turn}").permutation(len(names))
+        return names[order[place]]
 
 
 def voice_files(folder: Path) -> list[str]:
@@ -354,6 +358,7 @@ def mark_of_voices(folder: Path, hashes: ContentHashes | None = None) -> str:
     names = voice_files(folder)
     content = (hashes or ContentHashes()).of(folder / "recordings" / name for name in names)
     lines = [f"{name} {digest}\n" for name, digest in zip(names, content, strict=True)]
+    lines.append(f"edition {VOICES_EDITION}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
