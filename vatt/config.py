@@ -47,6 +47,7 @@ Pixels = Annotated[int, Field(gt=0, le=2**14)]
 Rate = Annotated[float, Field(ge=0, lt=1)]  # a share below 1, e.g. of tokens that are dropped
 Share = Annotated[float, Field(ge=0, le=1)]
 MergeRate = Annotated[float, Field(ge=0, le=0.5)]  # a merged pair takes two tokens
+Peak = Annotated[float, Field(gt=0, le=1)]
 NoiseShare = Annotated[float, Field(ge=0, le=0.8)]
 
 
@@ -228,6 +229,7 @@ class PreprocessParams(Section):
     audio_storage: Literal["pcm", "flac", "aac"]
     aac_kbps: PositiveInt  # aac: bit rate
     audio_hz: PositiveInt  # sample rate, mono
+    audio_peak: Peak | None = off()  # a clip's loudest sample, of full scale; null: as recorded
     samples_per_shard: PositiveInt
     vocabulary: PositiveInt  # word ids, at most; id 0 pads
     vocabulary_file: Path | None  # a list of words or WordPieces; null: the corpus's words

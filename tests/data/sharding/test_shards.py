@@ -10,6 +10,7 @@ import tarfile
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.data.corpus import demo_params, make_clip, make_corpus, write_media
@@ -17,6 +18,7 @@ from vatt.config import TextQualityParams
 from vatt.data.clips.ledger import Entry, read_ledger
 from vatt.data.clips.manifest import Caption, media_path
 from vatt.data.clips.samples import nearest, splits_of
+from vatt.data.clips.storage import scaled
 from vatt.data.loading.reader import ShardIndex, ShardReader
 from vatt.data.sharding.shards import write_shards
 from vatt.errors import DataError
@@ -150,6 +152,23 @@ def test_another_setting_writes_other_shards_and_leaves_no_old_ones(corpus, tmp_
     assert splits_of(tmp_path / "shards") == {"train": 3}
     assert [path.name for path in (tmp_path / "shards").glob("*.tar")] == ["train-00000.tar"]
     assert ShardIndex.load(tmp_path / "shards", split="train").rows[0].height == 16
+
+
+def test_every_sound_is_stored_at_one_peak_and_silence_stays_silence(corpus, tmp_path):
+    root, clips, entries = corpus
+    (tmp_path / "media").symlink_to(root / "media")
+    write(tmp_path, clips, entries, audio_peak=0.5)
+    readers = [
+        ShardReader(ShardIndex.load(one / "shards", split="test")) for one in (root, tmp_path)
+    ]
+    for row in readers[0].index.rows:
+        before, after = (reader.audio(row, 0, 8000).astype(float) for reader in readers)
+        assert 0 < abs(before).max() != pytest.approx(0.5 * 32767, abs=1)
+        assert abs(after).max() == pytest.approx(0.5 * 32767, abs=1)
+        assert after == pytest.approx(before * abs(after).max() / abs(before).max(), abs=1)
+    loudest = np.array([-32768, 16384, 0], dtype=np.int16)
+    assert scaled(loudest, 1.0).tolist() == [-32767, 16384, 0]
+    assert scaled(np.zeros(3, np.int16), 0.5).tolist() == [0, 0, 0]
 
 
 def test_every_clip_ends_in_one_state_with_its_reason(tmp_path):

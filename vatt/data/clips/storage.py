@@ -174,6 +174,12 @@ def decode_jpegs(
         raise BrokenMediaError(f"a JPEG cannot be decoded: {error}") from None
 
 
+def scaled(wave: np.ndarray, peak: float) -> np.ndarray:
+    """16-bit samples whose loudest has this share of full scale; silence stays silence."""
+    loudest = np.abs(wave.astype(np.int32)).max(initial=1)
+    return np.rint(wave * (peak * 32767 / loudest)).astype(np.int16)
+
+
 def encode_sound(wave: np.ndarray, storage: Storage, *, kbps: int) -> bytes:
     """16-bit mono samples in their stored form: the same bytes for the same samples."""
     if storage.audio == "pcm":

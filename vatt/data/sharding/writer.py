@@ -31,7 +31,7 @@ from vatt.data.clips.samples import (
     nearest,
     windows_of,
 )
-from vatt.data.clips.storage import Storage, encode_sound
+from vatt.data.clips.storage import Storage, encode_sound, scaled
 from vatt.data.sharding.cut import Cut, Piece, cut
 from vatt.errors import DataError, MachineError
 from vatt.files import atomic_write
@@ -507,7 +507,8 @@ def _add_sample(
     where_video = _add_picture(key, piece, storage, writer)
     where_audio = None
     if piece.audio is not None:
-        sound = encode_sound(piece.audio, storage, kbps=params.aac_kbps)
+        wave = piece.audio if params.audio_peak is None else scaled(piece.audio, params.audio_peak)
+        sound = encode_sound(wave, storage, kbps=params.aac_kbps)
         where_audio = writer.add(storage.audio_name(key), sound)
     return IndexRow(
         key=key,
