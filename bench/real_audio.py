@@ -1,11 +1,13 @@
 """Does pre-training on the generated corpus of the demo help on real sound? Prints a table.
 
     python bench/real_audio.py --fsdd DIR --esc10 DIR --from DIR... --seeds 0 1 2
+    python bench/real_audio.py --fsdd DIR --from runs/checkpoints/pretrained --seeds 0
 
-DIR of --fsdd contains recordings/<digit>_<speaker>_<take>.wav (Free Spoken Digit Dataset); DIR of
---esc10 contains audio/ and meta/esc50.csv in the layout of ESC-50. Each --from is a checkpoint; the
-seeds use them in turn. All training uses the way for one's own data: a csv, then `vattctl finetune
-csv`.
+It runs in a project's folder and measures on the data sets whose folder is given, or on those of
+--of. DIR of --fsdd contains recordings/<digit>_<speaker>_<take>.wav (Free Spoken Digit Dataset);
+DIR of --esc10 contains audio/ and meta/esc50.csv in the layout of ESC-50. Each --from is a
+checkpoint; the seeds use them in turn. All training uses the way for one's own data: a csv, then
+`vattctl finetune csv`. Experiments have the name of the data set and the seed, after --prefix.
 
 The baseline is a log-mel spectrogram of the same 0.8 s window with logistic regression, whose
 regularisation is chosen on the train clips.
@@ -55,29 +57,42 @@ Row = tuple[str, str, list[Metric]]
 
 def main() -> None:
     """List, train, measure, print."""
-    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("--fsdd", type=Path, required=True)
-    options.add_argument("--esc10", type=Path, required=True)
-    options.add_argument("--from", dest="starts", type=Path, nargs="+", required=True)
-    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options.add_argument("--work", type=Path, default=Path("data/real-audio"))
-    options.add_argument("--of", nargs="+", default=list(SETS), choices=SETS)
-    given = options.parse_args()
+    given = parsed()
     work = given.work.absolute()
-    digits, parts = spoken_digits(given.fsdd, work / "fsdd"), sounds(given.esc10, work / "esc10")
     starts = [given.starts[n % len(given.starts)].absolute() for n in range(len(given.seeds))]
+    runs = list(zip(starts, given.seeds, strict=True))
     rows: list[Row] = []
     for name in given.of:
-        found = [
-            probed(parts, start, seed) if name == "esc10" else tuned(digits, name, start, seed)
-            for start, seed in zip(starts, given.seeds, strict=True)
-        ]
+        prefix = f"{given.prefix}{name}"
         if name == "esc10":
+            parts = sounds(given.esc10, work / "esc10")
+            found = [probed(parts, prefix, *one) for one in runs]
             base = pooled([baseline(part, None) for part in parts])
         else:
+            digits = spoken_digits(given.fsdd, work / "fsdd")
+            found = [tuned(digits, prefix, *one, settings=task_of(name)) for one in runs]
             base = baseline(digits, SETS[name][1])
         rows += table(TITLES[name], found, base)
     show(rows, given.seeds)
+
+
+def parsed() -> argparse.Namespace:
+    """The options; a data set without a folder is an error that names the option."""
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("--fsdd", type=Path)
+    options.add_argument("--esc10", type=Path)
+    options.add_argument("--from", dest="starts", type=Path, nargs="+", required=True)
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--work", type=Path, default=Path("data/real-audio"))
+    options.add_argument("--prefix", default="", help="of the names of the experiments")
+    options.add_argument("--of", nargs="+", choices=SETS, help="default: all with a folder")
+    given = options.parse_args()
+    has = {name: getattr(given, name.partition("-")[0]) is not None for name in SETS}
+    given.of = given.of or [name for name in SETS if has[name]]
+    lacking = [name.partition("-")[0] for name in given.of if not has[name]]
+    if lacking or not given.of:
+        options.error(f"--{lacking[0] if lacking else 'fsdd'} DIR is needed")
+    return given
 
 
 # --- lists ----------------------------------------------------------------------------------------
@@ -144,13 +159,19 @@ def run(data: Path, name: str, start: Path, seed: int, settings: dict[str, Any])
     return found
 
 
-def tuned(data: Path, name: str, start: Path, seed: int) -> dict[str, Metric]:
-    """Fine-tuning and probes on the spoken digits."""
+def task_of(name: str) -> dict[str, Any]:
+    """The settings of fine-tuning and probes on the spoken digits."""
     steps, labels = SETS[name]
     task = {"steps": steps, "train_labels": labels, "optimizer.warmup_steps": steps // 10,
             "optimizer.learning_rate": 3e-4}  # fmt: skip
-    settings = {f"finetune.tasks.csv.{key}": value for key, value in task.items()}
-    settings["evaluate.probes.csv.train_labels"] = labels
+    settings: dict[str, Any] = {f"finetune.tasks.csv.{key}": value for key, value in task.items()}
+    return {**settings, "evaluate.probes.csv.train_labels": labels}
+
+
+def tuned(
+    data: Path, name: str, start: Path, seed: int, *, settings: dict[str, Any]
+) -> dict[str, Metric]:
+    """Fine-tuning and probes on the spoken digits."""
     found = run(data, f"{name}-{seed}", start, seed, settings)
     answers = found["classification"]["csv"]
     return {
@@ -161,10 +182,10 @@ def tuned(data: Path, name: str, start: Path, seed: int) -> dict[str, Metric]:
     }
 
 
-def probed(lists: list[Path], start: Path, seed: int) -> dict[str, Metric]:
+def probed(lists: list[Path], name: str, start: Path, seed: int) -> dict[str, Metric]:
     """Probes on the sounds; each third is tested once, so all 80 clips count."""
     found = [
-        probes_of(run(part, f"esc10-{part.stem}-{seed}", start, seed, {"finetune.run": []}))
+        probes_of(run(part, f"{name}-{part.stem}-{seed}", start, seed, {"finetune.run": []}))
         for part in lists
     ]
     return {way: pooled([one[way] for one in found]) for way in found[0]}
