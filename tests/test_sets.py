@@ -182,6 +182,16 @@ def test_a_folder_for_each_class(inside, tmp_path, ending, modality, layout):
     assert clips.preprocess.fps == (1 if modality == "image" else 10)
 
 
+@pytest.mark.parametrize("peak", [None, 0.5])
+def test_sounds_are_as_loud_as_those_that_the_checkpoint_was_trained_with(inside, tmp_path, peak):
+    folder = classes(tmp_path / "my-classes", ".wav")
+    params = load_params()
+    preprocess = params.preprocess.model_copy(update={"audio_peak": peak})
+    params = params.model_copy(update={"preprocess": preprocess})
+    made = plan(wanted("folder", inside, location=folder), params, {})
+    assert made.clips.settings.get(("preprocess", "audio_peak")) == peak
+
+
 def test_guesses_about_a_folder_are_announced_and_can_be_overridden(inside, tmp_path):
     folder = classes(tmp_path / "vehicles", ".jpg")
     (folder / "cat").rename(folder / "train")

@@ -310,6 +310,8 @@ def fit_rates(tree: Tree, model: "ModelParams", project: "Params") -> None:
     open_fps = "fps" not in preprocess
     preprocess.setdefault("fps", project.preprocess.fps if ours else PAPER_FPS)
     preprocess.setdefault("audio_hz", project.preprocess.audio_hz if ours else PAPER_HZ)
+    if ours and project.preprocess.audio_peak is not None:
+        preprocess.setdefault("audio_peak", project.preprocess.audio_peak)
     preprocess.setdefault(
         "short_side", project.preprocess.short_side if ours else round(size / SHOWN_WHOLE)
     )
