@@ -38,6 +38,8 @@ def files_beside(folder: Path, media: str) -> dict[str, str]:
     for name, sense in SENSES.items():
         for place in sense.places:
             there = posixpath.normpath(posixpath.join(above, place.replace("{stem}", stem)))
-            if not there.startswith("../") and (folder / there).exists():
+            path = folder / there
+            # Opening a pipe would wait for ever.
+            if not there.startswith("../") and (path.is_file() or path.is_dir()):
                 found.setdefault(name, there)
     return found

@@ -107,6 +107,8 @@ class Depth(Sense):
         pieces: list[Cutout | None] = []
         lost = 0
         try:
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise BrokenMediaError("neither a file nor a folder")
             for window in windows:
                 count = round((window[1] - window[0]) * params.fps)
                 wanted = window[0] + np.arange(count) / params.fps
@@ -190,7 +192,7 @@ def _grey(frame: av.VideoFrame) -> NDArray[np.uint8]:
 
 def _pictures(path: Path, params: DepthStorageParams) -> Timed:
     """The PNGs of a folder: 2.png comes before 10.png, hidden files are left out."""
-    names = [file.name for file in path.iterdir() if file.suffix.lower() == ".png"]
+    names = [f.name for f in path.iterdir() if f.suffix.lower() == ".png" and f.is_file()]
     shown = sorted(name for name in names if not name.startswith("."))
     for number, name in enumerate(sorted(shown, key=_by_number)):
         yield number / params.png_fps, partial(_picture, path / name)

@@ -97,6 +97,8 @@ class Motion(Sense):
         assert params.motion is not None
         try:
             facts = path.stat()
+            if not path.is_file():
+                raise BrokenMediaError("not a file")
             times, values, remark = _read(path, facts.st_size, facts.st_mtime_ns)
             if values.shape[1] < params.motion.channels:
                 raise BrokenMediaError(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.corpus import TEST_DATA, demo_params, needs_data, write_media
+from vatt.config import DepthStorageParams, MotionStorageParams
 from vatt.data.clips.files import copied_link, find_file, list_files, why_missing
 from vatt.data.clips.manifest import path_in_folder
 from vatt.data.clips.media import BrokenMediaError, probe
@@ -19,6 +20,7 @@ from vatt.data.sources.subtitles import match_subtitles
 from vatt.data.sources.urls import read_urls
 from vatt.errors import DataError
 from vatt.files import atomic_write
+from vatt.senses import SENSES
 
 DATA = demo_params(test_share=0.25).data
 REPORTED = Path(TEST_DATA or "/nowhere") / "reported"
@@ -48,6 +50,13 @@ def splits_and_labels(root: Path, **settings: object) -> dict[str, tuple[str, st
 
 
 # --- splits and classes ---------------------------------------------------------------------------
+
+
+def test_classes_whose_names_look_the_same_are_noted(tmp_path):
+    names = ("Cat", "cat", "dog", "dog\u200b", " bird", "bird", "Bär", "fish")
+    make(tmp_path, *(f"{name}/{n}*3.jpg" for n, name in enumerate(names)))
+    [note] = [note for note in scan(tmp_path, DATA).notes if "nearly equal" in note]
+    assert "'Cat' and 'cat'" in note and "' bird' and 'bird'" in note and "fish" not in note
 
 
 @pytest.mark.parametrize(
@@ -481,3 +490,22 @@ def test_the_hash_of_what_was_seen_stays_the_same_on_a_second_look(tmp_path):
     with atomic_write(tmp_path / "a" / "3.jpg") as temporary:
         temporary.write_bytes(os.urandom(8))
     assert scan(tmp_path, DATA).mark == scan(tmp_path, DATA).mark
+
+
+@pytest.mark.parametrize("name", ["a.motion.csv", "a.depth.mp4", "a.depth/2.png", "a.srt", "b.mp4"])
+def test_a_pipe_is_never_opened(tmp_path, name):
+    write_media(tmp_path / "a.mp4", size=(32, 32))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    found = scan(tmp_path, DATA)
+    assert [clip.url for clip in found.clips] == ["folder:a.mp4"]
+    params = demo_params().preprocess.model_copy(
+        update={
+            "motion": MotionStorageParams(hz=50, channels=1),
+            "depth": DepthStorageParams(short_side=16),
+        }
+    )
+    for sense in ("motion", "depth"):
+        for path in (tmp_path / name, tmp_path / name.partition("/")[0]):
+            [piece], said = SENSES[sense].cut(path, [(0.0, 1.0)], params)
+            assert piece is None and said

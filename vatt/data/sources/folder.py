@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -439,7 +440,19 @@ def _doubts(clips: Sequence[Clip], digests: Mapping[str, str], files: Sequence[s
     twice = sorted(name for name, found in forms.items() if len(found) > 1)
     if twice:
         notes.append(f"written in two Unicode forms and taken for one class: {_some(twice)}")
-    return notes
+    return [*notes, *_nearly_equal(clips)]
+
+
+def _nearly_equal(clips: Sequence[Clip]) -> list[str]:
+    """Classes whose names differ in case, spaces or characters that nobody sees."""
+    alike: dict[str, set[str]] = {}
+    for name in _classes(clips, "train") | _classes(clips, "val") | _classes(clips, "test"):
+        seen = "".join(c for c in name if unicodedata.category(c) != "Cf")
+        alike.setdefault(" ".join(seen.split()).casefold(), set()).add(name)
+    twins = [" and ".join(map(repr, sorted(names))) for names in alike.values() if len(names) > 1]
+    if not twins:
+        return []
+    return [f"different classes with nearly equal names: {_some(sorted(twins))}; rename folders"]
 
 
 def _contents(folder: Path, clips: Sequence[Clip], hashes: ContentHashes) -> list[str]:
@@ -447,7 +460,8 @@ def _contents(folder: Path, clips: Sequence[Clip], hashes: ContentHashes) -> lis
     named = {folder / url.removeprefix("folder:") for clip in clips for url in clip.senses.values()}
     files: list[Path] = []
     for path in sorted(named):
-        files += sorted(path.iterdir()) if path.is_dir() else [path]
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        files += [file for file in inside if file.is_file()]
     digests = zip(files, hashes.of(files), strict=True)
     return [f"{file.relative_to(folder)} {digest}" for file, digest in digests]
 
