@@ -261,6 +261,9 @@ JSONS = {
     "words alone": {"words": [
         {"word": "open", "start": 1.0, "end": 1.2}, {"word": "the door", "start": 1.3, "end": 2.0},
         {"word": "pour the milk", "start": 3.5, "end": 4.0}]},
+    "AssemblyAI": {"words": [
+        {"text": "open", "start": 1000, "end": 1200}, {"text": "the door", "start": 1300, "end": 2000},
+        {"text": "pour the milk", "start": 3500, "end": 4000}]},
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
+from statistics import median
 from typing import Any
 
 import av
@@ -28,6 +29,7 @@ FEW = 3  # cues that begin as another ended, by chance
 MAX_LINES = 8  # that a cue has in common with the one before: two or three are usual
 LONG_SECONDS, LONG_WORDS = 10.0, 16  # a cue that has more of both is cut
 LONGEST_WORD = 1.0  # seconds; a file that only says when words begin has pauses after them
+ABSURD_WORD = 30  # seconds; words that are all so long have their times in milliseconds
 _ASS = ("ass", "ssa")
 _TEXT_TRACKS = ("mov_text", "subrip", "srt", "webvtt", "text", *_ASS)
 ASS_FIELDS = 8  # of a line of an ass track, before its text
@@ -350,7 +352,21 @@ def _rows_of(record: dict[str, Any]) -> Any:
         if isinstance(record.get(key), list):
             return record[key]
     words = next((record[key] for key in ("words", "word_segments") if key in record), None)
-    return [{"words": words}] if isinstance(words, list) else None
+    return [{"words": _in_seconds(words)}] if isinstance(words, list) else None
+
+
+def _in_seconds(words: list[Any]) -> list[Any]:
+    """Words whose times are milliseconds, as AssemblyAI has them, in seconds."""
+    times = [
+        (word["start"], word["end"])
+        for word in words
+        if isinstance(word, dict)
+        and all(type(word.get(end)) is int and 0 <= word[end] < 10**9 for end in ("start", "end"))
+    ]
+    if not times or len(times) < len(words) or median(b - a for a, b in times) < ABSURD_WORD:
+        return words
+    spans = ({"start": start / 1000, "end": end / 1000} for start, end in times)
+    return [word | span for word, span in zip(words, spans, strict=True)]
 
 
 def _captions_of(row: dict[str, Any]) -> list[Caption] | None:
