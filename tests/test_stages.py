@@ -196,11 +196,16 @@ def test_torchrun_s_processes_train_together_and_one_drives_dvc(
 
 
 @pytest.mark.parametrize(
-    ("number", "processes"),
-    [(signal.SIGUSR1, 1), pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow)],
+    ("number", "processes", "code"),
+    [
+        (signal.SIGUSR1, 1, 75),
+        (signal.SIGINT, 1, 130),
+        pytest.param(signal.SIGTERM, 2, 75, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 2, 130, marks=pytest.mark.slow),
+    ],
 )
-def test_a_stop_signal_to_vattctl_saves_and_ends_with_75(
-    number: signal.Signals, processes: int, finished: Path, tmp_path: Path
+def test_a_stop_signal_to_vattctl_saves_the_last_step(
+    number: signal.Signals, processes: int, code: int, finished: Path, tmp_path: Path
 ) -> None:
     project = tmp_path / "copy"
     shutil.copytree(finished, project, symlinks=True)
@@ -215,7 +220,7 @@ def test_a_stop_signal_to_vattctl_saves_and_ends_with_75(
             time.sleep(0.1)
         process.send_signal(number)
         _, errors = process.communicate(timeout=120)
-    assert process.returncode == 75, errors
+    assert process.returncode == code, errors
     last = max(states.glob("step-*")).name.removeprefix("step-")
     assert f"stopped after step {int(last)} of 2000; what is done is saved. To continue: " in errors
 

@@ -88,6 +88,12 @@ class Stopped(VattError):
     exit_code = 75
 
 
+class Interrupted(Stopped):
+    """Asked to stop by Ctrl-C; the state is saved here, too."""
+
+    exit_code = 130
+
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 FAILING = (errno.EIO, errno.ESTALE, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM)

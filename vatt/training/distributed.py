@@ -1,8 +1,8 @@
 """Several processes that act as one: starting and stopping them, ranks, and gathers.
 
-A stage starts itself again under DeepSpeed's launcher. SIGTERM and SIGUSR1, which job queues send,
-stop a training at the end of a step. A state is written in equal shares, one for each process, and
-any number of processes at any ZeRO stage can read it.
+A stage starts itself again under DeepSpeed's launcher. Ctrl-C, and SIGTERM and SIGUSR1, which job
+queues send, stop a training at the end of a step. A state is written in equal shares, one for each
+process, and any number of processes at any ZeRO stage can read it.
 """
 
 import logging
@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,7 +29,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vatt.config import MachineParams
-from vatt.errors import SettingsError
+from vatt.errors import Interrupted, SettingsError, Stopped
+from vatt.process import REPEAT_SECONDS
 
 
 def rank() -> int:
@@ -182,23 +184,34 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self.interrupted: float | None = None  # when Ctrl-C came first
         self.parent = os.getppid()
 
     def __bool__(self) -> bool:
         return self.asked or os.getppid() != self.parent
 
     def note(self, signum: int, frame: FrameType | None) -> None:
-        """Signal handler: remember, so that the running step can end."""
+        """Signal handler: remember, so that the running step can end; another Ctrl-C ends it."""
+        if signum == signal.SIGINT:
+            now = time.monotonic()
+            self.interrupted = self.interrupted or now
+            if now - self.interrupted > REPEAT_SECONDS:
+                raise KeyboardInterrupt
         self.asked = True
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turn the stop signals into a flag while the body runs."""
+    """Turn the stop signals and Ctrl-C into a flag while the body runs."""
     request = StopRequest()
-    before = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
+    numbers = (*STOP_SIGNALS, signal.SIGINT)
+    before = {number: signal.signal(number, request.note) for number in numbers}
     try:
         yield request
+    except Stopped as stop:
+        if request.interrupted is None:
+            raise
+        raise Interrupted(stop.problem, hint=stop.hint) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
