@@ -7,7 +7,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-SHIPPED = ("presets", "dvc.yaml", ".dvc/config", ".dvc/plots", ".dvcignore", ".gitignore")
+SHIPPED = ("presets", "docs", "dvc.yaml", ".dvc/config", ".dvc/plots", ".dvcignore", ".gitignore")
+LEFT_OUT = shutil.ignore_patterns("images", "*.py", "__pycache__")  # of docs
 
 
 class BuildWithProject(build_py):
@@ -22,7 +23,7 @@ class BuildWithProject(build_py):
         shutil.rmtree(target, ignore_errors=True)
         for name in SHIPPED:
             if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, target / name)
+                shutil.copytree(ROOT / name, target / name, ignore=LEFT_OUT)
             elif (ROOT / name).is_file():
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / name, target / name)

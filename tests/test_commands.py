@@ -22,6 +22,7 @@ from tests.data.corpus import write_media
 from tests.test_architecture import ROOT
 from tests.test_sets import checkpoint
 from vatt.config import load_params
+from vattctl import pipeline
 from vattctl.cli import cli
 from vattctl.params import CheckpointFolder
 
@@ -282,6 +283,44 @@ def test_a_setting_that_is_off_can_be_set_though_the_file_lacks_it(project: Path
     assert load_params(project / "params.yaml") == load_params(ROOT / "presets" / "demo.yaml")
 
 
+def test_a_setting_that_the_file_lacks_is_shown_with_its_default(project: Path) -> None:
+    answer = run("config", "set", "data.demo.sense_share=0.5", "data.demo.motion=false")
+    assert answer.output == "params.yaml: data.demo.sense_share: 0.9 -> 0.5\n"
+    assert run("config", "show", "data.demo.sense_share").output == "0.5\n"
+    assert run("config", "show", "evaluate.every_pair").output == "false\n"
+    assert run("config", "show", "model.experts.top_kk").exit_code != 0
+
+
+def test_help_with_a_command_is_that_commands_help(project: Path) -> None:
+    assert run("help", "config", "set").output == run("config", "set", "--help").output
+    assert run("help").output == run("--help").output
+
+
+def test_after_a_run_on_videos_of_ones_own_the_search_is_next(project: Path) -> None:
+    videos = project / "my videos"
+    params = load_params()
+    data = params.data.model_copy(update={"source": "folder", "location": videos})
+    own = params.model_copy(update={"data": data})
+    assert pipeline._search((), own) is None
+    videos.mkdir()
+    params.paths.pretrained.mkdir(parents=True, exist_ok=True)
+    (params.paths.pretrained / "vocabulary.txt").write_text("<pad>\n<unk>\ncat\n")
+    assert pipeline._search((), own) == f"vattctl search \"WORDS\" --in '{videos}'"
+    assert pipeline._search((), params) is None and pipeline._search(("report",), own) is None
+
+
+def test_every_page_that_a_message_names_is_in_the_documentation() -> None:
+    named = {
+        page
+        for folder in ("vatt", "vattctl", "stages", "presets")
+        for file in (ROOT / folder).rglob("*.[py]*")
+        if file.suffix in (".py", ".yaml")
+        for page in re.findall(r"docs/[\w-]+\.md", file.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 5
+    assert [page for page in sorted(named) if not (ROOT / page).is_file()] == []
+
+
 def test_global_options_may_follow_the_command(project: Path) -> None:
     place = project.parent
     os.chdir(place)
@@ -316,6 +355,7 @@ TYPED = {
     "vattctl pretrain --set pretrain.precision=b": "bf16",
     "vattctl repro finetune@audio-s": "audio-scratch",
     "vattctl config use sm": "small",
+    "vattctl config set data.demo.text_n": "data.demo.text_noise=",
     "vattctl finetune kinetics4": "kinetics400",
 }
 ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|\(B|[=>])|[\r\x08]")

@@ -219,9 +219,20 @@ def test_the_wheel_carries_presets_pipeline_and_templates(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for file in sorted((ROOT / "presets").rglob("*.yaml")):
         assert f"vattctl/shipped/{file.relative_to(ROOT).as_posix()}" in names
+    for page in sorted((ROOT / "docs").glob("*.md")):  # errors name them
+        assert f"vattctl/shipped/docs/{page.name}" in names
     assert {"vattctl/shipped/dvc.yaml", "vattctl/shipped/.dvc/config"} <= names
     assert {"vatt/report/page.html.j2", "vatt/paper_tables.yaml", "stages/pretrain.py"} <= names
     assert not [name for name in names if name.startswith(("tests/", "bench/", "docs/"))]
+
+
+def test_the_wheel_names_a_page_of_the_documentation_where_it_lies(
+    installed: Path, tmp_path: Path
+) -> None:
+    code = "from vattctl.params import with_pages; print(with_pages('docs/own-data.md says it'))"
+    place, _, rest = run(installed, "-c", code, cwd=tmp_path).stdout.partition(" ")
+    assert rest == "says it\n"
+    assert Path(place).read_text(encoding="utf-8").startswith("# Your own videos")
 
 
 def changed(project: Path, python: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -728,6 +728,22 @@ def may_be_missing(path: tuple[str, ...]) -> bool:
     if not path or path[-1] not in fields:
         return False
     return is_off(fields[path[-1]]) or may_be_missing(path[:-1])
+
+
+def default_of(path: tuple[str, ...]) -> Any:
+    """The plain value that a missing key stands for; None where it has no default."""
+    field = _fields_at(path[:-1]).get(path[-1])
+    default = None if field is None or field.is_required() else field.get_default()
+    return plain({"": default})[""]
+
+
+def off_keys(section: Any = None, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys that a file may lack; not those of tasks and probes, whose names are free."""
+    for name, field in getattr(section or Params, "model_fields", {}).items():
+        if may_be_missing((*above, name)):
+            yield (*above, name)
+        if get_origin(field.annotation) is not dict and (inner := _section_of(field.annotation)):
+            yield from off_keys(inner, (*above, name))
 
 
 def _fields_at(path: tuple[str, ...]) -> dict[str, FieldInfo]:

@@ -48,6 +48,11 @@ class Sections(click.Group):
             self.add_command(command)
             self.sections.setdefault(title, []).append(str(command.name))
 
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """`help COMMAND` is `COMMAND --help`."""
+        is_help = args[:1] == ["help"]
+        return super().parse_args(context, [*args[1:], "--help"] if is_help else args)
+
     def list_commands(self, context: click.Context) -> list[str]:
         return [name for names in self.sections.values() for name in names]
 
@@ -321,7 +326,7 @@ def _report(error: VattError, argv: list[str]) -> int:
         again = redact(shlex.join([PROGRAM, *argv]), every_query=True)
         click.echo(f"{what}; what is done is saved. To continue: {again}", err=True)
         return error.exit_code
-    click.echo(f"error: {error}", err=True)
+    click.echo(f"error: {params.with_pages(str(error))}", err=True)
     if error.exit_code == MachineError.exit_code:
         click.echo("`vattctl doctor` checks the machine and the project", err=True)
     return error.exit_code

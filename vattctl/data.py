@@ -23,6 +23,7 @@ from vattctl.params import (
     print_json,
     shortened,
     use_preset,
+    with_pages,
 )
 from vattctl.pipeline import (
     RunOptions,
@@ -91,7 +92,7 @@ def ingest(
         click.echo(f"params.yaml: preset {chosen}, fitted to these files", err=True)
     for line in changed.lines:
         click.echo(f"params.yaml: {shortened(line)}", err=True)
-    click.echo("\n".join([found.describe(preprocess), *advice]))
+    click.echo(with_pages("\n".join([found.describe(preprocess), *advice])))
     click.echo("nothing written (--dry-run)" if dry_run else "next: vattctl repro")
 
 
@@ -118,7 +119,7 @@ def own_edit(
     return found, edit(kept | own_settings(found, source, base), document=text), chosen
 
 
-@config.command("use")
+@config.command("use", short_help="Replace params.yaml by a preset.")
 @click.argument("preset", shell_complete=complete_presets)
 @dry_run_option("Print what would change; write nothing.")
 @json_option

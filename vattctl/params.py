@@ -5,6 +5,7 @@ import difflib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,16 @@ SIZES = ("tiny", "small", "base", "medium", "large")
 JSON_VERSION = 1  # of what --json prints; it rises when a field changes its meaning
 LINE_LETTERS = 160  # of a change that is printed
 PIPED_WIDTH = 300  # columns; a pipe has no width, and a name that is cut off there is lost
+
+
+def with_pages(text: str) -> str:
+    """A text in which pages of the documentation are named by where they lie: docs/tables.md.
+
+    A wheel carries them; a project has no folder docs.
+    """
+    if not _PACKAGED.is_dir():
+        return text
+    return re.sub(r"\bdocs/[\w-]+\.md", lambda found: str(SHIPPED / found[0]), text)
 
 
 def print_rich(*parts: Any) -> None:
@@ -161,10 +172,13 @@ def complete_presets(context: click.Context, parameter: click.Parameter, typed: 
 def _known_keys(context: click.Context, *, sections: bool = False) -> Iterator[str]:
     import yaml
 
+    from vatt.config import off_keys
+
     with contextlib.suppress(OSError, yaml.YAMLError):
         text = (completion_folder(context) / PARAMS).read_text(encoding="utf-8")
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        yield from _keys_of(yaml.load(text, Loader=loader), sections=sections)
+        known = list(_keys_of(yaml.load(text, Loader=loader), sections=sections))
+        yield from dict.fromkeys([*known, *map(".".join, off_keys())])
 
 
 def _keys_of(section: Any, path: str = "", *, sections: bool) -> Iterator[str]:
@@ -288,21 +302,22 @@ def yaml_plain(document: Any) -> Any:
 
 
 def _set(document: Any, keys: tuple[str, ...], value: Any) -> str | None:
-    from vatt.config import may_be_missing
+    from vatt.config import default_of, may_be_missing
 
-    section = document
+    section, is_new = document, False
     for depth, key in enumerate(keys[:-1]):
         if not isinstance(section, dict):
             raise _no_key(section, keys, depth)
         if section.get(key) is None and may_be_missing(keys[: depth + 1]):
-            section[key] = {}
+            section[key], is_new = {}, True
         if key not in section:
             raise _no_key(section, keys, depth)
         section = section[key]
     key = keys[-1]
     if not isinstance(section, dict) or not (key in section or may_be_missing(keys)):
         raise _no_key(section, keys, len(keys) - 1)
-    before = yaml_plain(section.get(key))
+    missing = None if is_new else default_of(keys)
+    before = yaml_plain(section[key]) if key in section else missing
     if before == value:
         return None
     section[key] = value
@@ -376,12 +391,16 @@ def show(context: click.Context, key: str | None, as_json: bool) -> None:
     """
     import yaml
 
-    from vatt.config import load_params
+    from vatt.config import default_of, load_params, may_be_missing
 
     enter_project(context)
     value: Any = load_params().model_dump(mode="json")
-    for part in key.split(".") if key else ():
+    parts = tuple(key.split(".")) if key else ()
+    for part in parts:
         if not isinstance(value, dict) or part not in value:
+            if may_be_missing(parts):
+                value = default_of(parts)
+                break
             close = difflib.get_close_matches(part, value if isinstance(value, dict) else [], n=1)
             raise SettingsError(
                 f"params.yaml has no key {key}",
@@ -397,7 +416,7 @@ def show(context: click.Context, key: str | None, as_json: bool) -> None:
     click.echo(redact(shown, every_query=True).removesuffix("...\n").rstrip())
 
 
-@config.command("set")
+@config.command("set", short_help="Change settings in params.yaml, each KEY=VALUE.")
 @click.argument("settings", nargs=-1, required=True, shell_complete=complete_settings)
 @dry_run_option("Print what would change; write nothing.")
 @json_option

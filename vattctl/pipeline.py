@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -47,7 +48,7 @@ from vattctl.planning import (
 from vattctl.runs import complete_stages, read_results, results_table
 
 if TYPE_CHECKING:
-    from vatt.config import PathsParams
+    from vatt.config import Params, PathsParams
     from vattctl.sets import SetPlan
 
 FOLDER = click.Path(path_type=Path, resolve_path=True)
@@ -170,7 +171,16 @@ def run(
         run_dvc(["repro", "--force", "--single-item", *targets], quiet=quiet)
     else:
         run_dvc(["repro", *(["--force"] if force else []), *targets], quiet=quiet)
-    show_outcome(targets, params.paths, as_json=options.as_json)
+    show_outcome(targets, params.paths, as_json=options.as_json, then=_search(targets, params))
+
+
+def _search(targets: tuple[str, ...], params: "Params") -> str | None:
+    """After all stages on a folder of one's own with words: the search; else what NEXT names."""
+    place, words = params.data.location, params.paths.pretrained / "vocabulary.txt"
+    is_own = params.data.source == "folder" and place is not None and place.is_dir()
+    if targets or not is_own or not words.is_file():
+        return None
+    return f'vattctl search "WORDS" --in {shlex.quote(str(place))}'
 
 
 def trains(targets: tuple[str, ...]) -> bool:
