@@ -230,9 +230,10 @@ def _product(left: Any, right: Any, exact: Any) -> tuple[float, float]:
 
 def _judge(name: str, speeds: dict[str, float], rounded: str, *, is_needed: bool) -> Finding:
     ratio = speeds[name] / speeds.get("fp32", speeds[name])
-    detail = f"runs at {speeds[name] / 1e9:,.0f} GFLOP/s, {ratio:.1f} x fp32, {rounded}"
+    shown = f"{speeds[name] / 1e9:,.{0 if speeds[name] >= 1e10 else 1}f} GFLOP/s"
+    detail = f"runs at {shown}, {ratio:.2g} x fp32, {rounded}"
     if name == "fp32":
-        return Finding(name, "ok", f"runs at {speeds[name] / 1e9:,.0f} GFLOP/s, {rounded}")
+        return Finding(name, "ok", f"runs at {shown}, {rounded}")
     if name == "bf16" and ratio < 0.9 and is_needed:
         remedy = "this processor has no fast bf16; precision fp32 in params.yaml may be faster"
         return Finding(name, "warn", detail, remedy)

@@ -159,6 +159,7 @@ NOISE = re.compile(  # in addition to a table
     r"\s*$|> |\t|(Updating|Generating) lock file|To (track|enable)|Use `dvc push`|"
     r".*: \d+/\d+ \w+|Data and pipelines"
 )
+HINTS = re.compile(r"\t|To (track|enable)|Use `dvc push`")  # of DVC, for what vattctl does itself
 LOGS, KEPT_LOGS = FOLDER / "logs", 20
 
 
@@ -208,7 +209,7 @@ class Display:
 
     def _take(self, line: str) -> None:
         if self._board is None:
-            if not self._quiet or line.startswith("ERROR"):
+            if line.startswith("ERROR") or not (self._quiet or HINTS.match(line)):
                 click.echo(line, err=True)
             return
         if match := RUNNING.match(line):

@@ -326,7 +326,7 @@ def _open_when_ready(address: str, port: int) -> None:
 GUARD = """
 read line
 kill -TERM "-$1"
-for i in 1 2 3 4 5 6 7 8 9; do kill -0 "-$1" || exit 0; sleep 0.5; done
+for i in 1 2 3 4 5 6 7 8 9; do kill -0 "-$1" || exit 0; sleep 0.1; done
 kill -KILL "-$1"
 """
 
@@ -336,7 +336,11 @@ def serve(command: list[str], variables: Mapping[str, str] | None = None) -> int
 
     `variables` may hold a password, which must not be in the command line.
     """
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    quiet = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "PYTHONWARNINGS": "ignore",  # of what the server imports
+    }
     environment = {**os.environ, **quiet, **(variables or {})}
     server = subprocess.Popen(command, env=environment, process_group=0)
     guard = subprocess.Popen(
@@ -375,8 +379,9 @@ Examples:
 def compare(context: click.Context, first: str, second: str, resamples: int, as_json: bool) -> None:
     """Compare two evaluations on the clips they share, with a paired bootstrap.
 
-    A run is the MLflow id of an evaluate run or of its pipeline (the first letters suffice), or
-    a folder with the arrays of an evaluation. A difference whose interval contains 0 may be chance.
+    A run is the name or MLflow id of a pipeline or the id of its evaluate run (the first letters of
+    an id suffice), or a folder with the arrays of an evaluation. A difference whose interval
+    contains 0 may be chance.
     """
     given = [Path(run).resolve() for run in (first, second)]  # entering changes the folder
     enter_project(context)
@@ -449,6 +454,8 @@ STARTS = {"pretrained": "fine-tuned", "scratch": "from scratch"}
 def _print(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
+    from vatt.report.tables import too_few
+
     table = Table(box=None, pad_edge=False)
     columns = ("measure", "first", "second", "difference", "95 % interval", "clips", "", "name")
     for column in columns:
@@ -467,6 +474,13 @@ def _print(rows: list[dict[str, Any]]) -> None:
         table,
         "* the interval of the difference (first - second) excludes 0; names as in MLflow and DVC",
     )
+    few = {
+        needed: row["difference"]["n"]
+        for row in rows
+        if (needed := too_few(row["difference"], searched="_to_" in row["name"]))
+    }
+    for needed, clips in few.items():
+        print_rich(f"{clips} clips are too few to say anything: {needed} or more are needed")
 
 
 def _span(gap: dict[str, Any]) -> tuple[float, float, float]:

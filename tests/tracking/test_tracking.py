@@ -251,9 +251,11 @@ def test_what_a_stage_kept_is_found_by_the_runs_or_the_pipelines_id(project, tmp
     with mlflow.run("evaluate", project, stage_hash="1") as run:
         run.artifact(folder)
     parent = client_of(project).get_run(run.run_id).data.tags["mlflow.parentRunId"]
-    for known_as in (run.run_id, run.run_id[:8], parent):
+    name = client_of(project).get_run(parent).info.run_name
+    for known_as in (run.run_id, run.run_id[:8], parent, name):
         found = mlflow.artifact_of(project, known_as, "evaluate", "evaluation")
         assert (found / "arrays.npz").read_bytes() == b"arrays"
+    assert mlflow.settings_behind(project, name)["pretrain.steps"]
     with pytest.raises(DataError, match="no evaluate run begins with 'zz'"):
         mlflow.artifact_of(project, "zz", "evaluate", "evaluation")
 

@@ -274,17 +274,26 @@ def artifact_of(params: Params, run_id: str, stage: str, name: str) -> Path:
 
 
 def _run_of(client: Any, params: Params, run_id: str, stage: str | None) -> Any:
-    """The run of a stage by its id, or the newest of a pipeline; ids and names may be shortened."""
+    """The run of a stage by its id, or the newest of a pipeline, by its id or name.
+
+    Ids may be shortened. Of several pipelines with one name, the newest with such a run counts.
+    """
     experiment = _experiment(client, params.machine)
     query = f"tags.`{STAGE_TAG}` = '{stage}'" if stage else ""
     runs = client.search_runs([experiment], query, max_results=10_000)  # newest first
     mine = [one for one in runs if one.info.run_id.startswith(run_id)]
     if not mine:
-        mine = [one for one in runs if one.data.tags.get(PARENT_TAG, "").startswith(run_id)][:1]
+        query = f"tags.`{STAGE_TAG}` = 'pipeline'"
+        above = client.search_runs([experiment], query, max_results=10_000)
+        named = {one.info.run_id for one in above if one.info.run_name == run_id}
+        parents = [(one, one.data.tags.get(PARENT_TAG, "")) for one in runs]
+        mine = [one for one, it in parents if it.startswith(run_id) or it in named][:1]
+        if stage is None:  # the pipeline itself
+            mine = [one for one in runs if one.info.run_id in named][:1] or mine
     if len(mine) != 1:
         many = f"{len(mine)} runs begin" if mine else f"no {stage or 'stage'} run begins"
         raise DataError(
-            f"{many} with '{run_id}'", hint="`vattctl runs` and `vattctl ui` show the runs' ids"
+            f"{many} with '{run_id}'", hint="`vattctl runs` shows the ids and names of pipelines"
         )
     return mine[0]
 
