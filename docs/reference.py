@@ -87,6 +87,8 @@ def _sections(prefix: str, section: Any) -> Iterator[tuple[str, list[Row]]]:
             inner.append((f"{key}.NAME", part))
         else:
             rows.append((key, *written[name]))
+            if part is not None and part is not settings.SizeParams:  # off unless it is set
+                inner.append((key, part))
     yield f"{prefix}: {(section.__doc__ or '').strip().splitlines()[0]}", rows
     for key, part in inner:
         yield from _sections(key, part)
@@ -125,6 +127,8 @@ def _table(title: str, rows: list[Row], presets: dict[str, Any]) -> str:
     ]
     for key, kind, comment in rows:
         values = {name: _value(presets[name], key.split(".")) for name in PRESETS}
+        if all(value is MISSING for value in values.values()):
+            values = dict.fromkeys(PRESETS, _default(key.split(".")))
         short = key.removeprefix(f"{name}.")
         lines.append(f"| `{short}` | {_escape(kind)} | {_escape(comment)} | {_shown(values)} |")
     return "\n".join(lines) + "\n"
@@ -152,14 +156,21 @@ def _value(preset: Any, path: list[str]) -> Any:
     return preset
 
 
+def _default(path: list[str]) -> Any:
+    """The value that a missing key stands for, if it may be missing."""
+    field = settings._fields_at(tuple(path[:-1])).get(path[-1])
+    return MISSING if field is None or field.is_required() else settings.default_of(tuple(path))
+
+
 def _code(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
     return f"`{_escape(text.removesuffix('...').strip())}`"
 
 
 WORDS = {
-    r"Annotated\[(\w+), Field\(gt=0, le=1\)\]": r"\1 above 0, at most 1",
+    r"Annotated\[(\w+), Field\(gt=0, le=(\d+)\)\]": r"\1 above 0, at most \2",
     r"Annotated\[int, Field\(ge=0, lt=2 ?\*\* ?32\)\]": "int from 0",
+    r"Annotated\[(\w+), Field\(ge=(\d+), le=(\d+)\)\]": r"\1 from \2 to \3",
     r"Literal\[([^\]]*)\]": r"\1",
     r"tuple\[([^\]]*), \.\.\.\]": r"list of \1",
     r"tuple\[([^\]]*)\]": r"list of \1",
@@ -169,12 +180,16 @@ WORDS = {
     ),
     r"\b(?:Layers|Width|Frames|Pixels)\b": "int above 0",
     r"\bRate\b": "share below 1",
+    r"\bMergeRate\b": "share up to 0.5",
+    r"\bNoiseShare\b": "share up to 0.8",
+    r"\bModality\b": "video, audio, text, motion, depth",
     r"\bShare\b": "share",
     r"\bPrecision\b": "fp32, bf16",
     r"\bint\b": "whole number",
     r"\bfloat\b": "number",
     r"\bSizeName\b": "tiny, small, base, medium, large",
     r"\bSizeParams\b": "its own depth, dim, mlp_dim, heads and head_dim",
+    r"\b\w+Params\b": "the section below",
     r"\bstr\b": "text",
     r"\bbool\b": "true, false",
     r"\bPath\b": "path",

@@ -1,6 +1,7 @@
 """A person's own videos: moments embedded, indexed once and found by words."""
 
 import json
+import shutil
 from pathlib import Path
 
 import av
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from tests.data.corpus import demo_params
+from tests.test_architecture import ROOT
 from tests.training.tiny import model_params
 from vatt import checkpoint
 from vatt.config import ModelParams
@@ -167,6 +169,19 @@ def test_the_notebook_searches_a_folder_and_plots_similarities(
     printed = "".join(output.get("text", "") for output in outputs)
     assert "moments of 2 videos; 1 left out" in printed and "2.0 s  red.mp4" in printed
     assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_the_example_of_the_python_page_finds_the_moments(
+    embedder, videos, tmp_path, monkeypatch, capsys
+):
+    text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    example = next(part for part in text.split("```") if "build_index" in part)
+    shutil.copytree(embedder.folder, tmp_path / "runs/checkpoints/pretrained")
+    shutil.copytree(videos, tmp_path / "videos")
+    shutil.copy(ROOT / "presets/demo.yaml", tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    exec(example.removeprefix("python").replace("a dog jumps", "red"), {})
+    assert "red.mp4 0.0 to 0.4 s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [FACTS, MOMENTS, VECTORS])

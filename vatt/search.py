@@ -45,7 +45,7 @@ AGAIN = "delete the index and make it again"
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A span of a file, in seconds."""
+    """A span of a file: `file`, and `start` and `end` in seconds."""
 
     file: str
     start: float
@@ -54,7 +54,7 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A moment that was found, and the cosine between words and picture."""
+    """A `moment` that was found, and the `cosine` between words and picture."""
 
     moment: Moment
     cosine: float
@@ -81,7 +81,7 @@ class Embedder:
         if not words.knows(sentence):
             raise DataError(
                 f"no word of '{sentence}' is in {self.folder / checkpoint.VOCABULARY}",
-                hint="try other words",
+                hint=f"try others of its words, e.g. {', '.join(words.examples(8))}",
             )
         device = next(self.model.parameters()).device
         found = self.model(text=torch.from_numpy(ids)[None, None].to(device)).text_vt

@@ -484,7 +484,7 @@ def search(
     for hit in hits:
         span = f"{hit.moment.start:.1f} to {hit.moment.end:.1f} s"
         click.echo(f"{hit.cosine:+.3f}  {span:>20}  {hit.moment.file}")
-    click.echo(f"index: {index}", err=True)
+    click.echo(f"columns: cosine of words and picture, moment, file; index: {index}", err=True)
 
 
 def _would_index(files: int, index: Path, *, as_json: bool) -> None:

@@ -308,6 +308,16 @@ def test_date_commit_seed_and_all_settings_are_on_the_page(tmp_path):
     assert "base_urls:" in html and "secret" not in html
 
 
+def test_an_evaluation_without_labels_says_so(tmp_path):
+    place = paths(tmp_path)
+    leave_run(place)
+    write(place.metrics / "evaluate.json", evaluation() | {"probes": {}, "classification": {}})
+    html = page(place)
+    cards = html[html.index('class="cards"') : html.index("</header>")]
+    assert cards.count("no clip has a label to compare by") == 2
+    assert "evaluate has not been run" not in html
+
+
 def test_fine_tunings_of_earlier_settings_are_left_out(tmp_path):
     place = paths(tmp_path)
     leave_run(place)

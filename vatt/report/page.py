@@ -144,7 +144,7 @@ def about_facts(inputs: Inputs) -> tuple[tuple[str, str], ...]:
     origin, corpus = inputs.origin, inputs.corpus
     facts = [("date", inputs.date)]
     if origin is not None:
-        facts += [("commit", origin.commit or "no git repository"), ("seed", str(origin.seed))]
+        facts += [("commit", origin.commit or "no git commit"), ("seed", str(origin.seed))]
     if corpus is not None:
         splits = ", ".join(f"{count:,} {split}" for split, count in corpus.splits.items())
         facts.append(("clips", splits))

@@ -39,6 +39,7 @@ MEASURES = {
 }
 PROBES = {"svm": "linear SVM", "low_rank": "low-rank classifier"}
 WHY = "evaluate has not been run"
+NO_LABELS = "no clip has a label to compare by"
 
 
 def directions(inputs: Inputs) -> dict[str, str]:
@@ -92,13 +93,13 @@ def key_figures(inputs: Inputs) -> tuple[Figure, ...]:
         _recall_figure(inputs, "text_to_video"),
         _recall_figure(inputs, "video_to_audio"),
         _difference_figure(
+            inputs,
             "Linear probe of frozen features",
-            _differences(inputs, "probes", "svm"),
             "above the untrained encoder",
+            "probes",
+            "svm",
         ),
-        _difference_figure(
-            "Fine-tuning", _differences(inputs, "classification"), "above training from scratch"
-        ),
+        _difference_figure(inputs, "Fine-tuning", "above training from scratch", "classification"),
     )
 
 
@@ -122,10 +123,11 @@ def _differences(inputs: Inputs, section: str, *path: str) -> dict[str, Metric]:
     return dict(sorted(measured.items(), key=lambda task: -task[1]["value"]))
 
 
-def _difference_figure(label: str, tasks: dict[str, Metric], against: str) -> Figure:
+def _difference_figure(inputs: Inputs, label: str, against: str, *path: str) -> Figure:
     """The largest difference, marked as the best of all, with each of them below it."""
+    tasks = _differences(inputs, *path)
     if not tasks:
-        return Figure(label, None, "no pair of runs to compare")
+        return Figure(label, None, _why_no(inputs, path[0]))
     first = next(iter(tasks.values()))
     if (needed := too_few(first)) is not None:
         return Figure(label, None, few_words(first, needed, "tested"), few=True)
@@ -144,6 +146,13 @@ VERDICTS = {
     "worse": " (significantly worse)",
     "no significant difference": " (no significant difference)",
 }
+
+
+def _why_no(inputs: Inputs, section: str) -> str:
+    """Why a section of the evaluation has no difference between two runs."""
+    if not inputs.evaluation:
+        return WHY
+    return "no pair of runs to compare" if inputs.lookup(section) else NO_LABELS
 
 
 def few_words(metric: Metric, needed: int, done: str) -> str:
@@ -352,7 +361,7 @@ def _probe_table(inputs: Inputs) -> Table:
     return Table(
         title="Linear probe on frozen features",
         headings=headings,
-        rows=tuple(rows) or _nothing(headings, _skipped(inputs) or WHY),
+        rows=tuple(rows) or _nothing(headings, _skipped(inputs) or _why_no(inputs, "probes")),
         remark=probe_protocol(inputs),
     )
 

@@ -63,6 +63,11 @@ def test_a_checkpoint_folder_turns_words_into_ids(tmp_path):
     assert vatt.vocabulary(tmp_path).encode("The cat", 3).tolist() == [4, 3, 0]
 
 
+def test_a_vocabulary_names_some_of_its_words(tmp_path):
+    (tmp_path / "vocabulary.txt").write_text("<pad>\n<unk>\nthe\nfrog\nit's\njumps\nover\n")
+    assert vatt.vocabulary(tmp_path).examples(2) == ["frog", "jumps"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

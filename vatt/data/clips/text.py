@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -154,6 +155,11 @@ class Vocabulary:
         return any(
             self._ids.get(word, self._unknown) != self._unknown for word in self._cut(sentence)
         )
+
+    def examples(self, count: int) -> list[str]:
+        """Some of the known words, the most frequent first, without short and cut ones."""
+        known = (word for word in self._words.values() if len(word) > 3 and word.isalpha())
+        return list(islice(known, count))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The words behind ids, without padding."""
