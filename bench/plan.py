@@ -2,23 +2,31 @@
 
     python bench/plan.py --memory       any time: each setting in its own process
     python bench/plan.py --time         on an idle machine
+    python bench/plan.py --processor    any time: processor seconds of one thread
 
 Memory is the peak of resident memory, without what the process held before the model was built
 (after two steps of four clips had loaded all code). Freed tensors return to the system at once (two
 settings of glibc's malloc); a second number is measured with glibc's defaults. Time is the median
 of three steps on a batch that stays in memory; the forecast comes from one trial per model, of at
-most 32 clips. Prints a JSON line for each setting, then a table for docs/benchmarks.md.
+most 32 clips and 3 blocks. Processor seconds hardly depend on what else runs: forecasts and steps
+take turns in one process. Prints a JSON line for each setting, then a table for docs/benchmarks.md.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vatt.config import Params, load_params
+from vatt.plan import trial
 from vatt.plan.memory import RUNTIME, BatchSettings, count, memory
 from vatt.plan.trial import run_step, run_trial
+from vatt.training import distributed
 
 DEMO = Path(__file__).parents[1] / "presets" / "demo.yaml"
 CASES: list[dict[str, Any]] = [
@@ -34,14 +42,24 @@ CASES: list[dict[str, Any]] = [
     {"size": "small", "batch": 32, "zero": 0},
 ]
 
+TURNS = 3  # of a forecast and a step
+LARGER: list[dict[str, Any]] = [  # one encoder for all: a quarter of the memory of three
+    {"size": "tiny", "batch": 32},
+    {"size": "small", "batch": 16, "backbone": "agnostic"},
+    {"size": "base", "batch": 8, "backbone": "agnostic"},
+    {"size": "medium", "batch": 8, "backbone": "agnostic"},
+    {"size": "large", "batch": 4, "backbone": "agnostic"},
+]
+
 
 def settings(case: dict[str, Any]) -> Params:
     """The demo's settings with a case's size, batch and way of computing."""
     params = load_params(DEMO)
-    towers = {
+    towers: dict[str, Any] = {
         name: getattr(params.model, name).model_copy(update={"size": case["size"]})
         for name in ("video", "audio", "text")
     }
+    towers["backbone"] = case.get("backbone", params.model.backbone)
     pretrain: dict[str, Any] = {"batch_size": case["batch"]}
     pretrain["precision"] = case.get("precision", "bf16")
     if case.get("colour"):
@@ -63,7 +81,8 @@ def settings(case: dict[str, Any]) -> Params:
 
 def name(case: dict[str, Any]) -> str:
     """A case in words."""
-    words = [case["size"], f"batch {case['batch']}", case.get("precision", "bf16")]
+    words = [case["size"], *([case["backbone"]] if "backbone" in case else [])]
+    words += [f"batch {case['batch']}", case.get("precision", "bf16")]
     words.append(f"micro-batch {case['micro']}" if "micro" in case else "no cache")
     words.append(f"ZeRO-{case.get('zero', 1)}")
     more = [option for option in ("checkpointing", "colour") if case.get(option)]
@@ -99,20 +118,51 @@ def measure_time(case: dict[str, Any], trials: dict[Any, Any]) -> dict[str, floa
     return {**found, "least": min(seconds), "most": max(seconds)}
 
 
+def measure_processor(case: dict[str, Any]) -> dict[str, float]:
+    """Processor seconds of a step in one thread: medians of forecasts and of steps in turns."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # torch joins a group only once
+        return pool.apply(take_turns, (case,))
+
+
+def take_turns(case: dict[str, Any]) -> dict[str, float]:
+    """The same, in this process."""
+    trial.clock = time.process_time
+    params = settings(case)
+    one_thread = params.machine.model_copy(update={"threads": 1})
+    params = params.model_copy(update={"machine": one_thread})
+    forecasts, seconds = [], []
+    with distributed.process_group(one_thread):
+        step = trial.whole_step(params)
+        step()
+        for _ in range(TURNS):
+            parts = trial.trial(params)
+            forecasts.append(parts.step(case["batch"], rows=case["batch"], cached=False))
+            began = trial.clock()
+            step()
+            seconds.append(trial.clock() - began)
+    found = {"forecast": statistics.median(forecasts), "measured": statistics.median(seconds)}
+    return {**found, "least": min(seconds), "most": max(seconds)}
+
+
 def main() -> None:
-    """Measure memory, time or both, and print the tables."""
+    """Measure what is asked for, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--time", action="store_true")
+    parser.add_argument("--processor", action="store_true")
     parser.add_argument("--only", help="cases whose name contains this")
     options = parser.parse_args()
-    trials: dict[Any, Any] = {}
-    for what in ("memory", "time"):
+    ways: dict[str, tuple[list[dict[str, Any]], Callable[..., dict[str, float]]]] = {
+        "memory": (CASES, measure_memory),
+        "time": (CASES, partial(measure_time, trials={})),
+        "processor": (LARGER, measure_processor),
+    }
+    for what, (cases, measure) in ways.items():
         rows = []
-        for case in CASES if getattr(options, what) else []:
+        for case in cases if getattr(options, what) else []:
             if options.only and options.only not in name(case):
                 continue
-            found = measure_memory(case) if what == "memory" else measure_time(case, trials)
+            found = measure(case)
             rows.append((name(case), found))
             print(json.dumps({"what": what, **case, **found}), flush=True)
         table(what, rows)

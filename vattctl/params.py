@@ -232,6 +232,12 @@ class Edit:
         self.yaml.dump(self.document, text)
         return text.getvalue()
 
+    def refuse_if_busy(self) -> None:
+        """Raise what `write` would raise while a stage runs, before anything long is done."""
+        if self.lines:
+            with _alone():
+                pass
+
     def write(self) -> list[str]:
         """Check all settings, then replace params.yaml if one changes; returns the lines."""
         _ = self.params  # raises when one is wrong
@@ -276,15 +282,19 @@ def edit(
     return edited
 
 
-def _write(text: str) -> None:
-    """Replace params.yaml, unless a stage is running that was started with the old one."""
-    from vatt.files import atomic_write, lock
+def _alone() -> contextlib.AbstractContextManager[None]:
+    """Refuse to go on while a stage runs that was started with the settings as they are."""
+    from vatt.files import lock
     from vatt.process import SETTINGS_LOCK
 
-    with (
-        lock(SETTINGS_LOCK, busy="busy: params.yaml cannot be changed while a stage runs"),
-        atomic_write(PARAMS) as path,
-    ):
+    return lock(SETTINGS_LOCK, busy="busy: params.yaml cannot be changed while a stage runs")
+
+
+def _write(text: str) -> None:
+    """Replace params.yaml."""
+    from vatt.files import atomic_write
+
+    with _alone(), atomic_write(PARAMS) as path:
         path.write_text(text, encoding="utf-8")
 
 

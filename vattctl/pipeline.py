@@ -158,6 +158,7 @@ def run(
     if options.dry_run:
         show_plan(changed, plan_run(changed, targets, force=force), as_json=options.as_json)
         return
+    changed.refuse_if_busy()
     if trains(targets):
         ask_before_hours(plan_run(changed, targets, force=force), yes=options.yes)
     for line in changed.write():

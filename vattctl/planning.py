@@ -1,6 +1,7 @@
 """Before anything starts: what would run and why, what it takes, what later stages will lack."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vatt.errors import SettingsError
+from vatt.errors import MachineError, SettingsError
 from vatt.files import inside
+from vatt.process import FOLDER
 from vatt.progress import duration
 from vattctl.dvc import STAGES, changed_in_background, stages_here
 from vattctl.experiments import Experiment, edit_of
@@ -34,12 +36,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vatt.config import Params
-    from vatt.plan.forecast import Forecast, Place
+    from vatt.plan.forecast import Forecast, Place, Speed, Trial
     from vatt.plan.memory import BatchSettings
 
 # --- what a command would run ---------------------------------------------------------------------
 
 LONG_SECONDS = 3600.0  # of training: ask before it
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +172,8 @@ def _takes(name: str, changed: Edit, locked: dict[str, Any] | None) -> tuple[flo
         work = training_work(old, PretrainParams.model_validate(then["pretrain"]))
         now = training_work(changed.params.model, changed.params.pretrain)
         return measured * now / work, "measured"
-    return forecast_training(changed.params), "forecast"
+    seconds = forecast_training(changed.params)
+    return seconds, "forecast" if seconds is not None else ""
 
 
 def _task_scale(name: str, changed: Edit, locked: dict[str, Any] | None) -> float | None:
@@ -191,23 +195,29 @@ def training_work(model: Any, pretrain: Any) -> float:
     return float(pretraining_work(model, pretrain).flops * pretrain.steps)
 
 
-def forecast_training(params: "Params") -> float:
-    """Seconds of a pre-training here: by the data sheet of the GPU, else from a short measurement.
-
-    A rough figure, known in a second; `vattctl plan` runs real steps.
-    """
+def forecast_training(params: "Params") -> float | None:
+    """Seconds of a pre-training here; None where a trial fails, which `vattctl plan` explains."""
     from vatt.plan import forecast as plans
     from vatt.plan.memory import count
 
-    place = plans.this_place(params)
-    counts = count(params.model)
-    if place.device is None:
-        from vatt.plan.trial import rough_step
+    place, counts = plans.this_place(params), count(params.model)
+    if place.device is not None:
+        speed: Speed = plans.GpuSpeed(place.device, params.model, params.pretrain, counts)
+    else:
+        try:
+            speed = plans.TrialSpeed(_trial(params, again=False), params.pretrain)
+        except MachineError as error:
+            log.debug("no forecast: %s", error)
+            return None
+    return params.pretrain.steps * speed(plans.as_set(params, place, counts)).total
 
-        return params.pretrain.steps * rough_step(params, counts)
-    speed = plans.GpuSpeed(place.device, params.model, params.pretrain, counts)
-    seconds = speed(plans.as_set(params, place)).total
-    return params.pretrain.steps * seconds
+
+def _trial(params: "Params", *, again: bool) -> "Trial":
+    """Measured steps on this machine, some seconds; without `again`, a recent result counts."""
+    from vatt.plan.trial import run_trial
+
+    click.echo("trying the model on this machine...", err=True)
+    return run_trial(params, FOLDER / "trial.json", again=again)
 
 
 def ask_before_hours(plans: Sequence[StagePlan], *, yes: bool) -> None:
@@ -215,9 +225,7 @@ def ask_before_hours(plans: Sequence[StagePlan], *, yes: bool) -> None:
     training = next((one for one in plans if one.stage == "pretrain" and one.why), None)
     if training is None or training.seconds is None:
         return
-    rough = "a rough forecast: `vattctl plan` tries real steps"
-    source = rough if training.source == "forecast" else training.source
-    about = f"the pre-training takes about {duration(training.seconds)} ({source})"
+    about = f"the pre-training takes about {duration(training.seconds)} ({training.source})"
     click.echo(f"forecast: {about}", err=True)
     if training.seconds > LONG_SECONDS and not yes and sys.stdin.isatty() and sys.stderr.isatty():
         click.confirm("start it?", abort=True, err=True, default=True)
@@ -346,21 +354,19 @@ def plan_command(
 def make_plan(params: "Params", device: str | None) -> dict[str, Any]:
     """Forecasts: as set, with the largest micro-batch, and in the cheapest way."""
     from vatt.plan import forecast as plans
-    from vatt.plan.forecast import GpuSpeed, Speed, TrialSpeed
+    from vatt.plan.forecast import GpuSpeed, TrialSpeed
     from vatt.plan.memory import count
 
     place = plans.named_place(device) if device else plans.this_place(params)
     counts = count(params.model)
     loader = None
     if device is None:
-        from vatt.plan.trial import run_loader, run_trial
+        from vatt.plan.trial import run_loader
 
-        click.echo("trying the model on this machine...", err=True)
+        trial = _trial(params, again=True)
         if (params.paths.shards / "index.jsonl").exists():
             loader = run_loader(params)
-        speed: Speed = TrialSpeed(
-            run_trial(params), params.pretrain, loader, _network(params, place)
-        )
+        speed: Speed = TrialSpeed(trial, params.pretrain, loader, _network(params, place))
     else:
         assert place.device is not None
         speed = GpuSpeed(place.device, params.model, params.pretrain, counts)

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from tests.training import tiny
-from vatt.config import load_params
+from vatt.config import ExpertsParams, SizeParams, load_params
 from vatt.errors import SettingsError
 from vatt.flops import clip_work
+from vatt.model.transformer import resolve
 from vatt.plan.forecast import (
     GIB,
     GpuSpeed,
@@ -27,7 +28,7 @@ from vatt.plan.forecast import (
     settings,
 )
 from vatt.plan.memory import BatchSettings, Counts, batch_bytes, count, memory
-from vatt.plan.trial import clear_size, two_parts
+from vatt.plan.trial import shallow, step_parts, tried_depths
 from vatt.training.telemetry import GPUS, pretraining_work
 
 PAPER = load_params(Path(__file__).parents[2] / "presets" / "paper.yaml")
@@ -127,16 +128,36 @@ def test_a_trial_s_step_is_its_clips_and_what_every_step_costs():
     assert speed(BatchSettings()).busy == pytest.approx(1.54)
 
 
-def test_a_trial_of_a_large_model_takes_more_clips_until_they_show_in_the_time():
-    # 4 clips take less than 1.3 times the 5 s of 1: at most 0.5 s a clip, so 30 clips in 15 s more
-    assert clear_size(1, 4, seconds=5.0, most=64) in (29, 30)
-    assert clear_size(1, 4, seconds=5.0, most=16) == 16  # that fit
-    assert clear_size(1, 4, seconds=30.0, most=64) == 4  # too slow to try more
+def test_steps_of_models_with_few_blocks_give_those_of_the_whole_model():
+    # 0.2 s in every step and 3 s for its other blocks; a clip takes 0.01 s and 0.4 s for them
+    def seconds(share, clips):
+        return 0.2 + 3.0 * share + clips * (0.01 + 0.4 * share)
+
+    rows = [(share, clips, seconds(share, clips)) for share in (0.0, 0.1) for clips in (4, 16)]
+    assert step_parts(rows) == pytest.approx([0.2, 3.0, 0.01, 0.4])
+    assert step_parts(rows[:2])[::2] == pytest.approx([0.2, 0.01])  # a model of one block
 
 
-def test_the_clips_of_a_trial_are_never_free():
-    assert two_parts({4: 1.0, 32: 2.4}, 4, 32) == pytest.approx((0.8, 0.05))
-    assert two_parts({4: 3.0, 32: 2.4}, 4, 32) == pytest.approx((0.0, 0.075))  # a busy machine
+def test_no_part_of_a_step_is_negative_on_a_busy_machine():
+    rows = [(0.0, 4, 3.0), (0.0, 16, 2.4), (0.5, 4, 2.9), (0.5, 16, 2.2)]
+    parts = step_parts(rows)
+    assert min(parts) >= 0 and parts[0] + 4 * parts[2] == pytest.approx(2.6, abs=0.4)
+
+
+def test_a_tried_model_has_the_towers_of_the_whole_one_and_few_blocks():
+    model = PAPER.model
+    assert tried_depths(model) == (1, 3)
+    for blocks in tried_depths(model):
+        for name, section in shallow(model, blocks).towers().items():
+            whole = resolve(model.towers()[name].size)
+            assert section.size == whole.model_copy(update={"depth": blocks})
+    one = SizeParams(depth=1, dim=8, mlp_dim=8, heads=1, head_dim=8)
+    flat = shallow(model, 1).model_copy(
+        update={name: s.model_copy(update={"size": one}) for name, s in model.towers().items()}
+    )
+    assert tried_depths(flat) == (1,)
+    with_experts = model.model_copy(update={"experts": ExpertsParams(number=4)})
+    assert tried_depths(with_experts) == (2, 4)
 
 
 def test_days_hours_energy_by_hand():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ from tests.training import tiny
 from vatt.config import Params
 from vatt.plan.forecast import GIB, Place, as_set, forecast_memory, named_place, widest
 from vatt.plan.memory import BatchSettings, count, finetuning_memory
-from vatt.plan.trial import CHOICE, Job, chosen, fits
+from vatt.plan.trial import CHOICE, Job, chosen, fits, last_trial, run_trial
 
 
 def small(**pretrain) -> Params:
@@ -94,6 +95,22 @@ def test_a_number_is_left_as_it_is(tmp_path):
     params = small().model_copy(update={"machine": tiny.machine_params(micro_batch_size=5)})
     assert chosen(Job(params, tmp_path)) == (params.machine, 1)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_trial_is_taken_again_for_an_hour_with_the_same_settings(tmp_path):
+    params = small().model_copy(update={"model": tiny.model_params(depth=4)})
+    notes = tmp_path / "trial.json"
+    found = run_trial(params, notes)
+    assert found.clip > 0 and found.cached_clip >= found.clip and found.fixed >= 0
+    assert set(found.losses) >= {tiny.BATCH_SIZE}
+    first = json.loads(notes.read_text())
+    notes.write_text(json.dumps(first | {"trial": first["trial"] | {"fixed": 123.0}}))
+    assert run_trial(params, notes, again=False).fixed == 123.0
+    assert last_trial(notes, "of other settings") is None
+    os.utime(notes, (0, 0))
+    assert last_trial(notes, first["key"]) is None  # too old
+    notes.write_text('{"key": 1')
+    assert last_trial(notes, first["key"]) is None  # damaged
 
 
 def test_a_trial_that_finds_no_memory_says_so():

@@ -14,7 +14,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,24 +37,19 @@ from vatt.config import (
 from vatt.data.loading.batches import Batch, Loading, Sampling, open_index, train_batches
 from vatt.errors import MachineError
 from vatt.files import UNREADABLE, atomic_write
-from vatt.flops import encoder_work, num_video_tokens
 from vatt.losses import FORMS, pretraining_loss
-from vatt.model.patches import num_kept
-from vatt.model.transformer import Block, layer_norm, resolve
+from vatt.model.transformer import resolve
 from vatt.model.vatt import VATT, Classifier
 from vatt.plan.forecast import (
-    UPDATE_BYTES,
     USABLE,
     Place,
     Trial,
     forecast_memory,
-    largest_micro_batch,
     plain_setting,
     this_place,
     widest,
 )
 from vatt.plan.memory import (
-    FP32,
     BatchSettings,
     Counts,
     changes_colour,
@@ -69,13 +65,15 @@ from vatt.training.finetune import Finetuning, finetuning_inputs
 from vatt.training.pretrain import Pretraining, pretraining_inputs
 from vatt.training.telemetry import pretraining_work
 
+clock = time.perf_counter  # bench/plan.py takes processor time on a busy machine
 ROUNDS = 3  # the result is their median
-LONG = 3.0  # seconds: such a step is measured once, after the one that warms up
-CLEAR = 1.3  # the larger batch must take so many times as long: less may be noise
-LONGEST = 20.0  # seconds that a step of the trial may take
-SECONDS = 1.0  # target for the larger of the two batches
-GUESS = 2e11  # operations per second, to choose the size of the batches
+LONG = 6.0  # seconds: a round of steps that takes more is measured once, after the warm-up
+MORE_BLOCKS = 2  # of the deeper of the two models that are tried
+SECONDS = 0.5  # target for the larger of the two batches
+GUESS = 1e11  # operations per second, to choose the size of the batches
 LARGEST = 32  # clips
+LARGEST_LOSS = 1024  # clips that the heads and the loss are tried with
+NOTED_SECONDS = 3600.0  # that the result of a trial counts for
 FEW = 4  # clips
 COLOUR = (0.1, 1.2, 0.8, 0.1)  # a change of colours that does some work
 LOADED = 32  # clips of a batch in the trial of the loader
@@ -93,11 +91,40 @@ class TrialResult:
     peak: int  # bytes in addition to those held before the model was built
 
 
-def run_trial(params: Params) -> Trial:
-    """Try the model of the settings on this machine, with their precision and ZeRO stage."""
+def run_trial(params: Params, notes: Path | None = None, *, again: bool = True) -> Trial:
+    """Try the model of the settings on this machine, with their precision and ZeRO stage.
+
+    The result is noted in a file; without `again`, one of the last hour with the same settings is
+    taken from there.
+    """
+    how = {"processes", "threads", "zero_stage", "offload", "activation_checkpointing", "compile"}
+    key = fingerprint(params.model, params.pretrain, params.machine.model_dump(include=how))
+    known = None if again or notes is None else last_trial(notes, key)
+    if known is not None:
+        return known
     found = _in_process("trial", params)
-    losses = {int(size): seconds for size, seconds in found.pop("losses").items()}
-    return Trial(**found, losses=losses)
+    if notes is not None:
+        with suppress(OSError):  # a folder that may not be written: nothing is noted
+            notes.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(notes) as path:
+                path.write_text(json.dumps({"key": key, "trial": found}))
+    return _trial_of(found)
+
+
+def last_trial(notes: Path, key: str) -> Trial | None:
+    """What the file holds for the same settings, unless it is older than an hour or damaged."""
+    try:
+        known = json.loads(notes.read_text())
+        is_old = time.time() - notes.stat().st_mtime > NOTED_SECONDS
+        return None if is_old or known["key"] != key else _trial_of(known["trial"])
+    except UNREADABLE:
+        return None
+
+
+def _trial_of(found: dict[str, Any]) -> Trial:
+    losses = {int(size): float(seconds) for size, seconds in found["losses"].items()}
+    fixed, clip, cached = (float(found[name]) for name in ("fixed", "clip", "cached_clip"))
+    return Trial(fixed, clip, cached, losses)
 
 
 def run_step(params: Params, *, exact_memory: bool) -> TrialResult:
@@ -387,94 +414,116 @@ def loader_rate(params: Params) -> float:
     return made / (time.perf_counter() - began)
 
 
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A model with few blocks, and its steps by their clips."""
+
+    share: float  # of the work of the blocks that the first tried model lacks
+    steps: dict[int, Callable[[], None]]
+    cached: Callable[[], None]  # the most clips, encoded in two halves, each twice
+
+
 def trial(params: Params) -> Trial:
-    """Fixed part and part per clip from two batch sizes, caching from a cached batch."""
-    pretrain = params.pretrain
-    flops = pretraining_work(params.model, pretrain).flops / pretrain.batch_size
-    large = max(4, min(LARGEST, int(SECONDS * GUESS / flops)))
-    small = max(1, large // 4)
-    engine, module = _engine(params.model, pretrain, params.machine)
-    module.micro_batch_size = None
-    whole = pretrain.batch_size
-    losses = {whole: _median(_loss_step(module.model, pretrain, whole))}
-    times: dict[int, float] = {}
+    """The parts of a step, from steps of models with few blocks: the whole model is never built.
 
-    def measure(size: int) -> None:
-        losses[size] = _median(_loss_step(module.model, pretrain, size))
-        times[size] = _median(_step(engine, module, make_clips(params, size))) - losses[size]
-
-    measure(small)
-    measure(large)
-    if times[large] < CLEAR * times[small]:  # a large model's update hides so few clips
-        place = this_place(params)
-        setting = plain_setting(params.machine, place)
-        most = largest_micro_batch(params, setting, place, count(params.model)) or large
-        large = clear_size(small, large, times[small], most)
-        if large not in times:
-            measure(large)
-    fixed, clip = two_parts(times, small, large)
-    module.micro_batch_size, module.kept_micro_batches = max(1, large // 2), 0
-    cached = _median(_step(engine, module, make_clips(params, large))) - losses[large]
-    return Trial(fixed, clip, max(clip, (cached - fixed) / large), losses)
-
-
-BLOCK_CLIPS = 16  # that go through a block at once
-BLOCK_SHARE = 0.5  # of a block's speed that a whole step reaches on a CPU
-MOVED = 2**24  # numbers that are added to others
-
-
-def rough_step(params: Params, counts: Counts) -> float:
-    """Seconds of a step on a CPU: a block and an addition are measured, the rest is counted."""
-    pretrain, size = params.pretrain, resolve(params.model.video.size)
-    tokens = num_kept(num_video_tokens(params.model.video), pretrain.drop_rate) + 1
-    block = Block(size, norm=layer_norm, bias=True, scale=size.head_dim**-0.5, dropout=0.0)
-    inputs = torch.randn(min(BLOCK_CLIPS, pretrain.batch_size), tokens, size.dim)
-
-    def both_ways() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=pretrain.precision == "bf16"):
-            block(inputs.requires_grad_())[0].sum().backward()
-
-    work = encoder_work(size, tokens)
-    block_work = 3 * (work.dense + work.attention) / size.depth * len(inputs)
-    both_ways()
-    speed = block_work / min(_timed(both_ways) for _ in range(ROUNDS))
-    numbers, others = torch.zeros(MOVED), torch.ones(MOVED)
-    bandwidth = 3 * FP32 * MOVED / min(_timed(lambda: numbers.add_(others)) for _ in range(ROUNDS))
-    # Several processes share the cores and the memory: together they are as fast as one.
-    computed = pretraining_work(params.model, pretrain).flops / (speed * BLOCK_SHARE)
-    return computed + counts.trained * UPDATE_BYTES / bandwidth
-
-
-def two_parts(times: Mapping[int, float], small: int, large: int) -> tuple[float, float]:
-    """Seconds of every step and of each clip, by the seconds of two batches.
-
-    Where a busy machine hides the difference, all of the larger batch's time counts for its clips.
+    All blocks but the last are alike, so time grows in a line with their number.
     """
-    clip = (times[large] - times[small]) / (large - small)
-    clip = clip if clip > 0 else times[large] / large
-    return max(0.0, times[large] - large * clip), clip
+    pretrain, batch = params.pretrain, params.pretrain.batch_size
+    depths = tried_depths(params.model)
+    tried = [_tried(params, blocks) for blocks in depths]
+    sizes, last = list(tried[0].steps), tried[-1]
+    heads = checkpoint.build(shallow(params.model, depths[0])).to(distributed.device())
+    compared = {*sizes, min(batch, LARGEST_LOSS)}
+    losses = _medians({size: _loss_step(heads, pretrain, size) for size in compared})
+    steps = {(k, size): one.steps[size] for k, one in enumerate(tried) for size in sizes}
+    seconds = _medians({**steps, "cached": last.cached})
+    fixed, fixed_blocks, clip, clip_blocks = step_parts(
+        [(tried[k].share, size, seconds[k, size] - losses[size]) for k, size in steps]
+    )
+    most = sizes[-1]
+    cached = seconds["cached"] - losses[most] - fixed - fixed_blocks * last.share
+    again = max(1.0, cached / (clip + clip_blocks * last.share) / most)
+    clip += clip_blocks
+    return Trial(fixed + fixed_blocks, clip, clip * again, losses)
 
 
-def clear_size(small: int, large: int, seconds: float, most: int) -> int:
-    """The clips of a larger batch, at most `most`, of which a step takes `LONGEST` at most.
+def _tried(params: Params, blocks: int) -> Tried:
+    model, pretrain = shallow(params.model, blocks), params.pretrain
+    depths = tried_depths(params.model)
 
-    Known is that `large` clips take less than `CLEAR` times the `seconds` of `small` ones.
+    def flops(one: ModelParams) -> float:
+        return pretraining_work(one, pretrain).flops / pretrain.batch_size
+
+    least, most = (flops(shallow(params.model, depth)) for depth in (depths[0], depths[-1]))
+    share = (flops(model) - least) / max(1.0, flops(params.model) - least)
+    engine, module = _engine(model, pretrain, params.machine)
+
+    def step(size: int, *, halves: bool) -> Callable[[], None]:
+        whole = _step(engine, module, make_clips(params, size))
+
+        def run() -> None:
+            module.micro_batch_size = max(1, size // 2) if halves else None
+            module.kept_micro_batches = 0
+            whole()
+
+        return run
+
+    large = max(2, min(LARGEST, int(SECONDS * GUESS / most)))
+    sizes = (max(1, large // 4), large)
+    return Tried(
+        share,
+        {size: step(size, halves=False) for size in sizes},
+        step(large, halves=True),
+    )
+
+
+def shallow(model: ModelParams, blocks: int) -> ModelParams:
+    """The same model with at most so many blocks in each tower."""
+    towers = {}
+    for name, section in model.towers().items():
+        size = resolve(section.size)
+        size = size.model_copy(update={"depth": min(blocks, size.depth)})
+        towers[name] = section.model_copy(update={"size": size})
+    return model.model_copy(update=towers)
+
+
+def tried_depths(model: ModelParams) -> tuple[int, ...]:
+    """Blocks of the models that are tried; the last block differs from the others."""
+    least = 1 if model.experts is None else 2
+    deepest = max(resolve(section.size).depth for section in model.towers().values())
+    return (least, least + MORE_BLOCKS) if deepest > least else (deepest,)
+
+
+def step_parts(rows: Sequence[tuple[float, int, float]]) -> list[float]:
+    """Seconds of every step, of a clip, and of each what the missing blocks add to it.
+
+    The order: every step, its blocks, a clip, its blocks. A row has the share of those blocks, the
+    clips and the measured seconds. Relative errors count, and no part is negative, whatever a busy
+    machine measures.
     """
-    clip = (CLEAR - 1) * seconds / (large - small)  # at most
-    return max(large, min(most, int((LONGEST - seconds) / clip)))
+    from scipy.optimize import nnls
+
+    measured = np.array([seconds for *_, seconds in rows])
+    parts = [[1.0, share, clips, clips * share] for share, clips, _ in rows]
+    found, _ = nnls(np.array(parts) / measured[:, None], np.ones(len(rows)))
+    return [float(value) for value in found]
 
 
 def steps(params: Params) -> TrialResult:
     """Complete steps on one batch that stays in memory."""
     _warm_up(params)
     before = _held()
-    batch = make_clips(params, params.pretrain.batch_size)
-    engine, module = _engine(params.model, params.pretrain, params.machine)
-    step = _step(engine, module, batch)
+    step = whole_step(params)
     step()
     _forget_peak()
     seconds = [_timed(step) for _ in range(ROUNDS)]
     return TrialResult(seconds, _peak() - before)
+
+
+def whole_step(params: Params) -> Callable[[], None]:
+    """A step of the whole model on one batch that stays in memory."""
+    batch = make_clips(params, params.pretrain.batch_size)
+    return _step(*_engine(params.model, params.pretrain, params.machine), batch)
 
 
 def make_clips(params: Params, size: int) -> Batch:
@@ -547,17 +596,22 @@ def _loss_step(model: VATT, params: PretrainParams, size: int) -> Callable[[], N
     return step
 
 
-def _median(step: Callable[[], None]) -> float:
-    rounds = 1 if _timed(step) > LONG else ROUNDS
-    return statistics.median(_timed(step) for _ in range(rounds))
+def _medians(steps: Mapping[Any, Callable[[], None]]) -> dict[Any, float]:
+    """Seconds of each step after one that warms up; in turns, so a busy machine slows all alike."""
+    first = sum(_timed(step) for step in steps.values())
+    rounds = [
+        {name: _timed(step) for name, step in steps.items()}
+        for _ in range(1 if first > LONG else ROUNDS)
+    ]
+    return {name: statistics.median(one[name] for one in rounds) for name in steps}
 
 
 def _timed(step: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    began = clock()
     step()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def _warm_up(params: Params) -> None:
