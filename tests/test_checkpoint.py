@@ -161,10 +161,11 @@ TASK = {"modality": "audio", "classes": ["a", "b"]}
         (changed(["model", "va_dim"], "wide"), r"model\.va_dim"),
         (changed(["model", "dropout"], float("nan")), r"model\.dropout"),
         (changed(["model", "video", "frames"], 8 * 10**7), r"model\.video\.frames"),
+        (changed(["model", "video", "frames"], 8 * 10**4), "video of .* tokens, more than 65,536"),
         (changed(["model", "video", "size"], {"depth": 10**5, "dim": 8, "mlp_dim": 8, "heads": 1,
                                               "head_dim": 8}), r"SizeParams\.depth"),
         (changed(["model", "text", "vocabulary"], 10**9), "model of .* GB, but"),
-        (changed(["model", "audio", "samples"], 10**9), "model of .* GB, but"),
+        (changed(["model", "audio", "samples"], 10**9), "audio of .* tokens, more than"),
         (changed(["classifier"], "x"), "classifier"),
         (changed(["classifier"], {}), r"classifier\.(modality|classes)"),
         (changed(["classifier"], TASK | {"classes": 7}), r"classifier\.classes"),
@@ -211,8 +212,8 @@ def test_attacks_on_a_checkpoint_are_clear_errors(tmp_path, name):
     checkpoint.save(VATT(params), params, tmp_path / "model")
     for file in attack.iterdir():
         (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
-    if name in ("ck-frames800", "ck-frames80000"):  # a longer video: its table is resized
-        assert vatt.load(tmp_path / "model").params.video.frames == int(name[9:])
+    if name == "ck-frames800":  # a longer video: its table is resized
+        assert vatt.load(tmp_path / "model").params.video.frames == 800
     else:
         with pytest.raises(DataError, match=str(tmp_path / "model")):
             vatt.load(tmp_path / "model")

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from vatt.config import ModelParams, Rate
 from vatt.errors import DataError
 from vatt.files import atomic_folder
-from vatt.model.patches import fit_tables
+from vatt.model.patches import fit_tables, num_tokens
 from vatt.model.transformer import Tower
 from vatt.model.vatt import (
     VATT,
@@ -34,12 +34,14 @@ from vatt.model.vatt import (
     tower_of,
 )
 from vatt.release.model import release_parts, release_towers
+from vatt.senses import senses_of
 
 WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocabulary.txt"
 VERSION: Literal[1] = 1
 CONFIG_BYTES = 16 * 10**6
 # How much larger than its file a model may be: weights may be stored in 16 bits, and position
 # tables may grow.
+MOST_TOKENS = 2**16  # of a clip: the paper's models have 1,568 at most
 GROWTH, SLACK = 3, 256 * 10**6
 
 
@@ -176,6 +178,10 @@ def from_config(config: dict[str, Any], *, source: Path | str = CONFIG) -> VATT 
     try:
         described = CheckpointConfig.model_validate(config)
         params, task = described.model, described.classifier
+        tokens = {sense.name: sense.tokens(sense.section(params)) for sense in senses_of(params)}
+        for name, cutting in tokens.items():
+            if (count := num_tokens(cutting)) > MOST_TOKENS:
+                raise ValueError(f"{name} of {count:,} tokens, more than {MOST_TOKENS:,}")
         with without_memory():
             if task is None:
                 return build(params)

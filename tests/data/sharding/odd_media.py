@@ -146,7 +146,7 @@ def all_cases() -> list[Case]:
         for trait in TRAITS
         for hold, offset in ((0, 0.0), (3, 3.7), (4, 0.0))
         if (form, change) not in IMPOSSIBLE and (change in ALONE or form not in ("mp4", "mov"))
-        if hold < 4 or (change == "plain" and trait == "b")
+        if hold < 4 or (change == "plain" and trait == "b" and form not in ("mp4", "mov"))
         if not (hold and trait in ("uneven", "open")) and not (form == "flv" and trait == "tracks")
         if not (offset and change in ALONE and form in ("mp4", "mov"))
     ]
