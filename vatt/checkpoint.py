@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from vatt.config import ModelParams, Rate
 from vatt.errors import DataError
 from vatt.files import atomic_folder
-from vatt.model.patches import fit_tables, num_tokens
+from vatt.model.patches import fit_tables
 from vatt.model.transformer import Tower
 from vatt.model.vatt import (
     VATT,
@@ -34,7 +34,6 @@ from vatt.model.vatt import (
     tower_of,
 )
 from vatt.release.model import release_parts, release_towers
-from vatt.senses import senses_of
 
 WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocabulary.txt"
 VERSION: Literal[1] = 1
@@ -178,19 +177,22 @@ def from_config(config: dict[str, Any], *, source: Path | str = CONFIG) -> VATT 
     try:
         described = CheckpointConfig.model_validate(config)
         params, task = described.model, described.classifier
-        tokens = {sense.name: sense.tokens(sense.section(params)) for sense in senses_of(params)}
-        for name, cutting in tokens.items():
-            if (count := num_tokens(cutting)) > MOST_TOKENS:
-                raise ValueError(f"{name} of {count:,} tokens, more than {MOST_TOKENS:,}")
         with without_memory():
-            if task is None:
-                return build(params)
-            return build_classifier(
-                params,
-                modality=task.modality,
-                num_classes=len(task.classes),
-                head_dropout=task.head_dropout,
+            model = (
+                build(params)
+                if task is None
+                else build_classifier(
+                    params,
+                    modality=task.modality,
+                    num_classes=len(task.classes),
+                    head_dropout=task.head_dropout,
+                )
             )
+        counts = model.token_counts if isinstance(model, VATT) else {"clip": model.num_tokens}
+        for name, count in counts.items():
+            if count > MOST_TOKENS:
+                raise ValueError(f"{name} of {count:,} tokens, more than {MOST_TOKENS:,}")
+        return model
     except ValidationError as error:
         problem = max(error.errors(), key=lambda one: len(one["loc"]))  # the most specific one
         place = ".".join(map(str, problem["loc"])) or "the file"
