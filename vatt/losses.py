@@ -80,13 +80,14 @@ def pretraining_loss(
     senses_weight: float = 1.0,
     form: Form = paper_form,
     text_weights: Tensor | None = None,
+    compiled: Callable[..., Tensor] | None = None,
 ) -> Losses:
     """NCE(video, audio) + weight x MIL-NCE(video, texts) over the given, global batch.
 
     For each other sense of the space va, senses_weight x NCE(video, sense) is added. `present` is
     bool, by sense: (B,), and (B, K) for text. A clip without a sense takes no part in the losses
     that need it. The release halves the total; Adam makes this irrelevant. `text_weights` (B, K)
-    are those of `mil_nce`.
+    are those of `mil_nce`, and `compiled` is a compiled form of `anchors_loss`.
     """
     has_video = present["video"]
     pairs = {
@@ -96,6 +97,7 @@ def pretraining_loss(
             temperature,
             valid=has_video & present[name],
             form=form,
+            compiled=compiled,
         )
         for name, vectors in embeddings.va.items()
         if name != "video"
@@ -107,6 +109,7 @@ def pretraining_loss(
         valid=has_video[:, None] & present["text"],
         form=form,
         weights=text_weights,
+        compiled=compiled,
     )
     va = pairs.pop("audio")
     total = va + mil_nce_weight * vt
@@ -122,10 +125,11 @@ def nce(
     *,
     valid: Tensor | None = None,
     form: Form = paper_form,
+    compiled: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """NCE of (B, E) and (B, E): MIL-NCE with one candidate; `valid` (B,) marks the clips to use."""
     valid = None if valid is None else valid[:, None]
-    return mil_nce(video, audio[:, None], temperature, valid=valid, form=form)
+    return mil_nce(video, audio[:, None], temperature, valid=valid, form=form, compiled=compiled)
 
 
 def mil_nce(
@@ -137,6 +141,7 @@ def mil_nce(
     form: Form = paper_form,
     max_scores: int = MAX_SCORES,
     weights: Tensor | None = None,
+    compiled: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """MIL-NCE of (B, E) and (B, K, E): the mean of `form` over the clips with a candidate, or 0.
 
@@ -155,19 +160,19 @@ def mil_nce(
         valid = torch.ones(texts.shape[:2], dtype=torch.bool, device=texts.device)
     best, log_weights = (None, None) if weights is None else _clip_weights(weights, valid)
     block = max(1, max_scores // max(1, valid.numel()))
-    total = video.new_zeros(())
+    total, loss_of = video.new_zeros(()), compiled or anchors_loss
     for own in torch.arange(len(video), device=video.device).split(block):
         given = (video, texts, valid, own, temperature, form, best, log_weights)
         if len(own) == len(video):
-            total = total + _block_loss(*given)
+            total = total + loss_of(*given)
         else:
-            total = total + checkpoint(_block_loss, *given, use_reentrant=False)
+            total = total + checkpoint(loss_of, *given, use_reentrant=False)
     if best is not None:
         return total / best.sum().clamp(min=torch.finfo(best.dtype).tiny)
     return total / valid.any(1).sum().clamp(min=1)
 
 
-def _block_loss(
+def anchors_loss(
     video: Tensor,
     texts: Tensor,
     valid: Tensor,

@@ -3,12 +3,16 @@
 import pytest
 import torch
 import torch._dynamo.utils
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch._dynamo.utils
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tests.training import tiny
 from tests.training.tiny import needs_compiler
 from vatt.errors import MachineError, SettingsError
-from vatt.model.patches import draw_kept
+from vatt.losses import anchors_loss, mil_nce
+from vatt.model.operators import FusedFunction
+from vatt.model.patches import choose_kept, draw_kept
 from vatt.training.engine import DeepSpeedEngine, LocalEngine, apply_options, compiles
 from vatt.training.pretrain import Pretraining, Visible, pretraining_inputs
 
@@ -180,6 +184,69 @@ def test_compiled_colours_are_those_of_the_plain_form_in_one_pass(kind):
         found = visible(batch.video, colour, kept, kind)
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-5 if kind == torch.float32 else 1e-2)
     assert len(one_by_one.names) > 40 and not fused.names
+
+
+@needs_compiler
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_compiled_draw_is_the_plain_one_index_for_index_in_every_step(backend):
+    def drawn(**more):
+        return [
+            draw_kept(tokens, 0.5, seed=1, step=step, samples=samples, stream="video", **more)
+            for step in (0, 1, 499_999)
+            for tokens in (1568, 98)
+        ]
+
+    samples, choose = torch.tensor([0, 1, 2047, 10**6]), FusedFunction(choose_kept)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    apply_options(choose, tiny.machine_params(compile=True), backend=backend)
+    for found, plain in zip(drawn(choose=choose), drawn(), strict=True):
+        assert torch.equal(found, plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one for each length
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_compiled_loss_has_the_plain_one_s_value_and_gradients():
+    torch.manual_seed(0)
+    vectors = [F.normalize(torch.randn(*shape, 24), dim=-1) for shape in ((12,), (12, 3))]
+    valid = torch.rand(12, 3) > 0.3
+    torch._dynamo.reset()
+    compiled = FusedFunction(anchors_loss)
+    apply_options(compiled, tiny.machine_params(compile=True))
+
+    def loss_and_gradients(max_scores, **more):
+        given = [part.clone().requires_grad_() for part in vectors]
+        loss = mil_nce(*given, 0.07, valid=valid, max_scores=max_scores, **more)
+        return loss, *torch.autograd.grad(loss, given)
+
+    plain = loss_and_gradients(2**20)
+    for max_scores in (2**20, 5 * 36):  # at once, and in blocks of 5, 5 and 2 clips
+        found = loss_and_gradients(max_scores, compiled=compiled)
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
+
+
+@needs_compiler
+def test_draw_positions_of_words_unit_vectors_and_losses_run_compiled():
+    def hidden(graph, inputs):
+        def run(*values):
+            with _disable_current_modes():
+                return graph(*values)
+
+        return run
+
+    def step():
+        with Called() as called:
+            module(*pretraining_inputs(module.model, tiny.make_batch(0), 0, drop_rate=0.5, seed=0))
+        return {name.split(".")[1] for name in called.names}
+
+    torch._dynamo.reset()
+    module = Pretraining(tiny.make_model(tiny.model_params()), tiny.pretrain_params())
+    telling = {"bitwise_xor", "log", "linalg_vector_norm", "logsumexp"}
+    assert telling <= step()
+    apply_options(module, tiny.machine_params(compile=True), backend=hidden)
+    module(*pretraining_inputs(module.model, tiny.make_batch(0), 0, drop_rate=0.5, seed=0))
+    assert not telling & step()
 
 
 def test_compile_auto_is_on_for_gpus_with_a_compiler_below_zero_stage_3(monkeypatch):

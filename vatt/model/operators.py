@@ -7,10 +7,11 @@ and docs/benchmarks.md has the figures.
 B clips, N tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,22 @@ def exact_product(left: Tensor, right: Tensor) -> Tensor:
     kind = left.device.type
     with nullcontext() if left.is_meta else torch.autocast(kind, enabled=False):
         return left @ right
+
+
+class Fused(nn.Module):
+    """A part without weights that is compiled as one where blocks are."""
+
+
+class FusedFunction(Fused):
+    """A function as such a part; the first dimension of its first tensor is that of the clips."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Any) -> Any:
+        """Call the function."""
+        return self.function(*inputs)
 
 
 class _HalfLinear(torch.autograd.Function):

@@ -6,7 +6,7 @@ P values in a patch, D width.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -236,21 +236,28 @@ def draw_kept(
     step: int,
     samples: Tensor | Sequence[int],
     stream: str = "",
+    choose: Callable[[Tensor, Tensor, int, int], Tensor] | None = None,
 ) -> Tensor:
     """Indices (B, K) of the tokens to keep, ascending in each row.
 
     `samples` (B,) are the clips' places in the global batch, and `stream` ("video", "audio") keeps
     draws of the same shape apart. A row depends on seed, step, stream, number of tokens and its own
     sample, so it is the same on every device and for any number of processes. Where `samples` is a
-    tensor, all work is done on its device.
+    tensor, all work is done on its device. `choose` is `choose_kept`, or its compiled form.
     """
     samples = torch.as_tensor(samples, dtype=torch.long)
-    first, second = _keys(f"{seed}/{step}/{stream}/{num_tokens}", samples)
+    key = _key(f"{seed}/{step}/{stream}/{num_tokens}", samples)
+    return (choose or choose_kept)(samples, key, num_tokens, num_kept(num_tokens, drop_rate))
+
+
+def choose_kept(samples: Tensor, key: Tensor, num_tokens: int, count: int) -> Tensor:
+    """The tokens (B, count) with each row's smallest numbers, ascending."""
+    first, second = _row_keys(samples, key)
     tokens = torch.arange(num_tokens, dtype=torch.int32, device=samples.device)
-    count = num_kept(num_tokens, drop_rate)
-    if samples.device.type != "cpu":  # whose selection would wait for the device
+    if samples.device.type != "cpu" or torch.compiler.is_compiling():
         numbers = _scatter(tokens, first, second)
         return numbers.topk(count, largest=False, sorted=False).indices.sort().values
+    # Faster on a CPU; on a GPU, this selection would wait for the device.
     rows = max(1, _AT_ONCE // num_tokens)
     parts = zip(first.split(rows), second.split(rows), strict=True)
     return torch.cat([_smallest(_scatter(tokens, *keys), count) for keys in parts])
@@ -275,7 +282,7 @@ def draw_kept_by_energy(
     num_tokens = energies.shape[1]
     count = num_kept(num_tokens, drop_rate)
     drawn = math.ceil(round(random_share * count, 6))
-    keys = _keys(f"{seed}/{step}/{stream}/{num_tokens}", samples)
+    keys = _row_keys(samples, _key(f"{seed}/{step}/{stream}/{num_tokens}", samples))
     tokens = torch.arange(num_tokens, dtype=torch.int32, device=samples.device)
     order = _scatter(tokens, *keys).argsort(dim=1)
     # From here on a token is its place in that order, so that the smallest ones are drawn.
@@ -285,16 +292,21 @@ def draw_kept_by_energy(
     return order.gather(1, kept).sort(dim=1).values
 
 
-def _keys(name: str, samples: Tensor) -> tuple[Tensor, Tensor]:  # (B,) -> (B, 1), (B, 1)
-    """Two keys of 32 bits for each row, from the name and the row's sample.
+def _key(name: str, samples: Tensor) -> Tensor:
+    """A key of 64 bits, on the device of the samples; no device is waited for."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    number = int.from_bytes(digest, "big", signed=True)
+    return torch.full((), number, dtype=torch.long, device=samples.device)
+
+
+def _row_keys(samples: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:  # (B,) -> (B, 1), (B, 1)
+    """Two keys of 32 bits for each row.
 
     A counter-based draw: they encrypt each token's index into 32 bits. Different indices become
     different numbers, so no two tokens of a row tie.
     """
-    key = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    low, high = (int.from_bytes(key[place : place + 4], "big", signed=True) for place in (0, 4))
-    first = _mix(samples[:, None].int() ^ low)
-    return first, _mix(first ^ high)
+    first = _mix(samples[:, None].int() ^ (key >> 32).int())
+    return first, _mix(first ^ key.int())
 
 
 def _scatter(tokens: Tensor, first: Tensor, second: Tensor) -> Tensor:  # (N,), (B, 1), (B, 1)

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from vatt.config import ModelParams
 from vatt.errors import SettingsError
 from vatt.model.experts import ExpertLinear
-from vatt.model.operators import Linear, full_precision
+from vatt.model.operators import FusedFunction, Linear, full_precision
 from vatt.model.patches import (
     AxisPositions,
     PatchEmbedding,
     Patches,
     WordEmbedding,
     check_input,
+    choose_kept,
     grid_of,
     num_tokens,
 )
@@ -105,6 +106,8 @@ class VATT(nn.Module):
         for name, tower in parts.towers.items():
             self.add_module(name, tower)
         self.heads = parts.heads
+        self.units = FusedFunction(_units)
+        self.choose = FusedFunction(choose_kept)
         self.drops_alike = parts.drops_alike
         self.token_counts = {  # before DropToken, of the senses whose tokens it may drop
             sense.name: num_tokens(tokens)
@@ -179,14 +182,15 @@ class VATT(nn.Module):
             spaces[sense.space][name] = rows
             if sense.space == "va" and (sense.is_anchor or bridged):
                 spaces["vt"][name] = self.heads.va_to_vt(rows)
-        return Embeddings(
-            *({name: _unit(rows) for name, rows in space.items()} for space in spaces.values())
-        )
+        return Embeddings(**self.units(spaces))
 
 
-def _unit(vectors: Tensor) -> Tensor:
-    """L2-normalised; a lower bound on the norm keeps a zero vector finite."""
-    return F.normalize(vectors, dim=-1, eps=1e-6)
+def _units(spaces: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """All vectors L2-normalised; a lower bound on the norm keeps a zero vector finite."""
+    return {
+        space: {name: F.normalize(rows, dim=-1, eps=1e-6) for name, rows in vectors.items()}
+        for space, vectors in spaces.items()
+    }
 
 
 # --- heads: features -> common spaces -------------------------------------------------------------

@@ -21,14 +21,15 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, record_function
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from vatt.config import MachineParams, OptimizerParams, Precision
 from vatt.errors import MachineError, SettingsError
 from vatt.model.experts import ExpertLinear
-from vatt.model.operators import Linear
-from vatt.model.transformer import Block, Tower
+from vatt.model.operators import Fused, Linear
+from vatt.model.transformer import Block, RelativeBias, Tower
 from vatt.model.vatt import BatchNorm, Heads
 from vatt.training import distributed
 from vatt.training.distributed import TensorState, read_shares, write_share
@@ -259,10 +260,6 @@ def make_engine(
     return DeepSpeedEngine(module, optimizer, precision, machine)
 
 
-class Fused(nn.Module):
-    """A part without weights that is compiled as one where blocks are."""
-
-
 def apply_options(
     module: nn.Module, machine: MachineParams, *, backend: str | Callable[..., Any] = "inductor"
 ) -> None:
@@ -281,19 +278,19 @@ def apply_options(
             block.forward = again  # type: ignore[method-assign]
 
 
-COMPILED = (Block, BatchNorm, Fused)
+COMPILED = (Block, BatchNorm, RelativeBias, Fused)
 # A part has a form for each tower's width, for its first and last block, with and without a
 # gradient, in training and in tests. Over torch's limit of 8, it would silently not be compiled.
 MAX_FORMS = 64
 
 
-def _for_any_number(compiled: Callable[..., Any], inputs: Tensor, *more: Any, **named: Any) -> Any:
+def _for_any_number(compiled: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     """Micro-batches may differ by one clip: compile once for both sizes."""
-    torch._dynamo.maybe_mark_dynamic(inputs, 0)
-    for value in more:
-        if isinstance(value, Tensor) and len(value) == len(inputs):
+    rows = [value for value in tree_leaves(inputs) if isinstance(value, Tensor) and value.dim()]
+    for value in rows:
+        if len(value) == len(rows[0]):
             torch._dynamo.maybe_mark_dynamic(value, 0)
-    return compiled(inputs, *more, **named)
+    return compiled(*inputs, **named)
 
 
 def compiles(machine: MachineParams) -> bool:

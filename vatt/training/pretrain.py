@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vatt.config import ModelParams, PretrainParams
 from vatt.data.loading.batches import Batch
-from vatt.losses import FORMS, agreement, pretraining_loss, weights_of
+from vatt.losses import FORMS, agreement, anchors_loss, pretraining_loss, weights_of
 from vatt.model.experts import (
     RoutingLosses,
     noting_routings,
@@ -24,7 +24,7 @@ from vatt.model.experts import (
     routings_by_tower,
     towers_by_encoder,
 )
-from vatt.model.operators import full_precision
+from vatt.model.operators import Fused, FusedFunction, full_precision
 from vatt.model.patches import (
     PatchEmbedding,
     Patches,
@@ -40,7 +40,7 @@ from vatt.senses import ANCHOR, SENSES
 from vatt.senses.form import Cutting
 from vatt.senses.video import change_colour_of_patches
 from vatt.training import distributed
-from vatt.training.engine import Fused, Weights
+from vatt.training.engine import Weights
 from vatt.training.gradient_cache import encode_in_micro_batches
 from vatt.training.loop import Objective, Training, check_share, train
 from vatt.training.state import flatten
@@ -96,6 +96,7 @@ class Pretraining(nn.Module):
         embed = model.get_submodule(f"{ANCHOR.name}.embed")
         assert isinstance(embed, PatchEmbedding)
         self.visible = Visible(embed)
+        self.anchors_loss = FusedFunction(anchors_loss)
         self.sharing = towers_by_encoder({name: getattr(model, name) for name in model.senses})
         set_merging(model, params.merge_rate)
 
@@ -129,6 +130,7 @@ class Pretraining(nn.Module):
                 senses_weight=self.params.senses_weight,
                 form=FORMS[self.model.params.recipe],
                 text_weights=weights,
+                compiled=self.anchors_loss,
             )
             found = {"loss": losses.total, "nce": losses.nce, "mil_nce": losses.mil_nce, **facts}
             found |= {SENSES[name].loss: value for name, value in losses.more.items()}
@@ -292,7 +294,7 @@ def pretraining_inputs(
     for name, number in model.token_counts.items() if drop_rate > 0 else ():
         draw: dict[str, Any] = {"seed": seed, "step": step, "samples": samples, "stream": name}
         if random_share == 1:
-            kept[name] = draw_kept(number, drop_rate, **draw)
+            kept[name] = draw_kept(number, drop_rate, **draw, choose=model.choose)
             continue
         energy = _energy(model, signals[name], name)
         kept[name] = draw_kept_by_energy(energy, drop_rate, random_share=random_share, **draw)
