@@ -10,10 +10,11 @@ where torch dispatches them, after autograd and autocast: what a GPU would start
 operators are torch's own, so those for bf16 on a CPU are turned off. Views move nothing and are
 left out. The counts do not depend on the machine's speed.
 
-With --compiled, what a GPU compiles by default (blocks, batch norms, colours) is compiled, here for
-the CPU. A kernel that torch.compile has fused, and a product that it calls, count as one operator
-each; their bytes are those that inductor counts: inputs and outputs, each once. Its kernels for a
-GPU are divided a little differently. It needs a C++ compiler and some minutes.
+With --compiled, what a GPU compiles by default (blocks, batch norms, relative positions, colours,
+DropToken's draw, losses) is compiled, here for the CPU. A kernel that torch.compile has fused, and
+a product that it calls, count as one operator each; their bytes are those that inductor counts:
+inputs and outputs, each once. Its kernels for a GPU are divided a little differently. It needs a
+C++ compiler and some minutes.
 """
 
 import argparse

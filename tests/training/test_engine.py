@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch._dynamo.utils
-import torch._dynamo.utils
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 

@@ -409,6 +409,7 @@ class Classifier(nn.Module):
         self.dropout = nn.Dropout(head_dropout)
         self.head = Linear(self.backbone.width, num_classes)
         sense = SENSES[tower_of(modality)]
+        self.choose = FusedFunction(choose_kept)
         self.num_tokens = num_tokens(sense.tokens(sense.section(params)))
         initialise(self)
         if not sense.is_anchor:

@@ -212,8 +212,15 @@ def finetuning_inputs(
         inputs, targets = mix(inputs, own, partners), mix(targets, own, partners)
     kept = None
     if params.drop_rate > 0:
-        places = torch.tensor(samples, device=inputs.device)
-        kept = draw_kept(model.num_tokens, params.drop_rate, seed=seed, step=step, samples=places)
+        places = torch.arange(first, first + len(inputs), device=inputs.device)
+        kept = draw_kept(
+            model.num_tokens,
+            params.drop_rate,
+            seed=seed,
+            step=step,
+            samples=places,
+            choose=model.choose,
+        )
     return inputs, kept, targets
 
 
