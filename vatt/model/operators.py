@@ -84,7 +84,10 @@ class Fused(nn.Module):
 
 
 class FusedFunction(Fused):
-    """A function as such a part; the first dimension of its first tensor is that of the clips."""
+    """A function as such a part; the first dimension of its first tensor is that of the clips.
+
+    Outside of a forward pass its `forward` is called: ZeRO-3 counts the calls of every module.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()

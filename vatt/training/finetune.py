@@ -219,7 +219,7 @@ def finetuning_inputs(
             seed=seed,
             step=step,
             samples=places,
-            choose=model.choose,
+            choose=model.choose.forward,
         )
     return inputs, kept, targets
 

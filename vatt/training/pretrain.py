@@ -130,7 +130,7 @@ class Pretraining(nn.Module):
                 senses_weight=self.params.senses_weight,
                 form=FORMS[self.model.params.recipe],
                 text_weights=weights,
-                compiled=self.anchors_loss,
+                compiled=self.anchors_loss.forward,
             )
             found = {"loss": losses.total, "nce": losses.nce, "mil_nce": losses.mil_nce, **facts}
             found |= {SENSES[name].loss: value for name, value in losses.more.items()}
@@ -294,7 +294,7 @@ def pretraining_inputs(
     for name, number in model.token_counts.items() if drop_rate > 0 else ():
         draw: dict[str, Any] = {"seed": seed, "step": step, "samples": samples, "stream": name}
         if random_share == 1:
-            kept[name] = draw_kept(number, drop_rate, **draw, choose=model.choose)
+            kept[name] = draw_kept(number, drop_rate, **draw, choose=model.choose.forward)
             continue
         energy = _energy(model, signals[name], name)
         kept[name] = draw_kept_by_energy(energy, drop_rate, random_share=random_share, **draw)
