@@ -466,10 +466,10 @@ def answers(port: int) -> bool:
 
 
 def has_run(database: Path) -> bool:
-    """Whether a stage writes to a run there."""
+    """Whether a stage has opened a run there and noted its settings."""
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
-        running = "SELECT count(*) FROM runs WHERE status = 'RUNNING'"
-        return bool(connection.execute(running).fetchone()[0])
+        begun = "FROM params JOIN runs USING (run_uuid) WHERE status = 'RUNNING'"
+        return bool(connection.execute(f"SELECT count(*) {begun}").fetchone()[0])
 
 
 def wait_until(is_so: Callable[[], bool], seconds: float = 120.0) -> None:

@@ -7,7 +7,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
-from vatt.data.fetching.fetch import Hosts
+import pytest
+from yt_dlp.networking.exceptions import TransportError
+
+from vatt.data.fetching.download import DOWN_SECONDS, HOST_IS_DOWN, SilentHosts
+from vatt.data.fetching.fetch import Hosts, explain
 
 HOLD = """
 import sys, time
@@ -51,3 +55,29 @@ def test_the_place_of_a_process_that_was_killed_is_free_again(tmp_path):
             assert not waiting.done()
             holder.send_signal(signal.SIGKILL)
             waiting.result(timeout=10)
+
+
+def test_a_host_that_never_answers_is_given_up_and_one_that_stops_a_while_later():
+    hosts = SilentHosts()
+    for _ in range(HOST_IS_DOWN):
+        assert not hosts.is_down("dead", 0.0)
+        hosts.note("dead", reached=False, now=0.0)
+        hosts.note("gone", reached=True, now=0.0)
+    assert hosts.is_down("dead", 1.0)
+    for _ in range(HOST_IS_DOWN):
+        hosts.note("gone", reached=False, now=60.0)
+    assert not hosts.is_down("gone", DOWN_SECONDS) and hosts.is_down("gone", DOWN_SECONDS + 1)
+    hosts.note("gone", reached=True, now=DOWN_SECONDS + 2)
+    assert not hosts.is_down("gone", 10 * DOWN_SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("said", "reached"),
+    [
+        ("HTTPConnection(host='a', port=1): Failed to establish a new connection: refused", False),
+        ("Connection to 10.0.0.1 timed out. (connect timeout=20.0)", False),
+        ("HTTPConnectionPool(host='a', port=1): Read timed out. (read timeout=20.0)", True),
+    ],
+)
+def test_an_error_says_whether_there_was_a_connection(said, reached):
+    assert explain(TransportError(said)).reached == reached

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -46,7 +47,9 @@ from vatt.progress import Progress
 STAGE = "download"
 CHUNK = 8  # files a worker is given at a time
 THREADS = 4  # files a worker fetches at once: most of it is waiting
-HOST_IS_DOWN = 8  # files without a connection to a host, none with one: the others are not tried
+# The rest of a host's files are not tried after so many in a row without a connection to it, if it
+# was never reached or not for so long. The next run tries them.
+HOST_IS_DOWN, DOWN_SECONDS = 8, 180.0
 HOST_REFUSES = 24  # files in a row that a host was too busy for: the others wait for another run
 LOCKS = ".hosts"
 YOUTUBE_IS_OFF = "YouTube is off: data.allow_youtube"
@@ -123,6 +126,25 @@ def _is_settled(clip: Clip, entry: Entry | None, params: DataParams, media: Path
 
 
 @dataclass(slots=True)
+class SilentHosts:
+    """Hosts to which there is no connection."""
+
+    lost: Counter[str] = field(default_factory=Counter)  # files in a row
+    answered: dict[str, float] = field(default_factory=dict)  # when a host did, the last time
+
+    def note(self, host: str, *, reached: bool, now: float) -> None:
+        """Count a file of a host, and whether there was a connection to it."""
+        self.lost[host] = 0 if reached else self.lost[host] + 1
+        if reached:
+            self.answered[host] = now
+
+    def is_down(self, host: str, now: float) -> bool:
+        """Whether its other files need not be tried now."""
+        silence = now - self.answered.get(host, -math.inf)
+        return self.lost[host] >= HOST_IS_DOWN and silence > DOWN_SECONDS
+
+
+@dataclass(slots=True)
 class _Work:
     """The files still to be fetched, and the outcomes so far."""
 
@@ -138,8 +160,7 @@ class _Work:
     out: dict[str, list[str]] = field(default_factory=dict)  # clips by the requested file
     done: int = 0
     total: int = 0  # clips, settled ones too
-    lost_by_host: Counter[str] = field(default_factory=Counter)
-    reached: set[str] = field(default_factory=set)
+    silent: SilentHosts = field(default_factory=SilentHosts)
     refused: Counter[str] = field(default_factory=Counter)  # in a row
 
     def run(self, workers: Workers) -> None:
@@ -175,27 +196,25 @@ class _Work:
                 continue
             mirrors, page = addresses_of(url, self.params)
             addresses = [*mirrors, *([page] if page else [])]
+            now = time.monotonic()
             hosts = {urlsplit(address).netloc.rpartition("@")[2] for address in addresses}
             if not addresses:
                 self._note(self.out.pop(name), Outcome(name, "filtered", YOUTUBE_IS_OFF))
-            elif all(self._is_down(host) for host in hosts):
+            elif all(self.silent.is_down(host, now) for host in hosts):
                 reason = f"{', '.join(sorted(hosts))} cannot be reached"
                 self._note(self.out.pop(name), Outcome(name, "network", reason, reached=False))
-            elif all(self._is_down(host) or self.refused[host] >= HOST_REFUSES for host in hosts):
+            elif all(
+                self.silent.is_down(host, now) or self.refused[host] >= HOST_REFUSES
+                for host in hosts
+            ):
                 reason = f"not tried: {', '.join(sorted(hosts))} has refused {HOST_REFUSES} files"
                 self._note(self.out.pop(name), Outcome(name, "rate-limited", reason))
             else:
                 yield FetchRequest(name, mirrors, page, section_of(url))
 
-    def _is_down(self, host: str) -> bool:
-        return host not in self.reached and self.lost_by_host[host] >= HOST_IS_DOWN
-
     def _note(self, clip_ids: Sequence[str], outcome: Outcome) -> None:
         """One line of the journal for each clip of a file."""
-        if outcome.reached:
-            self.reached.add(outcome.host)
-        else:
-            self.lost_by_host[outcome.host] += 1
+        self.silent.note(outcome.host, reached=outcome.reached, now=time.monotonic())
         is_busy = outcome.state == "rate-limited"
         self.refused[outcome.host] = self.refused[outcome.host] + 1 if is_busy else 0
         entries = [

@@ -147,9 +147,14 @@ def explain(error: Exception) -> Refusal:
     if status is not None:
         return Refusal(_state_of_status(status), f"HTTP {status}", wait=_asked_to_wait(cause))
     if isinstance(cause, TransportError) or "Got error: " in said:
-        reached = not re.search(r"Failed to (establish|resolve)|unreachable|ProxyError", said)
+        reached = not _NO_CONNECTION.search(said)
         return Refusal("network", reason, reached=reached)
     return Refusal(_state_said(cause, said), reason)
+
+
+_NO_CONNECTION = re.compile(
+    "Failed to (establish|resolve)|unreachable|ProxyError|connect timeout|handshake operation timed"
+)
 
 
 def _address(cause: BaseException) -> str:
