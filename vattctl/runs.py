@@ -303,7 +303,7 @@ def ui(context: click.Context, port: int, host: str, opens: bool | None) -> None
         Thread(target=_open_when_ready, args=(address, port), daemon=True).start()
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)),
-        *("--workers", "1"),
+        *("--workers", "1", "--uvicorn-opts", "--log-level=warning"),
     ]
     store = store_uri(machine)
     beside = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_REGISTRY_STORE_URI": store}
@@ -340,6 +340,7 @@ def serve(command: list[str], variables: Mapping[str, str] | None = None) -> int
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         "PYTHONWARNINGS": "ignore",  # of what the server imports
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
     }
     environment = {**os.environ, **quiet, **(variables or {})}
     server = subprocess.Popen(command, env=environment, process_group=0)
