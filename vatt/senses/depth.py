@@ -32,7 +32,7 @@ from vatt.senses.video import frame_changes, frame_indices, pair, show, view_box
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_PIXELS = 2**26  # of a frame
+MOST_PIXELS = 2**25  # of a frame: 8192 x 4096
 MOST_STORED = 2**29  # pixels of a member: half a gigabyte
 LONGEST_SIDE = 10**6  # pixels of a PNG
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # how each begins

@@ -1,14 +1,17 @@
 """Each window of odd media shows and plays its own second, or the ledger says what was lost."""
 
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
 from tests.data.corpus import demo_params
 from tests.data.sharding.odd_media import (
     CHANGE,
+    ENCODER,
     GREY,
     SECONDS,
     STEP,
@@ -163,3 +166,16 @@ def test_no_odd_medium_gives_a_sample_of_another_second(tmp_path):
     assert not wrong, table(wrong)
     kept = sum(counts["right"] for counts in found.values())
     assert kept > 0.9 * SECONDS * len(cases) and CHANGE < SECONDS
+
+
+def test_slides_in_avi_that_are_out_of_order_are_reported(tmp_path):
+    """Their times are not in the file."""
+    path = tmp_path / "slides.avi"
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=Fraction(1, 5), options=ENCODER["libx264-b"])
+        video.height, video.width, video.pix_fmt = 64, 96, "yuv420p"
+        for number in range(6):
+            pixels = np.full((64, 96, 3), GREY * number, np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(video.encode(None))
+    assert "AVI has no times for them" in probe(path).remark

@@ -584,6 +584,8 @@ def _describe(
     jumped = [(at - zero - start, by) for at, by in jumps]
     joined = max(len(packets.pictures), len(packets.sounds)) > 1 or _begins_later(packets)
     odd = _is_odd(packets, shown, longest, container.format.name)
+    if container.format.name == "avi" and longest > HOLD and _is_out_of_order(video):
+        remarks = [*remarks, "its pictures are out of order, and AVI has no times for them"]
     return Media(
         video=None if video is None else video.index,
         audio=None if audio is None else audio.index,
@@ -598,6 +600,10 @@ def _describe(
         pauses=tuple(pauses),
         remark=_remark(jumped, pauses, remarks),
     ), packets
+
+
+def _is_out_of_order(video: Any | None) -> bool:
+    return video is not None and bool(video.codec_context.has_b_frames)
 
 
 def _begins_later(packets: Packets) -> bool:
