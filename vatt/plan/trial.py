@@ -418,6 +418,7 @@ def loader_rate(params: Params) -> float:
 class Tried:
     """A model with few blocks, and its steps by their clips."""
 
+    model: VATT
     share: float  # of the work of the blocks that the first tried model lacks
     steps: dict[int, Callable[[], None]]
     cached: Callable[[], None]  # the most clips, encoded in two halves, each twice
@@ -432,9 +433,8 @@ def trial(params: Params) -> Trial:
     depths = tried_depths(params.model)
     tried = [_tried(params, blocks) for blocks in depths]
     sizes, last = list(tried[0].steps), tried[-1]
-    heads = checkpoint.build(shallow(params.model, depths[0])).to(distributed.device())
     compared = {*sizes, min(batch, LARGEST_LOSS)}
-    losses = _medians({size: _loss_step(heads, pretrain, size) for size in compared})
+    losses = _medians({size: _loss_step(tried[0].model, pretrain, size) for size in compared})
     steps = {(k, size): one.steps[size] for k, one in enumerate(tried) for size in sizes}
     seconds = _medians({**steps, "cached": last.cached})
     fixed, fixed_blocks, clip, clip_blocks = step_parts(
@@ -471,6 +471,7 @@ def _tried(params: Params, blocks: int) -> Tried:
     large = max(2, min(LARGEST, int(SECONDS * GUESS / most)))
     sizes = (max(1, large // 4), large)
     return Tried(
+        module.model,
         share,
         {size: step(size, halves=False) for size in sizes},
         step(large, halves=True),
