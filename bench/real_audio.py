@@ -70,7 +70,8 @@ def main() -> None:
             base = pooled([baseline(part, None) for part in parts])
         else:
             digits = spoken_digits(given.fsdd, work / "fsdd")
-            found = [tuned(digits, prefix, *one, settings=task_of(name)) for one in runs]
+            task = task_of(name, given.learning_rate)
+            found = [tuned(digits, prefix, *one, settings=task) for one in runs]
             base = baseline(digits, SETS[name][1])
         rows += table(TITLES[name], found, base)
     show(rows, given.seeds)
@@ -85,6 +86,7 @@ def parsed() -> argparse.Namespace:
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--work", type=Path, default=Path("data/real-audio"))
     options.add_argument("--prefix", default="", help="of the names of the experiments")
+    options.add_argument("--learning-rate", type=float, default=3e-4, help="of fine-tuning")
     options.add_argument("--of", nargs="+", choices=SETS, help="default: all with a folder")
     given = options.parse_args()
     has = {name: getattr(given, name.partition("-")[0]) is not None for name in SETS}
@@ -159,11 +161,11 @@ def run(data: Path, name: str, start: Path, seed: int, settings: dict[str, Any])
     return found
 
 
-def task_of(name: str) -> dict[str, Any]:
+def task_of(name: str, learning_rate: float) -> dict[str, Any]:
     """The settings of fine-tuning and probes on the spoken digits."""
     steps, labels = SETS[name]
     task = {"steps": steps, "train_labels": labels, "optimizer.warmup_steps": steps // 10,
-            "optimizer.learning_rate": 3e-4}  # fmt: skip
+            "optimizer.learning_rate": learning_rate}  # fmt: skip
     settings: dict[str, Any] = {f"finetune.tasks.csv.{key}": value for key, value in task.items()}
     return {**settings, "evaluate.probes.csv.train_labels": labels}
 
