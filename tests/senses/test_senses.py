@@ -162,7 +162,7 @@ def test_operations_are_those_that_torch_counts():
         shapes = Sampling.for_pretraining(params, tiny.pretrain_params(text_candidates=1)).shapes()
         given = {name: torch.ones(1, *shapes[name][0], device="meta") for name in model.senses}
         given["text"] = given["text"].long()
-        encoders = [tower.encoder for name, tower in model.named_children() if name != "heads"]
+        encoders = [getattr(model, name).encoder for name in model.senses]
         hooks = [e.register_forward_pre_hook(_every_token, with_kwargs=True) for e in encoders]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(**given)
