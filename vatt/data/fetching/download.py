@@ -49,7 +49,7 @@ CHUNK = 8  # files a worker is given at a time
 THREADS = 4  # files a worker fetches at once: most of it is waiting
 # The rest of a host's files are not tried after so many in a row without a connection to it, if it
 # was never reached or not for so long. The next run tries them.
-HOST_IS_DOWN, DOWN_SECONDS = 8, 180.0
+HOST_IS_DOWN, DOWN_SECONDS = 8, 60.0
 HOST_REFUSES = 24  # files in a row that a host was too busy for: the others wait for another run
 LOCKS = ".hosts"
 YOUTUBE_IS_OFF = "YouTube is off: data.allow_youtube"
