@@ -12,7 +12,11 @@ from vatt.data.clips.ledger import Entry, write_ledger
 from vatt.data.clips.samples import INDEX, IndexRow, check_clips, write_index
 from vatt.data.clips.storage import Storage
 from vatt.errors import DataError
+from vatt.files import inside
+from vatt.process import FOLDER
 from vattctl.dvc import STAGES
+from vattctl.params import edit
+from vattctl.planning import plan_run
 
 
 def test_plan_for_a_named_gpu_is_json(project):  # noqa: F811
@@ -50,6 +54,23 @@ def test_pretrain_tells_its_memory_and_refuses_what_cannot_fit(project):  # noqa
     assert "try --set machine.micro_batch_size=" in done.stderr and "--force" in done.stderr
     assert "params.yaml:" not in done.stderr  # nothing was changed yet
     assert "are needed" not in vattctl(project, *huge, "--force").stderr
+
+
+def test_only_a_pretraining_that_may_take_hours_is_tried_before_it_starts(project):  # noqa: F811
+    with inside(project):
+        FOLDER.mkdir()
+        short = plan_run(edit({}), ("pretrain",), quick=True)
+        assert (short[-1].stage, short[-1].seconds) == ("pretrain", None)
+        assert not (FOLDER / "trial.json").exists()
+        long = plan_run(edit({("pretrain", "steps"): 1000}), ("pretrain",), quick=True)
+        assert long[-1].source == "forecast" and (FOLDER / "trial.json").exists()
+
+
+def test_a_missing_hostfile_is_refused_before_anything_is_written(project):  # noqa: F811
+    before = settings(project)
+    done = vattctl(project, "pretrain", "--", "--hostfile", "nowhere")
+    assert done.returncode == 2 and "nowhere does not exist" in done.stderr
+    assert settings(project) == before
 
 
 def row(number, split, **labels):

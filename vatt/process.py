@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,6 +41,17 @@ BUG = 101
 INTERRUPTED = 130
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
 WATCH_SECONDS = 1.0  # between two looks at the DVC that started this stage
+
+
+def check_hostfile(arguments: Sequence[str]) -> None:
+    """DeepSpeed would train on this machine alone without the file, and only warn."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    for name, file in pairwise(words):
+        if name in ("--hostfile", "-H") and not Path(file).is_file():
+            raise SettingsError(
+                f"the hostfile {file} does not exist",
+                hint="write it, a line `HOST slots=N` for each machine, or leave out --hostfile",
+            )
 
 
 def run_stage(stage: str, main: Callable[[], None]) -> None:

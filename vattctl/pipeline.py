@@ -15,7 +15,7 @@ import click
 
 from vatt.errors import DataError, SettingsError
 from vatt.files import inside
-from vatt.process import RUN_NAME_VARIABLE, join_step
+from vatt.process import RUN_NAME_VARIABLE, check_hostfile, join_step
 from vattctl.dvc import STAGES, run_dvc, stages_here
 from vattctl.experiments import Experiment, run_experiment, write_experiment
 from vattctl.params import (
@@ -160,7 +160,9 @@ def run(
         return
     changed.refuse_if_busy()
     if trains(targets):
-        ask_before_hours(plan_run(changed, targets, force=force), yes=options.yes)
+        check_hostfile(params.machine.launcher_arguments)
+        plans = plan_run(changed, targets, force=force, quick=True)
+        ask_before_hours(plans, yes=options.yes)
     for line in changed.write():
         click.echo(f"params.yaml: {shortened(line)}", err=True)
     if targets:

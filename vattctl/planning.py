@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 # --- what a command would run ---------------------------------------------------------------------
 
 LONG_SECONDS = 3600.0  # of training: ask before it
+SLOWEST = 1e10  # operations a second that any machine reaches
 log = logging.getLogger(__name__)
 
 
@@ -56,9 +57,12 @@ class StagePlan:
 
 
 def plan_run(
-    changed: Edit, targets: tuple[str, ...] = (), *, force: bool = False
+    changed: Edit, targets: tuple[str, ...] = (), *, force: bool = False, quick: bool = False
 ) -> list[StagePlan]:
-    """What `dvc repro` would run in this folder with these settings; nothing is written."""
+    """What `dvc repro` would run in this folder with these settings; nothing is written.
+
+    With `quick`, a pre-training that surely ends within an hour is not tried for its forecast.
+    """
     settings, locked = yaml_plain(changed.document), _locked(Path())
     with changed_in_background() as answer:
         found = answer() or {}
@@ -74,7 +78,7 @@ def plan_run(
             why = why or ["--force"]
         if not why and before:
             why = [f"if {before[-1]} gives another result"]
-        seconds, source = _takes(name, changed, locked.get(name)) if why else (None, "")
+        seconds, source = _takes(name, changed, locked.get(name), quick) if why else (None, "")
         plans.append(StagePlan(name, tuple(why), seconds, source))
     return plans
 
@@ -154,7 +158,9 @@ def _differences(key: str, before: Any, now: Any) -> Iterator[str]:
         yield f"{key}: {one} -> {other}"
 
 
-def _takes(name: str, changed: Edit, locked: dict[str, Any] | None) -> tuple[float | None, str]:
+def _takes(
+    name: str, changed: Edit, locked: dict[str, Any] | None, quick: bool
+) -> tuple[float | None, str]:
     """Seconds of a stage: as measured here, scaled to the settings; else forecast if it trains."""
     from vatt.tracking.records import Record
 
@@ -172,7 +178,10 @@ def _takes(name: str, changed: Edit, locked: dict[str, Any] | None) -> tuple[flo
         work = training_work(old, PretrainParams.model_validate(then["pretrain"]))
         now = training_work(changed.params.model, changed.params.pretrain)
         return measured * now / work, "measured"
-    seconds = forecast_training(changed.params)
+    params = changed.params
+    if quick and training_work(params.model, params.pretrain) < LONG_SECONDS * SLOWEST:
+        return None, ""
+    seconds = forecast_training(params)
     return seconds, "forecast" if seconds is not None else ""
 
 

@@ -94,8 +94,8 @@ class TrialResult:
 def run_trial(params: Params, notes: Path | None = None, *, again: bool = True) -> Trial:
     """Try the model of the settings on this machine, with their precision and ZeRO stage.
 
-    The result is noted in a file; without `again`, one of the last hour with the same settings is
-    taken from there.
+    The result is noted in a file, where its folder exists; without `again`, one of the last hour
+    with the same settings is taken from there.
     """
     how = {"processes", "threads", "zero_stage", "offload", "activation_checkpointing", "compile"}
     key = fingerprint(params.model, params.pretrain, params.machine.model_dump(include=how))
@@ -103,11 +103,9 @@ def run_trial(params: Params, notes: Path | None = None, *, again: bool = True) 
     if known is not None:
         return known
     found = _in_process("trial", params)
-    if notes is not None:
-        with suppress(OSError):  # a folder that may not be written: nothing is noted
-            notes.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(notes) as path:
-                path.write_text(json.dumps({"key": key, "trial": found}))
+    if notes is not None and notes.parent.is_dir():
+        with suppress(OSError), atomic_write(notes) as path:  # nothing is noted where it fails
+            path.write_text(json.dumps({"key": key, "trial": found}))
     return _trial_of(found)
 
 

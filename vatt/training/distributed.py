@@ -14,10 +14,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,8 +28,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vatt.config import MachineParams
-from vatt.errors import Interrupted, SettingsError, Stopped
-from vatt.process import REPEAT_SECONDS
+from vatt.errors import Interrupted, Stopped
+from vatt.process import REPEAT_SECONDS, check_hostfile
 
 
 def rank() -> int:
@@ -242,22 +241,11 @@ def launch(module: str, machine: MachineParams, *arguments: str) -> int | None:
 def launch_line(module: str, machine: MachineParams) -> list[str]:
     """The command that `launch` runs; later launcher arguments win over ours."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--module", "--no_local_rank"]
-    _check_hostfile(machine.launcher_arguments)
+    check_hostfile(machine.launcher_arguments)
     if not _names_machines(machine):
         command += ["--num_gpus", str(machine.processes)]
     command += ["--master_port", str(free_port()), "--quiet", *machine.launcher_arguments]
     return [*command, module]
-
-
-def _check_hostfile(arguments: Sequence[str]) -> None:
-    """DeepSpeed would train on this machine alone without the file, and only warn."""
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    for name, file in pairwise(words):
-        if name in ("--hostfile", "-H") and not Path(file).is_file():
-            raise SettingsError(
-                f"the hostfile {file} does not exist",
-                hint="write it, a line `HOST slots=N` for each machine, or leave out --hostfile",
-            )
 
 
 def _names_machines(machine: MachineParams) -> bool:
