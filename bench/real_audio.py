@@ -214,22 +214,23 @@ def pooled(metrics: list[Metric]) -> Metric:
 # --- baseline -------------------------------------------------------------------------------------
 
 
+def window(path: Path) -> np.ndarray:
+    """The centre of a recording, at most WINDOW samples at HZ, float32 from -1 to 1."""
+    resampler = av.AudioResampler(format="s16", layout="mono", rate=HZ)
+    with av.open(str(path)) as container:
+        parts = [part for frame in container.decode(audio=0) for part in resampler.resample(frame)]
+    parts += resampler.resample(None)
+    wave = np.concatenate([part.to_ndarray()[0] for part in parts])
+    first = max(len(wave) - WINDOW, 0) // 2
+    return np.asarray(wave[first : first + WINDOW] / np.float32(32768))
+
+
 def features(list_file: Path) -> tuple[np.ndarray, list[Clip]]:
     """A flattened log-mel of the centre of each clip of the list."""
     clips = list(read_urls(list_file, load_params().data))
-    found = []
-    for clip in clips:
-        resampler = av.AudioResampler(format="s16", layout="mono", rate=HZ)
-        with av.open(str(path_in_folder(clip.url, list_file))) as container:
-            parts = [
-                part for frame in container.decode(audio=0) for part in resampler.resample(frame)
-            ]
-        parts += resampler.resample(None)
-        wave = np.concatenate([part.to_ndarray()[0] for part in parts])
-        first = max(len(wave) - WINDOW, 0) // 2
-        wave = wave[first : first + WINDOW] / np.float32(32768)
-        frames = round(WINDOW / HZ / STEP_SECONDS)
-        found.append(log_mel(wave, hz=HZ, frames=frames, bins=BINS).ravel())
+    frames = round(WINDOW / HZ / STEP_SECONDS)
+    waves = (window(path_in_folder(clip.url, list_file)) for clip in clips)
+    found = [log_mel(wave, hz=HZ, frames=frames, bins=BINS).ravel() for wave in waves]
     return np.stack(found), clips
 
 

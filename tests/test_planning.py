@@ -48,21 +48,23 @@ def test_an_unknown_device_is_refused_with_the_known_ones(project):  # noqa: F81
 def test_pretrain_tells_its_memory_and_refuses_what_cannot_fit(project):  # noqa: F811
     done = vattctl(project, "pretrain", "--dry-run")
     assert "forecast: " in done.stderr and "for each process" in done.stderr
-    huge = ("pretrain", "--size", "base", "--set", "pretrain.batch_size=8192", "--dry-run")
-    done = vattctl(project, *huge)
+    huge = ("pretrain", "--size", "base", "--set", "pretrain.batch_size=8192")
+    done = vattctl(project, *huge, "--dry-run")
     assert done.returncode == 2
     assert "try --set machine.micro_batch_size=" in done.stderr and "--force" in done.stderr
     assert "params.yaml:" not in done.stderr  # nothing was changed yet
-    assert "are needed" not in vattctl(project, *huge, "--force").stderr
+    forced = vattctl(project, *huge, "--force", "--", "--hostfile", "nowhere")
+    assert "nowhere does not exist" in forced.stderr  # the next check refuses it
+    assert "are needed" not in forced.stderr
 
 
-def test_only_a_pretraining_that_may_take_hours_is_tried_before_it_starts(project):  # noqa: F811
+def test_only_a_pretraining_that_may_take_hours_is_tried_for_a_forecast(project):  # noqa: F811
     with inside(project):
         FOLDER.mkdir()
-        short = plan_run(edit({}), ("pretrain",), quick=True)
-        assert (short[-1].stage, short[-1].seconds) == ("pretrain", None)
+        short = plan_run(edit({}), ("pretrain",))
+        assert (short[-1].seconds, short[-1].source) == (None, "within an hour")
         assert not (FOLDER / "trial.json").exists()
-        long = plan_run(edit({("pretrain", "steps"): 1000}), ("pretrain",), quick=True)
+        long = plan_run(edit({("pretrain", "steps"): 1000}), ("pretrain",))
         assert long[-1].source == "forecast" and (FOLDER / "trial.json").exists()
 
 

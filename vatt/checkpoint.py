@@ -38,9 +38,9 @@ from vatt.release.model import release_parts, release_towers
 WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocabulary.txt"
 VERSION: Literal[1] = 1
 CONFIG_BYTES = 16 * 10**6
+MOST_TOKENS = 2**16  # of a clip: the paper's models have 1,568 at most
 # How much larger than its file a model may be: weights may be stored in 16 bits, and position
 # tables may grow.
-MOST_TOKENS = 2**16  # of a clip: the paper's models have 1,568 at most
 GROWTH, SLACK = 3, 256 * 10**6
 
 

@@ -161,8 +161,7 @@ def run(
     changed.refuse_if_busy()
     if trains(targets):
         check_hostfile(params.machine.launcher_arguments)
-        plans = plan_run(changed, targets, force=force, quick=True)
-        ask_before_hours(plans, yes=options.yes)
+        ask_before_hours(plan_run(changed, targets, force=force), yes=options.yes)
     for line in changed.write():
         click.echo(f"params.yaml: {shortened(line)}", err=True)
     if targets:

@@ -53,16 +53,13 @@ class StagePlan:
     stage: str
     why: tuple[str, ...]
     seconds: float | None = None
-    source: str = ""  # of the seconds: measured, or forecast
+    source: str = ""  # of the seconds: measured, or forecast; or what is known without them
 
 
 def plan_run(
-    changed: Edit, targets: tuple[str, ...] = (), *, force: bool = False, quick: bool = False
+    changed: Edit, targets: tuple[str, ...] = (), *, force: bool = False
 ) -> list[StagePlan]:
-    """What `dvc repro` would run in this folder with these settings; nothing is written.
-
-    With `quick`, a pre-training that surely ends within an hour is not tried for its forecast.
-    """
+    """What `dvc repro` would run in this folder with these settings; nothing is written."""
     settings, locked = yaml_plain(changed.document), _locked(Path())
     with changed_in_background() as answer:
         found = answer() or {}
@@ -78,7 +75,7 @@ def plan_run(
             why = why or ["--force"]
         if not why and before:
             why = [f"if {before[-1]} gives another result"]
-        seconds, source = _takes(name, changed, locked.get(name), quick) if why else (None, "")
+        seconds, source = _takes(name, changed, locked.get(name)) if why else (None, "")
         plans.append(StagePlan(name, tuple(why), seconds, source))
     return plans
 
@@ -158,10 +155,11 @@ def _differences(key: str, before: Any, now: Any) -> Iterator[str]:
         yield f"{key}: {one} -> {other}"
 
 
-def _takes(
-    name: str, changed: Edit, locked: dict[str, Any] | None, quick: bool
-) -> tuple[float | None, str]:
-    """Seconds of a stage: as measured here, scaled to the settings; else forecast if it trains."""
+def _takes(name: str, changed: Edit, locked: dict[str, Any] | None) -> tuple[float | None, str]:
+    """Seconds of a stage: as measured here, scaled to the settings; else forecast if it trains.
+
+    A pre-training that surely ends within an hour is not tried for a forecast.
+    """
     from vatt.tracking.records import Record
 
     file = changed.params.paths.runs / f"{name.replace('@', '-')}.json"
@@ -179,8 +177,8 @@ def _takes(
         now = training_work(changed.params.model, changed.params.pretrain)
         return measured * now / work, "measured"
     params = changed.params
-    if quick and training_work(params.model, params.pretrain) < LONG_SECONDS * SLOWEST:
-        return None, ""
+    if training_work(params.model, params.pretrain) < LONG_SECONDS * SLOWEST:
+        return None, "within an hour"
     seconds = forecast_training(params)
     return seconds, "forecast" if seconds is not None else ""
 
@@ -253,7 +251,7 @@ def show_plan(changed: Edit, plans: Sequence[StagePlan], *, as_json: bool) -> No
     runs = [one for one in plans if one.why]
     if runs:
         left = sum(one.seconds is None for one in runs)
-        more = f", {left} stages not known" if left else ""
+        more = f", {left} stage{'s' * (left > 1)} not known" if left else ""
         cost = (
             "cost not known: report.device_hour_price is not set"
             if price is None
@@ -289,7 +287,8 @@ def plan_table(plans: Sequence[StagePlan]) -> "Table":
     for one in plans:
         more = f"; and {len(one.why) - WHY_SHOWN} more" if len(one.why) > WHY_SHOWN else ""
         why = "; ".join(one.why[:WHY_SHOWN]) + more if one.why else "(up to date)"
-        takes = f"{duration(one.seconds)}, {one.source}" if one.seconds is not None else "not known"
+        known = one.source or "not known"
+        takes = f"{duration(one.seconds)}, {known}" if one.seconds is not None else known
         table.add_row(one.stage, takes if one.why else "-", why)
     return table
 
