@@ -1,14 +1,17 @@
 """Worker processes never outlive their parent."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.test_architecture import ROOT
 from vatt.data.workers import worker_pool
 
 PARENT = """
@@ -42,6 +45,39 @@ def test_workers_end_when_the_parent_is_killed():
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(alive, workers))
+
+
+CORPUS = """
+import sys
+from pathlib import Path
+from vatt.config import DemoParams
+from vatt.data.sources.demo import make_demo
+from vatt.progress import unseen
+clips = DemoParams(train_clips=5000, test_clips=6, no_text_share=0.5, dead_links=2)
+make_demo(Path(sys.argv[1]), clips, seed=0, workers=2, progress=unseen)
+"""
+
+
+def test_the_makers_of_the_demo_corpus_end_too(tmp_path):
+    parent = psutil.Popen([sys.executable, "-c", CORPUS, tmp_path / "corpus"])
+    while not list(tmp_path.glob("corpus/*.mp4")):
+        assert parent.poll() is None
+        time.sleep(0.02)
+    family = parent.children(recursive=True)
+    assert len(family) >= 2
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    _, left = psutil.wait_procs(family, timeout=30)
+    for process in left:
+        process.kill()
+    assert not left
+
+
+def test_only_one_module_starts_worker_processes():
+    starts = re.compile(r"\b(ProcessPoolExecutor|get_context)\(|\b(multiprocessing|mp)\.Pool\(")
+    files = [file for room in ("vatt", "vattctl", "stages") for file in (ROOT / room).rglob("*.py")]
+    found = [file for file in files if starts.search(file.read_text())]
+    assert found == [ROOT / "vatt/data/workers.py"]
 
 
 def test_an_error_ends_them_at_once():

@@ -7,7 +7,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -15,7 +15,6 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
-from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
 from types import MappingProxyType
@@ -29,6 +28,7 @@ from vatt.config import DemoParams
 from vatt.data.clips.files import ContentHashes
 from vatt.data.clips.manifest import LABEL_SEPARATOR, Caption, Clip
 from vatt.data.clips.media import open_media
+from vatt.data.workers import worker_pool
 from vatt.errors import DataError
 from vatt.files import atomic_write
 from vatt.progress import Progress
@@ -609,13 +609,9 @@ def _in_processes(
     if workers == 0 or len(batches) < 2:
         yield from map(work, batches)
         return
-    # Spawned, not forked: the caller may hold threads, and a forked lock stays locked.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with worker_pool(workers, preload=[__name__]) as pool:
         futures = [pool.submit(work, batch) for batch in batches]
-        try:
-            yield from (future.result() for future in as_completed(futures))
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        yield from (future.result() for future in as_completed(futures))
 
 
 def _write_batch(
