@@ -32,14 +32,13 @@ def main() -> None:
         processes.enter_context(distributed.process_group(machine))
         share = ProcessShare(distributed.rank(), distributed.world_size(),
                       distributed.to_rank_0, distributed.from_rank_0)  # fmt: skip
-        with (
-            mlflow.run("evaluate", params, stage_hash=made_from, data_hash=data) as run,
-            progress("evaluate", "clips", shown=share.rank == 0) as tick,
-        ):
-            outputs = encode(request, cache=FEATURE_CACHE, progress=tick, share=share)
+        with mlflow.run("evaluate", params, stage_hash=made_from, data_hash=data) as run:
+            with progress("evaluate", "clips", shown=share.rank == 0) as tick:
+                outputs = encode(request, cache=FEATURE_CACHE, progress=tick, share=share)
             processes.close()  # only the first one measures
             if outputs is not None:
-                metrics, arrays = measure(outputs, request)
+                with progress("probes", "classifiers") as tick:
+                    metrics, arrays = measure(outputs, request, progress=tick)
                 run.log(0, tracked(metrics, outputs))
                 file = paths.metrics / "evaluate.json"
                 save_results(metrics, arrays, file=file, folder=paths.evaluation)

@@ -26,6 +26,28 @@ PROGRESS_VARIABLE = "VATTCTL_PROGRESS"  # the file in which a stage notes its pr
 WIDE, NARROW = 88, 66  # columns of a terminal: below, the table says less
 
 
+def unseen(done: int, total: int, note: str = "") -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(slots=True)
+class Counter:
+    """Joins the progress of several pieces of work into one."""
+
+    report: Progress
+    total: int
+    before: int = 0
+
+    def add(self, number: int) -> None:
+        """A piece of so many is done."""
+        self.before += number
+        self.report(min(self.before, self.total), self.total)
+
+    def inside(self, done: int, _: int) -> None:
+        """So many of the present piece are done."""
+        self.report(min(self.before + done, self.total), self.total)
+
+
 class Tick(Protocol):
     """Called often with what is done, the total, and a note to show next to them."""
 
@@ -61,7 +83,7 @@ def _rate(rate: float, unit: str) -> str:
 def progress(title: str, unit: str, *, shown: bool = True) -> Iterator[Tick]:
     """Draw the progress of one piece of work; yields the function to call with (done, total)."""
     if not shown:
-        yield lambda done, total, note="": None
+        yield unseen
         return
     with _bar(title, unit) if sys.stderr.isatty() else _lines(title, unit) as tick:
         yield tick

@@ -27,7 +27,6 @@ from vatt.errors import DataError
 from vatt.evaluation.classification import Checkpoints, Predictions, Task, compare
 from vatt.evaluation.features import ALONE, Array, FeatureSet, ProcessShare
 from vatt.evaluation.passes import (
-    Counter,
     PassSettings,
     classifier_predictions,
     encoder_features,
@@ -47,7 +46,7 @@ from vatt.evaluation.retrieval import (
 from vatt.files import atomic_folder, atomic_write
 from vatt.metrics import Metric, bootstrap_interval, ranks
 from vatt.model.experts import specialisation
-from vatt.progress import Progress
+from vatt.progress import Counter, Progress, unseen
 from vatt.senses import ANCHOR, SENSES
 
 CURVE = "retrieval.json"  # recall of each direction by k
@@ -148,8 +147,10 @@ def encode(
     )
 
 
-def measure(outputs: ModelOutputs, request: EvaluationRequest) -> tuple[Metrics, Evidence]:
-    """All metrics; those without a checkpoint are absent."""
+def measure(
+    outputs: ModelOutputs, request: EvaluationRequest, *, progress: Progress = unseen
+) -> tuple[Metrics, Evidence]:
+    """All metrics; those without a checkpoint are absent. The progress is that of the probes."""
     params, checkpoints, finetune = request.params, request.checkpoints, request.finetune
     shards, seed = request.shards, request.seed
     predictions: dict[str, dict[str, Predictions]] = {}
@@ -160,7 +161,7 @@ def measure(outputs: ModelOutputs, request: EvaluationRequest) -> tuple[Metrics,
     probes = ProbeResults()
     if checkpoints.encoder:
         features = outputs.passes["test", params.clips]
-        probes = run_probes(params, outputs.passes, seed=seed)
+        probes = run_probes(params, outputs.passes, seed=seed, progress=progress)
         searches = {
             name: similarities(
                 features[name],

@@ -46,23 +46,7 @@ from vatt.flops import signal_flops, signals_of
 from vatt.model.experts import Routing, noting_routings
 from vatt.model.transformer import set_merging
 from vatt.model.vatt import VATT, Classifier, tower_of
-from vatt.progress import Progress
-
-
-@dataclass(slots=True)
-class Counter:
-    """Joins the progress of several passes into one."""
-
-    report: Progress
-    total: int
-    before: int = 0
-
-    def add(self, clips: int) -> None:
-        self.before += clips
-        self.report(min(self.before, self.total), self.total)
-
-    def inside(self, done: int, _: int) -> None:
-        self.report(min(self.before + done, self.total), self.total)
+from vatt.progress import Counter
 
 
 @dataclass(slots=True)

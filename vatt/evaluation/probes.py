@@ -20,6 +20,7 @@ from vatt.config import EvaluateParams, ProbeParams
 from vatt.data.loading.batches import balanced
 from vatt.evaluation.features import Array, FeatureSet
 from vatt.metrics import Booleans, Floats, majority_share, measured, measured_difference, over_folds
+from vatt.progress import Counter, Progress, unseen
 
 REGULARISATIONS = (0.001, 0.01, 0.1, 1.0)  # C of the SVM, chosen on a fifth of the train clips
 HELD_OUT = 5
@@ -163,18 +164,31 @@ def passes_for(params: EvaluateParams, splits: Mapping[str, int]) -> list[tuple[
     return [one for one in dict.fromkeys(needed) if splits.get(one[0])]
 
 
-def run_probes(params: EvaluateParams, passes: Passes, *, seed: int) -> ProbeResults:
-    """Run every probe that has train and test clips; the others are skipped with a reason."""
+def run_probes(
+    params: EvaluateParams, passes: Passes, *, seed: int, progress: Progress = unseen
+) -> ProbeResults:
+    """Run every probe that has train and test clips; the others are skipped with a reason.
+
+    The progress counts classifiers: on many clips each takes minutes.
+    """
     found = ProbeResults()
-    for name, probe in params.probes.items():
-        clips = _clips(probe, params, passes)
-        why = _why_not(probe, clips)
-        if why:
-            found.skipped[f"probe {name}"] = why
-            continue
-        found.metrics[name], arrays = _probe(probe, params, clips, seed=seed)
+    probes = {name: _clips(probe, params, passes) for name, probe in params.probes.items()}
+    reasons = {name: _why_not(params.probes[name], clips) for name, clips in probes.items()}
+    found.skipped = {f"probe {name}": why for name, why in reasons.items() if why}
+    able = {name: clips for name, clips in probes.items() if not reasons[name]}
+    total = sum(len(clips.folds) for clips in able.values()) * len(ENCODERS) * len(kinds(params))
+    counter = Counter(progress, total)
+    for name, clips in able.items():
+        found.metrics[name], arrays = _probe(
+            params.probes[name], params, clips, seed=seed, counter=counter
+        )
         found.arrays.update({f"probe-{name}-{kind}": values for kind, values in arrays.items()})
     return found
+
+
+def kinds(params: EvaluateParams) -> tuple[str, ...]:
+    """The classifiers of each probe."""
+    return ("svm", "low_rank") if params.low_rank_steps else ("svm",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,24 +281,20 @@ def _why_not(probe: ProbeParams, clips: Clips) -> str:
 
 
 def _probe(
-    probe: ProbeParams, params: EvaluateParams, clips: Clips, *, seed: int
+    probe: ProbeParams, params: EvaluateParams, clips: Clips, *, seed: int, counter: Counter
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Both classifiers on both encoders with the paired difference, and the result per clip."""
     tested = np.logical_or.reduce([test for _, test in clips.folds.values()])
-    kinds = ("svm", "low_rank") if params.low_rank_steps else ("svm",)
     found: dict[str, Any] = {}
     arrays: dict[str, dict[str, Any]] = {}
-    for kind in kinds:
-        correct = {
-            encoder: np.stack(
-                [
-                    _answers(kind, probe, params, clips, encoder, fold, seed=seed)
-                    for fold in clips.folds.values()
-                ],
-                axis=1,
-            )[tested]
-            for encoder in ENCODERS
-        }
+    for kind in kinds(params):
+        correct = {}
+        for encoder in ENCODERS:
+            answers = []
+            for fold in clips.folds.values():
+                answers.append(_answers(kind, probe, params, clips, encoder, fold, seed=seed))
+                counter.add(1)
+            correct[encoder] = np.stack(answers, axis=1)[tested]
         found[kind] = _measured(correct, params, clips, seed=seed)
         ours = correct["pretrained"]
         arrays[kind] = {
