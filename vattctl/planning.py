@@ -221,10 +221,14 @@ def forecast_training(params: "Params") -> float | None:
 
 def _trial(params: "Params", *, again: bool) -> "Trial":
     """Measured steps on this machine, some seconds; without `again`, a recent result counts."""
-    from vatt.plan.trial import run_trial
+    from vatt.plan.trial import last_trial, run_trial
 
+    notes = FOLDER / "trial.json"
+    known = None if again else last_trial(params, notes)
+    if known is not None:
+        return known
     click.echo("trying the model on this machine...", err=True)
-    return run_trial(params, FOLDER / "trial.json", again=again)
+    return run_trial(params, notes)
 
 
 def ask_before_hours(plans: Sequence[StagePlan], *, yes: bool) -> None:

@@ -106,12 +106,12 @@ def test_a_trial_is_taken_again_for_an_hour_with_the_same_settings(tmp_path):
     assert set(found.losses) >= {tiny.BATCH_SIZE}
     first = json.loads(notes.read_text())
     notes.write_text(json.dumps(first | {"trial": first["trial"] | {"fixed": 123.0}}))
-    assert run_trial(params, notes, again=False).fixed == 123.0
-    assert last_trial(notes, "of other settings") is None
+    assert last_trial(params, notes).fixed == 123.0
+    assert last_trial(small(), notes) is None  # other settings
     os.utime(notes, (0, 0))
-    assert last_trial(notes, first["key"]) is None  # too old
+    assert last_trial(params, notes) is None  # too old
     notes.write_text('{"key": 1')
-    assert last_trial(notes, first["key"]) is None  # damaged
+    assert last_trial(params, notes) is None  # damaged
 
 
 def test_a_trial_that_finds_no_memory_says_so():

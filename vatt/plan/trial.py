@@ -91,32 +91,32 @@ class TrialResult:
     peak: int  # bytes in addition to those held before the model was built
 
 
-def run_trial(params: Params, notes: Path | None = None, *, again: bool = True) -> Trial:
+def run_trial(params: Params, notes: Path | None = None) -> Trial:
     """Try the model of the settings on this machine, with their precision and ZeRO stage.
 
-    The result is noted in a file, where its folder exists; without `again`, one of the last hour
-    with the same settings is taken from there.
+    The result is noted in a file, where its folder exists.
     """
-    how = {"processes", "threads", "zero_stage", "offload", "activation_checkpointing", "compile"}
-    key = fingerprint(params.model, params.pretrain, params.machine.model_dump(include=how))
-    known = None if again or notes is None else last_trial(notes, key)
-    if known is not None:
-        return known
     found = _in_process("trial", params)
     if notes is not None and notes.parent.is_dir():
         with suppress(OSError), atomic_write(notes) as path:  # nothing is noted where it fails
-            path.write_text(json.dumps({"key": key, "trial": found}))
+            path.write_text(json.dumps({"key": _key(params), "trial": found}))
     return _trial_of(found)
 
 
-def last_trial(notes: Path, key: str) -> Trial | None:
+def last_trial(params: Params, notes: Path) -> Trial | None:
     """What the file holds for the same settings, unless it is older than an hour or damaged."""
     try:
         known = json.loads(notes.read_text())
         is_old = time.time() - notes.stat().st_mtime > NOTED_SECONDS
-        return None if is_old or known["key"] != key else _trial_of(known["trial"])
+        return None if is_old or known["key"] != _key(params) else _trial_of(known["trial"])
     except UNREADABLE:
         return None
+
+
+def _key(params: Params) -> str:
+    """A hash of the settings that a trial depends on."""
+    how = {"processes", "threads", "zero_stage", "offload", "activation_checkpointing", "compile"}
+    return fingerprint(params.model, params.pretrain, params.machine.model_dump(include=how))
 
 
 def _trial_of(found: dict[str, Any]) -> Trial:
