@@ -44,6 +44,26 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True)
+class Curve:
+    """A line of a figure: a measure of several arms."""
+
+    words: str
+    measure: Measure
+    arms: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """Curves over a measure, or over numbers of ours; `points` names the places of the arms."""
+
+    title: str
+    x: Measure | tuple[float, ...]
+    x_label: str
+    points: tuple[str, ...]
+    curves: tuple[Curve, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Beyond:
     """A study: its question, its arms, and what is measured of each."""
 
@@ -52,6 +72,7 @@ class Beyond:
     question: str
     arms: tuple[Arm, ...]
     measures: tuple[Measure, ...]
+    figures: tuple[Figure, ...] = ()
 
     def runs(self) -> tuple[StudyRun, ...]:
         """All runs, seed by seed; each comes after the run whose clips or weights it uses."""
@@ -115,12 +136,26 @@ def _tokens() -> Beyond:
         "sounds, instead of what chance keeps?",
         tuple(arms),
         (TEXT_TO_VIDEO, DIGIT, ACTION, RHYTHM, GFLOPS, SECONDS),
+        tuple(
+            Figure(
+                f"{measure.words}, against operations",
+                GFLOPS,
+                GFLOPS.words,
+                tuple(f"{100 * rate:g} %" for rate in RATES),
+                tuple(
+                    Curve(way, measure, tuple(f"{100 * rate:g} % dropped {way}" for rate in RATES))
+                    for way in ("at random", "by content")
+                ),
+            )
+            for measure in (TEXT_TO_VIDEO, ACTION)
+        ),
     )
 
 
 def _merging() -> Beyond:
     none = f"{BASE}, nothing merged"
     arms = [Arm(none, _run(BASE))]
+    gflops = Measure("GFLOPs, video", ("gflops", "evaluate", "video"), "number")
     for rate in MERGE_RATES:
         settings = {"evaluate.merge_rate": rate}
         run = StudyRun(f"merge-{100 * rate:.0f}", {**DEMO.settings, **settings}, start=BASE)
@@ -132,9 +167,20 @@ def _merging() -> Beyond:
         "without training for it?",
         tuple(arms),
         (
-            *(TEXT_TO_VIDEO, DIGIT, ACTION, RHYTHM),
-            Measure("GFLOPs, video", ("gflops", "evaluate", "video"), "number"),
+            *(TEXT_TO_VIDEO, DIGIT, ACTION, RHYTHM, gflops),
             Measure("seconds, video", ("cost", "video"), "number"),
+        ),
+        (
+            Figure(
+                "Merged at inference, against operations",
+                gflops,
+                "GFLOPs of a clip's video",
+                ("nothing", *(f"{100 * rate:g} %" for rate in MERGE_RATES)),
+                tuple(
+                    Curve(measure.words, measure, tuple(arm.words for arm in arms))
+                    for measure in (TEXT_TO_VIDEO, DIGIT, ACTION)
+                ),
+            ),
         ),
     )
 
@@ -142,6 +188,7 @@ def _merging() -> Beyond:
 # --- text quality ---------------------------------------------------------------------------------
 
 NOISES = (0.4, 0.8)
+CLEAN = "clean captions"
 PREPARED = {
     "preprocess.text_quality": {
         "fillers": [],
@@ -154,14 +201,14 @@ WEIGHTED = {"pretrain.text_weighting": {"kind": "drop", "least": 0.6, "warmup_st
 
 
 def _text() -> Beyond:
-    arms = [Arm("clean captions", _run(BASE))]
+    arms = [Arm(CLEAN, _run(BASE))]
     for noise in NOISES:
         percent = f"{100 * noise:.0f}"
         plain, prepared = f"text-{percent}", f"text-{percent}-prepared"
         noisy = {"data.demo.text_noise": noise}
         control = f"{percent} % spoilt, plain"
         arms += [
-            Arm(control, _retrieval(plain, noisy, plain), control="clean captions"),
+            Arm(control, _retrieval(plain, noisy, plain), control=CLEAN),
             Arm(
                 f"{percent} % spoilt, prepared",
                 _retrieval(prepared, noisy | PREPARED, prepared),
@@ -179,6 +226,7 @@ def _text() -> Beyond:
             ),
         ]
     video_to_text = Measure("video to text, R@10", STAND_INS["msrvtt_r10"][1])
+    ways = ("plain", "prepared", "weighted", "both")
     return Beyond(
         "text",
         "Text quality: spoilt captions",
@@ -186,6 +234,22 @@ def _text() -> Beyond:
         "preparation and weighting give back? Captions of the test clips are clean.",
         tuple(arms),
         (TEXT_TO_VIDEO, video_to_text, SECONDS),
+        (
+            Figure(
+                "Retrieval against noise",
+                (0.0, *(100 * noise for noise in NOISES)),
+                "% of the captions spoilt",
+                (),
+                tuple(
+                    Curve(
+                        way,
+                        TEXT_TO_VIDEO,
+                        (CLEAN, *(f"{100 * noise:.0f} % spoilt, {way}" for noise in NOISES)),
+                    )
+                    for way in ways
+                ),
+            ),
+        ),
     )
 
 

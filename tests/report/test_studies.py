@@ -9,8 +9,8 @@ from vatt.report.inputs import Inputs
 from vatt.report.studies import (
     STUDENT_T,
     backbone_table,
+    beyond_sections,
     beyond_table,
-    beyond_tables,
     drop_token_pictures,
     over_seeds,
     study_table,
@@ -150,8 +150,34 @@ def test_an_arm_is_compared_with_its_control_pair_by_pair() -> None:
 
 def test_a_study_with_one_seed_says_so_and_compares_nothing() -> None:
     runs = {"agnostic": run(0.4), "experts": routed(0.5, 0.2), "experts-seed-1": routed(0.9, 0.2)}
-    (table,) = beyond_tables(inputs(**runs))
+    ((table, pictures),) = beyond_sections(inputs(**runs))
+    assert pictures == []
     assert [row.note for row in table.rows] == ["one seed", "one seed", "paired by seed"]
     assert table.rows[1].cells[0].text == "50.0\u00a0%"
     assert table.rows[2].cells[0].detail == "needs 3 seeds"
-    assert beyond_tables(inputs()) == []
+    assert beyond_sections(inputs()) == []
+
+
+def test_a_study_s_figures_need_all_its_arms() -> None:
+    tokens = beyond()["tokens"]
+    runs = {
+        f"{arm.run.name}{seed}".replace("-", "_"): run(0.3 + place / 20)
+        for seed in ("", "-seed-1", "-seed-2")
+        for place, arm in enumerate(tokens.arms)
+    }
+    retrieval, action = next(
+        drawn for table, drawn in beyond_sections(inputs(**runs)) if table.title == tokens.title
+    )
+    assert [name for _, name in retrieval.legend] == ["at random", "by content"]
+    assert "at random from 30 to 50" in retrieval.alt and "by content from 35 to 55" in action.alt
+    assert retrieval.caption == "Mean of 3 seeds."
+    del runs["content_50"]
+    found = beyond_sections(inputs(**runs))
+    assert all(drawn == [] for table, drawn in found if table.title == tokens.title)
+
+
+def test_every_figure_s_arms_are_those_of_its_study() -> None:
+    for study in beyond().values():
+        names = {arm.words for arm in study.arms}
+        for figure in study.figures:
+            assert all(set(curve.arms) <= names for curve in figure.curves)

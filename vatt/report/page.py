@@ -33,7 +33,12 @@ from vatt.report.figures import (
 from vatt.report.inputs import STAGES, Inputs, Origin, read_inputs
 from vatt.report.published import published_sections
 from vatt.report.results import key_figures, result_tables, scales
-from vatt.report.studies import backbone_table, beyond_tables, drop_token_pictures, drop_token_rows
+from vatt.report.studies import (
+    backbone_table,
+    beyond_sections,
+    drop_token_pictures,
+    drop_token_rows,
+)
 from vatt.report.tables import percent
 
 CONVENTIONS: tuple[Convention, ...] = ("true", "paper")
@@ -117,7 +122,7 @@ def _context(inputs: Inputs, params: ReportParams) -> dict[str, Any]:
         "sections": published_sections(inputs),
         "backbones": backbone_table(inputs),
         "drop_token": drop_token_pictures(inputs),
-        "beyond": beyond_tables(inputs),
+        "beyond": beyond_sections(inputs),
         "curves": learning_curves(inputs),
         "maps": feature_maps(inputs, clips=params.tsne_clips),
         "spaces": space_maps(inputs, clips=params.tsne_clips),

@@ -4,11 +4,12 @@ For one seed, the interval comes from a bootstrap over clips. For three seeds, t
 mean with the 95 % interval of Student's t over the seeds.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vatt.beyond import Arm, Beyond, Measure, beyond
+from vatt.beyond import Arm, Beyond, Figure, Measure, beyond
 from vatt.paper import DATASETS, PaperTable, heading, paper_tables
 from vatt.report.figures import Picture, lines
 from vatt.report.inputs import Inputs
@@ -269,10 +270,48 @@ def beyond_table(study: Beyond, inputs: Inputs) -> Table | None:
     )
 
 
-def beyond_tables(inputs: Inputs) -> list[Table]:
-    """Every study of which something has been run."""
-    tables = (beyond_table(study, inputs) for study in beyond().values())
-    return [table for table in tables if table is not None]
+def beyond_sections(inputs: Inputs) -> list[tuple[Table, list[Picture]]]:
+    """Every study of which something has been run, with the figures whose arms have all run."""
+    found = []
+    for one in beyond().values():
+        table = beyond_table(one, inputs)
+        if table is not None:
+            drawn = [beyond_picture(figure, one, inputs) for figure in one.figures]
+            found.append((table, [picture for picture in drawn if picture is not None]))
+    return found
+
+
+def beyond_picture(figure: Figure, study: Beyond, inputs: Inputs) -> Picture | None:
+    """A figure of a study: the means over the seeds; None while an arm has not been run."""
+    arms = {arm.words: arm for arm in study.arms}
+    series: list[tuple[str, list[float], list[float]]] = []
+    for curve in figure.curves:
+        found = [_results(inputs, arms[name]) for name in curve.arms]
+        ys = [_mean(results, curve.measure) for results in found]
+        xs = (
+            [_mean(results, figure.x) for results in found]
+            if isinstance(figure.x, Measure)
+            else list(figure.x)
+        )
+        if any(map(math.isnan, (*xs, *ys))):
+            return None
+        series.append((curve.words, xs, [100 * y for y in ys]))
+    seeds = min(len(_results(inputs, arms[name])) for c in figure.curves for name in c.arms)
+    return lines(
+        figure.title,
+        series,
+        x_label=figure.x_label,
+        y_label="%",
+        caption=f"Mean of {seeds} seeds." if seeds > 1 else "One seed.",
+        points=figure.points,
+    )
+
+
+def _mean(results: Sequence[Mapping[str, Any]], measure: Measure) -> float:
+    """The mean over the seeds; NaN where a run is missing or lacks the measure."""
+    values = [_look(result, measure.path) for result in results]
+    numbers = [value["value"] if isinstance(value, dict) else value for value in values]
+    return math.nan if not numbers or None in numbers else statistics.fmean(numbers)
 
 
 def _results(inputs: Inputs, arm: Arm) -> list[Mapping[str, Any]]:
