@@ -125,6 +125,20 @@ def test_an_index_is_made_again_only_when_something_has_changed(embedder, videos
     assert facts["videos"] == 3
 
 
+def test_a_checkpoint_says_how_fast_it_was_shown_pictures(embedder, videos, params, tmp_path):
+    checkpoint.save(
+        embedder.model,
+        embedder.model.params,
+        tmp_path / "slow",
+        extra={"clips": {"fps": 5, "stored_fps": 5, "short_side": 64, "audio_hz": 16000}},
+    )
+    moments = embed_file(
+        Embedder(tmp_path / "slow"), videos / "red.mp4", params, work=tmp_path, progress=quiet
+    )
+    seconds = [moment.end - moment.start for moment, _ in moments]
+    assert seconds == pytest.approx([0.8, 0.8, 0.4])  # 4 frames; the project's settings say 10 fps
+
+
 def test_words_that_nobody_knows_and_checkpoints_that_do_not_fit_are_clear_errors(
     embedder, index, tmp_path
 ):

@@ -226,10 +226,27 @@ def test_a_checkpoint_of_another_shape_takes_the_paper_s_rates(inside, tmp_path)
     folder = classes(tmp_path / "my-classes", ".mp4")
     other = SetRequest("folder", tmp_path / "other", folder, inside / "annotations", "other")
     made = plan(other, load_params(), {})
+    assert any("does not say what it was trained on" in note for note in made.notes)
     assert made.clips.settings["preprocess", "fps"] == 25
     assert made.clips.settings["preprocess", "audio_hz"] == 48_000
     assert made.clips.settings["preprocess", "short_side"] == round(32 * 8 / 7)
     assert made.work.settings["finetune", "tasks"]["folder"]["fps"] == 12.5
+
+
+def test_a_checkpoint_of_another_project_brings_the_form_of_its_clips(inside, tmp_path):
+    params = demo_params().model  # of the shape of the project's own
+    clips = {"fps": 5.0, "stored_fps": 15, "short_side": 90, "audio_hz": 16_000, "audio_peak": 0.5}
+    save(VATT(params), params, tmp_path / "other", extra={"clips": clips})
+    folder = classes(tmp_path / "my-classes", ".mp4")
+    other = SetRequest("folder", tmp_path / "other", folder, inside / "annotations", "other")
+    made = plan(other, load_params(), {})
+    stored = {"fps": 15, "short_side": 90, "audio_hz": 16_000, "audio_peak": 0.5}
+    assert {key: made.clips.settings["preprocess", key] for key in stored} == stored
+    assert made.work.settings["finetune", "tasks"]["folder"]["fps"] == 5
+    assert made.work.settings["evaluate", "fps"] == 5
+    assert not made.notes
+    made = plan(other, load_params(), {("preprocess", "audio_hz"): 8000})
+    assert made.clips.settings["preprocess", "audio_hz"] == 8000
 
 
 def test_settings_of_the_command_line_reach_into_the_task(inside, tmp_path):

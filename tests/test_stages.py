@@ -100,6 +100,8 @@ def test_every_stage_leaves_its_files(finished: Path) -> None:
     assert (finished / "reports/report/report.md").stat().st_size > 1000
     weights = finished / "runs/checkpoints/pretrained/model.safetensors"
     assert weights.stat().st_size > 1_000_000
+    said = json.loads((weights.parent / "config.json").read_text())["clips"]
+    assert (said["fps"], said["audio_hz"], said["short_side"]) == (10, 8000, 72)
 
 
 def test_every_clip_ends_in_one_state_and_dead_links_are_known(finished: Path) -> None:

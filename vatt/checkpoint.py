@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from vatt.config import ModelParams, Rate
+from vatt.config import ModelParams, Params, Peak, PositiveFloat, PositiveInt, Rate
 from vatt.errors import DataError
 from vatt.files import atomic_folder
 from vatt.model.patches import fit_tables
@@ -164,12 +164,53 @@ class ClassifierConfig(BaseModel):
     head_dropout: Rate = 0.0
 
 
+class TrainClips(BaseModel):
+    """The form of the clips of a pre-training; other files are brought to it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    fps: PositiveFloat  # of the frames that the model saw
+    stored_fps: PositiveInt
+    short_side: PositiveInt  # pixels, as stored
+    audio_hz: PositiveInt
+    audio_peak: Peak | None = None
+
+    @classmethod
+    def of(cls, params: Params) -> Self:
+        """As the settings say."""
+        stored = params.preprocess
+        return cls(
+            fps=params.pretrain.fps,
+            stored_fps=stored.fps,
+            short_side=stored.short_side,
+            audio_hz=stored.audio_hz,
+            audio_peak=stored.audio_peak,
+        )
+
+    def into(self, params: Params) -> Params:
+        """Settings of another project that cut and show files as these clips were."""
+        stored = self.model_dump(include={"short_side", "audio_hz", "audio_peak"})
+        stored["fps"] = self.stored_fps
+        return params.model_copy(
+            update={
+                "preprocess": params.preprocess.model_copy(update=stored),
+                "pretrain": params.pretrain.model_copy(update={"fps": self.fps}),
+            }
+        )
+
+
 class CheckpointConfig(BaseModel):
-    """config.json, as far as it builds the model; there may be more in it."""
+    """config.json, as far as it is read here; there may be more in it."""
 
     version: Literal[1] = VERSION
     model: ModelParams
     classifier: ClassifierConfig | None = None
+    clips: TrainClips | None = None
+
+
+def train_clips(folder: Path | str) -> TrainClips | None:
+    """What a pre-trained checkpoint says of its clips; those that were imported say nothing."""
+    return CheckpointConfig.model_validate(load_config(folder)).clips
 
 
 def from_config(config: dict[str, Any], *, source: Path | str = CONFIG) -> VATT | Classifier:

@@ -69,9 +69,13 @@ class Embedder:
             raise SettingsError(
                 f"{folder} holds a classifier", hint="name a pre-trained checkpoint's folder"
             )
-        self.folder, self.model = folder, model
+        self.folder, self.model, self.clips = folder, model, checkpoint.train_clips(folder)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.mark = _digest(folder / checkpoint.WEIGHTS)
+
+    def settings(self, params: Params) -> Params:
+        """The project's settings, with the form of clips that the checkpoint was trained on."""
+        return params if self.clips is None else self.clips.into(params)
 
     @torch.inference_mode()
     def text(self, sentence: str) -> Vectors:
@@ -100,6 +104,7 @@ class Embedder:
 
         `work` keeps what is cut, for the next time; the ledgers in it say what was left out.
         """
+        params = self.settings(params)
         window = Window.of(self.model, params, "video")
         device = next(self.model.parameters()).device
         for moments, batch in window.batches(clips, location, params, work=work, progress=progress):
@@ -247,7 +252,7 @@ def _look(
         "folder": str(folder.resolve()),
         "files": found.mark,
         "checkpoint": embedder.mark,
-        "fps": params.pretrain.fps,
+        "fps": embedder.settings(params).pretrain.fps,
     }
 
 

@@ -20,6 +20,7 @@ from vattctl.experiments import Experiment
 from vattctl.params import PARAMS, PRESETS, Settings
 
 if TYPE_CHECKING:
+    from vatt.checkpoint import TrainClips
     from vatt.config import DataParams, ModelParams, Params
     from vatt.data.clips.files import ContentHashes
     from vatt.data.clips.manifest import Clip
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 SETS, RECIPES = PRESETS / "sets", PRESETS / "recipes"
 OWN = ("folder", "csv")
-PAPER_FPS, PAPER_HZ = 25, 48_000  # rates that a checkpoint of another shape was trained with
+PAPER_FPS, PAPER_HZ = 25, 48_000  # of the paper's clips
 SHOWN_WHOLE = 7 / 8  # of the short side, in a test crop
 
 Tree = dict[str, Any]
@@ -55,7 +56,7 @@ class SetPlan:
     clips: Experiment
     work: Experiment
     about: str
-    notes: tuple[str, ...]  # what was guessed about the files
+    notes: tuple[str, ...]  # what was guessed about the files and the checkpoint
     trains: bool
 
 
@@ -76,7 +77,7 @@ def names() -> list[str]:
 def plan(wanted: SetRequest, project: "Params", assignments: Settings) -> SetPlan:
     """Settings for a set; what cannot work is refused here, before anything runs."""
     tree = overlay(wanted.name)
-    model = start_model(wanted.start)
+    start = start_model(wanted.start)
     about, files = tree.pop("about", ""), tree.pop("files", "")
     epochs = tree.pop("epochs", None)
     data = (
@@ -94,7 +95,7 @@ def plan(wanted: SetRequest, project: "Params", assignments: Settings) -> SetPla
     data["location_hash"] = seen.mark
     if wanted.name in OWN:
         fit_own(tree, seen.clips, wanted, epochs)
-    fit_rates(tree, model, project)
+    notes = (*seen.notes, *fit_rates(tree, start, project))
     task = tree.pop("task", None)
     if task is not None:
         if wanted.drop_rate is not None:
@@ -123,7 +124,7 @@ def plan(wanted: SetRequest, project: "Params", assignments: Settings) -> SetPla
             start=wanted.start,
         ),
         about=about,
-        notes=seen.notes,
+        notes=notes,
         trains=trains,
     )
 
@@ -190,9 +191,19 @@ def changed(section: Any, keys: tuple[str, ...], value: Any, *, depth: int) -> A
 # --- what the checkpoint and the data decide ------------------------------------------------------
 
 
-def start_model(folder: Path) -> "ModelParams":
-    """The shape of the checkpoint that training starts from."""
-    from vatt.checkpoint import load_config
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The checkpoint that training starts from."""
+
+    folder: Path
+    model: "ModelParams"
+    clips: "TrainClips | None"  # that it was trained on; None: it does not say
+    is_released: bool
+
+
+def start_model(folder: Path) -> Start:
+    """What the checkpoint says of itself."""
+    from vatt.checkpoint import load_config, train_clips
     from vatt.config import ModelParams
 
     if not folder.is_dir():
@@ -207,7 +218,8 @@ def start_model(folder: Path) -> "ModelParams":
             f"{folder} holds a classifier, which has no text tower and no common space",
             hint="start from the pre-trained checkpoint that it was made from",
         )
-    return ModelParams.model_validate(config["model"])
+    model = ModelParams.model_validate(config["model"])
+    return Start(folder, model, train_clips(folder), "source" in config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,28 +309,43 @@ def modality_of(clips: "list[Clip]") -> str:
     return kinds.most_common(1)[0][0]
 
 
-def fit_rates(tree: Tree, model: "ModelParams", project: "Params") -> None:
+def fit_rates(tree: Tree, start: Start, project: "Params") -> tuple[str, ...]:
     """Rates and sizes that the set leaves open are those that the checkpoint was trained with.
 
-    One of the project's own shape was trained as the project says, any other as the paper says.
+    One that does not say them was trained as the project says, if it has the shape of the
+    project's model, and else as the paper says. Returns a note where that is a guess.
     """
-    ours = model.model_dump(exclude={"text"}) == project.model.model_dump(exclude={"text"})
+    from vatt.checkpoint import TrainClips
+
+    here, model = TrainClips.of(project), start.model
+    alike = model.model_dump(exclude={"text"}) == project.model.model_dump(exclude={"text"})
     side = model.video.frame_size
-    size = side if isinstance(side, int) else max(side)
+    papers = TrainClips(
+        fps=PAPER_FPS / 2,
+        stored_fps=PAPER_FPS,
+        short_side=round((side if isinstance(side, int) else max(side)) / SHOWN_WHOLE),
+        audio_hz=PAPER_HZ,
+    )
+    known = start.clips or (here if alike else papers)
     preprocess, evaluate = tree["preprocess"], tree["evaluate"]
     task = tree.get("task", {})
-    open_fps = "fps" not in preprocess
-    preprocess.setdefault("fps", project.preprocess.fps if ours else PAPER_FPS)
-    preprocess.setdefault("audio_hz", project.preprocess.audio_hz if ours else PAPER_HZ)
-    if ours and project.preprocess.audio_peak is not None:
-        preprocess.setdefault("audio_peak", project.preprocess.audio_peak)
-    preprocess.setdefault(
-        "short_side", project.preprocess.short_side if ours else round(size / SHOWN_WHOLE)
-    )
-    shown = project.evaluate.fps if ours else PAPER_FPS / 2
+    is_open = {"fps", "audio_hz"} - preprocess.keys()
+    preprocess.setdefault("fps", known.stored_fps)
+    preprocess.setdefault("audio_hz", known.audio_hz)
+    preprocess.setdefault("short_side", known.short_side)
+    if known.audio_peak is not None:
+        preprocess.setdefault("audio_peak", known.audio_peak)
+    shown = project.evaluate.fps if alike and known == here else known.fps
     evaluate.setdefault("fps", min(shown, preprocess["fps"]))
     if task.get("modality") == "video" and task["fps"] is None:
-        task["fps"] = min(shown, preprocess["fps"]) if open_fps else preprocess["fps"] / 2
+        task["fps"] = min(shown, preprocess["fps"]) if "fps" in is_open else preprocess["fps"] / 2
+    if known is not papers or start.is_released or not is_open:
+        return ()
+    return (
+        f"{start.folder} does not say what it was trained on: files are brought to {PAPER_FPS} "
+        f"pictures a second and {PAPER_HZ} Hz, as in the paper; to change it: "
+        "--set preprocess.fps=..., --set preprocess.audio_hz=...",
+    )
 
 
 # --- files of one's own as the clips of the project -----------------------------------------------

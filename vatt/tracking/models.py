@@ -20,6 +20,7 @@ from vatt.config import Params, parse_params
 from vatt.data.loading.batches import Batch, Sampling, model_inputs
 from vatt.errors import DataError
 from vatt.model.vatt import Classifier, tower_of
+from vatt.progress import unseen
 from vatt.search import Embedder, Vectors, Window, clip_of, explained
 from vatt.senses.audio import audio_seconds
 
@@ -151,7 +152,8 @@ class _Embeddings:
     """The vectors of a file or sentence in the common spaces; None where it has none."""
 
     def __init__(self, folder: Path, params: Params) -> None:
-        self._embedder, self._params = Embedder(folder), params
+        self._embedder = Embedder(folder)
+        self._params = self._embedder.settings(params)
 
     @torch.inference_mode()
     def __call__(self, kind: str, given: str) -> dict[str, Any]:
@@ -216,14 +218,10 @@ def _inputs(file: Path, window: Window, params: Params, model: torch.nn.Module) 
     device = next(model.parameters()).device
     with tempfile.TemporaryDirectory() as work, explained(file, Path(work)):
         clips, folder = [clip_of(file)], Path(work)
-        batches = window.batches(clips, file.parent, params, work=folder, progress=_unseen)
+        batches = window.batches(clips, file.parent, params, work=folder, progress=unseen)
         for _, batch in batches:
             yield _tensor(batch.to(device), window.modality)
 
 
 def _tensor(batch: Batch, modality: str) -> Tensor:
     return model_inputs(batch)[tower_of(modality)]
-
-
-def _unseen(done: int, total: int) -> None:
-    """Progress that nobody watches."""

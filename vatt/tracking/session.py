@@ -199,7 +199,7 @@ class Best:
         known = self.known()
         if known is not None and best["score"] <= known["score"]:
             return False
-        extra = {"best": best}
+        extra = {**outputs.more, "best": best}
         checkpoint.save(
             weights, outputs.model, self.folder, extra=extra, vocabulary=outputs.vocabulary
         )
