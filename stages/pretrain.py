@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from vatt.checkpoint import TrainClips, build
+from vatt.checkpoint import build, trained_on
 from vatt.config import load_params
 from vatt.data.clips.samples import check_clips, stages_to_come
 from vatt.data.loading.batches import Sampling
@@ -32,8 +32,7 @@ def main() -> None:
     sampling, state = Sampling.for_pretraining(params.model, settings), paths.pretrain_state
     batches = feed(paths.shards, sampling, settings, seed=seed, machine=machine)
     metrics, words = paths.metrics / "pretrain.json", paths.shards / "vocabulary.txt"
-    more = {"clips": TrainClips.of(params).model_dump()}
-    outputs = Outputs(params.model, paths.pretrained, metrics, vocabulary=words, more=more)
+    outputs = Outputs(params.model, paths.pretrained, metrics, words, trained_on(params))
     with (
         distributed.process_group(machine),
         mlflow.run("pretrain", params, stage_hash=made_from, data_hash=data) as run,

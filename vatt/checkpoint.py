@@ -208,6 +208,11 @@ class CheckpointConfig(BaseModel):
     clips: TrainClips | None = None
 
 
+def trained_on(params: Params) -> dict[str, Any]:
+    """What a pre-training with these settings adds to config.json."""
+    return {"clips": TrainClips.of(params).model_dump()}
+
+
 def train_clips(folder: Path | str) -> TrainClips | None:
     """What a pre-trained checkpoint says of its clips; those that were imported say nothing."""
     return CheckpointConfig.model_validate(load_config(folder)).clips
