@@ -242,6 +242,7 @@ def test_found_clips_stand_next_to_the_official_number(tmp_path):
     write_report(place, REPORT)
     html = (place.report / "report.html").read_text(encoding="utf-8")
     assert "100 of 1,000" in html
+    assert "samples cut from them, in the shards</dt><dd>300<" in html  # two clips are listed
 
 
 def test_the_protocol_of_each_table_is_told_in_words():
