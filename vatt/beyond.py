@@ -135,7 +135,7 @@ def _tokens() -> Beyond:
         "At equal numbers of tokens, operations and steps: does it help to keep what moves and "
         "sounds, instead of what chance keeps?",
         tuple(arms),
-        (TEXT_TO_VIDEO, DIGIT, ACTION, RHYTHM, GFLOPS, SECONDS),
+        (TEXT_TO_VIDEO, AUDIO_TO_VIDEO, DIGIT, ACTION, RHYTHM, GFLOPS, SECONDS),
         tuple(
             Figure(
                 f"{measure.words}, against operations",
@@ -147,7 +147,7 @@ def _tokens() -> Beyond:
                     for way in ("at random", "by content")
                 ),
             )
-            for measure in (TEXT_TO_VIDEO, ACTION)
+            for measure in (TEXT_TO_VIDEO, AUDIO_TO_VIDEO, ACTION)
         ),
     )
 
@@ -167,7 +167,7 @@ def _merging() -> Beyond:
         "without training for it?",
         tuple(arms),
         (
-            *(TEXT_TO_VIDEO, DIGIT, ACTION, RHYTHM, gflops),
+            *(TEXT_TO_VIDEO, AUDIO_TO_VIDEO, DIGIT, ACTION, RHYTHM, gflops),
             Measure("seconds, video", ("cost", "video"), "number"),
         ),
         (

@@ -27,7 +27,9 @@ def run(value: float) -> dict:
     return {
         "gflops": {"pretrain": value},
         "training_seconds": 100 * value,
-        "retrieval": {"pretrained": {"text_to_video": found, "video_to_text": found}},
+        "retrieval": {
+            "pretrained": dict.fromkeys(("text_to_video", "video_to_text", "audio_to_video"), found)
+        },
         "probes": {"digit": probe, "action": probe, "rhythm": probe},
         "classification": {"action": task, "audio": task, "image": task},
     }
@@ -165,7 +167,7 @@ def test_a_study_s_figures_need_all_its_arms() -> None:
         for seed in ("", "-seed-1", "-seed-2")
         for place, arm in enumerate(tokens.arms)
     }
-    retrieval, action = next(
+    retrieval, _, action = next(
         drawn for table, drawn in beyond_sections(inputs(**runs)) if table.title == tokens.title
     )
     assert [name for _, name in retrieval.legend] == ["at random", "by content"]
