@@ -81,7 +81,7 @@ ALLOWED = {  # longest prefix wins; a room may always import itself
     ),
     "vatt.data.sharding": ("vatt.data.clips", "vatt.data.workers", "vatt.senses"),
     "vatt.data.fetching": ("vatt.data.clips", "vatt.data.workers"),
-    "vatt.data.sources": ("vatt.data.clips", "vatt.senses"),
+    "vatt.data.sources": ("vatt.data.clips", "vatt.data.workers", "vatt.senses"),
     "vatt.data.clips": (),
     "vatt.losses": (),
     "vatt.metrics": (),

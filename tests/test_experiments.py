@@ -140,6 +140,7 @@ def test_writing_it_again_changes_nothing_and_git_sees_what_it_should(
     assert {file.name for file in found} == {"dvc.lock", "dvc.yaml", "params.yaml"}
 
 
+@pytest.mark.slow
 def test_another_s_checkpoint_is_a_dependency_or_taken_as_it_is(
     here: Path, trained: dict[Path, int]
 ) -> None:

@@ -28,7 +28,7 @@ from vatt.plan.forecast import (
     settings,
 )
 from vatt.plan.memory import BatchSettings, Counts, batch_bytes, count, memory
-from vatt.plan.trial import shallow, step_parts, tried_depths
+from vatt.plan.trial import shallow, step_parts, times_longer, tried_depths
 from vatt.training.telemetry import GPUS, pretraining_work
 
 PAPER = load_params(Path(__file__).parents[2] / "presets" / "paper.yaml")
@@ -142,6 +142,13 @@ def test_no_part_of_a_step_is_negative_on_a_busy_machine():
     rows = [(0.0, 4, 3.0), (0.0, 16, 2.4), (0.5, 4, 2.9), (0.5, 16, 2.2)]
     parts = step_parts(rows)
     assert min(parts) >= 0 and parts[0] + 4 * parts[2] == pytest.approx(2.6, abs=0.4)
+
+
+def test_a_machine_so_busy_that_steps_seem_to_take_no_time_gives_a_forecast_all_the_same():
+    rows = [(0.0, 8, -0.1), (0.0, 32, 0.0), (1.0, 8, 0.2), (1.0, 32, 0.2)]
+    fixed, fixed_blocks, clip, clip_blocks = step_parts(rows)
+    assert min(fixed, fixed_blocks, clip, clip_blocks) >= 0
+    assert times_longer(0.3, 0.0) == 1.0 and times_longer(0.3, 0.1) == pytest.approx(3.0)
 
 
 def test_a_tried_model_has_the_towers_of_the_whole_one_and_few_blocks():

@@ -37,7 +37,6 @@ def start(processes, environment):
     params=[
         (1, "one"),
         (2, "quick"),
-        (4, "one"),
         *(pytest.param((processes, "all"), marks=slow) for processes in (1, 2, 4)),
     ],
     ids=str,

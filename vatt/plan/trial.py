@@ -75,6 +75,7 @@ LARGEST = 32  # clips
 LARGEST_LOSS = 1024  # clips that the heads and the loss are tried with
 NOTED_SECONDS = 3600.0  # that the result of a trial counts for
 FEW = 4  # clips
+LEAST_SECONDS = 1e-4  # of a step: a loss can seem slower than the step that it is a part of
 COLOUR = (0.1, 1.2, 0.8, 0.1)  # a change of colours that does some work
 LOADED = 32  # clips of a batch in the trial of the loader
 LOADER_SECONDS = 3.0
@@ -440,9 +441,14 @@ def trial(params: Params) -> Trial:
     )
     most = sizes[-1]
     cached = seconds["cached"] - losses[most] - fixed - fixed_blocks * last.share
-    again = max(1.0, cached / (clip + clip_blocks * last.share) / most)
+    again = times_longer(cached, (clip + clip_blocks * last.share) * most)
     clip += clip_blocks
     return Trial(fixed + fixed_blocks, clip, clip * again, losses)
+
+
+def times_longer(cached: float, once: float) -> float:
+    """How much longer clips take with gradient caching; 1 where a busy machine hid their time."""
+    return max(1.0, cached / once) if once > 0 else 1.0
 
 
 def _tried(params: Params, blocks: int) -> Tried:
@@ -502,7 +508,7 @@ def step_parts(rows: Sequence[tuple[float, int, float]]) -> list[float]:
     """
     from scipy.optimize import nnls
 
-    measured = np.array([seconds for *_, seconds in rows])
+    measured = np.array([max(seconds, LEAST_SECONDS) for *_, seconds in rows])
     parts = [[1.0, share, clips, clips * share] for share, clips, _ in rows]
     found, _ = nnls(np.array(parts) / measured[:, None], np.ones(len(rows)))
     return [float(value) for value in found]
