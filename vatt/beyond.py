@@ -138,7 +138,7 @@ def _tokens() -> Beyond:
         (TEXT_TO_VIDEO, AUDIO_TO_VIDEO, DIGIT, ACTION, RHYTHM, GFLOPS, SECONDS),
         tuple(
             Figure(
-                f"{measure.words}, against operations",
+                f"Operations and {measure.words}",
                 GFLOPS,
                 GFLOPS.words,
                 tuple(f"{100 * rate:g} %" for rate in RATES),
