@@ -5,8 +5,7 @@
 DIR contains recordings/<digit>_<speaker>_<take>.wav (Free Spoken Digit Dataset). The tiny tower of
 the demo is trained from scratch on the 2,700 train takes, once for each input, and tested on the
 300 official test takes: batches of 32, Adam, a learning rate of 3e-4 with a warm-up of a tenth of
-the steps and a cosine, bf16, one thread. An input that a labelled training hardly learns cannot be
-learnt from pictures either.
+the steps and a cosine, bf16, one thread. What labels hardly teach, pictures will not.
 """
 
 import argparse
@@ -17,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from real_audio import HZ, RESAMPLES, TEST_TAKES, WINDOW, cell, window
 from torch import Tensor
 
-from bench.real_audio import HZ, RESAMPLES, TEST_TAKES, WINDOW, cell, window
 from vatt.config import ModelParams, load_params
 from vatt.metrics import Metric, measured
 from vatt.model.vatt import Classifier
 from vatt.senses.audio import log_mel
 
 DIGITS, BATCH, RATE = 10, 32, 3e-4
-PRESET = Path("presets/demo.yaml")
+PRESET = Path(__file__).parents[1] / "presets" / "demo.yaml"
 SPECTROGRAM = {"size": "tiny", "input": "spectrogram", "samples": 38}
 WAVEFORM = {"size": "tiny", "input": "waveform", "samples": WINDOW, "patch": 128, "mel_bins": None}
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -226,7 +227,11 @@ def test_a_checkpoint_of_another_shape_takes_the_paper_s_rates(inside, tmp_path)
     folder = classes(tmp_path / "my-classes", ".mp4")
     other = SetRequest("folder", tmp_path / "other", folder, inside / "annotations", "other")
     made = plan(other, load_params(), {})
-    assert any("does not say what it was trained on" in note for note in made.notes)
+    (note,) = made.notes
+    assert "does not say what it was trained on: preprocess.fps is taken to be 25" in note
+    assert not plan(other, load_params(), {("preprocess", "fps"): 25}).notes
+    pictures = replace(other, location=classes(tmp_path / "pictures", ".jpg"))
+    assert not plan(pictures, load_params(), {}).notes  # no rate plays a part
     assert made.clips.settings["preprocess", "fps"] == 25
     assert made.clips.settings["preprocess", "audio_hz"] == 48_000
     assert made.clips.settings["preprocess", "short_side"] == round(32 * 8 / 7)

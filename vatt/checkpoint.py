@@ -213,9 +213,9 @@ def trained_on(params: Params) -> dict[str, Any]:
     return {"clips": TrainClips.of(params).model_dump()}
 
 
-def train_clips(folder: Path | str) -> TrainClips | None:
-    """What a pre-trained checkpoint says of its clips; those that were imported say nothing."""
-    return CheckpointConfig.model_validate(load_config(folder)).clips
+def train_clips(config: dict[str, Any]) -> TrainClips | None:
+    """What a config.json says of the clips; nothing if the checkpoint was imported, or is older."""
+    return CheckpointConfig.model_validate(config).clips
 
 
 def from_config(config: dict[str, Any], *, source: Path | str = CONFIG) -> VATT | Classifier:

@@ -69,7 +69,8 @@ class Embedder:
             raise SettingsError(
                 f"{folder} holds a classifier", hint="name a pre-trained checkpoint's folder"
             )
-        self.folder, self.model, self.clips = folder, model, checkpoint.train_clips(folder)
+        self.folder, self.model = folder, model
+        self.clips = checkpoint.train_clips(checkpoint.load_config(folder))
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.mark = _digest(folder / checkpoint.WEIGHTS)
 

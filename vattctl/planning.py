@@ -254,15 +254,13 @@ def show_plan(changed: Edit, plans: Sequence[StagePlan], *, as_json: bool) -> No
     print_rich(plan_table(plans))
     runs = [one for one in plans if one.why]
     if runs:
-        left = sum(one.seconds is None for one in runs)
-        more = f", {left} stage{'s' * (left > 1)} not known" if left else ""
-        cost = (
-            "cost not known: report.device_hour_price is not set"
-            if price is None
-            else f"cost about {facts['cost']:.2f}"
-        )
-        many, about = "s" * (len(runs) > 1), duration(facts["seconds"])
-        click.echo(f"{len(runs)} stage{many}, about {about}{more}; {cost}")
+        known = sum(one.seconds is not None for one in runs)
+        more = f", {len(runs) - known} not known" if 0 < known < len(runs) else ""
+        about = f"about {duration(facts['seconds'])}" if known else "time and cost not known"
+        cost = f"; cost about {facts['cost']:.2f}" if known and price is not None else ""
+        if known and price is None:
+            cost = "; cost not known: report.device_hour_price is not set"
+        click.echo(f"{len(runs)} stage{'s' * (len(runs) > 1)}, {about}{more}{cost}")
     click.echo("nothing was changed or run (--dry-run)")
 
 

@@ -95,7 +95,7 @@ def plan(wanted: SetRequest, project: "Params", assignments: Settings) -> SetPla
     data["location_hash"] = seen.mark
     if wanted.name in OWN:
         fit_own(tree, seen.clips, wanted, epochs)
-    notes = (*seen.notes, *fit_rates(tree, start, project))
+    guessed = fit_rates(tree, start, project)
     task = tree.pop("task", None)
     if task is not None:
         if wanted.drop_rate is not None:
@@ -109,6 +109,12 @@ def plan(wanted: SetRequest, project: "Params", assignments: Settings) -> SetPla
         tree["finetune"] = {"run": [], "init": ["pretrained"], "tasks": {}}
     tree["report"] = {"title": f"VATT on {wanted.name}"}
     settings = assigned(flat(tree), assignments)
+    notes = [
+        f"{start.folder} does not say what it was trained on: {'.'.join(key)} is taken to be "
+        f"{value}, as in the paper; to change it: --set {'.'.join(key)}=..."
+        for key, value in guessed.items()
+        if key not in assignments
+    ]
     # The recipe too: `vattctl table` takes it from there. Another seed needs no other shards.
     own = {key: value for key, value in settings.items() if key[0] != "seed"}
     folder = Path("sets") / folder_of(wanted)
@@ -124,7 +130,7 @@ def plan(wanted: SetRequest, project: "Params", assignments: Settings) -> SetPla
             start=wanted.start,
         ),
         about=about,
-        notes=notes,
+        notes=(*seen.notes, *notes),
         trains=trains,
     )
 
@@ -219,7 +225,7 @@ def start_model(folder: Path) -> Start:
             hint="start from the pre-trained checkpoint that it was made from",
         )
     model = ModelParams.model_validate(config["model"])
-    return Start(folder, model, train_clips(folder), "source" in config)
+    return Start(folder, model, train_clips(config), "source" in config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,11 +315,12 @@ def modality_of(clips: "list[Clip]") -> str:
     return kinds.most_common(1)[0][0]
 
 
-def fit_rates(tree: Tree, start: Start, project: "Params") -> tuple[str, ...]:
+def fit_rates(tree: Tree, start: Start, project: "Params") -> Settings:
     """Rates and sizes that the set leaves open are those that the checkpoint was trained with.
 
     One that does not say them was trained as the project says, if it has the shape of the
-    project's model, and else as the paper says. Returns a note where that is a guess.
+    project's model, and else as the paper says. Returns the rate of the set's modality where it is
+    such a guess.
     """
     from vatt.checkpoint import TrainClips
 
@@ -329,7 +336,8 @@ def fit_rates(tree: Tree, start: Start, project: "Params") -> tuple[str, ...]:
     known = start.clips or (here if alike else papers)
     preprocess, evaluate = tree["preprocess"], tree["evaluate"]
     task = tree.get("task", {})
-    is_open = {"fps", "audio_hz"} - preprocess.keys()
+    rate = "audio_hz" if task.get("modality") == "audio" else "fps"
+    is_open, open_fps = rate not in preprocess, "fps" not in preprocess
     preprocess.setdefault("fps", known.stored_fps)
     preprocess.setdefault("audio_hz", known.audio_hz)
     preprocess.setdefault("short_side", known.short_side)
@@ -338,14 +346,9 @@ def fit_rates(tree: Tree, start: Start, project: "Params") -> tuple[str, ...]:
     shown = project.evaluate.fps if alike and known == here else known.fps
     evaluate.setdefault("fps", min(shown, preprocess["fps"]))
     if task.get("modality") == "video" and task["fps"] is None:
-        task["fps"] = min(shown, preprocess["fps"]) if "fps" in is_open else preprocess["fps"] / 2
-    if known is not papers or start.is_released or not is_open:
-        return ()
-    return (
-        f"{start.folder} does not say what it was trained on: files are brought to {PAPER_FPS} "
-        f"pictures a second and {PAPER_HZ} Hz, as in the paper; to change it: "
-        "--set preprocess.fps=..., --set preprocess.audio_hz=...",
-    )
+        task["fps"] = min(shown, preprocess["fps"]) if open_fps else preprocess["fps"] / 2
+    is_guess = known is papers and is_open and not start.is_released
+    return {("preprocess", rate): preprocess[rate]} if is_guess else {}
 
 
 # --- files of one's own as the clips of the project -----------------------------------------------

@@ -172,22 +172,22 @@ def run_probes(
     The progress counts classifiers: on many clips each takes minutes.
     """
     found = ProbeResults()
-    probes = {name: _clips(probe, params, passes) for name, probe in params.probes.items()}
-    reasons = {name: _why_not(params.probes[name], clips) for name, clips in probes.items()}
-    found.skipped = {f"probe {name}": why for name, why in reasons.items() if why}
-    able = {name: clips for name, clips in probes.items() if not reasons[name]}
-    total = sum(len(clips.folds) for clips in able.values()) * len(ENCODERS) * len(kinds(params))
-    counter = Counter(progress, total)
-    for name, clips in able.items():
-        found.metrics[name], arrays = _probe(
-            params.probes[name], params, clips, seed=seed, counter=counter
-        )
+    each = len(kinds(params)) * len(ENCODERS)
+    counter = Counter(progress, each * len(params.probes))
+    for name, probe in params.probes.items():
+        clips = _clips(probe, params, passes)
+        why = _why_not(probe, clips)
+        if why:
+            found.skipped[f"probe {name}"] = why
+            counter.add(each)
+            continue
+        found.metrics[name], arrays = _probe(probe, params, clips, seed=seed, counter=counter)
         found.arrays.update({f"probe-{name}-{kind}": values for kind, values in arrays.items()})
     return found
 
 
 def kinds(params: EvaluateParams) -> tuple[str, ...]:
-    """The classifiers of each probe."""
+    """The classifiers of each probe, which it trains on the features of both encoders."""
     return ("svm", "low_rank") if params.low_rank_steps else ("svm",)
 
 
@@ -290,11 +290,12 @@ def _probe(
     for kind in kinds(params):
         correct = {}
         for encoder in ENCODERS:
-            answers = []
-            for fold in clips.folds.values():
-                answers.append(_answers(kind, probe, params, clips, encoder, fold, seed=seed))
-                counter.add(1)
+            answers = [
+                _answers(kind, probe, params, clips, encoder, fold, seed=seed)
+                for fold in clips.folds.values()
+            ]
             correct[encoder] = np.stack(answers, axis=1)[tested]
+            counter.add(1)
         found[kind] = _measured(correct, params, clips, seed=seed)
         ours = correct["pretrained"]
         arrays[kind] = {
