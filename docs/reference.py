@@ -15,7 +15,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from vatt import config as settings
-from vattctl.cli import cli
+from vattctl.cli import SECTIONS, cli
 
 ROOT = Path(__file__).parents[1]
 PRESETS = ("demo", "small", "one-gpu", "paper")
@@ -39,10 +39,12 @@ def commands_page() -> str:
         "`--verbose`, `--debug` and `--project DIR`.\n"
     ]
     top = click.Context(cli, info_name="vattctl")
-    for title, names in cli.sections.items():
+    commands = cli.load()
+    for title, names in SECTIONS.items():
         parts.append(f"## {title}\n")
         for name in names:
-            parts += _help(cli.commands[name], click.Context(cli.commands[name], top, name), 3)
+            command = commands[name]
+            parts += _help(command, click.Context(command, top, name), 3)
     return "\n".join(parts)
 
 

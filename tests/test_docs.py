@@ -97,5 +97,5 @@ def test_the_site_builds_with_every_link_and_anchor(tmp_path: Path) -> None:
     for key in ("drop_rate", "micro_batch_size", "learning_rate", "no_text_share"):
         assert f"<code>{key}</code>" in settings, key
     shown = (tmp_path / "commands.html").read_text(encoding="utf-8")
-    for name in cli.commands:
+    for name in cli.load():
         assert f"vattctl {name}" in shown, name

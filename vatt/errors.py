@@ -3,6 +3,8 @@
 import errno
 import logging
 import re
+import time
+from types import FrameType
 from typing import Any
 
 HIDDEN = "***"
@@ -94,6 +96,19 @@ class Interrupted(Stopped):
     exit_code = 130
 
 
+REPEAT_SECONDS = 2.0  # queues signal every process: one signal may come by several ways
+_stopped: list[float] = []  # when, in this process
+
+
+def stop(signum: int, frame: FrameType | None) -> None:
+    """Signal handler: what is on disk is complete at any moment, so it can stop anywhere."""
+    if _stopped and time.monotonic() - _stopped[-1] < REPEAT_SECONDS:
+        return
+    _stopped.append(time.monotonic())
+    raise Stopped("stopped by a signal", hint="run it again: it continues where it stopped")
+
+
+BUG = 101  # exit code of a fault of our own
 FULL = (errno.ENOSPC, errno.EDQUOT)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 FAILING = (errno.EIO, errno.ESTALE, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM)

@@ -18,12 +18,21 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
 
-from vatt.errors import SettingsError, Stopped, VattError, machine_error, redact, redact_logs
+from vatt.errors import (
+    BUG,
+    Interrupted,
+    SettingsError,
+    Stopped,
+    VattError,
+    machine_error,
+    redact,
+    redact_logs,
+    stop,
+)
 from vatt.files import UNREADABLE, atomic_write, lock
 
 FOLDER = Path(".vattctl")  # in the project's root; locks, the last outcome, the last traceback
@@ -37,8 +46,6 @@ VERBOSE_VARIABLE = "VATTCTL_VERBOSE"  # set by `vattctl --verbose`
 DVC_VARIABLE = "VATTCTL_DVC"  # the id of the DVC process that vattctl started
 LAUNCHED_VARIABLE = "VATT_LAUNCHED"  # set by vatt.training.distributed for the processes it starts
 
-BUG = 101
-INTERRUPTED = 130
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
 WATCH_SECONDS = 1.0  # between two looks at the DVC that started this stage
 
@@ -142,7 +149,7 @@ def _leave_with(stage: str, error: BaseException) -> int:
         error = machine_error(error) or error
     reason = stop_under(error) or error
     if isinstance(reason, KeyboardInterrupt):
-        return _leave(stage, INTERRUPTED, "interrupted; run it again to continue")
+        return _leave(stage, Interrupted.exit_code, "interrupted; run it again to continue")
     if isinstance(reason, VattError):
         return _leave(stage, reason.exit_code, str(reason))
     return _leave_bug(stage, error)
@@ -202,18 +209,6 @@ def read_outcome(project: Path = Path()) -> tuple[int, str] | None:
         return None
 
 
-REPEAT_SECONDS = 2.0  # queues signal every process: one signal may come by several ways
-_stopped: list[float] = []  # when, in this process
-
-
-def stop(signum: int, frame: FrameType | None) -> None:
-    """Signal handler: what is on disk is complete at any moment, so it can stop anywhere."""
-    if _stopped and time.monotonic() - _stopped[-1] < REPEAT_SECONDS:
-        return
-    _stopped.append(time.monotonic())
-    raise Stopped("stopped by a signal", hint="run it again: it continues where it stopped")
-
-
 def stop_under(error: BaseException) -> BaseException | None:
     """The stop behind an error, if a library took it for a failure, as MLflow's database does."""
     under: BaseException | None = error
@@ -240,7 +235,7 @@ def _leave_bug(stage: str, error: BaseException) -> int:
 
 def _leave(stage: str, code: int, message: str) -> int:
     # Of several processes one may fail, and its launcher stop the others: its reason counts.
-    is_stop = code in (Stopped.exit_code, INTERRUPTED)
+    is_stop = code in (Stopped.exit_code, Interrupted.exit_code)
     if _has_an_outcome() or (is_stop and not is_first_process()):
         return code
     outcome = {"stage": stage, "code": code, "message": message}

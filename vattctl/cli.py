@@ -4,7 +4,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from click.shell_completion import (
 
 from vatt import __version__
 from vatt.errors import (
+    BUG,
+    Interrupted,
     MachineError,
     SettingsError,
     Stopped,
@@ -26,27 +29,144 @@ from vatt.errors import (
     machine_error,
     redact,
     redact_logs,
+    stop,
 )
-from vatt.process import BUG, DEBUG_VARIABLE, INTERRUPTED, VERBOSE_VARIABLE, stop
-from vattctl import data, doctor, models, params, pipeline, planning, project, runs, tables
 
 PROGRAM = "vattctl"
+# Where each command is, and what `vattctl --help` says about it. So the command that runs is
+# imported, and no other.
+SECTIONS = {
+    "Run": {
+        "init": (
+            "project.init",
+            "Make a project in a new or empty folder DIR: settings, pipeline, git and DVC.",
+        ),
+        "demo": (
+            "pipeline.demo",
+            "Run the whole pipeline on a small generated corpus: minutes on two CPU cores.",
+        ),
+        "repro": (
+            "pipeline.repro",
+            "Run every stage (or TARGETS) whose settings, code or data have changed.",
+        ),
+        "pretrain": (
+            "pipeline.pretrain",
+            "Pre-train VATT with DeepSpeed on the preprocessed clips.",
+        ),
+        "finetune": (
+            "pipeline.finetune",
+            "Fine-tune, from pre-trained weights or from scratch.",
+        ),
+        "evaluate": (
+            "pipeline.evaluate",
+            "Measure probes, fine-tuned accuracy and zero-shot retrieval.",
+        ),
+        "report": ("pipeline.report", "Write the report: HTML and Markdown."),
+        "plan": (
+            "planning.plan_command",
+            "Forecast memory, time, energy and cost of the pre-training in params.yaml.",
+        ),
+    },
+    "Data": {
+        "ingest": (
+            "data.ingest",
+            "Use your own videos: a folder, with subtitle files if there are any, or a csv list.",
+        ),
+        "download": (
+            "data.download",
+            "Fetch the clips that the source names; write manifest and ledger.",
+        ),
+        "preprocess": ("data.preprocess", "Cut, scale and pack the clips into shards."),
+        "ledger": (
+            "data.ledger",
+            "Show which clips are there and what became of the others.",
+        ),
+    },
+    "Results": {
+        "status": (
+            "runs.status",
+            "Show what has run, what has changed since, and how each stage ended.",
+        ),
+        "runs": (
+            "runs.runs_command",
+            "List the last pipelines in MLflow: their state, main results and changed settings.",
+        ),
+        "logs": ("runs.logs", "Print what STAGE printed when vattctl last ran it."),
+        "ui": ("runs.ui", "Serve the MLflow page of this project's runs (Ctrl-C ends it)."),
+        "compare": (
+            "runs.compare",
+            "Compare two evaluations on the clips they share, with a paired bootstrap.",
+        ),
+        "table": (
+            "tables.table",
+            "Run what a table of the paper, or a study beyond it, needs: each run is an "
+            "experiment.",
+        ),
+        "search": (
+            "models.search",
+            "Find the moments of your own videos that fit the words of QUERY.",
+        ),
+    },
+    "Weights": {
+        "import": ("models.import_command", "Convert a released TensorFlow checkpoint."),
+        "export": ("models.export_command", "Write a checkpoint FOLDER in another form."),
+        "push": (
+            "models.push_command",
+            "Copy a checkpoint FOLDER to an address, from which `vatt.load` and `pull` take it.",
+        ),
+        "pull": (
+            "models.pull_command",
+            "Copy a checkpoint from an ADDRESS to a local folder, and check its files.",
+        ),
+        "embed": (
+            "models.embed",
+            "Print the embeddings of a video FILE's moments in the video-text space.",
+        ),
+        "verify": (
+            "models.verify_command",
+            "Compare parameters, operations, schedules, tokens and losses with the paper.",
+        ),
+    },
+    "Settings": {
+        "config": (
+            "data.config",
+            "Show, change, check or replace the settings in params.yaml.",
+        ),
+        "doctor": (
+            "doctor.doctor",
+            "Check the machine, the installed programs and the project, with a remedy for "
+            "each problem.",
+        ),
+        "completion": (
+            "cli.completion",
+            "Complete commands, options, settings, data sets and stages with Tab.",
+        ),
+    },
+}
 
 
 class Sections(click.Group):
     """A group whose help lists the commands by purpose, in whole sentences."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.sections: dict[str, list[str]] = {}
-
-    def add_section(self, title: str, commands: Iterable[click.Command]) -> None:
-        """Add the commands of one purpose, in this order."""
-        for command in commands:
-            for leaf in getattr(command, "commands", {"": command}).values():
-                leaf.params += global_options()
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """Import a command the first time that it is wanted; each takes the global options."""
+        place = next((known[name][0] for known in SECTIONS.values() if name in known), None)
+        if name not in self.commands and place is not None:
+            module, _, attribute = place.rpartition(".")
+            command: click.Command = getattr(import_module(f"vattctl.{module}"), attribute)
             self.add_command(command)
-            self.sections.setdefault(title, []).append(str(command.name))
+        return super().get_command(context, name)
+
+    def add_command(self, command: click.Command, name: str | None = None) -> None:
+        for leaf in getattr(command, "commands", {"": command}).values():
+            leaf.params += global_options()
+        super().add_command(command, name)
+
+    def load(self) -> dict[str, click.Command]:
+        """All commands by name, imported."""
+        context = click.Context(self)
+        return {name: command for name in self.list_commands(context)
+                if (command := self.get_command(context, name))}  # fmt: skip
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """`help COMMAND` is `COMMAND --help`."""
@@ -54,12 +174,12 @@ class Sections(click.Group):
         return super().parse_args(context, [*args[1:], "--help"] if is_help else args)
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return [name for names in self.sections.values() for name in names]
+        return [name for known in SECTIONS.values() for name in known]
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        room = max(map(len, self.commands))
-        for title, names in self.sections.items():
-            rows = [(n.ljust(room), self.commands[n].get_short_help_str(200)) for n in names]
+        room = max(map(len, self.list_commands(context)))
+        for title, known in SECTIONS.items():
+            rows = [(name.ljust(room), summary) for name, (_, summary) in known.items()]
             with formatter.section(title):
                 formatter.write_dl(rows)
 
@@ -93,10 +213,13 @@ def keep(
     known: dict[str, Any] = context.find_root().obj
     known["quiet"] = quiet or known.get("quiet", False)
     known["project"] = project or known.get("project")
-    if debug:
-        pipeline.set_for_stages(context, DEBUG_VARIABLE, "1")
-    if verbose:
-        pipeline.set_for_stages(context, VERBOSE_VARIABLE, "1")
+    if debug or verbose:
+        from vatt.process import DEBUG_VARIABLE, VERBOSE_VARIABLE
+        from vattctl.pipeline import set_for_stages
+
+        for is_on, variable in ((debug, DEBUG_VARIABLE), (verbose, VERBOSE_VARIABLE)):
+            if is_on:
+                set_for_stages(context, variable, "1")
 
 
 @click.group(
@@ -257,30 +380,7 @@ def _completion_files(shell: str, script: str) -> dict[Path, str]:
     return {place: script, start: kept + line}
 
 
-for title, commands in {
-    "Run": (
-        project.init,
-        pipeline.demo,
-        pipeline.repro,
-        pipeline.pretrain,
-        pipeline.finetune,
-        pipeline.evaluate,
-        pipeline.report,
-        planning.plan_command,
-    ),
-    "Data": data.COMMANDS,
-    "Results": (*runs.COMMANDS, *tables.COMMANDS, models.search),
-    "Weights": (
-        models.import_command,
-        models.export_command,
-        models.push_command,
-        models.pull_command,
-        models.embed,
-        models.verify_command,
-    ),
-    "Settings": (params.config, doctor.doctor, completion),
-}.items():
-    cli.add_section(title, commands)
+cli.add_command(completion)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -296,7 +396,7 @@ def _run(argv: list[str]) -> int:
         return result if isinstance(result, int) else 0
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
-        return INTERRUPTED
+        return Interrupted.exit_code
     except click.ClickException as error:
         error.show()
         return SettingsError.exit_code
@@ -321,12 +421,14 @@ def _run(argv: list[str]) -> int:
 
 def _report(error: VattError, argv: list[str]) -> int:
     """Print the message; of a stop one line, with the command that continues."""
-    if error.exit_code in (INTERRUPTED, Stopped.exit_code):
+    if error.exit_code in (Interrupted.exit_code, Stopped.exit_code):
         what = error.problem.splitlines()[0].partition(";")[0]
         again = redact(shlex.join([PROGRAM, *argv]), every_query=True)
         click.echo(f"{what}; what is done is saved. To continue: {again}", err=True)
         return error.exit_code
-    click.echo(f"error: {params.with_pages(str(error))}", err=True)
+    from vattctl.params import with_pages
+
+    click.echo(f"error: {with_pages(str(error))}", err=True)
     if error.exit_code == MachineError.exit_code:
         click.echo("`vattctl doctor` checks the machine and the project", err=True)
     return error.exit_code

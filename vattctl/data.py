@@ -407,6 +407,3 @@ def _echo_table(rows: list[list[str]], *, left: int) -> None:
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         click.echo("  ".join(cells).rstrip())
-
-
-COMMANDS = (ingest, download, preprocess, ledger)

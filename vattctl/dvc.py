@@ -30,13 +30,12 @@ from typing import Any, TextIO
 
 import click
 
-from vatt.errors import DataError, MachineError, SettingsError, Stopped, VattError
+from vatt.errors import DataError, Interrupted, MachineError, SettingsError, Stopped, VattError
 from vatt.files import UNREADABLE, atomic_write, lock
 from vatt.process import (
     CLOCK_SECONDS,
     DVC_VARIABLE,
     FOLDER,
-    INTERRUPTED,
     MARKS,
     OUTCOME,
     SETTINGS_LOCK,
@@ -311,8 +310,8 @@ def _failure(command: str, code: int, projects: Sequence[Path]) -> VattError:
     outcome = _outcome(projects)
     if outcome is not None:
         return StageFailed(*outcome)
-    if code in (INTERRUPTED, -signal.SIGINT, DVC_INTERRUPTED):
-        return StageFailed(INTERRUPTED, "interrupted; run it again to continue")
+    if code in (Interrupted.exit_code, -signal.SIGINT, DVC_INTERRUPTED):
+        return StageFailed(Interrupted.exit_code, "interrupted; run it again to continue")
     if code in (Stopped.exit_code, -signal.SIGTERM, -signal.SIGUSR1):
         return StageFailed(Stopped.exit_code, "stopped by a signal; run it again to continue")
     if code == CONFIG_ERROR:
@@ -801,7 +800,7 @@ def _run_watched(arguments: list[str]) -> int:
     code = int(main(arguments))
     if watch.signum is None or code == 0:
         return code
-    return INTERRUPTED if watch.signum == signal.SIGINT else Stopped.exit_code
+    return Interrupted.exit_code if watch.signum == signal.SIGINT else Stopped.exit_code
 
 
 if __name__ == "__main__":

@@ -564,5 +564,3 @@ def _shown_of(name: str, measured: Mapping[str, float]) -> str:
 
 MAIN = ("text_to_video.recall_at_10", "video_to_audio.recall_at_10")
 SHOWN = 4  # changed settings of a pipeline
-
-COMMANDS = (status, runs_command, logs, ui, compare)

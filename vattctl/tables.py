@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vatt.errors import SettingsError, Stopped, VattError
+from vatt.errors import Interrupted, SettingsError, Stopped, VattError
 from vatt.files import inside, read_json
-from vatt.process import INTERRUPTED
 from vattctl.dvc import StageFailed, changed_stages
 from vattctl.experiments import Experiment, run_experiment, settings_of
 from vattctl.params import enter_project, print_rich
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 NUMBERS = tuple(str(number) for number in range(1, 11))
 BEYOND = ("text", "tokens", "senses", "experts")
-RESUMABLE = (Stopped.exit_code, INTERRUPTED)
+RESUMABLE = (Stopped.exit_code, Interrupted.exit_code)
 VERSION = 1
 EXPERIMENTS, SETS = Path("experiments"), Path("sets")
 CHECKPOINT = Path("runs/checkpoints/pretrained")
@@ -550,6 +549,3 @@ def _print_results(chosen: Chosen) -> None:
             lines.add_row(f"{row.head} ({row.note})" if row.note else row.head, *cells)
         print_rich(lines)
     print_rich("next: vattctl report")
-
-
-COMMANDS = (table,)

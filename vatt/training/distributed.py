@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vatt.config import MachineParams
-from vatt.errors import Interrupted, Stopped
-from vatt.process import REPEAT_SECONDS, check_hostfile
+from vatt.errors import REPEAT_SECONDS, Interrupted, Stopped
+from vatt.process import check_hostfile
 
 
 def rank() -> int:
