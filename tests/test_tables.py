@@ -7,7 +7,8 @@ import pytest
 
 from tests.test_stages import SMALL, metrics, new_project, sets, vattctl
 from vatt.beyond import beyond, named
-from vattctl.tables import BEYOND
+from vatt.studies import DEMO, with_seed
+from vattctl.tables import BEYOND, _lend_corpus, experiment_of
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,25 @@ def test_a_study_beyond_the_paper_lists_its_arms_with_three_seeds(project: Path)
 
 def test_the_names_of_studies_lead_to_all_of_them() -> None:
     assert [study for name in BEYOND for study in named(name)] == list(beyond().values())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_with_spoilt_captions_takes_the_videos_of_the_base(
+    project: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.chdir(project)
+    (text,) = named("text")
+    run = with_seed(next(run for run in text.runs() if run.name == "text-80"), seed)
+    base = Path("experiments/base-seed-1" if seed else "") / "data/corpus"
+    base.mkdir(parents=True, exist_ok=True)
+    video = base / f"demo1-{seed}-train-00000.mp4"
+    video.write_bytes(b"a video")
+    (base / ".half.tmp").write_bytes(b"not complete")
+    experiment = experiment_of(run, DEMO)
+    for _ in range(2):  # again after a kill
+        _lend_corpus(experiment, run.seed)
+    (taken,) = (experiment.folder / "data/corpus").iterdir()
+    assert taken.name == video.name and taken.samefile(video)
 
 
 def test_a_gpu_forecasts_what_nobody_has_measured(project: Path) -> None:

@@ -1,7 +1,9 @@
 """One command for each table and study: its runs as experiments, their cost, their results."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -422,8 +424,11 @@ def _run_all(
     failed = []
     for place, run in enumerate(runs, start=1):
         click.echo(f"{place} of {len(runs)}: {run.name}", err=True)
+        experiment = experiment_of(run, scale)
+        if run.corpus == run.name:
+            _lend_corpus(experiment, run.seed)
         try:
-            run_experiment(experiment_of(run, scale), quiet=quiet)
+            run_experiment(experiment, quiet=quiet)
         except StageFailed as error:
             if error.exit_code in RESUMABLE:
                 raise
@@ -431,6 +436,21 @@ def _run_all(
             failed.append(run.name)
         gather(scale, params)  # also when a later run fails
     return failed
+
+
+def _lend_corpus(experiment: Experiment, seed: int | None) -> None:
+    """Link the generated videos of the base with the same seed, so that they are not made again.
+
+    Such a file's name determines its content; what differs is what is said, or what is beside it.
+    """
+    from vatt.studies import BASE
+
+    base = Path() if seed is None else EXPERIMENTS / f"{BASE}-seed-{seed}"
+    own = experiment.folder / settings_of(experiment).paths.media.with_name("corpus")
+    own.mkdir(parents=True, exist_ok=True)
+    for video in (base / own.relative_to(experiment.folder)).glob("demo*.mp4"):
+        with suppress(OSError):  # there already, or no links here
+            os.link(video, own / video.name)
 
 
 def _plain(chosen: Chosen, planned: Sequence[RunState], scale: "Scale") -> dict[str, Any]:
