@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vatt.config import ModelParams, PreprocessParams
+from vatt.data.clips.files import exists
 from vatt.data.clips.storage import Storage
 from vatt.senses.audio import Audio
 from vatt.senses.depth import Depth
@@ -40,6 +41,7 @@ def files_beside(folder: Path, media: str) -> dict[str, str]:
             there = posixpath.normpath(posixpath.join(above, place.replace("{stem}", stem)))
             path = folder / there
             # Opening a pipe would wait for ever.
-            if not there.startswith("../") and (path.is_file() or path.is_dir()):
+            is_there = exists(path, Path.is_file) or exists(path, Path.is_dir)
+            if is_there and not there.startswith("../"):
                 found.setdefault(name, there)
     return found

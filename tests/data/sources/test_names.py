@@ -75,6 +75,28 @@ def test_folders_named_like_splits_decide_in_any_case(tmp_path, train, val, test
     assert f"{test} is test" in note and "data.split_folders: classes" in note
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("train_256", "test_256"), ("seg_train", "seg_test"), ("trn", "tst"), ("Train (1)", "Test (1)"),
+     ("1_train", "2_test"), ("trainA", "testA"), ("ucf train set", "ucf test set")],
+)  # fmt: skip
+def test_split_words_within_names_count_next_to_each_other(tmp_path, train, test):
+    make(tmp_path, *(f"{split}/{c}/{c}*4.jpg" for split in (train, test) for c in "ab"))
+    for name, (split, label) in splits_and_labels(tmp_path).items():
+        folder, label_folder, _ = name.split("/")
+        assert (split, label) == ({train: "train", test: "test"}[folder], label_folder)
+    [note] = scan(tmp_path, DATA).notes
+    assert f"{train} is train" in note and "data.split_folders: classes" in note
+    as_classes = splits_and_labels(tmp_path, split_folders="classes")
+    assert {split for split, _ in as_classes.values()} == {"train", "test"}
+
+
+def test_a_split_word_within_a_name_alone_is_a_class(tmp_path):
+    make(tmp_path, "crash test/a*6.jpg", "bus/b*6.jpg", "train ride/c*6.jpg", "car/d*6.jpg")
+    found = splits_and_labels(tmp_path)
+    assert {label for _, label in found.values()} == {"crash test", "bus", "train ride", "car"}
+
+
 def test_words_that_only_begin_like_a_split_are_classes():
     assert [split_word(name) for name in ("trained", "testament", "valley", "a train", "developer")] == [
         None
@@ -105,6 +127,49 @@ def test_splits_may_lie_below_the_classes(tmp_path):
     make(tmp_path, *(f"{c}/{split}/{c}{split}*2.jpg" for split in ("Train", "Test") for c in "ab"))
     for name, (split, label) in splits_and_labels(tmp_path).items():
         assert [label, split] == name.lower().split("/")[:2]
+
+
+def test_only_some_classes_may_have_splits(tmp_path):
+    make(tmp_path, "cat/train/a*3.jpg", "cat/test/b*3.jpg", "dog/c*3.jpg")
+    found = splits_and_labels(tmp_path)
+    assert {found[f"cat/test/b{k}.jpg"] for k in (1, 2, 3)} == {("test", "cat")}
+    assert {found[f"dog/c{k}.jpg"] for k in (1, 2, 3)} == {("train", "dog")}
+
+
+def test_classes_in_folders_within_folders_are_pointed_out(tmp_path):
+    make(
+        tmp_path / "1",
+        *(f"{c}/{day}/{c}{day}*3.jpg" for c in ("cat", "dog") for day in ("s1", "s2")),
+    )
+    [note] = scan(tmp_path / "1", DATA).notes[:1]
+    assert note.startswith("folders of one name are one class: s1 (cat/s1, dog/s1), s2 (")
+    make(tmp_path / "2", "train/cat/a*3.jpg", "test/cat/s1/b*3.jpg")
+    assert any("cat/s1 in cat" in note for note in scan(tmp_path / "2", DATA).notes)
+    make(tmp_path / "3", "train/cat/a*3.jpg", "test/cat/b*3.jpg", "train/a|b/c*3.jpg")
+    notes = " ".join(scan(tmp_path / "3", DATA).notes)
+    assert "one class" not in notes and "names with | are several classes: a|b" in notes
+
+
+def test_recordings_of_one_name_in_train_and_test_are_pointed_out(tmp_path):
+    make(tmp_path, *(f"{k}.{ending}" for k in range(8) for ending in ("mp4", "mkv")))
+    assert any("but for its ending" in note for note in scan(tmp_path, DATA).notes)
+
+
+def test_the_longest_name_that_a_disk_takes_is_a_name(tmp_path):
+    make(
+        tmp_path,
+        "x" * 251 + ".jpg",
+        "é" * 125 + ".jpg",
+        "a\nb.jpg",
+        "100%d.jpg",
+        "-x.jpg",
+        "why?.jpg",
+    )
+    assert len(scan(tmp_path, DATA).clips) == 6
+    assert find_file(tmp_path, "x" * 251 + ".jpg") and find_file(tmp_path, "x" * 999) is None
+    assert find_file(tmp_path, "x/" * 3000) is None and why_missing(tmp_path / ("x" * 999))
+    (tmp_path / "list.csv").write_text("x" * 999 + ".csv")
+    assert copied_link(tmp_path / "list.csv") is None
 
 
 def test_splits_without_classes_and_splits_taken_for_classes(tmp_path):
@@ -346,6 +411,11 @@ def test_a_manifest_cannot_point_out_of_the_folder(tmp_path, url):
         ("talk.en.auto.srt", "talk.mp4"),
         ("talk.English.srt", "talk.mp4"),
         ("talk.Español.srt", "talk.mp4"),
+        ("talk.日本語.srt", "talk.mp4"),
+        ("talk.chs.srt", "talk.mp4"),
+        ("talk.English (auto-generated).srt", "talk.mp4"),
+        ("talk - English.srt", "talk.mp4"),
+        ("talk.en.json3", "talk.mp4"),
         ("talk.mp4.srt", "talk.mp4"),
         ("talk.mp4.en.srt", "talk.mp4"),
         ("talk.webm.srt", "talk.mp4"),
@@ -396,6 +466,18 @@ def test_of_several_languages_the_wanted_one_is_read_first(tmp_path):
     assert "t.en.srt is read" in note and "data.caption_languages" in note
     make(tmp_path, "t.mp4", *texts)
     assert scan(tmp_path, DATA).with_captions == 1
+
+
+def test_subtitles_in_a_language_that_is_not_wanted_are_announced():
+    texts = ["a.de.srt", "b.fr.srt", "b.de.srt", "c.srt", "d.en.srt"]
+    media = ["a.mp4", "b.mp4", "c.mp4", "d.mp4"]
+    notes = match_subtitles(media, texts, ["en"]).notes
+    assert any(
+        "2 files have subtitles in other languages only: a.de.srt is read" in n for n in notes
+    )
+    assert not any(
+        "other languages" in n for n in match_subtitles(media[2:], texts[3:], ["en"]).notes
+    )
 
 
 # --- what was reported ----------------------------------------------------------------------------

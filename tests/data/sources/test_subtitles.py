@@ -222,8 +222,63 @@ def test_a_cue_whose_times_are_lost_skips_absent_and_joins_no_other(tmp_path):
     assert read(tmp_path, "a.vtt", "WEBVTT\n\nNOTE nothing is said\n").dropped == 0
 
 
+@pytest.mark.parametrize(
+    "times",
+    [
+        "0:0:1,5 --> 0:0:2,5", "00:00:01:500 --> 00:00:02:500", "00:00:01,500 --&gt; 00:00:02,500",
+        "00:00:01,500 – 00:00:02,500", "0:00:01.500,0:00:02.500", "[00:01.500 --> 00:02.500]",
+        "00:00:01,500\u00a0-->\u00a000:00:02,500", "００:００:０１,５００ --> ００:００:０２,５００",
+        "00:00:01\u060c500 --> 00:00:02\u060c500", "\u202b00:00:01,500 --> 00:00:02,500",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("number", ["2\n", ""])
+def test_times_as_other_programs_write_them_are_read(tmp_path, times, number):
+    before = number.replace("2", "1") + "00:00:00,500 --> 00:00:01,000\nopen\n\n"
+    got = read(tmp_path, "a.srt", f"{before}{number}{times}\npour\n")
+    assert got.captions[-1] == Caption(1.5, 2.5, "pour")
+    assert got.captions[0].text == "open" and got.dropped == 0
+    assert got.faults.repaired == (not times.startswith("\u202b"))
+
+
+@pytest.mark.parametrize("first", ["\nWEBVTT\n\n", "webvtt\n\n", ""])
+def test_comments_of_vtt_are_left_out_whatever_its_first_line_is(tmp_path, first):
+    got = read(
+        tmp_path, "a.vtt", f"{first}{ONE}\nopen the door\n\nNOTE to me\n\n{TWO}\npour the milk"
+    )
+    assert got.captions == (OPEN, POUR) and not got.faults
+
+
+@pytest.mark.parametrize("end", ["\n2", "\n2\n", "\n2\n\n"])
+def test_a_file_that_ends_after_the_number_of_a_cue_has_lost_it(tmp_path, end):
+    got = read(tmp_path, "a.srt", f"1\n{ONE}\nopen the door\n{end}")
+    assert (got.captions, got.dropped) == ((OPEN,), 1)
+
+
+def test_files_that_were_joined_keep_their_cues_apart(tmp_path):
+    part = "\ufeff1\n{}\n{}\n\n"
+    got = read(tmp_path, "a.srt", part.format(ONE, OPEN.text) + part.format(TWO, POUR.text))
+    assert got.captions == (OPEN, POUR) and not got.faults
+
+
+def test_numbers_that_are_all_that_is_said_stay(tmp_path):
+    for numbers in (("", "", ""), ("1\n", "", "3\n")):
+        times = [ONE, TWO, "00:00:05,000 --> 00:00:06,000"]
+        cues = zip(numbers, times, ["10", "7", "x"], strict=True)
+        text = "".join(f"{number}{span}\n{said}\n\n" for number, span, said in cues)
+        got = read(tmp_path, "a.srt", text)
+        assert [caption.text for caption in got.captions] == ["10", "7", "x"]
+
+
 def test_numbers_and_marks_that_are_said_stay(tmp_path):
-    said = ["count to 10", "42", "I <3 you > all", "a & b"]
+    said = [
+        "count to 10",
+        "42",
+        "I <3 you > all",
+        "a & b",
+        "if a<b and c>d",
+        "from a --> b\nand on",
+    ]
+    said[-1] = said[-1].replace("\n", " ")
     cues = [f"00:00:0{k},000 --> 00:00:0{k + 1},000\n{text}\n\n" for k, text in enumerate(said)]
     assert [caption.text for caption in read(tmp_path, "a.srt", "".join(cues)).captions] == said
 
@@ -298,6 +353,16 @@ def test_odd_rows_of_json_are_repaired_or_dropped(tmp_path, row, texts, faults):
     assert ([caption.text for caption in got.captions], got.faults) == (texts, faults)
 
 
+def test_the_list_of_a_transcript_that_is_not_empty_is_read(tmp_path):
+    words = [{"word": "pour", "start": 0.0, "end": 1.0}, {"word": "milk", "start": 1.0, "end": 2.0}]
+    for name in ("a.json", "a.en.json3"):
+        got = read(tmp_path, name, json.dumps({"segments": [], "words": words}))
+        assert got.captions == (Caption(0.0, 2.0, "pour milk"),)
+    assert read(tmp_path, "a.json", json.dumps({"segments": [], "words": []})).captions == ()
+    row = {"start": "00:00:01,500", "end": "0:02.5", "text": "pour"}
+    assert read(tmp_path, "a.json", json.dumps([row])).captions == (Caption(1.5, 2.5, "pour"),)
+
+
 @needs_data
 def test_a_text_track_inside_a_video_is_read():
     captions = embedded_captions(Path(TEST_DATA) / "hostile" / "with_subtitles.mp4").captions
@@ -316,6 +381,28 @@ def test_each_kind_of_text_track_in_a_matroska_file_is_read(tmp_path, codec):
     )
     found = embedded_captions(tmp_path / "film.mkv")
     assert found.captions == (Caption(0.5, 1.5, "salt, and pepper"),)
+
+
+def test_of_several_text_tracks_the_one_of_the_wanted_language_is_read(tmp_path):
+    write_media(tmp_path / "film.mp4", seconds=3.0)
+    tracks = [("ger", "", "0"), ("eng", "", "forced"), ("eng", "Commentary", "0"), ("eng", "", "0")]
+    options = ["-i", "film.mp4"]
+    for number, (language, title, _) in enumerate(tracks):
+        text = f"1\n00:00:00,500 --> 00:00:01,500\n{language}{title} {number}\n"
+        (tmp_path / f"{number}.srt").write_text(text)
+        options += ["-i", f"{number}.srt"]
+    options += ["-map", "0:v", *(part for k in range(1, 5) for part in ("-map", f"{k}:s"))]
+    for number, (language, title, flag) in enumerate(tracks):
+        options += [f"-metadata:s:s:{number}", f"language={language}"]
+        options += [f"-metadata:s:s:{number}", f"title={title}", f"-disposition:s:{number}", flag]
+    run_ffmpeg(*options, "-c:v", "copy", "-c:s", "srt", "film.mkv", folder=tmp_path)
+    eng, ger = ("eng 3", "track 4 of 4 (eng)"), ("ger 0", "track 1 of 4 (ger)")
+    for language, wanted in (("en", eng), ("de", ger), ("fr", ger)):
+        found = embedded_captions(tmp_path / "film.mkv", languages=[language])
+        assert ([caption.text for caption in found.captions], found.choice) == (
+            [wanted[0]],
+            wanted[1],
+        )
 
 
 def test_a_script_that_names_other_files_is_not_followed(tmp_path):

@@ -11,7 +11,7 @@ import time
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -111,8 +111,21 @@ def _count(path: Path) -> int:
     return sum(len(names) for _, _, names in os.walk(path))
 
 
+LONGEST_PATH = 4096  # bytes
+
+
+def exists(path: Path, test: Callable[[Path], bool] = Path.exists) -> bool:
+    """Whether a path is there; one that is too long for any disk is not."""
+    try:
+        return test(path)
+    except OSError:
+        return False
+
+
 def find_file(folder: Path, name: str) -> str | None:
     """The relative name under which a file is there: in another Unicode form, or with / for \\."""
+    if len(os.fsencode(name)) > LONGEST_PATH:
+        return None
     for candidate in dict.fromkeys((name, name.replace("\\", "/"))):
         there = _find(folder, PurePosixPath(candidate).parts)
         if there is not None:
@@ -122,7 +135,7 @@ def find_file(folder: Path, name: str) -> str | None:
 
 def _find(folder: Path, parts: Sequence[str]) -> Path | None:
     if not parts:
-        return folder if folder.is_file() else None
+        return folder if exists(folder, Path.is_file) else None
     if (there := _find(folder / parts[0], parts[1:])) is not None:
         return there
     if parts[0].isascii() or not folder.is_dir():
@@ -137,13 +150,13 @@ def _find(folder: Path, parts: Sequence[str]) -> Path | None:
 def why_missing(path: Path) -> str:
     """Why there is no file at a path: a link on the way that leads nowhere is named."""
     for part in (*reversed(path.parents), path):
-        if part.is_symlink() and not part.exists():
+        if exists(part, Path.is_symlink) and not exists(part):
             return f"{part} is a link to {part.readlink()}, which is not there"
-        if part != path and part.is_file():
+        if part != path and exists(part, Path.is_file):
             target = copied_link(part)
             link = f": a link to {target} that was copied as text" if target else ""
             return f"{part} is a file, not a folder{link}"
-    return "no such file"
+    return "a folder, not a file" if exists(path, Path.is_dir) else "no such file"
 
 
 LONGEST_LINK = 4096  # bytes
@@ -167,7 +180,7 @@ def copied_link(path: Path) -> str | None:
     named = PurePosixPath(target.replace("\\", "/"))
     if len(data) > LONGEST_LINK or not target.strip() or not target.isprintable():
         return None
-    leads_away = len(named.parts) > 1 or (path.parent / named).exists()
+    leads_away = len(named.parts) > 1 or exists(path.parent / named)
     is_link = named.suffix.lower() == path.suffix.lower() and leads_away
     return target if marked or is_link else None
 

@@ -21,7 +21,7 @@ from vatt.data.clips.files import (
     list_files,
     why_missing,
 )
-from vatt.data.clips.manifest import Clip
+from vatt.data.clips.manifest import LABEL_SEPARATOR, Clip
 from vatt.data.clips.media import BrokenMediaError, Media, probe
 from vatt.data.clips.samples import windows_of
 from vatt.data.sources.subtitles import (
@@ -124,10 +124,7 @@ def scan(
         )
     layout = read_layout(files, data.split_folders)
     subtitles = match_subtitles(files, texts, data.caption_languages)
-    read = {
-        name: _captions(folder, name, subtitles.of.get(name, []), sentences=data.sentences)
-        for name in files
-    }
+    read = {name: _captions(folder, name, subtitles.of.get(name, []), data) for name in files}
     digests = dict(
         zip(files, (hashes or ContentHashes()).of(folder / name for name in files), strict=True)
     )
@@ -142,6 +139,8 @@ def scan(
     opened, broken = _opened(folder, files) if opens else ({}, [])
     for name in subtitles.unmatched:
         ignored[".json files" if name.lower().endswith(".json") else "subtitles of no video"] += 1
+    notes += [*layout.notes(), *layout.doubts(files), *subtitles.notes, *_tracks_note(read)]
+    notes += _doubts(clips, digests, files)
     return Found(
         clips,
         with_captions=sum(bool(subtitles.captions) for subtitles in read.values()),
@@ -155,7 +154,7 @@ def scan(
         ignored=dict(+ignored),
         captions_dropped=sum(subtitles.dropped for subtitles in read.values()),
         mark=_mark(digests, clips, _contents(folder, clips, hashes or ContentHashes())),
-        notes=(*notes, *layout.notes(), *subtitles.notes, *_doubts(clips, digests, files)),
+        notes=tuple(notes),
     )
 
 
@@ -172,8 +171,8 @@ def _opened(folder: Path, files: Sequence[str]) -> tuple[dict[str, Media], list[
     return opened, broken
 
 
-def _classes(clips: Iterable[Clip], split: str) -> set[str]:
-    return {clip.labels[LABEL] for clip in clips if clip.split == split and clip.labels}
+def _classes(clips: Iterable[Clip], split: str, label: str) -> set[str]:
+    return {clip.labels[label] for clip in clips if clip.split == split and label in clip.labels}
 
 
 # --- which files ----------------------------------------------------------------------------------
@@ -288,15 +287,16 @@ def _some(names: Sequence[str]) -> str:
 # --- splits and labels ----------------------------------------------------------------------------
 
 SPLIT_WORDS = {
-    "train": "train", "training": "train",
+    "train": "train", "training": "train", "trn": "train",
     "val": "val", "valid": "val", "validate": "val", "validation": "val", "dev": "val",
     "development": "val",
-    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+    "test": "test", "testing": "test", "tst": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
 _SPLIT_NAME = re.compile(
     rf"({'|'.join(SPLIT_WORDS)})([ _.-]*(set|data|split|images|videos|clips|files))?"
     r"([ _.-]*\d{4})?"
 )
+_SPLIT_PART = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_WORDS)})(?![a-z])")
 ROOT = PurePosixPath(".")
 
 
@@ -304,6 +304,16 @@ def split_word(name: str) -> str | None:
     """The split that a folder's name speaks of: Train, TEST, Validation, val2017, "test set"."""
     match = _SPLIT_NAME.fullmatch(composed(name).strip().lower())
     return SPLIT_WORDS[match[1]] if match else None
+
+
+def _part_of_name(name: str) -> tuple[str, str] | None:
+    """The split word within a longer name, and the rest: seg_train, val_256, testA."""
+    plain = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", composed(name)).strip().lower()
+    found = list(_SPLIT_PART.finditer(plain))
+    if len(found) != 1:
+        return None
+    [match] = found
+    return SPLIT_WORDS[match[1]], f"{plain[: match.start()]}*{plain[match.end() :]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,10 +331,40 @@ class Layout:
 
     def label_of(self, name: str) -> str:
         """The class: the folder that holds the file, or the one around its split folders."""
+        return composed(self._class_folder(name).name)
+
+    def _class_folder(self, name: str) -> PurePosixPath:
         folder = PurePosixPath(name).parent
         if folder in self.splits:
             folder = folder.parent if self.are_below_classes else ROOT
-        return composed(folder.name)
+        return folder
+
+    def doubts(self, names: Iterable[str]) -> list[str]:
+        """Classes that may be meant otherwise: in folders within folders, a name says less."""
+        places: dict[str, set[str]] = {}
+        for name in names:
+            folder = self._class_folder(name)
+            line = [one.name for one in (folder, *folder.parents) if one not in self.splits]
+            plain = "/".join(composed(one) for one in line[::-1] if one)
+            places.setdefault(composed(folder.name), set()).add(plain)
+        notes = []
+        shared = [f"{label} ({', '.join(sorted(found))})" for label, found in sorted(places.items())
+                  if label and len(found) > 1]  # fmt: skip
+        if shared:
+            notes.append(f"folders of one name are one class: {_some(shared)}; rename one of them")
+        joined = sorted(label for label in places if LABEL_SEPARATOR in label)
+        if joined:
+            notes.append(f"names with {LABEL_SEPARATOR} are several classes: {_some(joined)}")
+        known = {place for found in places.values() for place in found if place}
+        inner = [f"{place} in {parent}" for place in sorted(known)
+                 if (parent := next((str(p) for p in PurePosixPath(place).parents
+                                     if str(p) in known), None)) is not None]  # fmt: skip
+        if inner:
+            notes.append(
+                f"folders within class folders are classes of their own: {_some(inner)}; move "
+                "their files up if they belong to the outer class"
+            )
+        return notes
 
     def notes(self) -> list[str]:
         """What was taken for what."""
@@ -354,14 +394,43 @@ def read_layout(names: Iterable[str], rule: str) -> Layout:
     while waiting:
         children = inside.get(waiting.pop(), set())
         named = {child: word for child in children if (word := split_word(child.name))}
-        if rule == "splits" or (rule == "auto" and _are_splits(named, children, inside)):
-            splits |= named
-            waiting += children - named.keys()
-        else:
-            classes += map(str, named)
-            waiting += children
-    are_below_classes = len({folder.parent for folder in splits}) > 1
+        found = _split_folders(named, children, inside, rule) if rule != "classes" else {}
+        splits |= found
+        classes += map(str, named.keys() - found.keys())
+        waiting += children - found.keys()
+    around = {folder.parent for folder in splits}
+    are_below_classes = len(around) > 1 or any(
+        folder != ROOT and inside[folder.parent] - around for folder in around
+    )
     return Layout(splits, tuple(sorted(classes)) if rule == "auto" else (), are_below_classes)
+
+
+def _split_folders(
+    named: Mapping[PurePosixPath, str],
+    siblings: set[PurePosixPath],
+    inside: Mapping[PurePosixPath, set[PurePosixPath]],
+    rule: str,
+) -> dict[PurePosixPath, str]:
+    """The folders that are splits: by their whole names, or next to others as parts of them.
+
+    seg_train is a split next to seg_test, and test_256 next to train/cat, but not next to a class.
+    """
+    parts = {
+        child: part
+        for child in siblings - named.keys()
+        if (part := _part_of_name(child.name)) is not None
+    }
+    words = {**named, **{child: word for child, (word, _) in parts.items()}}
+    if len(words) == len(siblings) and len(set(words.values())) > 1:
+        return words
+    found = dict(named) if rule == "splits" or _are_splits(named, siblings, inside) else {}
+    groups: dict[str, dict[PurePosixPath, str]] = {}
+    for child, (word, rest) in parts.items():
+        groups.setdefault(rest, {})[child] = word
+    for group in groups.values():
+        found |= group if len(set(group.values())) > 1 else {}
+    lone = parts.keys() & inside.keys() - found.keys() if found else set()
+    return found | {child: words[child] for child in lone if words[child] not in found.values()}
 
 
 def _are_splits(
@@ -417,10 +486,7 @@ def _first(marks: list[str], share: float) -> int:
 
 def _doubts(clips: Sequence[Clip], digests: Mapping[str, str], files: Sequence[str]) -> list[str]:
     """What a person may not have meant."""
-    notes = []
-    unknown = sorted(_classes(clips, "test") - _classes(clips, "train"))
-    if unknown and _classes(clips, "train"):
-        notes.append(f"{len(unknown)} classes of test are not in train: {_some(unknown)}")
+    notes = class_doubts(clips, LABEL)
     if not any(clip.split == "test" for clip in clips):
         same = len(files) > 1 and len(set(digests.values())) == 1
         why = " because all files are copies of one" if same else ""
@@ -428,31 +494,56 @@ def _doubts(clips: Sequence[Clip], digests: Mapping[str, str], files: Sequence[s
             f"no file is left for testing{why}: add files, raise data.test_share, "
             "or name a folder test"
         )
-    splits: dict[str, set[str]] = {}
+    notes += copies_in_test(zip((digests[name] for name in files), clips, strict=True))
+    stems: dict[str, set[str]] = {}
     for name, clip in zip(files, clips, strict=True):
-        splits.setdefault(digests[name], set()).add(clip.split)
-    shared = sum({"train", "test"} <= found for found in splits.values())
-    if shared:
-        notes.append(f"{shared} files of test are copies of files of train")
+        stems.setdefault(str(PurePosixPath(name).with_suffix("")), set()).add(clip.split)
+    alike = sum({"train", "test"} <= found for found in stems.values())
+    if alike:
+        notes.append(
+            f"{alike} files of test have the name of a file of train, but for its ending: the "
+            "same recording may be in both"
+        )
     forms: dict[str, set[str]] = {}
     for folder in {PurePosixPath(name).parent.name for name in files}:
         forms.setdefault(composed(folder), set()).add(folder)
     twice = sorted(name for name, found in forms.items() if len(found) > 1)
     if twice:
         notes.append(f"written in two Unicode forms and taken for one class: {_some(twice)}")
-    return [*notes, *_nearly_equal(clips)]
+    return notes
 
 
-def _nearly_equal(clips: Sequence[Clip]) -> list[str]:
-    """Classes whose names differ in case, spaces or characters that nobody sees."""
+def copies_in_test(found: Iterable[tuple[str, Clip]]) -> list[str]:
+    """A note on clips of test whose files, known by their hashes, are other files of train, too."""
+    places: dict[str, dict[str, set[str]]] = {}
+    for digest, clip in found:
+        places.setdefault(digest, {}).setdefault(clip.url, set()).add(clip.split)
+    shared = sum(
+        len(urls) > 1 and {"train", "test"} <= set().union(*urls.values())
+        for urls in places.values()
+    )
+    return [f"{shared} files of test are copies of files of train"] if shared else []
+
+
+def class_doubts(clips: Sequence[Clip], label: str) -> list[str]:
+    """Classes that cannot be learned, or whose names differ in what nobody sees.
+
+    That is case, spaces, and characters without a picture.
+    """
+    train, test = (_classes(clips, split, label) for split in ("train", "test"))
+    unknown = sorted(test - train)
+    notes = []
+    if unknown and train:
+        notes.append(f"{len(unknown)} classes of test are not in train: {_some(unknown)}")
     alike: dict[str, set[str]] = {}
-    for name in _classes(clips, "train") | _classes(clips, "val") | _classes(clips, "test"):
+    for name in train | test | _classes(clips, "val", label):
         seen = "".join(c for c in name if unicodedata.category(c) != "Cf")
         alike.setdefault(" ".join(seen.split()).casefold(), set()).add(name)
     twins = [" and ".join(map(repr, sorted(names))) for names in alike.values() if len(names) > 1]
-    if not twins:
-        return []
-    return [f"different classes with nearly equal names: {_some(sorted(twins))}; rename folders"]
+    if twins:
+        shown = _some(sorted(twins))
+        notes.append(f"different classes with nearly equal names: {shown}; rename them")
+    return notes
 
 
 def _contents(folder: Path, clips: Sequence[Clip], hashes: ContentHashes) -> list[str]:
@@ -492,13 +583,26 @@ def _clip(name: str, read: Subtitles, split: str, layout: Layout) -> Clip:
     )
 
 
-def _captions(folder: Path, name: str, beside: Sequence[str], *, sentences: bool) -> Subtitles:
+def _tracks_note(read: Mapping[str, Subtitles]) -> list[str]:
+    """Which text track is read, where videos have several."""
+    several = [name for name, subtitles in read.items() if subtitles.choice]
+    if not several:
+        return []
+    return [
+        f"several text tracks in {len(several)} files: of {several[0]}, "
+        f"{read[several[0]].choice} is read; set data.caption_languages to change this"
+    ]
+
+
+def _captions(folder: Path, name: str, beside: Sequence[str], data: DataParams) -> Subtitles:
     """From the files next to a video, else from a track inside it."""
     dropped = 0
     for text in beside:
-        read = read_subtitles(folder / text, sentences=sentences)
+        read = read_subtitles(folder / text, sentences=data.sentences)
         dropped += read.dropped
         if read.captions:
             return Subtitles(read.captions, replace(read.faults, dropped=dropped))
-    inside = embedded_captions(folder / name, sentences=sentences)
-    return Subtitles(inside.captions, replace(inside.faults, dropped=dropped + inside.dropped))
+    inside = embedded_captions(
+        folder / name, sentences=data.sentences, languages=data.caption_languages
+    )
+    return replace(inside, faults=replace(inside.faults, dropped=dropped + inside.dropped))

@@ -7,6 +7,8 @@ they count nothing, and they lose or merge the cues of damaged files.
 import html
 import json
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -15,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import av
+from av.stream import Disposition
 from av.subtitles.stream import SubtitleStream
 
 from vatt.data.clips.files import MEDIA, composed
@@ -23,7 +26,7 @@ from vatt.data.clips.media import open_media
 from vatt.data.clips.quality import PAUSE_SECONDS, Word, sentences_of
 from vatt.data.sources.textfiles import UNICODE, decode, decode_as, encoding_of, number, split_lines
 
-SUFFIXES = (".srt", ".vtt", ".json")
+SUFFIXES = (".srt", ".vtt", ".json", ".json3")
 MAX_BYTES = 20 * 2**20  # a larger file is not subtitles
 FEW = 3  # cues that begin as another ended, by chance
 MAX_LINES = 8  # that a cue has in common with the one before: two or three are usual
@@ -37,12 +40,20 @@ ASS_FIELDS = 8  # of a line of an ass track, before its text
 _TIME = r"(?:(\d{1,6})\s*:\s*)?(\d{1,3})\s*:\s*(\d{2})(?:\s*[.,]\s*(\d{1,9}))?"
 _ARROW = "(?:-+\\s*>|[\u2013\u2014]+>|\u2192)"  # -->, also as word processors write it
 _TIMES = re.compile(rf"\s*(-?){_TIME}\s*{_ARROW}\s*{_TIME}(?![\d:])(.*)", re.ASCII)
-_LIKE_TIMES = re.compile(r"\s*\d+\s*:\s*\d+\s*:\s*\d+\s*[.,][\W\d]*")
+_LIKE_TIMES = re.compile(r"\s*\d+\s*:\s*\d+\s*:\s*\d+\s*[.,][\W\d]*$")
+_FINE = r"((?:\d+:)?\d+:\d{1,2}[.,;]\d{1,3})"
+# Times with another mark than an arrow between them.
+_PAIR = re.compile(rf"[\W_]*{_FINE}\s*[^\w\s]+\s*{_FINE}[\W_]*$", re.ASCII)
+_ONE_TIME = re.compile(rf"\s*{_TIME}\s*", re.ASCII)
+_CLOCK = re.compile(r"\d\s*[:;.,]\s*\d")
 _SETTINGS = re.compile(r"(?:\s+[A-Za-z]\w*:\S+)*\s*")  # of a cue: align:start, X1:40
 _NUMBER = re.compile(r"\s*(\d{1,7})\s*", re.ASCII)
 _COMMENT = re.compile(r"NOTE(?:\s.*)?|STYLE\s*|REGION\s*")
 _INLINE_TIME = re.compile(rf"<{_TIME}>", re.ASCII)
-_TAG = re.compile(r"</?[A-Za-z][^<>]*>|<[\d:.,]+>|\{\\[^{}]*\}")
+_TAG = re.compile(  # of srt and vtt; `a <b and c> d` is said
+    r"</?[A-Za-z][\w.-]*\s*/?>|<(?:v|c|lang)[\s.][^<>]*>|<[A-Za-z]\w*(?:\s+[\w-]+\s*=[^<>]*)>"
+    r"|<[\d:.,]+>|\{\\[^{}]*\}"
+)
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _NO_WIDTH = re.compile("[\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
@@ -58,6 +69,7 @@ class Subtitles:
 
     captions: tuple[Caption, ...]
     faults: CaptionFaults = field(default_factory=CaptionFaults)
+    choice: str = ""  # which text track was read, where a video has several
 
     @property
     def dropped(self) -> int:
@@ -112,8 +124,11 @@ def read_subtitles(path: Path, *, sentences: bool = False) -> Subtitles:
     except OSError:  # not ours to read
         return UNREADABLE
     text = text.lstrip("\ufeff")
-    is_json = path.suffix.lower() == ".json"
-    read = _from_json(text, path.stem, sentences) if is_json else _from_cues(text, sentences)
+    ending = path.suffix.lower()
+    if ending.startswith(".json"):
+        read = _from_json(text, path.stem, sentences)
+    else:
+        read = _from_cues(text, sentences, has_comments=ending == ".vtt")
     guessed = "" if encoding in UNICODE else encoding
     return Subtitles(read.captions, replace(read.faults, encoding=guessed))
 
@@ -121,10 +136,14 @@ def read_subtitles(path: Path, *, sentences: bool = False) -> Subtitles:
 # --- srt and vtt ----------------------------------------------------------------------------------
 
 
-def _from_cues(text: str, sentences: bool) -> Subtitles:
+def _from_cues(text: str, sentences: bool, *, has_comments: bool) -> Subtitles:
     """A line of times begins each cue; empty lines may be missing, doubled or anywhere."""
-    lines = split_lines(text)
-    cues, dropped = _cues(lines, is_vtt=lines[0].startswith("WEBVTT"))
+    lines = split_lines(_NO_WIDTH.sub("", text))
+    first = next((line for line in lines if line.strip()), "")
+    is_vtt = first.strip().upper().startswith("WEBVTT")
+    if has_comments and not is_vtt:
+        lines = _without_comments(lines)
+    cues, dropped = _cues(lines, is_vtt=is_vtt)
     if _INLINE_TIME.search(text) or _rolls(cues):
         cues = _unroll(cues)
     captions: list[Caption] = []
@@ -164,7 +183,7 @@ def _since(pieces: Sequence[Piece], end: float) -> list[Word]:
 
 def _cues(lines: list[str], *, is_vtt: bool) -> tuple[list[_Cue], int]:
     """The cues in the order of the file, and how many could not be read."""
-    starts = [at for at, line in enumerate(lines) if _is_times(line)]
+    starts = [at for at, line in enumerate(lines) if _is_times(line, after=lines[at - 1 : at])]
     if not starts:
         return [], int(not is_vtt and any(map(str.strip, lines)))
     bodies, dropped = (_vtt_bodies if is_vtt else _srt_bodies)(lines, starts)
@@ -179,20 +198,23 @@ def _cues(lines: list[str], *, is_vtt: bool) -> tuple[list[_Cue], int]:
     return cues, dropped
 
 
-def _is_times(line: str) -> bool:
-    """Whether a cue begins here, though its times may be damaged."""
-    if "-->" in line:
-        return True
-    return ":" in line and bool(_TIMES.match(line) or _LIKE_TIMES.fullmatch(line))
+def _is_times(line: str, *, after: Sequence[str]) -> bool:
+    """Whether a cue begins here, though its times may be damaged; an arrow may be said, too."""
+    if "-->" in line or "--&gt;" in line:
+        is_first = not after or not after[0].strip() or _NUMBER.fullmatch(after[0])
+        return bool(is_first or _CLOCK.search(line))
+    return ":" in line and any(form.match(line) for form in (_TIMES, _LIKE_TIMES, _PAIR))
 
 
 def _timed(line: str) -> _Cue | None:
     """The cue that begins with this line; None where its times cannot be known."""
     match = _TIMES.fullmatch(line)
+    plain = line if match else _tidied(line)
+    match = match or _TIMES.fullmatch(plain)
     if match is None:
         return None
     start, end = _seconds(match, 2), _seconds(match, 6)
-    is_odd = any(int(match[group]) > 59 for group in (3, 4, 7, 8))  # 00:00:60,000
+    is_odd = plain != line or any(int(match[group]) > 59 for group in (3, 4, 7, 8))
     if match[1]:
         start = 0.0
     if not start < end <= LONGEST_TIME:
@@ -204,14 +226,25 @@ def _timed(line: str) -> _Cue | None:
     return cue
 
 
+def _tidied(line: str) -> str:
+    """A line of times as it should be: other programs write 0:0:1,5, 00:00:01:500 or [00:01.0]."""
+    plain = unicodedata.normalize("NFKC", line).replace("&gt;", ">").replace("\u060c", ",")
+    if pair := _PAIR.match(plain):
+        plain = f"{pair[1]} --> {pair[2]}".replace(";", ",")
+    plain = re.sub(r"\[([^\[\]]*>[^\[\]]*)\]", r"\1 ", plain)
+    plain = re.sub(r"(?<=:)(\d)(?=\s*[.,:\s])", r"0\1", plain)
+    return re.sub(r"(:\d\d):(\d{3})(?!\d)", r"\1,\2", plain)
+
+
 def _srt_bodies(lines: list[str], starts: list[int]) -> tuple[list[list[str]], int]:
     """The lines of each cue without the number of the next, and the cues that have no times."""
     numbers = [_number_before(lines, before, at) for before, at in pairwise([-1, *starts])]
-    known = [found for found in numbers if found is not None]
-    is_numbered = numbers[0] is not None or len(known) > len(starts) / 2
+    offsets = Counter(found[0] - place for place, found in enumerate(numbers) if found is not None)
+    most = max(offsets.values(), default=0)
+    is_numbered = numbers[0] is not None or most > len(starts) / 2
     for place, found in enumerate(numbers):
-        if found is not None and not is_numbered and found[0] != place + 1:
-            numbers[place] = None  # words that happen to be a number
+        if found is not None and _is_said(found, place, starts, lines, numbers, is_numbered):
+            numbers[place] = None
     first = numbers[0][1] if numbers[0] else starts[0]
     dropped = int(any(map(str.strip, lines[:first])))  # words before all times
     bodies = []
@@ -219,10 +252,29 @@ def _srt_bodies(lines: list[str], starts: list[int]) -> tuple[list[list[str]], i
         after = numbers[place + 1] if place + 1 < len(numbers) else None
         body = lines[at + 1 : after[1] if after else following]
         own = numbers[place]
-        body, lost = _without_lost_cues(body, own[0] if own else None)
+        is_last = following == len(lines)
+        body, lost = _without_lost_cues(body, own[0] if own else None, is_last=is_last)
         dropped += lost
         bodies.append(body)
     return bodies, dropped
+
+
+def _is_said(
+    found: tuple[int, int],
+    place: int,
+    starts: Sequence[int],
+    lines: Sequence[str],
+    numbers: Sequence[tuple[int, int] | None],
+    is_numbered: bool,
+) -> bool:
+    """Whether a number belongs to the words of the cue before: it may be all that is said."""
+    if not is_numbered:
+        return found[0] != place + 1
+    before = numbers[place - 1] if place else None
+    if place == 0 or (before is not None and found[0] == before[0] + 1):
+        return False
+    has_words = any(map(str.strip, lines[starts[place - 1] + 1 : found[1]]))
+    return not has_words and found[0] != place + 1
 
 
 def _number_before(lines: list[str], before: int, at: int) -> tuple[int, int] | None:
@@ -238,7 +290,7 @@ def _number_before(lines: list[str], before: int, at: int) -> tuple[int, int] | 
     return int(match[1]), place
 
 
-def _without_lost_cues(body: list[str], own: int | None) -> tuple[list[str], int]:
+def _without_lost_cues(body: list[str], own: int | None, *, is_last: bool) -> tuple[list[str], int]:
     """A cue's lines up to the next number: that begins a cue whose times are lost."""
     kept, lost = len(body), 0
     if own is None:
@@ -248,6 +300,10 @@ def _without_lost_cues(body: list[str], own: int | None) -> tuple[list[str], int
         if is_alone and body[place].strip() == str(own + lost + 1):
             kept = min(kept, place)
             lost += 1
+    if is_last:  # the file may end within a cue
+        last = next((k for k in range(len(body) - 1, 0, -1) if body[k].strip()), 0)
+        if last > 1 and not body[last - 1].strip() and body[last].strip() == str(own + lost + 1):
+            return body[: min(kept, last)], lost + 1
     return body[:kept], lost
 
 
@@ -348,11 +404,12 @@ def _rows_of(record: dict[str, Any]) -> Any:
         if len({len(column) for column in columns}) > 1:  # the lists cannot be matched
             return [None] * max(map(len, columns))
         return [dict(zip(_COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
-    for key in ("segments", "chunks", "transcription", "events"):
-        if isinstance(record.get(key), list):
-            return record[key]
-    words = next((record[key] for key in ("words", "word_segments") if key in record), None)
-    return [{"words": _in_seconds(words)}] if isinstance(words, list) else None
+    names = ("segments", "chunks", "transcription", "events", "words", "word_segments")
+    lists = [key for key in names if isinstance(record.get(key), list)]
+    key = next((key for key in lists if record[key]), lists[0] if lists else None)
+    if key in ("words", "word_segments"):
+        return [{"words": _in_seconds(record[key])}]
+    return None if key is None else record[key]
 
 
 def _in_seconds(words: list[Any]) -> list[Any]:
@@ -440,7 +497,8 @@ def _time(value: Any, unit: float = 1.0) -> float | None:
     try:
         seconds = number(value, "time") if isinstance(value, str) else value
     except ValueError:
-        return None
+        match = _ONE_TIME.fullmatch(value)
+        return _seconds(match, 1) if match else None
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
         return None
     return seconds * unit if abs(seconds) <= LONGEST_TIME / unit else None
@@ -488,12 +546,17 @@ def _between(
 # --- a track inside a video -----------------------------------------------------------------------
 
 
-def embedded_captions(path: Path, *, sentences: bool = False) -> Subtitles:
-    """The first text track inside a video; none where there is none or the file is broken."""
+def embedded_captions(
+    path: Path, *, sentences: bool = False, languages: Sequence[str] = ()
+) -> Subtitles:
+    """The text track inside a video, of several the best by language and flags, as of files.
+
+    There are no captions where there is no track or the file is broken.
+    """
     if not path.is_file():
         return Subtitles(())
     found: list[tuple[float, float, bytes]] = []
-    dropped = 0
+    dropped, choice = 0, ""
     try:
         with open_media(path) as container:
             # A track of an unknown kind has no codec at all.
@@ -502,7 +565,11 @@ def embedded_captions(path: Path, *, sentences: bool = False) -> Subtitles:
                 for track in container.streams.subtitles
                 if track.codec_context is not None and track.codec_context.name in _TEXT_TRACKS
             ]
-            for cue in _cues_in(container, tracks[0]) if tracks else ():
+            best = min(tracks, key=lambda track: _rank(_tags_of(track), languages), default=None)
+            if best is not None and len(tracks) > 1:
+                choice = f"track {tracks.index(best) + 1} of {len(tracks)}"
+                choice += f" ({best.language})" if best.language else ""
+            for cue in _cues_in(container, best) if best is not None else ():
                 found.append(cue)
     except (av.FFmpegError, ValueError):
         dropped = int(bool(found))  # what came before the damage stays
@@ -523,7 +590,20 @@ def embedded_captions(path: Path, *, sentences: bool = False) -> Subtitles:
             word for one in captions for word in _spread(one.text.split(), one.start, one.end)
         )
     guessed = "" if encoding in UNICODE else encoding
-    return Subtitles(_in_order(captions), CaptionFaults(dropped, repaired, guessed))
+    return Subtitles(_in_order(captions), CaptionFaults(dropped, repaired, guessed), choice)
+
+
+def _tags_of(track: SubtitleStream) -> list[str]:
+    """What a track says of its words: its flags and title, and its language last."""
+    flags = {
+        "forced": track.disposition & Disposition.forced,
+        "commentary": track.disposition & Disposition.comment,
+        "sdh": track.disposition & Disposition.hearing_impaired,
+    }
+    title = re.findall(r"\w+", track.metadata.get("title", "").lower())
+    words = [word for word in title if word in FLAGS or (len(word) > 3 and word in LANGUAGES)]
+    named = [flag for flag, is_set in flags.items() if is_set]
+    return [*words, *named, *([track.language.lower()] if track.language else [])]
 
 
 def _cues_in(
@@ -623,6 +703,9 @@ LANGUAGES = dict(zip(_CODES.split(), _CODES.split(), strict=True)) | {
     "english": "en", "espanol": "es", "español": "es", "finnish": "fi", "francais": "fr",
     "français": "fr", "french": "fr", "german": "de", "greek": "el", "hebrew": "he", "hindi": "hi",
     "hungarian": "hu", "italian": "it", "italiano": "it", "japanese": "ja", "korean": "ko",
+    "chs": "zh", "cht": "zh", "jp": "ja", "中文": "zh", "日本語": "ja", "한국어": "ko",
+    "русский": "ru", "українська": "uk", "português": "pt", "polski": "pl", "türkçe": "tr",
+    "العربية": "ar", "हिन्दी": "hi", "ελληνικά": "el", "עברית": "he", "nederlands": "nl",
     "norwegian": "no", "polish": "pl", "portuguese": "pt", "romanian": "ro", "russian": "ru",
     "spanish": "es", "swedish": "sv", "turkish": "tr", "ukrainian": "uk", "vietnamese": "vi",
     "ara": "ar", "chi": "zh", "deu": "de", "eng": "en", "fra": "fr", "fre": "fr", "ger": "de",
@@ -676,13 +759,14 @@ def match_subtitles(
         for name in owners:
             ranked.setdefault(name, []).append((_rank(tags, languages), text))
     best = {name: [text for _, text in sorted(found)] for name, found in ranked.items()}
-    return SubtitleMatch(best, unmatched, _notes(guessed, ranked, best))
+    return SubtitleMatch(best, unmatched, _notes(guessed, ranked, best, languages))
 
 
 def _notes(
     guessed: Sequence[str],
     ranked: Mapping[str, list[tuple[Rank, str]]],
     best: Mapping[str, list[str]],
+    languages: Sequence[str],
 ) -> list[str]:
     notes = []
     if guessed:
@@ -694,6 +778,12 @@ def _notes(
         notes.append(
             f"several subtitle files for {len(several)} files: {taken} is read, not {other}; "
             "set data.caption_languages to change this"
+        )
+    foreign = [name for name, found in ranked.items() if min(found)[0][1] > len(languages) > 0]
+    if foreign:
+        notes.append(
+            f"{len(foreign)} files have subtitles in other languages only: {best[foreign[0]][0]} "
+            "is read; set data.caption_languages to change this"
         )
     return notes
 
@@ -711,12 +801,13 @@ def _owners_of(
         for separator in (".", "_", " ", "-"):
             head, _, tag = stem.rpartition(separator)
             tag = tag.strip("[]() ").lower()
-            if head and not head.endswith("/") and _is_tag(tag, after=separator):
+            is_mark = not tag.strip("-_ ") and separator == " "  # of `talk - English`
+            if head and not head.endswith("/") and (is_mark or _is_tag(tag, after=separator)):
                 break
         else:
             return [], []
         stem = head.rstrip()
-        tags.append(tag)
+        tags += [] if is_mark else [tag]
 
 
 def _is_tag(tag: str, *, after: str) -> bool:
@@ -728,6 +819,7 @@ def _is_tag(tag: str, *, after: str) -> bool:
 
 
 def _language(tag: str) -> str | None:
+    tag = re.sub(r"\s*\(.*", "", tag) or tag  # english (auto-generated)
     match = _LANGUAGE_TAG.fullmatch(tag)
     return LANGUAGES.get(match[1] if match else tag)
 
