@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tests.data.corpus import HZ, demo_params, write_media
+from tests.data.corpus import HZ, demo_params, make_clip, write_media
 from tests.data.sharding.test_images import write_image
 from tests.test_architecture import ROOT
 from tests.test_stages import new_project, sets, vattctl
@@ -20,7 +20,7 @@ from vatt.model.vatt import VATT
 from vattctl import sets as data_sets
 from vattctl.cli import cli
 from vattctl.experiments import write_experiment
-from vattctl.sets import SetRequest, plan
+from vattctl.sets import SetRequest, modality_of, plan
 
 PAPER = load_params(ROOT / "presets" / "paper.yaml")
 KINETICS = "label,youtube_id,time_start,time_end,split\nrun,abcdefghijk,1,11,train\n"
@@ -217,6 +217,20 @@ def test_guesses_about_a_folder_are_announced_and_can_be_overridden(inside, tmp_
     shutil.rmtree(as_class.clips.folder)
     made({}, dry_run=True)
     assert not as_class.clips.folder.exists()
+
+
+def test_files_with_question_marks_are_what_their_endings_say():
+    for url, kind in (("folder:why?.jpg", "image"), ("folder:a#b?c.wav", "audio"),
+                      ("https://x/a.jpg?v=.mp4#t=1", "image")):  # fmt: skip
+        assert modality_of([replace(make_clip(1), url=url)]) == kind
+
+
+def test_the_column_label_may_be_written_in_capitals(inside, tmp_path):
+    rows = [f"{n}.jpg,{'test' if n > 5 else 'train'},{n % 2}" for n in range(8)]
+    (tmp_path / "list.csv").write_text("\n".join(["Path,Split,LABEL", *rows]))
+    made = plan(wanted("csv", inside, location=tmp_path / "list.csv"), load_params(), {})
+    assert made.work.settings["finetune", "tasks"]["csv"]["label"] == "LABEL"
+    assert any("8 of 8 files of the list are not there" in note for note in made.notes)
 
 
 def test_a_checkpoint_of_another_shape_takes_the_paper_s_rates(inside, tmp_path):

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from vatt.errors import DataError, SettingsError, VattError
 from vattctl.experiments import Experiment
@@ -241,7 +242,7 @@ def look(wanted: SetRequest, project: "Params", data: Tree, files: str) -> Sourc
     """The clips of one's own data; of an official list the first, to see that it can be read."""
     from vatt.config import OF_FILES, parse_params
     from vatt.data.clips.files import ContentHashes
-    from vatt.data.sources.choice import listed, mark_of_lists
+    from vatt.data.sources.choice import list_doubts, listed, mark_of_lists
     from vatt.data.sources.folder import scan
 
     if wanted.location is None and wanted.name in (*OWN, *OF_FILES):
@@ -258,8 +259,12 @@ def look(wanted: SetRequest, project: "Params", data: Tree, files: str) -> Sourc
             found = scan(params.location, params, hashes=hashes)
             return SourceListing(found.clips, found.mark, found.notes)
         clips = iter(listed(params, project.seed))
-        first = list(clips) if wanted.name in OWN else [next(clips)]
-        return SourceListing(first, mark_of_lists(params, hashes))
+        if wanted.name not in OWN:
+            return SourceListing([next(clips)], mark_of_lists(params, hashes))
+        own = list(clips)
+        return SourceListing(
+            own, mark_of_lists(params, hashes), tuple(list_doubts(own, params, hashes))
+        )
     except StopIteration:
         raise DataError(f"the lists of {wanted.name} hold no clip", hint=files or None) from None
     except VattError as error:
@@ -273,7 +278,12 @@ def look(wanted: SetRequest, project: "Params", data: Tree, files: str) -> Sourc
 
 def fit_own(tree: Tree, clips: "list[Clip]", wanted: SetRequest, epochs: int) -> None:
     """Modality, label, split and steps of a folder or csv of one's own."""
-    task, label = tree["task"], tree["task"]["label"]
+    task = tree["task"]
+    names = dict.fromkeys(name for clip in clips for name in clip.labels)
+    label = task["label"]
+    if label not in names:  # a column may be called Label
+        label = next((name for name in names if name.casefold() == label), label)
+        task["label"] = label
     splits = Counter(clip.split for clip in clips if clip.labels.get(label))
     classes = {
         clip.labels[label] for clip in clips if clip.split == "train" and label in clip.labels
@@ -310,9 +320,15 @@ def modality_of(clips: "list[Clip]") -> str:
 
     kinds = Counter(
         "image" if suffix in IMAGES else "audio" if suffix in AUDIO else "video"
-        for suffix in (Path(clip.url.partition("?")[0]).suffix.lower() for clip in clips)
+        for suffix in (_suffix(clip.url) for clip in clips)
     )
     return kinds.most_common(1)[0][0]
+
+
+def _suffix(url: str) -> str:
+    """The ending of a file; its own name may hold any characters, an address may hold a query."""
+    path = url if url.startswith("folder:") else urlsplit(url).path
+    return Path(path).suffix.lower()
 
 
 def fit_rates(tree: Tree, start: Start, project: "Params") -> Settings:
@@ -367,7 +383,7 @@ def own_source(
     source: Path, data: "DataParams", hashes: "ContentHashes", *, opens: bool = True
 ) -> "Found":
     """What a folder, or a csv list, holds; with `opens` its files are opened, too."""
-    from vatt.data.sources.choice import listed, mark_of_lists
+    from vatt.data.sources.choice import list_doubts, listed, mark_of_lists
     from vatt.data.sources.folder import Found, scan
 
     if source.is_dir():
@@ -377,6 +393,8 @@ def own_source(
     if not clips:
         raise DataError(f"{source} lists no clip", hint="docs/own-data.md describes the columns")
     spans = [clip.end - clip.start for clip in clips if clip.end is not None]
+    notes = [] if spans else ["the list gives no spans: the lengths of the clips are not known"]
+    notes += list_doubts(clips, listing, hashes)
     return Found(
         clips,
         with_captions=sum(bool(clip.captions) for clip in clips),
@@ -386,7 +404,7 @@ def own_source(
         ignored={},
         captions_dropped=0,
         mark=mark_of_lists(listing, hashes) or "",
-        notes=() if spans else ("the list gives no spans: the lengths of the clips are not known",),
+        notes=tuple(notes),
     )
 
 

@@ -1,11 +1,14 @@
 """A list of addresses becomes clips; a bad row is named by its line and takes no other with it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.data.corpus import TEST_DATA, demo_params, needs_data
+from vatt.data.clips.files import ContentHashes, why_missing
 from vatt.data.fetching.download import download
+from vatt.data.sources.choice import list_doubts
 from vatt.data.sources.urls import read_urls
 from vatt.errors import DataError
 
@@ -108,12 +111,86 @@ def test_clips_of_one_video_fall_in_one_split(tmp_path):
         ("url,start\nhttp://a/b,1e300\n", "start '1e300' is not a number"),
         ('url,text\nhttp://a/b,"he said "hi" twice"\n', 'csv:2: a field in "quotes" goes on'),
         ('"url,text\nhttp://a/b,x\n', "csv:1: a quote opens a field"),
+        (
+            "url,text\nhttp://a/b,x\n\ufeffURL,Text\nhttp://a/c,y\n",
+            "csv:3: the column names once more",
+        ),
+        ("path\nhttp://a/b.mp4\n", "csv:2: .* is an address, not a path: call the column url"),
+        ("path\nfile:///a/b.mp4\n", "csv:2: .* is an address, not a path: write the path alone"),
+        ("path\n~/b.mp4\n", "csv:2: the path /.*/b.mp4 does not lie below"),
+        ("path\n" + "x" * 300 + ".mp4\n", r"csv:2: the path x{40}\.\.\. is longer than a disk"),
+        ("path\n" + "x/" * 3000 + ".mp4\n", "is longer than a disk allows"),
+        ('path,text\na,"x\nb,y\nc,z"\n', "csv:2: a quote opens a field"),
+        (
+            "url\nhttps://youtu.be/abcdefghijk?t=3\nhttp://m.youtube.com/watch?a=b&v=abcdefghijk\n",
+            "csv:3: the same clip as in line 2",
+        ),
+        ("path,start,end\na.mp4,-0,5\na.mp4,0,5\n", "csv:3: the same clip as in line 2"),
     ],
 )
 def test_bad_lists_name_the_line_and_the_fault(tmp_path, text, message):
     with pytest.raises(DataError, match=message) as caught:
         listed(tmp_path, text)
     assert caught.value.hint and caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["www.youtube.com/watch?v={}&list=x", "youtu.be/{}?si=abc", "youtube.com/shorts/{}",
+     "www.youtube-nocookie.com/embed/{}?a=1", "youtube.com/live/{}", "music.youtube.com/watch?v={}"],
+)  # fmt: skip
+def test_a_video_of_youtube_has_one_address(tmp_path, path):
+    [clip] = listed(tmp_path, f"url\nhttps://{path.format('Ab-_efghijk')}\n")
+    assert clip.url == "https://www.youtube.com/watch?v=Ab-_efghijk"
+    [other] = listed(tmp_path, "url\nhttps://youtube.com/@name/videos\n")
+    assert other.url == "https://youtube.com/@name/videos"
+
+
+def test_where_rows_name_a_test_split_no_other_row_is_drawn_for_it(tmp_path, caplog):
+    rows = [f"{k}.mp4,{'TEST' if k < 3 else ''}\n" for k in range(40)]
+    clips = listed(tmp_path, "path,split\n" + "".join(rows))
+    assert [clip.split for clip in clips] == ["test"] * 3 + ["train"] * 37
+    assert caplog.messages == [
+        f"{tmp_path}/list.csv: 37 rows name no split: not one of them is for testing, as other rows are"
+    ]
+
+
+def test_columns_that_speak_of_time_are_labels_and_that_is_said(tmp_path, caplog):
+    rows = "Path,Start Seconds,duration,end_ms,sometimes\na.mp4,1,2,3,4\n"
+    [clip] = listed(tmp_path, rows)
+    assert clip.start == 1.0 and set(clip.labels) == {"duration", "end_ms", "sometimes"}
+    [said] = caplog.messages
+    assert "labels: duration, end_ms;" in said and "columns start and end" in said
+
+
+def test_a_list_that_was_appended_with_its_mark_is_read(tmp_path):
+    clips = listed(tmp_path, "\ufeffpath,label\na.mp4,x\n\ufeffb.mp4,| y || z |\n")
+    assert [(clip.url, clip.labels["label"]) for clip in clips] == [
+        ("folder:a.mp4", "x"), ("folder:b.mp4", "y|z"),
+    ]  # fmt: skip
+
+
+def test_what_a_person_may_not_have_meant_is_said_of_a_list_as_of_a_folder(tmp_path):
+    for name in ("a", "copy"):
+        (tmp_path / f"{name}.mp4").write_text("the same")
+    rows = ["a.mp4,train,Cat", "copy.mp4,test,cat", "lost.mp4,train,dog", "sub,train,dog"]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "list.csv").write_text("path,split,label\n" + "\n".join(rows * 1))
+    data = PARAMS.data.model_copy(update={"source": "urls", "location": tmp_path / "list.csv"})
+    clips = list(read_urls(tmp_path / "list.csv", data))
+    lost, copies = list_doubts(clips, data, ContentHashes())[:2]
+    assert lost == (
+        f"2 of 4 files of the list are not there, among them {tmp_path}/lost.mp4: no such file"
+    )
+    assert copies == "1 files of test are copies of files of train"
+    more = [replace(clip, clip_id=f"{clip.clip_id}-{k}") for k in range(2) for clip in clips]
+    found = " ".join(list_doubts(more, data, ContentHashes()))
+    assert "column label: different classes with nearly equal names: 'Cat' and 'cat'" in found
+    assert "column label: 1 classes of test are not in train: cat" in found
+    assert any(
+        "no row is left for testing" in n for n in list_doubts(clips[2:], data, ContentHashes())
+    )
+    assert why_missing(tmp_path / "sub") == "a folder, not a file"
 
 
 def texts(clips):

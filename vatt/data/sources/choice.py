@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,11 +11,18 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, urlsplit
 
 from vatt.config import OWN_SOURCES, DataParams
-from vatt.data.clips.files import MEDIA, ContentHashes, composed, find_file, list_files
+from vatt.data.clips.files import (
+    MEDIA,
+    ContentHashes,
+    composed,
+    find_file,
+    list_files,
+    why_missing,
+)
 from vatt.data.clips.manifest import Clip, path_in_folder
 from vatt.data.clips.media import BrokenMediaError, probe
 from vatt.data.sources.demo import make_demo, mark_of_voices, serve
-from vatt.data.sources.folder import scan, split_word
+from vatt.data.sources.folder import class_doubts, copies_in_test, scan, split_word
 from vatt.data.sources.howto100m import read_howto100m
 from vatt.data.sources.imagenet import read_imagenet
 from vatt.data.sources.labelled import (
@@ -171,6 +178,36 @@ def _files_of(csv_file: Path, data: DataParams) -> Iterator[tuple[str, Path]]:
             yield clip.url, path
 
 
+MOST_CLASSES = 0.5  # of the clips; a column with more values than that names no classes
+
+
+def list_doubts(clips: Sequence[Clip], data: DataParams, hashes: ContentHashes) -> list[str]:
+    """What a person may not have meant with a csv, as `scan` says it of a folder."""
+    assert data.location is not None  # the schema asks for it
+    files = {
+        clip.url: path_in_folder(clip.url, data.location, absolute=data.allow_absolute_paths)
+        for clip in clips
+        if clip.url.startswith("folder:")
+    }
+    lost = [path for path in files.values() if not path.is_file()]
+    notes = []
+    if lost:
+        notes.append(
+            f"{len(lost)} of {len(files)} files of the list are not there, among them {lost[0]}: "
+            f"{why_missing(lost[0])}"
+        )
+    if not any(clip.split == "test" for clip in clips):
+        notes.append("no row is left for testing: add rows, or raise data.test_share")
+    there = {url: path for url, path in files.items() if path.is_file()}
+    digests = dict(zip(there, hashes.of(there.values()), strict=True))
+    notes += copies_in_test((digests[c.url], c) for c in clips if c.url in digests)
+    for label in dict.fromkeys(name for clip in clips for name in clip.labels):
+        values = [clip.labels[label] for clip in clips if label in clip.labels]
+        if len(set(values)) <= MOST_CLASSES * len(values):
+            notes += [f"column {label}: {note}" for note in class_doubts(clips, label)]
+    return notes
+
+
 # --- files that are there already -----------------------------------------------------------------
 
 SLACK = 1.0  # seconds by which a cut part may be longer than its span
@@ -222,19 +259,28 @@ class _Location:
             since = f"{video_id}_{int(begin):06d}"
             for name in (f"{since}_{int(end):06d}", since, f"Y{video_id}"):
                 if (there := self.find(name)) is not None:
-                    return replace(clip, url=f"folder:{there}", start=0.0, end=end - begin)
+                    return _of_file(clip, there, 0.0, end - begin)
         there = self.find(video_id)
         if there is None:
             return clip
         if end is not None and begin > 0 and self._is_part(there, end - begin):
             begin, end = 0.0, end - begin
-        return replace(clip, url=f"folder:{there}", start=begin, end=end)
+        return _of_file(clip, there, begin, end)
 
     def _is_part(self, name: str, seconds: float) -> bool:
         try:
             return probe(self._folder / name).seconds <= seconds + SLACK
         except BrokenMediaError:
             return False  # the ledger will say why
+
+
+def _of_file(clip: Clip, name: str, start: float, end: float | None) -> Clip:
+    """The clip as a span of a file; its captions move with it."""
+    shift = start - clip.start
+    captions = tuple(
+        replace(said, start=said.start + shift, end=said.end + shift) for said in clip.captions
+    )
+    return replace(clip, url=f"folder:{name}", start=start, end=end, captions=captions)
 
 
 def _files_by_stem(location: Path) -> dict[str, list[str]]:

@@ -308,7 +308,7 @@ def read_rows(
     faults: Faults,
     *,
     delimiter: str = ",",
-    begins_row: Callable[[str], bool] | None = None,
+    begins_row: Callable[[str, str], bool] | None = None,
 ) -> Iterator[tuple[int, list[str]]]:
     """The rows of a csv file; a bad one is added to `faults`, and never affects others.
 
@@ -337,14 +337,19 @@ def _continued(
     ahead: deque[tuple[int, str]],
     lines: Iterator[tuple[int, str]],
     delimiter: str,
-    begins_row: Callable[[str], bool],
+    begins_row: Callable[[str, str], bool],
 ) -> list[str] | None:
     """The fields of a row of several lines; None, and all these lines are `ahead`, if it is not."""
+    opener = line
     for taken in range(MOST_LINES):
         if len(ahead) == taken:
             ahead.extend(islice(lines, 1))
         more = ahead[taken][1] if len(ahead) > taken else None
-        if more is None or begins_row(more) or len(line) + len(more) > csv.field_size_limit():
+        if (
+            more is None
+            or begins_row(more, opener)
+            or len(line) + len(more) > csv.field_size_limit()
+        ):
             return None
         line = f"{line}\n{more}"
         try:
@@ -387,7 +392,7 @@ def number(value: str, what: str) -> float:
     seconds = float(value) if _NUMBER.fullmatch(value.strip()) else math.nan
     if not abs(seconds) <= LONGEST_TIME:
         raise ValueError(f"{what} '{value[:40]}' is not a number of seconds")
-    return seconds
+    return seconds + 0.0  # of -0 and 0 the same
 
 
 def read_json(path: Path, opened: Callable[..., Any] = Path.open) -> Any:

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from urllib.parse import urlsplit
@@ -14,8 +14,16 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from vatt.config import DataParams
-from vatt.data.clips.files import composed, find_file
-from vatt.data.clips.manifest import CLIP_ID, SPLITS, Caption, Clip, drawn_split, mark_of
+from vatt.data.clips.files import LONGEST_PATH, composed, find_file
+from vatt.data.clips.manifest import (
+    CLIP_ID,
+    LABEL_SEPARATOR,
+    SPLITS,
+    Caption,
+    Clip,
+    drawn_split,
+    mark_of,
+)
 from vatt.data.sources.folder import split_word
 from vatt.data.sources.textfiles import (
     UNICODE,
@@ -46,6 +54,12 @@ _LOOKS_LIKE = {  # a row has it; the second line of a sentence does not
     "path": re.compile(r"\s*\S.{0,255}\.\w{2,5}\s*"),
     "youtube_id": re.compile(r"\s*[\w-]{11}\s*", re.ASCII),
 }
+_YOUTUBE = re.compile(
+    r"https?://(?:(?:www\.|m\.|music\.)?youtube(?:-nocookie)?\.com/"
+    r"(?:watch/?\?(?:[^#]*&)?v=|shorts/|embed/|live/|v/)|youtu\.be/)([\w-]{11})(?:[?&/#].*)?",
+    re.ASCII | re.IGNORECASE,
+)
+_TIME_WORDS = {"start", "end", "begin", "stop", "from", "to", "time", "duration", "length", "onset"}
 log = logging.getLogger(__name__)
 
 
@@ -53,6 +67,7 @@ def read_urls(path: Path, data: DataParams) -> Iterator[Clip]:
     """The clips of the list, as a stream; bad rows are named with their lines, all at once."""
     listing = _open(path)
     faults = Faults(path, hint="correct or delete these lines")
+    test_share, val_share = _open_shares(listing, data)
     marks = array("Q")
     for line, row in listing.rows(faults):
         try:
@@ -62,13 +77,33 @@ def read_urls(path: Path, data: DataParams) -> Iterator[Clip]:
             continue
         marks.append(mark_of(clip.clip_id))
         if not row.get("split"):
-            clip = replace(clip, split=drawn_split(clip.url, data.test_share, data.val_share))
+            clip = replace(clip, split=drawn_split(clip.url, test_share, val_share))
         yield clip
     if not marks:
         faults.check()
         raise DataError(f"{path} lists no clip", hint="a header line and one line a clip")
     _add_twins(listing, data, marks, faults)
     faults.check()
+
+
+def _open_shares(listing: "_List", data: DataParams) -> tuple[float, float]:
+    """The shares of test and val among the rows without a split: none of what other rows name."""
+    if "split" not in listing.columns:
+        return data.test_share, data.val_share
+    given: set[str | None] = set()
+    num_open = 0
+    for _, row in listing.rows(Faults(listing.path, hint="")):  # bad rows are named later
+        given |= {split_word(row["split"])} if row["split"] else set()
+        num_open += not row["split"]
+    if num_open and "test" in given:
+        log.warning(
+            "%s: %d rows name no split: not one of them is for testing, as other rows are",
+            listing.path, num_open,
+        )  # fmt: skip
+    return (
+        0.0 if "test" in given else data.test_share,
+        0.0 if "val" in given else data.val_share,
+    )
 
 
 def _add_twins(listing: "_List", data: DataParams, marks: "array[int]", faults: Faults) -> None:
@@ -98,25 +133,41 @@ class _List:
 
     def rows(self, faults: Faults) -> Iterator[tuple[int, dict[str, str]]]:
         """The rows with their lines."""
-        lines = (found for found in text_lines(self.path, self.encoding) if found[0] > self.line)
+        lines = (
+            (line, text.removeprefix("\ufeff"))  # of a list that was appended to this one
+            for line, text in text_lines(self.path, self.encoding)
+            if line > self.line
+        )
         rows = read_rows(lines, faults, delimiter=self.delimiter, begins_row=self._begins_row)
         for line, fields in rows:
             row = dict(zip(self.columns, (value.strip() for value in fields), strict=False))
             if len(fields) != len(self.columns):
                 faults.add(line, f"{len(fields)} fields under {len(self.columns)} column names")
+            elif self._names_columns(row):
+                faults.add(line, "the column names once more")
             elif row.get(""):
                 faults.add(line, f"'{row[''][:40]}' is in a column without a name")
             else:
                 yield line, row
 
-    def _begins_row(self, line: str) -> bool:
-        """Whether a line is a row, and not the rest of the one before."""
+    def _names_columns(self, row: dict[str, str]) -> bool:
+        """Whether it is the first line of another list, which was appended to this one."""
+        return all(_known_name(value) == _known_name(name) for name, value in row.items())
+
+    def _begins_row(self, line: str, opener: str) -> bool:
+        """Whether a line is a row, and not the rest of the one that `opener` begins."""
         try:
             fields = split_row(line, self.delimiter)
         except ValueError:
             fields = line.split(self.delimiter)
         row = dict(zip(self.columns, fields, strict=False))
         found = [_LOOKS_LIKE[name].fullmatch(row[name]) for name in PLACES if row.get(name)]
+        if not any(found) and len(fields) == len(self.columns) and "path" in row:
+            first = dict(zip(self.columns, opener.split(self.delimiter), strict=False)).get(
+                "path", ""
+            )
+            bare = '"' not in first and not _LOOKS_LIKE["path"].fullmatch(first)
+            found = [re.fullmatch(r"\s*\S+\s*", row["path"]) if bare else None]
         return len(fields) >= min(len(self.columns), 2) and any(found)
 
 
@@ -145,10 +196,25 @@ def _open(path: Path) -> _List:
     twice = next((name for name in columns if name and columns.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"{path}:{line}: two columns are called {twice}", hint="keep one of them")
+    _announce(path, columns, delimiter)
+    return _List(path, line, columns, delimiter, encoding)
+
+
+def _announce(path: Path, columns: Sequence[str], delimiter: str) -> None:
+    """What was guessed of the list."""
+    timed = [name for name in columns if name not in KNOWN and _speaks_of_time(name)]
+    if timed:
+        log.warning(
+            "%s: read as labels: %s; a span is read from the columns start and end, in seconds",
+            path, ", ".join(timed),
+        )  # fmt: skip
     if delimiter != ",":
         named = DELIMITERS.get(delimiter, f"'{delimiter}'")
         log.warning("%s: the fields are separated by %s", path, named)
-    return _List(path, line, columns, delimiter, encoding)
+
+
+def _speaks_of_time(name: str) -> bool:
+    return not _TIME_WORDS.isdisjoint(re.split(r"[\W\d_]+", name.lower()))
 
 
 def _names_a_place(names: str, delimiter: str) -> bool:
@@ -164,8 +230,14 @@ def _columns(names: str, delimiter: str, path: Path, line: int) -> list[str]:
         fields = [name.strip() for name in split_row(names, delimiter)]
     except ValueError as error:
         raise DataError(f"{path}:{line}: {error}", hint="correct the column names") from None
-    known = {name.lower(): ALIASES.get(name.lower(), name.lower()) for name in fields}
-    return [known[name.lower()] if known[name.lower()] in KNOWN else name for name in fields]
+    known = map(_known_name, fields)
+    return [plain if plain in KNOWN else name for plain, name in zip(known, fields, strict=True)]
+
+
+def _known_name(name: str) -> str:
+    """A column as we call it, if it is one of ours: `Start Seconds` is start."""
+    plain = re.sub(r"[\s_-]+", "_", name.lower())
+    return ALIASES.get(plain, plain)
 
 
 def _clip(row: dict[str, str], home: Path, data: DataParams) -> Clip:
@@ -188,11 +260,17 @@ def _clip(row: dict[str, str], home: Path, data: DataParams) -> Clip:
         start=start,
         end=end,
         split=split,
-        labels={key: composed(value) for key, value in row.items() if key not in KNOWN and value},
+        labels={key: _label(value) for key, value in row.items() if key not in KNOWN and value},
         captions=(Caption(start, end if end is not None else start + 1.0, text),) if text else (),
         licence=row.get("licence") or None,
         senses=_senses(url, home),
     )
+
+
+def _label(value: str) -> str:
+    """A label, or several; nothing between two marks is no label."""
+    parts = (part.strip() for part in composed(value).split(LABEL_SEPARATOR))
+    return LABEL_SEPARATOR.join(filter(None, parts)) or value
 
 
 def _senses(url: str, home: Path) -> dict[str, str]:
@@ -213,14 +291,34 @@ def _url(row: dict[str, str], home: Path, data: DataParams) -> str:
         parts = urlsplit(row["url"])
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
             raise ValueError(f"'{row['url']}' is not an http or https address")
-        return row["url"]
+        return _one_address(row["url"])
     if row.get("path"):
         return _path_url(row["path"], home, data)
     raise ValueError(f"nothing in the columns {', '.join(PLACES)}")
 
 
+def _one_address(url: str) -> str:
+    """An address of a YouTube video in one form: by any other, a video would be two."""
+    found = _YOUTUBE.fullmatch(url)
+    if found is None:
+        return url
+    fragment = urlsplit(url).fragment
+    return f"https://www.youtube.com/watch?v={found[1]}" + (f"#{fragment}" if fragment else "")
+
+
 def _path_url(name: str, home: Path, data: DataParams) -> str:
     """A file by its path, relative to the list's folder; outside it only if the settings allow."""
+    if re.match(r"[a-z][a-z0-9+.-]+://", name, re.IGNORECASE):
+        scheme = name.partition(":")[0].lower()
+        instead = "write the path alone" if scheme == "file" else "call the column url"
+        raise ValueError(f"'{name}' is an address, not a path: {instead}")
+    if name.startswith("~/"):
+        name = str(Path(name).expanduser())
+    if (
+        len(os.fsencode(name)) > LONGEST_PATH
+        or len(os.fsencode(max(name.split("/"), key=len))) > 255
+    ):
+        raise ValueError(f"the path {name[:40]}... is longer than a disk allows")
     path = Path(os.path.normpath(home.absolute() / name))
     base = next((b for b in (home.absolute(), home.resolve()) if path.is_relative_to(b)), None)
     outside = base is None or bool(PureWindowsPath(name).drive)
