@@ -7,13 +7,14 @@ import pytest
 
 import vatt
 from tests.data.corpus import TEST_DATA, make_clip, needs_data
-from vatt.data.clips.manifest import Caption
+from vatt.data.clips.manifest import Caption, CaptionFaults
 from vatt.data.clips.text import (
     Vocabulary,
     as_said,
     copy_vocabulary,
     count_words,
     read_stop_words,
+    within_media,
     words_of,
     write_vocabulary,
 )
@@ -153,3 +154,15 @@ def test_captions_are_cleaned_and_lose_stop_words_only_when_asked(tmp_path):
     assert left(clean=True, without=stop) == [(1, "do that see"), (3, "la")]
     with pytest.raises(DataError, match=r"preprocess\.stop_words"):
         read_stop_words(tmp_path / "none")
+
+
+def test_captions_that_begin_after_the_end_of_their_media_are_dropped_and_named(caplog):
+    captions = [Caption(float(t), t + 1.0, str(t)) for t in (0, 9, 10, 11, 1000)]
+    clip, other = make_clip(1, captions=captions), make_clip(2, captions=captions)
+    kept, same = within_media([clip, other], {clip.clip_id: 10.0})
+    assert [caption.text for caption in kept.captions] == ["0", "9", "10"] and same == other
+    assert kept.caption_faults == CaptionFaults(dropped=2)
+    [said] = caplog.messages
+    assert (
+        "captions of 1 clips" in said and f"{clip.clip_id} (10 s, and a caption at 1000 s)" in said
+    )

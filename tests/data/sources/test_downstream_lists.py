@@ -235,6 +235,21 @@ def test_parts_of_videos_are_known_by_name_or_by_their_length(tmp_path):
     assert whole.url == f"folder:val/{'d' * 11}.mp4" and (whole.start, whole.end) == (30.0, 40.0)
 
 
+def test_sentences_move_with_a_video_that_is_there_in_parts(tmp_path):
+    for folder, name in (("part", f"{'a' * 11}_000030_000040.mp4"), ("whole", f"{'a' * 11}.mp4")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).touch()
+    listing = f"start,end,task,text,video_id\n30,40,cook,stir,{'a' * 11}\n"
+    place(tmp_path / "lists" / "youcook2", {"validation_youcook.csv": listing})
+    for folder, start, sections in (("part", 0, False), ("part", 0, True), ("whole", 30, True)):
+        update = {"source": "youcook2", "annotations": tmp_path / "lists", "sections": sections,
+                  "location": tmp_path / folder}  # fmt: skip
+        [clip] = listed(DATA.model_copy(update=update), 0)
+        assert (clip.start, clip.end) == (start, start + 10)
+        [said] = clip.captions
+        assert (said.start, said.end) == (clip.start, clip.end)
+
+
 def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
     """A video of Moments in Time may stand under two actions, and in both splits."""
     lists = {"trainingSet.csv": "run/a.mp4,run,3,0\nwalk/a.mp4,walk,3,0\n",

@@ -5,11 +5,12 @@ without their counts (ids from 2 on; 1 is unknown); the release's list, which be
 BERT's WordPiece vocabulary.
 """
 
+import logging
 import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -25,6 +26,8 @@ from vatt.files import atomic_write
 UNKNOWN_PIECE = "[UNK]"
 PAD_PIECE = "[PAD]"
 LONGEST_WORD = 100  # characters; a longer one is unknown
+LATE = 1.0  # seconds after the end of its media; a caption that begins later is not of it
+log = logging.getLogger(__name__)
 
 
 def pieces_of(sentence: str, known: Container[str]) -> Iterator[str]:
@@ -255,6 +258,31 @@ def as_said(clip: Clip, *, clean: bool, without: frozenset[str]) -> Clip:
         if text:
             kept.append(Caption(caption.start, caption.end, text))
     return replace(clip, captions=tuple(kept))
+
+
+def within_media(clips: Sequence[Clip], seconds: Mapping[str, float | None]) -> list[Clip]:
+    """Clips without captions that begin after the end of their media; these count as dropped.
+
+    They belong to another file, or their times have another unit.
+    """
+    found, odd = [], []
+    for clip in clips:
+        end = seconds.get(clip.clip_id)
+        kept = tuple(c for c in clip.captions if end is None or c.start < end + LATE)
+        late = len(clip.captions) - len(kept)
+        if late:
+            odd.append(clip)
+            faults = replace(clip.caption_faults, dropped=clip.caption_faults.dropped + late)
+            clip = replace(clip, captions=kept, caption_faults=faults)
+        found.append(clip)
+    if odd:
+        last, name = odd[0].captions[-1].start, odd[0].clip_id
+        log.warning(
+            "captions of %d clips begin after the end of their media and are left out, among them "
+            "%s (%.0f s, and a caption at %.0f s)",
+            len(odd), name, seconds[name], last,
+        )  # fmt: skip
+    return found
 
 
 def _is_stop_word(word: str, without: frozenset[str]) -> bool:

@@ -25,6 +25,7 @@ from vatt.data.clips.text import (
     copy_vocabulary,
     count_words,
     read_stop_words,
+    within_media,
     write_vocabulary,
 )
 from vatt.data.sharding.writer import (
@@ -69,6 +70,8 @@ def write_shards(
     with lock(folder.with_name(f".{folder.name}.lock")):
         stop_words = read_stop_words(preprocess.stop_words)
         clips = [as_said(clip, clean=preprocess.clean_text, without=stop_words) for clip in clips]
+        lengths = {name: entry.seconds for name, entry in downloads.items()}
+        clips = within_media(clips, lengths)
         facts: dict[str, float] = {}
         if preprocess.text_quality is not None:
             clips, facts = improved(clips, preprocess.text_quality)
