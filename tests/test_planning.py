@@ -75,6 +75,24 @@ def test_a_missing_hostfile_is_refused_before_anything_is_written(project):  # n
     assert settings(project) == before
 
 
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("command", "batch", "said"),
+    [
+        ("pretrain", 64, "pretrain.batch_size 64 is not divisible by 3 processes"),
+        ("repro", 63, "finetune.tasks.action.batch_size 32 is not divisible by 3 processes"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused_before_anything_runs(
+    project, command, batch, said, dry  # noqa: F811
+):  # fmt: skip
+    before = settings(project)
+    wanted = (f"pretrain.batch_size={batch}", "machine.processes=3")
+    done = vattctl(project, command, *(word for one in wanted for word in ("--set", one)), *dry)
+    assert done.returncode == 2 and said in done.stderr and "Running stage" not in done.stderr
+    assert settings(project) == before
+
+
 def row(number, split, **labels):
     return IndexRow(
         f"key{number}", f"clip{number}", f"m{number}", split, "0.tar", labels,

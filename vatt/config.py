@@ -590,6 +590,12 @@ class MachineParams(Section):
     experiment: str
     max_artifact_mb: NonNegativeFloat  # larger checkpoints are not copied, only named
 
+    @property
+    def launcher_counts(self) -> bool:
+        """Whether the launcher's arguments name the machines and the number of processes."""
+        given = {argument.partition("=")[0] for argument in self.launcher_arguments}
+        return bool(given & {"--hostfile", "-H", "--include", "-i", "--num_nodes", "--num_gpus"})
+
 
 class Params(Section):
     """All of params.yaml."""
@@ -604,6 +610,17 @@ class Params(Section):
     evaluate: EvaluateParams
     report: ReportParams
     machine: MachineParams
+
+
+def check_share(batch_size: int, processes: int, *, setting: str, paired: bool = False) -> None:
+    """Refuse a global batch that the processes cannot divide equally, or not in whole pairs."""
+    whole = processes * (2 if paired else 1)
+    if batch_size % whole:
+        parts = f"{processes} processes" + (f", in pairs for mixup: {whole}" if paired else "")
+        raise SettingsError(
+            f"{setting} {batch_size} is not divisible by {parts}",
+            hint=f"change machine.processes or {setting}",
+        )
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:

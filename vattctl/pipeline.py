@@ -39,6 +39,7 @@ from vattctl.params import (
 from vattctl.planning import (
     ask_before_hours,
     check_memory,
+    check_processes,
     plan_experiment,
     plan_facts,
     plan_run,
@@ -155,13 +156,15 @@ def run(
     mark = mark_of_lists(params.data, hashes)
     if mark is not None or params.data.source == "demo":  # DVC sees no list, only its name
         changed.set(("data", "location_hash"), mark)
+    plans = plan_run(changed, targets, force=force) if options.dry_run or trains(targets) else []
+    check_processes(params, plans)
     if options.dry_run:
-        show_plan(changed, plan_run(changed, targets, force=force), as_json=options.as_json)
+        show_plan(changed, plans, as_json=options.as_json)
         return
     changed.refuse_if_busy()
     if trains(targets):
         check_hostfile(params.machine.launcher_arguments)
-        ask_before_hours(plan_run(changed, targets, force=force), yes=options.yes)
+        ask_before_hours(plans, yes=options.yes)
     for line in changed.write():
         click.echo(f"params.yaml: {shortened(line)}", err=True)
     if targets:

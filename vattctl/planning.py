@@ -404,6 +404,23 @@ def _network(params: "Params", place: "Place") -> "Callable[[BatchSettings], flo
     )
 
 
+def check_processes(params: "Params", plans: Sequence[StagePlan]) -> None:
+    """Refuse a batch that machine.processes cannot divide, before what comes first has run."""
+    from vatt.config import check_share
+
+    machine, tuning = params.machine, params.finetune
+    if machine.launcher_counts:
+        return
+    for kind in {_kind(one.stage) for one in plans if one.why}:
+        if kind == "pretrain":
+            size = params.pretrain.batch_size
+            check_share(size, machine.processes, setting="pretrain.batch_size")
+        for name in tuning.run if kind == "finetune" else ():
+            setting, task = f"finetune.tasks.{name}.batch_size", tuning.tasks[name]
+            size, paired = task.batch_size, task.mixup > 0
+            check_share(size, machine.processes, setting=setting, paired=paired)
+
+
 def check_memory(params: "Params", *, force: bool) -> None:
     """Print what `pretrain` will take; refuse what cannot fit, unless it is forced."""
     from vatt.plan import forecast as plans

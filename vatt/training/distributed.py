@@ -228,7 +228,7 @@ def launch(module: str, machine: MachineParams, *arguments: str) -> int | None:
     started by this function, by torchrun or by Slurm. Stop signals are passed on to each process;
     all of them save and end with 75.
     """
-    if "RANK" in os.environ or (machine.processes == 1 and not _names_machines(machine)):
+    if "RANK" in os.environ or (machine.processes == 1 and not machine.launcher_counts):
         return None
     command = [*launch_line(module, machine), *arguments]
     log.warning("launch: %s", shlex.join(command))
@@ -242,16 +242,10 @@ def launch_line(module: str, machine: MachineParams) -> list[str]:
     """The command that `launch` runs; later launcher arguments win over ours."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--module", "--no_local_rank"]
     check_hostfile(machine.launcher_arguments)
-    if not _names_machines(machine):
+    if not machine.launcher_counts:
         command += ["--num_gpus", str(machine.processes)]
     command += ["--master_port", str(free_port()), "--quiet", *machine.launcher_arguments]
     return [*command, module]
-
-
-def _names_machines(machine: MachineParams) -> bool:
-    """Whether the launcher's arguments name the machines and the number of processes."""
-    given = {argument.partition("=")[0] for argument in machine.launcher_arguments}
-    return bool(given & {"--hostfile", "-H", "--include", "-i", "--num_nodes", "--num_gpus"})
 
 
 @contextmanager

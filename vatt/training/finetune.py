@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vatt.checkpoint import build_classifier, load, load_config, load_weights
-from vatt.config import FinetuneTaskParams, ModelParams
+from vatt.config import FinetuneTaskParams, ModelParams, check_share
 from vatt.data.clips.manifest import LABEL_SEPARATOR
 from vatt.data.loading.batches import Batch, model_inputs
 from vatt.model.operators import full_precision
@@ -24,7 +24,7 @@ from vatt.model.vatt import Classifier, tower_of
 from vatt.training import distributed
 from vatt.training.engine import Weights
 from vatt.training.gradient_cache import encode_in_micro_batches
-from vatt.training.loop import Objective, Training, check_share, train
+from vatt.training.loop import Objective, Training, train
 from vatt.training.state import flatten
 from vatt.training.telemetry import finetuning_work
 
@@ -166,7 +166,12 @@ def finetune(
     model: Classifier, params: FinetuneTaskParams, training: Training, *, classes: Sequence[str]
 ) -> Weights:
     """Like `pretrain`; training starts from the weights of `model`."""
-    check_share(params.batch_size, setting="the task's batch_size", paired=params.mixup > 0)
+    check_share(
+        params.batch_size,
+        distributed.world_size(),
+        setting="the task's batch_size",
+        paired=params.mixup > 0,
+    )
     seed = training.seed
 
     def inputs_of(batch: Batch, step: int) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vatt.config import FinetuneTaskParams, MachineParams, PretrainParams
 from vatt.data.loading.batches import Batch
-from vatt.errors import DataError, SettingsError, Stopped, VattError
+from vatt.errors import DataError, Stopped, VattError
 from vatt.files import atomic_write
 from vatt.training import distributed
 from vatt.training.distributed import stop_requests
@@ -234,18 +234,6 @@ def seed_dropout(seed: int, step: int) -> None:
     """One stream of random numbers per step and process, so that a resumed step repeats itself."""
     key = f"dropout/{seed}/{step}/{distributed.rank()}".encode()
     torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little", signed=True))
-
-
-def check_share(batch_size: int, *, setting: str, paired: bool = False) -> None:
-    """Refuse a global batch that the processes cannot divide equally, or not in whole pairs."""
-    processes = distributed.world_size()
-    whole = processes * (2 if paired else 1)
-    if batch_size % whole:
-        parts = f"{processes} processes" + (f", in pairs for mixup: {whole}" if paired else "")
-        raise SettingsError(
-            f"{setting} {batch_size} is not divisible by {parts}",
-            hint=f"change machine.processes or {setting}",
-        )
 
 
 def _every(period: int | None, done: int) -> bool:

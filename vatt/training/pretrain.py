@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vatt.config import ModelParams, PretrainParams
+from vatt.config import ModelParams, PretrainParams, check_share
 from vatt.data.loading.batches import Batch
 from vatt.losses import FORMS, agreement, anchors_loss, pretraining_loss, weights_of
 from vatt.model.experts import (
@@ -42,7 +42,7 @@ from vatt.senses.video import change_colour_of_patches
 from vatt.training import distributed
 from vatt.training.engine import Weights
 from vatt.training.gradient_cache import encode_in_micro_batches
-from vatt.training.loop import Objective, Training, check_share, train
+from vatt.training.loop import Objective, Training, train
 from vatt.training.state import flatten
 from vatt.training.telemetry import pretraining_work
 
@@ -241,7 +241,7 @@ class Visible(Fused):
 
 def pretrain(model: VATT, params: PretrainParams, training: Training) -> Weights:
     """Train, or go on training, `model`; returns its weights in rank 0, nothing elsewhere."""
-    check_share(params.batch_size, setting="pretrain.batch_size")
+    check_share(params.batch_size, distributed.world_size(), setting="pretrain.batch_size")
     seed = training.seed
 
     setting = params.text_weighting
