@@ -212,6 +212,12 @@ def test_imagenet_s_val_in_folders_needs_no_labels(tmp_path):
     data = demo_params(source="imagenet", annotations=tmp_path, location=location).data
     labels = {clip.url[-13:-5]: clip.labels["class"] for clip in READERS["imagenet"](lists, data)}
     assert [labels[f"{n:08d}"] for n in range(1, 5)] == TOLD
+    count = len(list(READERS["imagenet"](lists, data)))
+    for folder in (location / "train").iterdir():  # as in Tiny ImageNet
+        folder.rename(location / "images")
+        folder.mkdir()
+        (location / "images").rename(folder / "images")
+    assert len(list(READERS["imagenet"](lists, data))) == count > len(TOLD)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from tests.data.corpus import TEST_DATA, demo_params, needs_data, write_media
 from tests.data.sources.test_official_lists import place
 from vatt.data.clips.ledger import read_ledger
-from vatt.data.clips.manifest import write_manifest
+from vatt.data.clips.manifest import path_in_folder, write_manifest
 from vatt.data.fetching.download import download
 from vatt.data.sources.choice import READERS, listed
 from vatt.data.sources.official import CLASSES, COUNTS
@@ -268,6 +268,25 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
     ]
 
 
+def test_a_name_that_leads_out_of_the_folder_is_no_file_of_it(tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "a.wav").touch()
+    rows = f"filename,fold,category\n../a.wav,1,dog\n{tmp_path}/a.wav,2,dog\n"
+    place(tmp_path / "lists" / "esc50", {"esc50.csv": rows})
+    update = {"source": "esc50", "annotations": tmp_path / "lists",
+              "location": tmp_path / "videos"}  # fmt: skip
+    for clip in listed(DATA.model_copy(update=update), 0):
+        with pytest.raises(DataError, match="a clip points out of"):
+            path_in_folder(clip.url, tmp_path / "videos")
+
+
+def test_a_video_in_both_splits_of_a_fold_is_refused(tmp_path):
+    place(tmp_path, {f"{split}list0{k}.txt": "Run/a.avi 1\n" for split in ("train", "test")
+                     for k in "123"})  # fmt: skip
+    with pytest.raises(DataError, match=r"testlist01.txt:1: Run/a.avi is in train and in test"):
+        list(READERS["ucf101"](tmp_path, DATA))
+
+
 @needs_data
 def test_real_sounds_of_esc50_are_taken_from_their_folder(tmp_path):
     folder = Path(TEST_DATA) / "esc10"
@@ -292,6 +311,12 @@ def test_real_sounds_of_esc50_are_taken_from_their_folder(tmp_path):
         ("moments", "trainingSet.csv", "run/a.mp4,run,3,0\nb.mp4,run\n", "Set.csv:2: not a file"),
         ("youcook2", "validation_youcook.csv", "end,start,task,text\n", "no column video_id"),
         ("ucf101", "classInd.txt", "", "no trainlist01.txt"),
+        (
+            "ucf101",
+            "trainlist01.txt",
+            "Run/a.avi 1\nRun\\b.avi 1\n",
+            "list01.txt:2: 'Run\\b.avi 1'",
+        ),
         (
             "vggsound",
             "vggsound.csv",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.corpus import TEST_DATA, demo_params, needs_data, write_media
+from tests.data.sharding.test_images import write_image
 from vatt.config import DepthStorageParams, MotionStorageParams
 from vatt.data.clips.files import copied_link, find_file, list_files, why_missing
 from vatt.data.clips.manifest import path_in_folder
@@ -148,6 +149,20 @@ def test_classes_in_folders_within_folders_are_pointed_out(tmp_path):
     make(tmp_path / "3", "train/cat/a*3.jpg", "test/cat/b*3.jpg", "train/a|b/c*3.jpg")
     notes = " ".join(scan(tmp_path / "3", DATA).notes)
     assert "one class" not in notes and "names with | are several classes: a|b" in notes
+
+
+def test_files_that_are_not_what_their_names_say_are_pointed_out(tmp_path):
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        write_media(tmp_path / name, size=(32, 32))
+    assert not any("their names" in note for note in scan(tmp_path, DATA).notes)
+    write_image(tmp_path / "photo.mp4", (9, 9, 9), form=".jpg")
+    (tmp_path / "d.mp4").write_text("broken")
+    [note] = [note for note in scan(tmp_path, DATA).notes if "their names" in note]
+    assert note == "1 files are not what their names say: photo.mp4 is an image"
+    (tmp_path / "a.mp4").rename(tmp_path / "film.jpg")
+    [note] = [n for n in scan(tmp_path, DATA.model_copy(update={"file_kind": "images"})).notes
+              if "their names" in n]  # fmt: skip
+    assert "film.jpg is a recording" in note
 
 
 def test_recordings_of_one_name_in_train_and_test_are_pointed_out(tmp_path):

@@ -102,6 +102,11 @@ def test_captions_that_cannot_be_matched_are_counted_and_stop_no_other_video(tmp
     [clip] = read_howto100m(folder, DATA)
     assert [caption.text for caption in clip.captions] == ["y", "z"]
     assert clip.caption_faults.dropped == 2
+    bad = b"start,end,text\n0,1,caf\xe9\n1,2,na\xc3\xafve\n"
+    (folder / "captions" / f"{names[0]}.csv").write_bytes(bad)
+    [clip] = read_howto100m(folder, DATA)
+    assert [caption.text for caption in clip.captions] == ["naïve"]
+    assert clip.caption_faults.dropped == 1
 
 
 def test_a_large_json_file_is_read_member_by_member(tmp_path, monkeypatch):

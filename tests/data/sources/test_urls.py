@@ -115,6 +115,8 @@ def test_clips_of_one_video_fall_in_one_split(tmp_path):
             "url,text\nhttp://a/b,x\n\ufeffURL,Text\nhttp://a/c,y\n",
             "csv:3: the column names once more",
         ),
+        ("url\nhttp://me:S3C/RET@a:1/b\n", r"csv:2: Port could not be cast[^S]*$"),
+        ("url\nhttp://me:S3 CRET@a/b\n", r"csv:2: the address has a space in it: write %20\s"),
         ("path\nhttp://a/b.mp4\n", "csv:2: .* is an address, not a path: call the column url"),
         ("path\nfile:///a/b.mp4\n", "csv:2: .* is an address, not a path: write the path alone"),
         ("path\n~/b.mp4\n", "csv:2: the path /.*/b.mp4 does not lie below"),

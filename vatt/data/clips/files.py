@@ -127,7 +127,9 @@ def find_file(folder: Path, name: str) -> str | None:
     if len(os.fsencode(name)) > LONGEST_PATH:
         return None
     for candidate in dict.fromkeys((name, name.replace("\\", "/"))):
-        there = _find(folder, PurePosixPath(candidate).parts)
+        path = PurePosixPath(candidate)
+        leads_out = path.is_absolute() or ".." in path.parts
+        there = None if leads_out else _find(folder, path.parts)
         if there is not None:
             return there.relative_to(folder).as_posix()
     return None

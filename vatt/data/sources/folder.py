@@ -22,7 +22,7 @@ from vatt.data.clips.files import (
     why_missing,
 )
 from vatt.data.clips.manifest import LABEL_SEPARATOR, Clip
-from vatt.data.clips.media import BrokenMediaError, Media, probe
+from vatt.data.clips.media import BrokenMediaError, Media, image_format, probe
 from vatt.data.clips.samples import windows_of
 from vatt.data.sources.subtitles import (
     SUFFIXES,
@@ -140,7 +140,7 @@ def scan(
     for name in subtitles.unmatched:
         ignored[".json files" if name.lower().endswith(".json") else "subtitles of no video"] += 1
     notes += [*layout.notes(), *layout.doubts(files), *subtitles.notes, *_tracks_note(read)]
-    notes += _doubts(clips, digests, files)
+    notes += [*_misnamed(folder, files), *_doubts(clips, digests, files)]
     return Found(
         clips,
         with_captions=sum(bool(subtitles.captions) for subtitles in read.values()),
@@ -169,6 +169,21 @@ def _opened(folder: Path, files: Sequence[str]) -> tuple[dict[str, Media], list[
             is_there = (folder / name).exists()
             broken.append((name, str(error) if is_there else why_missing(folder / name)))
     return opened, broken
+
+
+def _misnamed(folder: Path, files: Sequence[str]) -> list[str]:
+    """A note on recordings that are called like images, and on images that are called otherwise."""
+    odd = []
+    for name in files:
+        try:
+            is_image = image_format(folder / name) is not None
+            if is_image and _suffix(name) not in IMAGES | {".gif"}:
+                odd.append(f"{name} is an image")
+            elif not is_image and _suffix(name) in IMAGES and probe(folder / name).image is None:
+                odd.append(f"{name} is a recording")
+        except (OSError, BrokenMediaError):
+            continue  # named elsewhere
+    return [f"{len(odd)} files are not what their names say: {_some(odd)}"] if odd else []
 
 
 def _classes(clips: Iterable[Clip], split: str, label: str) -> set[str]:

@@ -20,8 +20,8 @@ from vatt.data.sources.textfiles import (
     Faults,
     csv_rows,
     number,
-    published_lines,
     read_rows,
+    text_lines,
 )
 from vatt.errors import DataError
 
@@ -105,7 +105,7 @@ def _spoken(path: Path, videos: dict[str, VideoFacts]) -> Iterator[Spoken]:
 def _spoken_in(path: Path) -> tuple[list[Any], int]:
     """The rows of one video's csv file; a bad row does not lose the others."""
     faults = Faults(path, hint=MANGLED)
-    rows = read_rows(published_lines(path), faults)
+    rows = read_rows(text_lines(path), faults)
     header = [name.strip().casefold() for name in next(rows, (1, []))[1]]
     if not {*COLUMNS} <= {*header}:
         return [], 1
@@ -160,7 +160,7 @@ def _clip(
 
 def stream_object(path: Path) -> Iterator[tuple[str, Any]]:
     """The members of a file that is one JSON object, one at a time, however large the file is."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         text = _Text(path, file)
         text.expect("{")
         while not text.skips("}"):

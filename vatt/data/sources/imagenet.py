@@ -11,10 +11,10 @@ archives name them. The val split is used for testing: the test labels are not p
 import re
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from vatt.config import DataParams
-from vatt.data.clips.files import IMAGES, skipped_as
+from vatt.data.clips.files import IMAGES, list_files, skipped_as
 from vatt.data.clips.manifest import LABEL_SEPARATOR, Clip
 from vatt.data.sources.official import file_clip
 from vatt.data.sources.textfiles import MANGLED, Faults, csv_rows, published_lines, read_json
@@ -156,9 +156,9 @@ def _images(location: Path, place: Path, classes: dict[str, str]) -> Iterator[tu
                 f"{folder} does not have the name of a class of ImageNet",
                 hint="move it away, or use `vattctl finetune folder` for classes of your own",
             )
-        for path in _entries(folder):
-            if path.suffix.lower() in IMAGES:
-                yield folder.name, path.relative_to(location).as_posix()
+        for name in list_files(folder).files:  # Tiny ImageNet has them in a folder `images`
+            if PurePosixPath(name).suffix.lower() in IMAGES:
+                yield folder.name, (folder.relative_to(location) / name).as_posix()
 
 
 def _val_images(

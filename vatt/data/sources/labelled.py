@@ -75,7 +75,7 @@ def _kinetics_clip(row: dict[str, str], source: str, *, sections: bool) -> Clip 
         start=first,
         end=last,
         split=split,
-        labels={"action": row["label"]} if row.get("label") else {},
+        labels={"action": row["label"].strip()} if row.get("label") else {},
         captions=(),
         licence=None,
     )
@@ -147,6 +147,7 @@ def _vggsound_clip(row: list[str], split: str | None, *, sections: bool) -> Clip
 
 
 FOLDS = ("1", "2", "3")
+_UCF101_LINE = re.compile(r"([^\s/\\]+/[^\s/\\]+)(?:\s+\d+)?")
 _HMDB51_USE = {"0": "val", "1": "train", "2": "test"}  # 0: in neither; kept apart as val
 
 
@@ -156,12 +157,24 @@ def read_ucf101(folder: Path, data: DataParams) -> Iterator[Clip]:
     for fold in FOLDS:
         for split in ("train", "test"):
             for path in listed_files(folder, f"{split}list0{fold}.txt"):
-                for _, line in published_lines(path):
-                    if line.strip():
-                        folds.setdefault(line.split()[0], {})[f"fold{fold}"] = split
+                _add_fold(path, f"fold{fold}", split, folds)
     for name, uses in folds.items():
         labels = {"action": name.partition("/")[0], **uses}
         yield file_clip(name, "ucf101", uses.get("fold1", "val"), labels)
+
+
+def _add_fold(path: Path, fold: str, split: str, folds: dict[str, dict[str, str]]) -> None:
+    """Add what a list says of a fold."""
+    faults = Faults(path, hint=MANGLED)
+    for place, line in published_lines(path):
+        if not line.strip():
+            continue
+        match = _UCF101_LINE.fullmatch(line.strip())
+        if match is None:
+            faults.add(place, f"'{line.strip()[:60]}' is not a video of an action")
+        elif folds.setdefault(match[1], {}).setdefault(fold, split) != split:
+            faults.add(place, f"{match[1]} is in train and in test")
+    faults.check()
 
 
 def read_hmdb51(folder: Path, data: DataParams) -> Iterator[Clip]:
@@ -315,7 +328,7 @@ def read_youcook2(folder: Path, data: DataParams) -> Iterator[Clip]:
             end=last,
             split="test",
             labels={"recipe": row["task"]},
-            captions=(Caption(first, last, row["text"]),),
+            captions=(Caption(first, last, row["text"]),) if row["text"].strip() else (),
             licence=None,
         )
     faults.check()
@@ -352,5 +365,5 @@ def _sentences(path: Path) -> Iterator[tuple[str, str]]:
 
 def _msrvtt(video_id: str, split: str, sentences: list[str]) -> Clip:
     clip = file_clip(f"{video_id}.mp4", "msrvtt", split, {})
-    captions = tuple(Caption(0.0, A_CLIP, sentence) for sentence in sentences)
+    captions = tuple(Caption(0.0, A_CLIP, sentence) for sentence in sentences if sentence.strip())
     return replace(clip, clip_id=f"msrvtt_{video_id}", captions=captions)

@@ -288,13 +288,23 @@ def _url(row: dict[str, str], home: Path, data: DataParams) -> str:
             raise ValueError(f"'{row['youtube_id']}' is not a YouTube id")
         return f"https://www.youtube.com/watch?v={row['youtube_id']}"
     if row.get("url"):
-        parts = urlsplit(row["url"])
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-            raise ValueError(f"'{row['url']}' is not an http or https address")
-        return _one_address(row["url"])
+        return _checked_address(row["url"])
     if row.get("path"):
         return _path_url(row["path"], home, data)
     raise ValueError(f"nothing in the columns {', '.join(PLACES)}")
+
+
+def _checked_address(url: str) -> str:
+    if re.search(r"\s", url):  # it may stand in a password, so it is not shown
+        raise ValueError("the address has a space in it: write %20")
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError as error:  # what follows may be a part of a password
+        raise ValueError(f"{str(error).partition(' as ')[0]}: '{url}'") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise ValueError(f"'{url}' is not an http or https address")
+    return _one_address(url)
 
 
 def _one_address(url: str) -> str:
