@@ -34,13 +34,18 @@ FORMS = {
     "mp4": ("mp4", "libx264", "aac"),
     "avi": ("avi", "mpeg4", "libmp3lame"),
     "mov": ("mov", "libx264", "aac"),
+    "fragments": ("mp4", "libx264", "aac"),
     "wav": ("wav", None, "pcm_s16le"),
     "aiff": ("aiff", None, "pcm_s16be"),
     "opus": ("ogg", None, "libopus"),
     "oga": ("ogg", None, "flac"),
+    "flac": ("flac", None, "flac"),
+    "wv": ("wv", None, "wavpack"),
+    "au": ("au", None, "pcm_s16be"),
 }
 JOINS = ("restart", "size", "shape", "rate", "channels", "leap", "gap", "back")
-WHOLE = ("joined", "streams", "mute")  # the second part has its own header, streams, or a sound
+# The second part has its own header (and another size or rate), its own streams, or a sound.
+WHOLE = ("joined", "joined-size", "joined-rate", "streams", "mute")
 TRAITS = ("b", "open", "uneven", "tracks")
 HIDDEN = 1  # seconds before the beginning
 ALONE = ("plain", "late", "early")  # picture or sound sets in later
@@ -131,6 +136,16 @@ def all_cases() -> list[Case]:
         for trait in ("", "b")
         if (form, hold) not in STEADY and (not trait or form in B_FRAMES)
     ]
+    whole += [
+        Case(form, "joined-size", hold)
+        for form in ("mp4", "mov", "fragments", "mkv", "webm", "flv")
+        for hold in (0, 3)
+    ]
+    whole += [
+        Case(form, "joined-rate")
+        for form in ("mp4", "fragments", "mkv", "oga", "flac", "wv", "au", "wav", "aiff")
+    ]
+    whole += [Case(form, "joined") for form in ("fragments", "flac", "wv", "au")]
     added = [
         Case(form, change, hold, offset, trait)
         for form in ("ts", "m2ts")
@@ -163,12 +178,12 @@ def make(folder: Path, case: Case) -> Path:
         record(path, case, (-hidden, SECONDS), case.offset)
         return path
     again = {"restart": -float(CHANGE), "joined": -float(CHANGE), "back": -2.0}
-    leap = {**again, **LEAPS}.get(case.change, 0.0)
+    leap = {**again, **LEAPS}.get(case.change.partition("-")[0], 0.0)
     parts = [folder / f"{case.name}.{number}" for number in range(2)]
     record(parts[0], case, (-hidden, CHANGE), case.offset)
     record(parts[1], case, (CHANGE - hidden, SECONDS), case.offset + leap, changed=True)
     first, second = (part.read_bytes() for part in parts)
-    if case.change == "joined":
+    if case.change.startswith("joined"):
         pass
     elif case.form in ("mkv", "webm"):  # a live recording goes on with clusters
         second = second[second.index(b"\x1f\x43\xb6\x75") :]
@@ -200,6 +215,8 @@ def record(
 def _options(case: Case, span: tuple[int, int], *, changed: bool) -> dict[str, str]:
     """Options of the muxer."""
     muxer = FORMS[case.form][0]
+    if case.form == "fragments":
+        return {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
     if case.trait == "hidden":
         return {"avoid_negative_ts": "disabled"}
     if changed and case.change == "streams":
@@ -212,11 +229,11 @@ def _options(case: Case, span: tuple[int, int], *, changed: bool) -> dict[str, s
 def _tracks(container, case: Case, span: tuple[int, int], *, changed: bool):
     """Streams with their frames."""
     _, film, sound = FORMS[case.form]
-    hz = 32000 if changed and case.change == "rate" else 48000
+    hz = 32000 if changed and case.change.endswith("rate") else 48000
     layout = "stereo" if changed and case.change == "channels" else "mono"
     height, width = 64, 96
-    if changed and case.change in ("size", "shape"):
-        height, width = 96, 144 if case.change == "size" else 64
+    if changed and case.change.endswith(("size", "shape")):
+        height, width = 96, 64 if case.change == "shape" else 144
     decoys = case.trait == "tracks"
     tracks = []
     if decoys and case.form != "ts":  # before the real ones, which are the default
@@ -292,3 +309,47 @@ def _tones(case: Case, span: tuple[int, int], hz: int, layout: str, stream):
         for frame in resampler.resample(whole):
             frame.pts, frame.time_base = span[0] * hz + first, Fraction(1, hz)
             yield frame
+
+
+Edit = tuple[float, float, float]  # its length, where it starts (-1: nowhere), its speed
+
+
+def edit(path: Path, edits: list[Edit], kinds: tuple[bytes, ...] = (b"vide", b"soun")) -> None:
+    """Give the tracks of an MP4 another edit list; what it indexes lies before its tables."""
+    data = path.read_bytes()
+    [(moov, whole)] = [(begin, body) for kind, begin, body in _boxes(data) if kind == b"moov"]
+    tables = b""
+    for kind, _, body in _boxes(whole):
+        if kind == b"mvhd":
+            scale = int.from_bytes(body[12:16])
+        if kind == b"trak" and any(name in body for name in kinds):
+            body = _edited(body, edits, scale)
+        tables += _box(kind, body)
+    path.write_bytes(data[:moov] + _box(b"moov", tables))
+
+
+def _edited(track: bytes, edits: list[Edit], scale: int) -> bytes:
+    parts = {kind: body for kind, _, body in _boxes(track)}
+    media = {kind: body for kind, _, body in _boxes(parts[b"mdia"])}
+    own = int.from_bytes(media[b"mdhd"][12:16])
+    entries = [
+        round(length * scale).to_bytes(4)
+        + (-1 if start < 0 else round(start * own)).to_bytes(4, signed=True)
+        + round(speed * 2**16).to_bytes(4)
+        for length, start, speed in edits
+    ]
+    listed = _box(b"elst", bytes(4) + len(edits).to_bytes(4) + b"".join(entries))
+    rest = [_box(kind, body) for kind, _, body in _boxes(track) if kind != b"edts"]
+    return rest[0] + _box(b"edts", listed) + b"".join(rest[1:])
+
+
+def _box(kind: bytes, body: bytes) -> bytes:
+    return (len(body) + 8).to_bytes(4) + kind + body
+
+
+def _boxes(data: bytes):
+    at = 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4])
+        yield data[at + 4 : at + 8], at, data[at + 8 : at + size]
+        at += size

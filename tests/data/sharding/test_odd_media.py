@@ -18,13 +18,14 @@ from tests.data.sharding.odd_media import (
     TONE,
     Case,
     all_cases,
+    edit,
     make,
     record,
 )
 from tests.data.sharding.test_shards import write
 from vatt.data.clips.ledger import Entry, read_ledger
 from vatt.data.clips.manifest import Clip
-from vatt.data.clips.media import find_ffmpeg, probe
+from vatt.data.clips.media import BrokenMediaError, find_ffmpeg, probe
 from vatt.data.clips.storage import decode_frames, whole
 from vatt.data.loading.reader import ShardIndex, ShardReader
 from vatt.data.sharding.cut import Cut, cut
@@ -53,6 +54,11 @@ QUICK = [
     Case("ts", "restart", 0, 0.0, "open"),
     Case("flv", "plain", 0, 0.0, "uneven"),
     Case("mp4", "plain", 0, 0.0, "hidden"),
+    Case("mkv", "joined-size"),
+    Case("fragments", "joined"),
+    Case("flac", "joined-rate"),
+    Case("oga", "joined-rate"),
+    Case("wv", "joined"),
 ]
 
 
@@ -179,3 +185,48 @@ def test_slides_in_avi_that_are_out_of_order_are_reported(tmp_path):
             container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(video.encode(None))
     assert "AVI has no times for them" in probe(path).remark
+
+
+def seconds_of(path: Path, work: Path, guesses: list[int]) -> list[int]:
+    """Of each window of a second, the second that its picture and its sound show; -1: another."""
+    params = demo_params().preprocess.model_copy(update={"fps": 5, "crf": 1, "audio_hz": HZ})
+    media = probe(path)
+    windows = tuple((float(k), k + 1.0) for k in range(round(media.seconds)))
+    [result] = cut([Cut(path, media, windows)], params, program=find_ffmpeg(None), work=work)
+    seconds = []
+    for piece, guess in zip(result.pieces, guesses, strict=True):
+        frames = whole(decode_frames(piece.video[0], range(5), fps=5), 5)
+        right = is_right(Case("mp4", "plain"), guess, frames, piece.audio)
+        seconds.append(guess if right else -1)
+    return seconds
+
+
+@pytest.mark.parametrize("trait", ["", "b"])
+@pytest.mark.parametrize(
+    ("edits", "seconds"),
+    [
+        ([(4, 2, 1)], [2, 3, 4, 5]),
+        ([(3, 0, 1), (5, 5, 1)], [0, 1, 2, 5, 6, 7, 8, 9]),
+        ([(3, 0, 1), (3, 0, 1), (4, 6, 1)], [0, 1, 2, 0, 1, 2, 6, 7, 8, 9]),
+        ([(5, 5, 1), (5, 0, 1)], [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]),
+        ([(3, 0, 1), (2, -1, 1), (5, 3, 1)], [0, 1, 2]),
+        ([(3, 0, 1), (5, 3, 2)], [0, 1, 2]),
+    ],
+)
+def test_the_parts_of_an_edit_list_follow_each_other(tmp_path, trait, edits, seconds):
+    """One that leaves a gap or changes the speed ends there."""
+    path = tmp_path / "edited.mp4"
+    record(path, Case("mp4", "plain", trait=trait), (0, SECONDS), 0.0)
+    delay = 2 / 25 if trait else 0.0
+    edit(path, [(length, start + delay * (start >= 0), rate) for length, start, rate in edits])
+    assert seconds_of(path, tmp_path, seconds) == seconds
+    is_odd = any(start < 0 or rate != 1 for _, start, rate in edits)
+    assert ("what follows is not used" in probe(path).remark) == is_odd
+
+
+def test_an_edit_list_at_another_speed_from_its_beginning_is_refused(tmp_path):
+    path = tmp_path / "fast.mp4"
+    record(path, Case("mp4", "plain"), (0, SECONDS), 0.0)
+    edit(path, [(5, 0, 2)])
+    with pytest.raises(BrokenMediaError, match="its edit list changes the speed"):
+        probe(path)

@@ -11,6 +11,7 @@ decoding them and gives each one a time on the clips' clock:
   MPEG-PS, Ogg). In others the stamps are right: nothing was recorded there, and nothing is cut.
 - Recordings that are joined in one file follow each other, also where each has its own header or
   its own streams.
+- What an edit list hides has no time; the parts that it shows follow each other.
 - A picture stays until the next one. The last one lasts as long as its packet says; in a file whose
   pictures stay for seconds, as long as the longest before it, but not longer than the sound.
 
@@ -25,6 +26,7 @@ import resource
 import signal
 import subprocess
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -42,7 +44,7 @@ from vatt.errors import MachineError
 # What may be opened, by content: no playlist, pattern or script that would open something else.
 FORMATS = (
     "aac,ac3,aiff,amr,asf,au,avi,caf,dv,flac,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mov,mp4,m4a,"
-    "3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,mxf,ogg,rm,vob,wav,w64,wv"
+    "3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,mxf,ogg,rm,vob,wav,w64,wv,apng"
 )
 STILL_SECONDS = 1.0  # for so long an image is shown
 _IMAGES = {b"\xff\xd8\xff": "jpeg_pipe", b"\x89PNG\r\n\x1a\n": "png_pipe", b"BM": "bmp_pipe"}
@@ -60,13 +62,24 @@ HOLD = 2.0  # a picture that stays for longer may be missed after a seek
 KEYS = 2.5  # and so may one between key frames that are further apart
 OFF_RATE, MIN_STEPS = 0.05, 8  # share by which the pace of sound may be wrong; steps that show it
 REORDERED = 16  # pictures that wait for one: no codec allows more
-PAUSE = 1.0  # no packet for longer is worth a remark
+PAUSE = 0.9  # no packet for longer is worth a remark
 ALONE = 60.0  # seconds; a longer picture without sound is not a film
-INDEXED = {"matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "avi", "gif"}  # a seek finds key frames
+BOXES = {"mov,mp4,m4a,3gp,3g2,mj2"}  # FFmpeg's name for all kinds of MP4
+PLAIN = {"wav", "w64", "aiff", "au", "caf"}  # nothing but samples, as a rule
+TIMED = {"matroska,webm", "avi", "flv", "asf", "wav", "w64", "aiff"}  # by their headers
+ODD_BYTES, ODD_SHARE = 2**16, 0.05  # less is not worth a remark
+UNDATED = 4  # packets; fewer are lost at the beginning or end of many files
+INDEXED = {"matroska,webm", *BOXES, "avi", "gif"}  # a seek finds key frames
 JOINED = 100  # recordings in one file, at most
 TABLES = 2**21  # bytes; FFmpeg knows the streams and tables of MPEG-TS that begin before
 OVERLAP = 0.02  # share of a file by which one stream may begin before the end of another
 MIXED = 8  # channels; FFmpeg has no rule to mix more of them
+TOO_LOUD = 0.001  # share of samples
+_FLOATS = {
+    f"pcm_f{bits}{order}e": np.dtype(f"{sign}f{bits // 8}")
+    for bits in (32, 64)
+    for order, sign in (("l", "<"), ("b", ">"))
+}
 _CLOCK_LEAPS = av.format.Flags.ts_discont.value
 _NOT_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 _FOR_FEW = Disposition.hearing_impaired | Disposition.visual_impaired | Disposition.comment
@@ -115,6 +128,7 @@ class Packets:
     time: np.ndarray  # (P,) of presentation, in seconds on the clips' clock
     length: np.ndarray  # (P,) seconds; 0 where the file does not say
     key: np.ndarray  # (P,) bool: decoding can begin here
+    hidden: np.ndarray  # (P,) bool: an edit list hides it; others may need it for their decoding
     shift: np.ndarray  # (P,) seconds added to the file's time stamps
     pictures: tuple[Reading, ...] = ()  # where they come from
     sounds: tuple[Reading, ...] = ()
@@ -127,6 +141,9 @@ def probe(path: Path) -> Media:
         raise BrokenMediaError("not a file" if path.exists() else "no such file")
     if path.stat().st_size == 0:
         raise BrokenMediaError("empty file")
+    with path.open("rb") as file:
+        if file.read(4) == b"RIFX":
+            raise BrokenMediaError("its samples are big-endian (RIFX), which FFmpeg misreads")
     image = image_format(path)
     if image is not None:  # not opened: what it claims to be is for the limits of `cut`
         return Media(0, None, 0.0, STILL_SECONDS, 1, image=image)
@@ -141,6 +158,8 @@ def scan(path: Path) -> tuple[Media, Packets]:
     except av.FFmpegError as error:
         if (target := copied_link(path)) is not None:
             raise BrokenMediaError(f"a link to {target} that was copied as text") from None
+        if isinstance(error, av.ArgumentError):  # FFmpeg knows its format, `FORMATS` does not
+            raise BrokenMediaError("not a media file of a format that is read") from None
         raise BrokenMediaError(f"not a media file: {error.strerror}") from None
 
 
@@ -161,6 +180,8 @@ def image_format(path: Path) -> str | None:
         return "webp_pipe"
     if head.startswith((b"GIF87a", b"GIF89a")):  # one with several pictures is a video
         return "gif_pipe" if _pictures_in_gif(path) == 1 else None
+    if head.startswith(b"\x89PNG") and _is_animated_png(path):
+        return None
     return next((form for mark, form in _IMAGES.items() if head.startswith(mark)), None)
 
 
@@ -183,6 +204,17 @@ def _pictures_in_gif(path: Path) -> int:
     return count
 
 
+def _is_animated_png(path: Path) -> bool:
+    """Whether a PNG says, before its first picture, that several follow."""
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8 and head[4:] != b"IDAT":
+            if head[4:] == b"acTL":
+                return int.from_bytes(file.read(4)) > 1
+            file.seek(int.from_bytes(head[:4]) + 4, os.SEEK_CUR)
+    return False
+
+
 def _pass_colours(file: BinaryIO, flags: bytes) -> None:
     """Go on after a table of colours, if there is one."""
     if flags and flags[0] & 0x80:
@@ -190,11 +222,13 @@ def _pass_colours(file: BinaryIO, flags: bytes) -> None:
 
 
 def stamped_packets(
-    container: av.container.InputContainer, streams: Sequence[Any]
+    container: av.container.InputContainer,
+    streams: Sequence[Any],
+    undated: Counter[str] | None = None,
 ) -> Iterator[tuple[av.Packet, int, int]]:
     """The packets of streams, each with its times of presentation and of decoding.
 
-    They end where the file is cut off.
+    They end where the file is cut off. Those without a time are only counted, by type of stream.
     """
     counts_frames = container.format.name == "avi"  # no time of presentation: others guess one
     try:
@@ -203,16 +237,50 @@ def stamped_packets(
             pts = dts if packet.pts is None or counts_frames else packet.pts
             if pts is not None and dts is not None and packet.size:
                 yield packet, pts, dts
+            elif packet.size and undated is not None:
+                undated[packet.stream.type] += 1
     except (av.FFmpegError, IndexError):  # IndexError: at its end, where streams have been added
         pass  # what came before counts
+
+
+@dataclass(slots=True)
+class _Waves:
+    """What is unusual about samples of sound that are stored as floating-point numbers."""
+
+    count: int = 0
+    loud: int = 0  # beyond full scale
+    lost: int = 0  # not finite
+
+    def look(self, packet: av.Packet) -> None:
+        """Count the samples of a packet."""
+        kind = _FLOATS.get(packet.stream.codec_context.name)
+        if kind is None:
+            return
+        data = bytes(packet)
+        wave = np.frombuffer(data[: len(data) // kind.itemsize * kind.itemsize], kind)
+        self.count += wave.size
+        self.loud += int((np.abs(wave) > 1).sum())
+        self.lost += int((~np.isfinite(wave)).sum())
+
+    def remarks(self) -> list[str]:
+        """What the ledger should say."""
+        said = []
+        if self.lost:
+            said.append(f"{self.lost:,} samples of its sound are not finite: they are silent")
+        if self.loud > TOO_LOUD * self.count:
+            share = self.loud / self.count
+            said.append(f"{share:.1%} of its samples are beyond full scale: they are clipped")
+        return said
 
 
 class _Columns:
     """What is noted of each packet while files are read."""
 
     def __init__(self) -> None:
-        # time of presentation, of decoding, length; whether sound, whether key; byte in the file
-        self.columns: tuple[array[Any], ...] = tuple(array(kind) for kind in "dddbbd")
+        # time of presentation, of decoding, length; whether sound, key, hidden; byte in the file
+        self.columns: tuple[array[Any], ...] = tuple(array(kind) for kind in "dddbbbd")
+        self.undated: Counter[str] = Counter()  # packets without a time stamp, of each type
+        self.waves, self.bytes = _Waves(), 0
         self.readings: dict[bool, list[Reading]] = {False: [], True: []}
         self.starts: dict[int, float] = {}  # of recordings after the first, by their first packet
 
@@ -227,12 +295,14 @@ class _Columns:
         undated: dict[int, list[int]] = {stream.index: [] for stream in streams}
         if begin and container.start_time is not None:
             start = self.starts[first] = container.start_time / 1e6
-        for packet, pts, dts in stamped_packets(container, streams):
+        for packet, pts, dts in stamped_packets(container, streams, self.undated):
+            self.waves.look(packet)
+            self.bytes += packet.size
             place = -1 if packet.pos is None else packet.pos + begin
             reached, count = max(reached, place + packet.size), count + 1
             unit = units[packet.stream_index]
             facts = (pts * unit, dts * unit, (packet.duration or 0) * unit)
-            flags = (sound[packet.stream_index], packet.is_keyframe, place)
+            flags = (sound[packet.stream_index], packet.is_keyframe, packet.is_discard, place)
             waiting = undated.get(packet.stream_index, [])
             if packet.dts is None and len(waiting) <= REORDERED:
                 waiting.append(len(self.columns[0]))
@@ -253,62 +323,223 @@ class _Columns:
             until = times[number] = min(times[number], until)
 
     def packets(
-        self, *, leaps: bool, are_guessed: bool
+        self, *, leaps: bool, are_guessed: bool, in_order: bool
     ) -> tuple[Packets, list[tuple[float, float]]]:
         """The packets, and where and by how much their time stamps jump."""
         presented, decoded, length = (np.array(column) for column in self.columns[:3])
-        sound, key = (np.array(column, bool) for column in self.columns[3:5])
+        sound, key, hidden = (np.array(column, bool) for column in self.columns[3:6])
         if not presented.size:
-            raise BrokenMediaError("no packet in it")
+            raise BrokenMediaError(
+                "its packets have no time stamps" if self.undated else "no packet in it"
+            )
         # Stamps from both sides of a break; but a picture that stays for long waits for long, too.
         away = np.abs(presented - decoded) > LEAP
         if not are_guessed:
             away &= ~_is_reordered(sound, presented, decoded)
         presented[away] = decoded[away]
-        order = _order(sound, np.array(self.columns[5]))
-        part = _parts(sound, decoded, presented, order, leaps=leaps)
+        # A hidden packet is only decoded for those after it: it has the time of the next one.
+        if any(hidden[kind].all() and kind.any() for kind in (sound, ~sound)):
+            raise BrokenMediaError("its edit list hides all of its picture or sound")
+        following = _following(sound, hidden)
+        presented, decoded = presented[following], decoded[following]
+        length[hidden] = 0
+        place = np.arange(len(sound)) if in_order else np.array(self.columns[6])
+        part = np.zeros(len(sound), np.int64)
+        part[~hidden] = _parts(
+            sound[~hidden],
+            decoded[~hidden],
+            presented[~hidden],
+            _order(sound[~hidden], place[~hidden]),
+            leaps=leaps,
+        )
+        part = part[following]
         starts = {int(part[at]): start for at, start in self.starts.items() if at < len(part)}
         shift, jumps = _close(sound, part, presented, length, starts)
         pictures, sounds = (tuple(self.readings[kind]) for kind in (False, True))
-        return Packets(sound, presented + shift, length, key, shift, pictures, sounds), jumps
+        time = presented + shift
+        return Packets(sound, time, length, key, hidden, shift, pictures, sounds), jumps
 
     def time_at(self, place: int) -> float:
         """About when something was recorded that begins at a byte of the file."""
-        after = [time for time, at in zip(self.columns[0], self.columns[5], strict=True)
+        after = [time for time, at in zip(self.columns[0], self.columns[6], strict=True)
                  if at >= place]  # fmt: skip
         return min(after, default=0.0) - min(self.columns[0], default=0.0)
 
 
 def _scan(path: Path, container: av.container.InputContainer) -> tuple[Media, Packets]:
-    video, audio = _chosen(container.streams.video), _chosen(container.streams.audio)
-    chosen = [stream for stream in (video, audio) if stream is not None]
+    chosen = _chosen_of(container)
     if not chosen:
         raise BrokenMediaError("it has no picture and no sound that can be decoded")
     columns, form = _Columns(), container.format.name
-    reached = columns.read(container, chosen, 0, 0)
     with contextlib.ExitStack() as opened:
-        more, remarks = _joined(path, form, columns, reached, opened)
+        begins = _recordings(path, form)
+        if len(begins) > 1:  # its reader would go on with the headers of the first one
+            container = opened.enter_context(open_media(path, 0, begins[1]))
+            chosen = _chosen_of(container)
+        reached = columns.read(container, chosen, 0, begins[1] if len(begins) > 1 else 0)
+        more, remarks = _joined(path, form, columns, reached, begins, opened)
         if form == "mpegts":
             more, remarks = _later_streams(path, container, columns, chosen, opened)
         packets, jumps = columns.packets(
             leaps=bool(container.format.flags & _CLOCK_LEAPS) or bool(more),
             are_guessed=form == "mpeg",  # it has time stamps for some pictures only
+            in_order=form in BOXES,  # an edit list may go back in the file
         )
+        remarks += _missing(columns.undated) + columns.waves.remarks()
         streams = [*chosen, *more]
         kinds = {kind: [s for s in streams if s.type == kind] for kind in ("video", "audio")}
-        return _describe(
+        if len(streams) == len(chosen):
+            remarks += _unread(path, container, columns, packets)
+        media, packets = _describe(
             container,
             None if packets.sound.all() else kinds["video"][0],
             kinds["audio"][0] if packets.sound.any() else None,
             packets,
             jumps,
             remarks,
+            is_damaged=columns.waves.lost > 0,  # ffmpeg would make loud noise of it
         )
+    return _edited(path, form, media, packets), packets
+
+
+def _unread(
+    path: Path, container: av.container.InputContainer, columns: _Columns, packets: Packets
+) -> list[str]:
+    """What the ledger says of a file that holds less than its header says, or more."""
+    form, size = container.format.name, path.stat().st_size
+    if form in PLAIN and size - columns.bytes > max(ODD_BYTES, ODD_SHARE * size):
+        return [f"{size - columns.bytes:,} of its {size:,} bytes are not read"]
+    begin, end = (container.start_time or 0) / 1e6, float(max(columns.columns[0]))
+    said = (container.duration or 0) / 1e6
+    if form in TIMED and said - (end - begin) > max(PAUSE, ODD_SHARE * said):
+        return [f"its header says {said:.1f} s, but it ends at {end - begin:.1f} s"]
+    return []
+
+
+def _edited(path: Path, form: str, media: Media, packets: Packets) -> Media:
+    """The same, up to where the edit list has something that FFmpeg does not follow."""
+    odd = _odd_edits(path) if form in BOXES else []
+    if not odd:
+        return media
+    at, why = min(odd)
+    until = max(at - packets.zero, 0.0)
+    if until < NEAR_START:
+        raise BrokenMediaError(f"its edit list {why} at its beginning")
+    said = f"its edit list {why} at {until:.1f} s: what follows is not used"
+    remark = "; ".join(filter(None, (media.remark, said)))
+    return replace(media, seconds=min(media.seconds, until), remark=remark)
+
+
+def _odd_edits(path: Path) -> list[tuple[float, str]]:
+    """Where the edit list of each track has a gap or another speed, in seconds of the film."""
+    found = []
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for moov in _within(data, (0, len(data)), b"moov"):
+            [scale] = [
+                int.from_bytes(data[begin + 12 + 8 * data[begin] :][:4])
+                for begin, _ in _within(data, moov, b"mvhd")
+            ][:1] or [0]
+            for part in _within(data, moov, b"trak", b"edts", b"elst"):
+                time = 0
+                edits = list(_edits(data, *part))
+                for number, (length, start, rate) in enumerate(edits):
+                    is_gap = start < 0 and number > 0
+                    if is_gap or (rate != 1 and (rate or len(edits) > 1)):
+                        why = "leaves a gap" if is_gap else "changes the speed"
+                        found.append((time / max(scale, 1), why))
+                    time += length
+    return found
+
+
+def _edits(data: Any, begin: int, end: int) -> Iterator[tuple[int, int, float]]:
+    """The entries of an edit list: length in ticks of the film, start in the track's, rate."""
+    width = 8 if data[begin] else 4
+    step = 2 * width + 4
+    count = int.from_bytes(data[begin + 4 : begin + 8])
+    for at in range(begin + 8, min(begin + 8 + count * step, end - step + 1), step):
+        length, start = (
+            int.from_bytes(data[place : place + width], signed=place > at)
+            for place in (at, at + width)
+        )
+        rate = int.from_bytes(data[at + 2 * width : at + step], signed=True)
+        yield length, start, rate / 2**16
+
+
+def _within(data: Any, span: tuple[int, int], *kinds: bytes) -> Iterator[tuple[int, int]]:
+    """The contents of the boxes on a path of kinds of boxes."""
+    for kind, _, begin, end in boxes(data, *span):
+        if kind == kinds[0] and len(kinds) == 1:
+            yield begin, end
+        elif kind == kinds[0]:
+            yield from _within(data, (begin, end), *kinds[1:])
+
+
+def _chosen_of(container: av.container.InputContainer) -> list[Any]:
+    """The streams to take, picture first."""
+    both = _chosen(container.streams.video), _chosen(container.streams.audio)
+    return [stream for stream in both if stream is not None]
+
+
+def _missing(undated: Mapping[str, int]) -> list[str]:
+    """What the ledger says of packets without a time."""
+    names = {"video": "picture", "audio": "sound"}
+    return [
+        f"{count:,} packets of its {names[kind]} have no time stamp"
+        for kind, count in undated.items()
+        if count > UNDATED
+    ]
+
+
+# How a recording begins, in formats whose readers go on with the headers of the first one, and
+# where its first block ends: one that begins there belongs to it.
+_STARTS = {
+    "matroska,webm": rb"\x1a\x45\xdf\xa3[^\0].{0,60}?\x42\x82[\x84\x88](?:webm|matroska)",
+    "ogg": rb"OggS\0[\2\3]\0{8}.{12}(.)",
+    "flac": rb"fLaC[\0\x80]\0\0\x22",
+    "wv": rb"wvpk(.{4}).{8}\0{4}(?!\0{4})",
+    "au": rb"\.snd\0\0.{2}.{4}\0\0\0[\x01-\x1b]",
+}
+
+
+def _recordings(path: Path, form: str) -> list[int]:
+    """The byte at which each recording in a file begins."""
+    begins, block_end = [0], 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if form in BOXES:
+            seen: set[bytes] = set()
+            for kind, begin, _, _ in boxes(data, 0, len(data)):
+                if kind == b"ftyp" and not seen.isdisjoint((b"moov", b"mdat")):
+                    begins.append(begin)
+                    seen.clear()
+                seen.add(kind)
+            return begins
+        for found in re.finditer(_STARTS[form], data, re.DOTALL) if form in _STARTS else ():
+            begin = found.start()
+            if begin not in (0, block_end) and begin >= block_end:
+                begins.append(begin)
+            if form == "ogg":
+                lacing = data[found.end() : found.end() + found[1][0]]
+                block_end = found.end() + len(lacing) + sum(lacing)
+            elif form == "wv":
+                block_end = begin + 8 + int.from_bytes(found[1], "little")
+    return begins
+
+
+def boxes(data: Any, begin: int, end: int) -> Iterator[tuple[bytes, int, int, int]]:
+    """The boxes of an MP4 in a part of it: the kind, where each begins, its content, its end."""
+    while begin + 8 <= end:
+        size, kind, first = int.from_bytes(data[begin : begin + 4]), data[begin + 4 : begin + 8], 8
+        if size == 1:
+            size, first = int.from_bytes(data[begin + 8 : begin + 16]), 16
+        last = begin + size if size else end
+        if last < begin + first:
+            return
+        yield bytes(kind), begin, begin + first, min(last, end)
+        begin = last
 
 
 # How a recording begins, in formats whose readers stop where another one is joined to the first.
 _HEADS = {
-    "mov,mp4,m4a,3gp,3g2,mj2": rb"\0\0\0.ftyp",
     "flv": rb"FLV\x01.\0\0\0\x09",
     "wav": rb"RIFF.{4}WAVE",
     "w64": rb"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb",
@@ -319,30 +550,45 @@ _HEADS = {
 
 
 def _joined(
-    path: Path, form: str, columns: _Columns, reached: int, opened: contextlib.ExitStack
+    path: Path,
+    form: str,
+    columns: _Columns,
+    reached: int,
+    begins: Sequence[int],
+    opened: contextlib.ExitStack,
 ) -> tuple[list[Any], list[str]]:
     """Read the recordings that follow the first one in a file; remarks on those that cannot be."""
     streams: list[Any] = []
     remarks: list[str] = []
-    size = path.stat().st_size
-    if form not in _HEADS or reached >= size:
-        return streams, remarks
-    head = re.compile(_HEADS[form], re.DOTALL)
+    found = list(pairwise((*begins[1:], 0))) if len(begins) > 1 else []
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        while len(streams) < 2 * JOINED and (found := head.search(data, reached or 1)):
-            begin = found.start()
-            try:
-                container = opened.enter_context(open_media(path, begin))
-                chosen = [_chosen(container.streams.video), _chosen(container.streams.audio)]
-                chosen = [stream for stream in chosen if stream is not None]
-                reached = columns.read(container, chosen, begin, 0) if chosen else begin
-                streams += chosen if reached > begin else []
-            except av.FFmpegError:
-                reached = begin
-            if reached == begin:
+        head = re.compile(_HEADS[form], re.DOTALL) if form in _HEADS else None
+        while True:
+            if head is not None and (next_one := head.search(data, reached or 1)):
+                found.append((next_one.start(), 0))
+            if not found:
+                return streams, remarks
+            begin, end = found.pop(0)
+            if len(streams) >= 2 * JOINED:
+                return streams, [*remarks, f"what follows {JOINED} recordings is not read"]
+            more, reached = _one_more(path, columns, begin, end, opened)
+            streams += more
+            if not more:
                 remarks.append(f"another recording that begins at byte {begin:,} cannot be read")
-                reached = found.end()
-    return streams, remarks
+                reached = begin + 8
+
+
+def _one_more(
+    path: Path, columns: _Columns, begin: int, end: int, opened: contextlib.ExitStack
+) -> tuple[list[Any], int]:
+    """Read a recording within a file: its streams, and where its last packet ends."""
+    try:
+        container = opened.enter_context(open_media(path, begin, end))
+        chosen = _chosen_of(container)
+        reached = columns.read(container, chosen, begin, end) if chosen else begin
+    except av.FFmpegError:
+        return [], begin
+    return (chosen, reached) if reached > begin else ([], begin)
 
 
 def _later_streams(
@@ -438,7 +684,11 @@ def _chosen(streams: Sequence[Any]) -> Any | None:
     ]
     return max(
         known,
-        key=lambda s: (not s.disposition & _FOR_FEW, bool(s.disposition & Disposition.default)),
+        key=lambda s: (
+            not s.disposition & _FOR_FEW,
+            bool(s.disposition & Disposition.default),
+            s.frames != 1,  # a still image of it
+        ),
         default=None,  # max takes the first of equals
     )
 
@@ -458,6 +708,16 @@ def _is_reordered(sound: np.ndarray, pts: np.ndarray, dts: np.ndarray) -> np.nda
     shown = np.sort(pts[~sound])
     between = np.searchsorted(shown, pts) - np.searchsorted(shown, dts, side="right")
     return ~sound & (pts > dts) & (between <= REORDERED)
+
+
+def _following(sound: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+    """Of each packet itself, or of a hidden one the next of its kind that is shown, or the last."""
+    following = np.arange(len(sound))
+    for kind in (sound, ~sound):
+        shown = np.flatnonzero(kind & ~hidden)
+        at = np.minimum(np.searchsorted(shown, following[kind]), len(shown) - 1)
+        following[kind] = shown[at]
+    return following
 
 
 def _order(sound: np.ndarray, place: np.ndarray) -> np.ndarray:
@@ -558,6 +818,8 @@ def _describe(
     packets: Packets,
     jumps: Sequence[tuple[float, float]],
     remarks: Sequence[str],
+    *,
+    is_damaged: bool,
 ) -> tuple[Media, Packets]:
     sound, time = packets.sound, packets.time
     kinds = [kind for kind in (False, True) if (sound == kind).any()]
@@ -571,7 +833,9 @@ def _describe(
         zero = min(first.values())  # FFmpeg's is of another part, or misses the first picture
     start = max(_part_begin({kind: max(begin, zero) for kind, begin in first.items()}), zero) - zero
     packets = replace(packets, time=time - (zero + start), zero=zero + start)
-    shown = np.sort(packets.time[~sound])
+    shown = np.sort(packets.time[~sound & ~packets.hidden])
+    if shown.size > 2 and len(np.unique(shown)) < len(shown) / 2:
+        raise BrokenMediaError(f"{len(shown)} pictures share {len(np.unique(shown))} time stamps")
     longest = float(np.diff(shown).max()) if shown.size > 1 else np.inf
     seconds = last[kinds[0]] - zero - start
     if len(kinds) == 2 and longest > HOLD:
@@ -593,7 +857,7 @@ def _describe(
         seconds=seconds,
         num_frames=len(shown),
         interlaced=field_order > PROGRESSIVE,
-        exact=bool(jumps) or moved or joined or odd,
+        exact=bool(jumps) or moved or joined or odd or is_damaged,
         mix="" if audio is None else _mix(audio),
         channels=0 if audio is None else audio.codec_context.layout.nb_channels,
         heard=heard,
@@ -618,6 +882,9 @@ def _is_odd(packets: Packets, shown: np.ndarray, longest: float, form: str) -> b
         return True
     if (np.diff((packets.time - packets.shift)[sound]) < 0).any():
         return True  # stamps that were guessed from another sample rate
+    inner = packets.time[packets.hidden]
+    if ((inner > inner.min(initial=0) + PAUSE) & (inner < packets.time.max() - PAUSE)).any():
+        return True  # an edit list with several parts
     length = _lengths(sound, packets.time, packets.length)[sound]
     if off_rate(packets.time[sound], length).any():
         return True
