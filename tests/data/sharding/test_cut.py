@@ -1,5 +1,6 @@
 """ffmpeg cuts exactly: the right frames, the right samples, the same bytes."""
 
+import struct
 import wave
 from dataclasses import replace
 from fractions import Fraction
@@ -203,6 +204,7 @@ def test_what_is_no_media_says_why(tmp_path):
         "empty": b"",
         "page.mp4": b"<!doctype html><p>404</p>" * 50,
         "x.mp4": b"#EXTM3U\nfile:///",
+        "answer.mp4": b'{"error": "' + b"no such video " * 40 + b'"}',
     }
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
@@ -227,3 +229,163 @@ def test_a_stream_that_no_decoder_knows_is_none(tmp_path):
 def test_a_missing_ffmpeg_is_the_machines_fault(tmp_path):
     with pytest.raises(MachineError, match=r"machine\.ffmpeg"):
         find_ffmpeg(tmp_path / "none")
+
+
+def float_wav(path, wave) -> None:
+    data = np.asarray(wave, "<f4")
+    count, hz = (1, 8000) if data.ndim == 1 else (data.shape[1], 8000)
+    form = struct.pack("<HHIIHH", 3, count, hz, 4 * count * hz, 4 * count, 32)
+    body = b"WAVEfmt " + struct.pack("<I", 16) + form
+    body += b"data" + struct.pack("<I", data.nbytes) + data.tobytes()
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
+
+
+TONE = 0.25 * np.sin(2 * np.pi * 440 * np.arange(8000) / 8000)
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [100, slice(2000, 6000)])
+def test_samples_that_are_not_finite_are_silent_and_reported(tmp_path, odd, place):
+    wave = TONE.copy()
+    wave[place] = odd
+    float_wav(tmp_path / "a.wav", wave)
+    result = cut_file(tmp_path / "a.wav", [(0.0, 1.0)], tmp_path)
+    np.testing.assert_allclose(
+        result.pieces[0].audio / 32768, np.nan_to_num(wave, posinf=0, neginf=0), atol=1e-3
+    )
+    assert "samples of its sound are not finite" in result.complaint
+
+
+def test_a_channel_that_is_not_finite_leaves_the_other(tmp_path):
+    float_wav(tmp_path / "a.wav", np.stack([TONE, TONE * np.nan], axis=1))
+    [piece] = cut_file(tmp_path / "a.wav", [(0.0, 1.0)], tmp_path).pieces
+    np.testing.assert_allclose(piece.audio / 32768, TONE / 2, atol=1e-3)
+
+
+def test_sound_that_is_too_loud_for_16_bits_is_reported(tmp_path):
+    for factor, said in ((20, "beyond full scale"), (3.9, "")):
+        float_wav(tmp_path / "a.wav", TONE * factor)
+        complaint = cut_file(tmp_path / "a.wav", [(0.0, 1.0)], tmp_path).complaint
+        assert said in complaint and bool(said) == bool(complaint)
+
+
+def test_bytes_of_a_wav_that_nobody_reads_are_reported(tmp_path):
+    float_wav(tmp_path / "a.wav", np.tile(TONE, 10))
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[40:44] = struct.pack("<I", 160_000)  # half of it
+    (tmp_path / "a.wav").write_bytes(data)
+    media = probe(tmp_path / "a.wav")
+    assert media.seconds == 5 and media.remark == "160,044 of its 320,044 bytes are not read"
+
+
+def test_a_big_endian_wav_is_refused(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"RIFX" + bytes(1000))
+    with pytest.raises(BrokenMediaError, match="big-endian"):
+        probe(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+@pytest.mark.parametrize(
+    ("matrix", "corner"),
+    [
+        ((1, 0, 0, 1), (0, 0)), ((-1, 0, 0, -1), (1, 1)), ((0, 1, -1, 0), (0, 1)),
+        ((0, -1, 1, 0), (1, 0)), ((-1, 0, 0, 1), (0, 1)), ((1, 0, 0, -1), (1, 0)),
+        ((0, 1, 1, 0), (0, 0)), ((0, -1, -1, 0), (1, 1)),
+    ],
+)  # fmt: skip
+def test_a_picture_that_is_turned_or_mirrored_is_shown_so(tmp_path, matrix, corner, is_exact):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "4"})
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        pixels = np.zeros((64, 96, 3), np.uint8)
+        pixels[:16, :16] = 255
+        for _ in range(10):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    data = path.read_bytes()
+    a, b, c, d = (2**16 * value for value in matrix)
+    old = struct.pack(">9i", 2**16, 0, 0, 0, 2**16, 0, 0, 0, 2**30)
+    track = data.index(b"tkhd")
+    at = data.index(old, track)
+    path.write_bytes(
+        data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 2**30) + data[at + 36 :]
+    )
+    item = Cut(path, replace(probe(path), exact=is_exact), ((0.0, 1.0),))
+    [result] = cut([item], PARAMS, program=find_ffmpeg(None), work=tmp_path)
+    [piece] = result.pieces
+    assert (piece.width < piece.height) == (matrix[0] == 0)
+    shown = whole(decode_frames(piece.video[0], [0], fps=PARAMS.fps), 1)[0].mean(axis=2)
+    bright = [[shown[:4, :4], shown[:4, -4:]], [shown[-4:, :4], shown[-4:, -4:]]]
+    assert [(r, c) for r in (0, 1) for c in (0, 1) if bright[r][c].mean() > 128] == [corner]
+
+
+@pytest.mark.parametrize(("form", "codec"), [("apng", "apng"), ("gif", "gif")])
+def test_all_pictures_of_an_animation_are_read(tmp_path, form, codec):
+    path = tmp_path / "animation.png"
+    with av.open(str(path), "w", format=form) as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.height, stream.width = 32, 48
+        stream.pix_fmt = "rgb24" if codec == "apng" else "rgb8"
+        for number in range(20):
+            pixels = np.full((32, 48, 3), number * STEP, np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
+        container.mux(stream.encode(None))
+    media = probe(path)
+    assert media.image is None and round(media.seconds, 1) == 2.0
+
+
+def test_pictures_that_share_a_time_stamp_are_refused(tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w", format="matroska") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuvj420p"
+        for number in range(10):
+            pixels = np.full((32, 48, 3), number * STEP, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                packet.pts = packet.dts = number // 5
+                container.mux(packet)
+    with pytest.raises(BrokenMediaError, match="10 pictures share 2 time stamps"):
+        probe(path)
+
+
+def test_a_raw_stream_without_time_stamps_says_so(tmp_path):
+    path = tmp_path / "a.h264"
+    with av.open(str(path), "w", format="h264") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for _ in range(10):
+            pixels = np.zeros((32, 48, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    with pytest.raises(BrokenMediaError, match="no time stamps"):
+        probe(path)
+
+
+HUM = 0.02 * np.sin(2 * np.pi * 60 * np.arange(8000) / 8000)
+HALVES = np.repeat([1, -1, 1, -1], 2000)
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+@pytest.mark.parametrize(
+    ("left", "right", "kept"),
+    [
+        (HUM + TONE, HUM - TONE, None),  # they cancel each other in one octave only
+        (TONE, HALVES * TONE, None),  # for half of the time
+        (TONE, -0.9 * TONE, None),
+        (TONE, 0.5 * TONE, 0.75 * TONE),
+        (TONE, 0 * TONE, TONE / 2),
+        (0 * TONE, TONE, TONE / 2),
+        (TONE, HALVES * HUM, (TONE + HALVES * HUM) / 2),
+    ],
+)
+def test_a_part_of_stereo_that_cancels_out_is_heard(tmp_path, left, right, kept, is_exact):
+    path = tmp_path / "a.wav"
+    float_wav(path, np.stack([left, right], axis=1))
+    item = Cut(path, replace(probe(path), exact=is_exact), ((0.0, 1.0),))
+    [result] = cut([item], PARAMS, program=find_ffmpeg(None), work=tmp_path)
+    sound = result.pieces[0].audio / 32768
+    np.testing.assert_allclose(sound, left if kept is None else kept, atol=1e-3)
+    assert ("another mix was taken" in result.complaint) == (kept is None)

@@ -83,6 +83,9 @@ def expected() -> dict[str, str]:
     return {item["file"]: item["expect"] for item in listed if item["kind"] not in others}
 
 
+REMIXED = "its channels cancel each other: another mix was taken"  # in its first second, they do
+
+
 def test_every_hostile_file_ends_as_it_should(hostile):
     _, states = hostile
     wanted = expected()
@@ -95,7 +98,7 @@ def test_every_hostile_file_ends_as_it_should(hostile):
         (name, wanted[name], entry)
         for name, entry in states.items()
         if not {
-            "ok": entry.state == "ok" and "video" in entry.has and not entry.reason,
+            "ok": entry.state == "ok" and "video" in entry.has and entry.reason in ("", REMIXED),
             "ok-video-only": entry.state == "ok" and entry.has == ("video",),
             "ok-audio-only": entry.state == "ok" and entry.has == ("audio",),
             "skip": entry.state == "corrupt" and bool(entry.reason),

@@ -411,8 +411,9 @@ def _unread(
         return [f"{size - columns.bytes:,} of its {size:,} bytes are not read"]
     begin, end = (container.start_time or 0) / 1e6, float(max(columns.columns[0]))
     said = (container.duration or 0) / 1e6
-    if form in TIMED and said - (end - begin) > max(PAUSE, ODD_SHARE * said):
-        return [f"its header says {said:.1f} s, but it ends at {end - begin:.1f} s"]
+    end -= min(begin, 0.0)  # some headers count from 0, others from the first time stamp
+    if form in TIMED and said - end > max(PAUSE, ODD_SHARE * said):
+        return [f"its header says {said:.1f} s, but it ends at {end:.1f} s"]
     return []
 
 

@@ -54,6 +54,7 @@ PATIENCE = 20.0  # seconds that a second of video may take
 MAX_CLIP_BYTES = 2**28  # of a stored clip's picture
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192; a file that claims more is not decoded
 CANCELLED = 30.0  # a mix that is so many times quieter than another one is not their sound
+CELL_CANCELLED, SHARE_CANCELLED = 25.0, 0.1  # in energy: a part of the sound, and of all of it
 AUDIBLE = 10  # of 32,768: quieter channels need not be rescued
 _GLOBAL = ("-nostdin", "-hide_banner", "-nostats", "-filter_complex_threads", "1", "-y")
 _LEVEL = ("-loglevel", "level+info")  # at this level it says when the form of a stream changes
@@ -354,7 +355,7 @@ def _collect(item: Cut, params: PreprocessParams, prefix: str, complaint: str) -
     for number, (start, end) in enumerate(item.windows):
         first = round((item.media.start + start - seek) * hz)
         inside = slice(first, first + round((end - start) * hz))
-        sound, cancelled = _mixed(track[inside], side[inside])
+        sound, cancelled = _mixed(track[inside], side[inside], item.media.channels)
         complaints.append(cancelled)
         pieces.append(_piece(f"{prefix}-{number}.mp4", sound, end - start, params))
     return CutResult(pieces, _distinct(*complaints))
@@ -364,15 +365,42 @@ def _samples(path: str) -> np.ndarray:
     return np.fromfile(path, dtype="<i2") if Path(path).exists() else np.zeros(0, np.int16)
 
 
-def _mixed(mid: np.ndarray, side: np.ndarray) -> tuple[np.ndarray, str]:
+def _mixed(mid: np.ndarray, side: np.ndarray, channels: int) -> tuple[np.ndarray, str]:
     """The sound of a window, and a complaint where the mix of its channels is not its sound."""
-    loudness = [
-        float(np.sqrt(np.mean(wave.astype(float) ** 2))) for wave in (mid, side) if wave.size
-    ]
-    if len(loudness) < 2 or loudness[1] < max(AUDIBLE, CANCELLED * loudness[0]):
+    size = min(mid.size, side.size)  # at damage, one of them may end before the other
+    if not size:
         return mid, ""
+    whole, mid, side = mid, mid[:size], side[:size]
+    loudness = [float(np.sqrt(np.mean(wave.astype(float) ** 2))) for wave in (mid, side)]
+    if loudness[1] < AUDIBLE:
+        return whole, ""
+    if loudness[1] < CANCELLED * loudness[0] and not (channels == 2 and _cancels(mid, side)):
+        return whole, ""
     other = np.clip(mid.astype(int) + side, -32768, 32767).astype(np.int16)  # of two, the left
     return other, "its channels cancel each other: another mix was taken"
+
+
+def _cancels(mid: np.ndarray, side: np.ndarray) -> bool:
+    """Whether the mix of two channels loses some of their sound, for a while or in an octave.
+
+    And more than the left channel alone, which lacks what only the right one has.
+    """
+    waves = [mid, side, mid + side.astype(float), mid - side.astype(float)]
+    mix, other, left, right = (_cells(wave) for wave in waves)
+    lost = [
+        missing[missing > CELL_CANCELLED * kept].sum() / max((missing + kept).sum(), 1.0)
+        for kept, missing in ((mix, other), (left, right))
+    ]
+    return bool(lost[0] > SHARE_CANCELLED and lost[0] > lost[1])
+
+
+def _cells(wave: np.ndarray) -> np.ndarray:
+    """The energy of a sound in each octave of each eighth of it."""
+    size = max(len(wave) // 8, 2)
+    blocks = wave[: len(wave) // size * size].reshape(-1, size)
+    energy = np.abs(np.fft.rfft(blocks, axis=1)) ** 2
+    octaves = 2 ** np.arange(int(np.log2(energy.shape[1])) + 1) - 1
+    return np.add.reduceat(energy, octaves, axis=1)
 
 
 def _piece(path: str, sound: np.ndarray, seconds: float, params: PreprocessParams) -> Piece:
@@ -445,7 +473,7 @@ def _cut_exactly(item: Cut, tool: _Tool, *, pictures: bool = True) -> CutResult:
         pieces = []
         for number, (start, end) in enumerate(item.windows):
             tracks = [_samples(f"{prefix}-{number}-{track}") for track in ("sound", "side")]
-            sound, cancelled = _mixed(*tracks)
+            sound, cancelled = _mixed(tracks[0], tracks[1], item.media.channels)
             complaints.append(cancelled)
             pieces.append(_piece(f"{prefix}-{number}.mp4", sound, end - start, params))
     return CutResult(pieces, _distinct(*complaints))
@@ -554,7 +582,9 @@ def _timed(
         errors.append(f"a packet cannot be decoded: {error.strerror}")
         return
     for frame in frames:
-        if frame.pts is not None:
+        if frame.is_corrupt:
+            errors.append("a packet is damaged")
+        elif frame.pts is not None:
             shape = codec.sample_aspect_ratio if isinstance(frame, av.VideoFrame) else None
             yield float(frame.pts * (frame.time_base or unit)) - zero, frame, shape
 
@@ -597,13 +627,13 @@ class _Film:
 
     def _planes(self, frame: av.VideoFrame, shape: Fraction | None) -> bytes:
         """A frame as planes of Y, U and V, scaled as the ffmpeg program does, and upright."""
-        quarters = round((frame.rotation or 0) / 90) % 4
+        turn = _turn(frame)
         size = _stored_size(frame, shape, self.params)
-        if quarters % 2:
+        if turn.swaps:
             size = size[::-1]
         self.size = self.size or size
         inside = _fitted(size, self.size)
-        width, height = inside[::-1] if quarters % 2 else inside
+        width, height = inside[::-1] if turn.swaps else inside
         full = self.params.video_storage == "jpeg"
         unknown = frame.colorspace in (2, 3)  # unspecified, reserved
         picture = frame.reformat(
@@ -620,8 +650,31 @@ class _Film:
             np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
             for plane in picture.planes
         ]
-        upright = [np.rot90(plane, quarters) for plane in planes]
+        upright = [turn.of(plane) for plane in planes]
         return b"".join(_framed(upright, self.size, black=0 if full else 16))
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """How a picture is shown: rows and columns swapped first, then each one mirrored."""
+
+    swaps: bool = False
+    mirrors: tuple[bool, bool] = (False, False)  # rows, columns
+
+    def of(self, plane: np.ndarray) -> np.ndarray:
+        """A plane as it is shown."""
+        turned = plane.T if self.swaps else plane
+        rows, columns = (slice(None, None, -1 if mirror else 1) for mirror in self.mirrors)
+        return turned[rows, columns]
+
+
+def _turn(frame: av.VideoFrame) -> _Turn:
+    """The nearest turn to a frame's display matrix, which sends (x, y) to (ax + cy, bx + dy)."""
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+            return _Turn(True, (b < 0, c < 0)) if abs(b) > abs(a) else _Turn(False, (d < 0, a < 0))
+    return _Turn()
 
 
 def _stored_size(
@@ -735,12 +788,26 @@ def _hear(frames: Iterator[Decoded], media: Media) -> Iterator[Sound]:
         if kind not in mixers:
             wanted = layout if media.mix or layout == "stereo" else "mono"
             mixers[kind] = [av.AudioResampler("fltp", form, rate) for form in (wanted, layout)]
+        if frame.format.name.startswith(("flt", "dbl")):
+            frame = _finite(frame)
         frame.pts = None
         for mixed, each in zip(*(mixer.resample(frame) for mixer in mixers[kind]), strict=True):
             wave, channels = mixed.to_ndarray(), each.to_ndarray()
             mono = wave[0] if media.mix.endswith("c0=c0") else wave.mean(axis=0)
             weights = other_mix(len(channels)) if len(channels) > 1 else [0.0]
             yield time, rate, np.stack([mono, np.asarray(weights, np.float32) @ channels])
+
+
+def _finite(frame: av.AudioFrame) -> av.AudioFrame:
+    """A frame without samples that are not finite: they are silent."""
+    wave = frame.to_ndarray()
+    if np.isfinite(wave).all():
+        return frame
+    whole = av.AudioFrame.from_ndarray(
+        np.nan_to_num(wave, nan=0.0, posinf=0.0, neginf=0.0), frame.format.name, frame.layout.name
+    )
+    whole.sample_rate = frame.sample_rate
+    return whole
 
 
 def _in_rate(heard: list[Sound]) -> tuple[list[Sound], list[str]]:
