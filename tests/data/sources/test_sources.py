@@ -152,3 +152,9 @@ def test_a_folder_without_videos_is_said_so(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(DataError, match="no video, sound or image in"):
         scan(tmp_path, PARAMS.data)
+    for place, message in (
+        (tmp_path / "gone", "gone is missing"),
+        (tmp_path / "a.txt", "not a folder"),
+    ):
+        with pytest.raises(DataError, match=message):
+            scan(place, PARAMS.data)

@@ -153,7 +153,7 @@ def test_where_rows_name_a_test_split_no_other_row_is_drawn_for_it(tmp_path, cap
     clips = listed(tmp_path, "path,split\n" + "".join(rows))
     assert [clip.split for clip in clips] == ["test"] * 3 + ["train"] * 37
     assert caplog.messages == [
-        f"{tmp_path}/list.csv: 37 rows name no split: not one of them is for testing, as other rows are"
+        f"{tmp_path}/list.csv: 37 rows name no split: they are not for testing, as other rows are"
     ]
 
 
@@ -268,6 +268,15 @@ def test_an_old_encoding_is_announced(tmp_path, caplog):
     rows = "url,text\nhttp://a/1,открой дверь\nhttp://a/2,налей молоко\n"
     assert texts(listed(tmp_path, rows.encode("cp1251"))) == ["открой дверь", "налей молоко"]
     assert len(caplog.messages) == 1 and "is read as cp1251" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(("name", "head"), [("a.mp4", b"\0\0\0 ftyp"), ("a.csv", b"PK\x03\x04"),
+                                            ("a.csv.gz", b"\x1f\x8b\x08")])  # fmt: skip
+def test_what_is_no_list_is_not_read_as_one(tmp_path, caplog, name, head):
+    (tmp_path / name).write_bytes(head + bytes(range(256)))
+    with pytest.raises(DataError, match=f"{name} is not a csv file"):
+        list(read_urls(tmp_path / name, PARAMS.data))
+    assert caplog.messages == []
 
 
 HOSTILE = {  # the line that is refused and why; None: its one address is tried

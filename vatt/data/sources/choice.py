@@ -172,7 +172,7 @@ def _files_of(csv_file: Path, data: DataParams) -> Iterator[tuple[str, Path]]:
     """The files of this machine that a csv lists."""
     if not csv_file.is_file():
         return
-    for clip in read_urls(csv_file, data):
+    for clip in read_urls(csv_file, data, announces=False):
         if clip.url.startswith("folder:"):
             path = path_in_folder(clip.url, csv_file, absolute=data.allow_absolute_paths)
             yield clip.url, path

@@ -112,14 +112,21 @@ def scan(
 
     With `opens` the files are also opened, to know their lengths and whether they have sound.
     """
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder} is {'not a folder' if folder.exists() else 'missing'}",
+            hint="mount or restore it, or run `vattctl ingest` with its new place",
+        )
     listing = list_files(folder)
     ignored = listing.skipped
     senses = _senses(folder, listing)
     files, texts = _sorted_out(folder, listing)
     files, notes = _of_one_kind(files, data.file_kind, ignored)
     if not files:
+        unread = ignored["folders that cannot be read"]
         raise DataError(
-            f"no video, sound or image in {folder}",
+            f"no video, sound or image in {folder}"
+            + (f"; {unread} folders cannot be read" if unread else ""),
             hint=f"known file names end in {', '.join(sorted(MEDIA))}",
         )
     layout = read_layout(files, data.split_folders)

@@ -29,6 +29,7 @@ MANGLED = "get the official file again, and keep spreadsheet programs away from 
 
 _LINE_END = re.compile(r"\r{0,2}\n|\r")  # \r\r\n comes from converting a text twice
 _NUMBER = re.compile(r"[+-]?(?:\d{1,20}(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?", re.ASCII)
+_SHIFTS = re.compile(rb"\x1b\$(?:[@ABD]|\([CD]|\)C)")  # to Japanese or Korean, in seven bits
 _NOT_ASCII = re.compile(rb"[^\r\n]*[\x80-\xff][^\r\n]*")
 BAD_BYTE = re.compile("[\udc80-\udcff]")  # how `surrogateescape` writes a byte that has no meaning
 
@@ -90,6 +91,8 @@ def encoding_of(data: bytes) -> str:
     """The encoding of a text: by its mark, its zeros, as UTF-8 with few bad bytes, or a guess."""
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
     encoding = encoding or _by_zeros(data)
+    if encoding is None and data.isascii() and (match := _SHIFTS.search(data)):
+        encoding = "iso2022_kr" if match[0].endswith(b")C") else "iso2022_jp_2"
     if encoding is None and _all_utf8([data]):
         encoding = "utf-8"
     return encoding or _by_sample([data])
@@ -156,7 +159,8 @@ def _likeness(text: str, encoding: str) -> float:
 
 
 def _on_errors(encoding: str) -> str:
-    return "replace" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
+    has_units = encoding.startswith(("utf-16", "utf-32", "iso2022"))  # that are no single bytes
+    return "replace" if has_units else "surrogateescape"
 
 
 def encoding_of_file(path: Path) -> str:
@@ -164,7 +168,8 @@ def encoding_of_file(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(BLOCK)
         encoding = encoding_of(head)
-        if encoding == "utf-8" or encoding not in UNICODE:  # judged by the head alone
+        is_shifted = encoding.startswith("iso2022")
+        if encoding == "utf-8" or (encoding not in UNICODE and not is_shifted):  # by the head alone
             file.seek(0)
             encoding = "utf-8"
             if not _all_utf8(iter(partial(file.read, BLOCK), b"")):

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from urllib.parse import urlsplit
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from vatt.config import DataParams
-from vatt.data.clips.files import LONGEST_PATH, composed, find_file
+from vatt.data.clips.files import LONGEST_PATH, MEDIA, composed, find_file
 from vatt.data.clips.manifest import (
     CLIP_ID,
     LABEL_SEPARATOR,
@@ -59,15 +59,22 @@ _YOUTUBE = re.compile(
     r"(?:watch/?\?(?:[^#]*&)?v=|shorts/|embed/|live/|v/)|youtu\.be/)([\w-]{11})(?:[?&/#].*)?",
     re.ASCII | re.IGNORECASE,
 )
+_NO_TEXT = (b"PK\x03\x04", b"\x1f\x8b", b"\xd0\xcf\x11\xe0", b"SQLi", b"PAR1", b"%PDF")
 _TIME_WORDS = {"start", "end", "begin", "stop", "from", "to", "time", "duration", "length", "onset"}
 log = logging.getLogger(__name__)
 
 
-def read_urls(path: Path, data: DataParams) -> Iterator[Clip]:
+def read_urls(path: Path, data: DataParams, *, announces: bool = True) -> Iterator[Clip]:
     """The clips of the list, as a stream; bad rows are named with their lines, all at once."""
-    listing = _open(path)
+    listing, guesses = _open(path)
     faults = Faults(path, hint="correct or delete these lines")
-    test_share, val_share = _open_shares(listing, data)
+    test_share, val_share, num_open = _open_shares(listing, data)
+    if num_open and test_share < data.test_share:
+        guesses.append(
+            f"{num_open} rows name no split: they are not for testing, as other rows are"
+        )
+    for guess in guesses if announces else ():
+        log.warning("%s: %s", path, guess)
     marks = array("Q")
     for line, row in listing.rows(faults):
         try:
@@ -86,24 +93,20 @@ def read_urls(path: Path, data: DataParams) -> Iterator[Clip]:
     faults.check()
 
 
-def _open_shares(listing: "_List", data: DataParams) -> tuple[float, float]:
-    """The shares of test and val among the rows without a split: none of what other rows name."""
+def _open_shares(listing: "_List", data: DataParams) -> tuple[float, float, int]:
+    """The shares of test and val among the rows without a split, and how many these are.
+
+    A split that other rows name is not drawn again.
+    """
     if "split" not in listing.columns:
-        return data.test_share, data.val_share
+        return data.test_share, data.val_share, 0
     given: set[str | None] = set()
     num_open = 0
     for _, row in listing.rows(Faults(listing.path, hint="")):  # bad rows are named later
         given |= {split_word(row["split"])} if row["split"] else set()
         num_open += not row["split"]
-    if num_open and "test" in given:
-        log.warning(
-            "%s: %d rows name no split: not one of them is for testing, as other rows are",
-            listing.path, num_open,
-        )  # fmt: skip
-    return (
-        0.0 if "test" in given else data.test_share,
-        0.0 if "val" in given else data.val_share,
-    )
+    test_share = 0.0 if "test" in given else data.test_share
+    return test_share, 0.0 if "val" in given else data.val_share, num_open
 
 
 def _add_twins(listing: "_List", data: DataParams, marks: "array[int]", faults: Faults) -> None:
@@ -171,14 +174,9 @@ class _List:
         return len(fields) >= min(len(self.columns), 2) and any(found)
 
 
-def _open(path: Path) -> _List:
-    """Look for the column names and at what separates them; a guess is announced."""
-    try:
-        encoding = encoding_of_file(path)
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing", hint="set data.location to a csv file") from None
-    if encoding not in UNICODE:
-        log.warning("%s is read as %s: save it as UTF-8 if words are wrong", path, encoding)
+def _open(path: Path) -> tuple[_List, list[str]]:
+    """The list by its column names and by what separates them, and what was guessed of it."""
+    encoding = _encoding_of_list(path)
     lines = text_lines(path, encoding)
     line, names = next((found for found in lines if found[1].strip()), (1, ""))
     forced = re.fullmatch(r"sep=(.)", names.strip(" \r\n"))  # as Excel writes it
@@ -196,21 +194,39 @@ def _open(path: Path) -> _List:
     twice = next((name for name in columns if name and columns.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"{path}:{line}: two columns are called {twice}", hint="keep one of them")
-    _announce(path, columns, delimiter)
-    return _List(path, line, columns, delimiter, encoding)
+    listing = _List(path, line, columns, delimiter, encoding)
+    return listing, _guesses(listing)
 
 
-def _announce(path: Path, columns: Sequence[str], delimiter: str) -> None:
+def _encoding_of_list(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+        if path.suffix.lower() in MEDIA or head.startswith(_NO_TEXT):
+            raise DataError(
+                f"{path} is not a csv file",
+                hint="name a folder with media, or a list: a spreadsheet saved as csv, unpacked",
+            )
+        return encoding_of_file(path)
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing", hint="set data.location to a csv file") from None
+
+
+def _guesses(listing: _List) -> list[str]:
     """What was guessed of the list."""
-    timed = [name for name in columns if name not in KNOWN and _speaks_of_time(name)]
+    found = []
+    if listing.encoding not in UNICODE:
+        found.append(f"it is read as {listing.encoding}: save it as UTF-8 if words are wrong")
+    timed = [name for name in listing.columns if name not in KNOWN and _speaks_of_time(name)]
     if timed:
-        log.warning(
-            "%s: read as labels: %s; a span is read from the columns start and end, in seconds",
-            path, ", ".join(timed),
-        )  # fmt: skip
-    if delimiter != ",":
-        named = DELIMITERS.get(delimiter, f"'{delimiter}'")
-        log.warning("%s: the fields are separated by %s", path, named)
+        found.append(
+            f"read as labels: {', '.join(timed)}; a span is read from the columns start and end, "
+            "in seconds"
+        )
+    if listing.delimiter != ",":
+        named = DELIMITERS.get(listing.delimiter, f"'{listing.delimiter}'")
+        found.append(f"the fields are separated by {named}")
+    return found
 
 
 def _speaks_of_time(name: str) -> bool:
