@@ -417,7 +417,11 @@ def test_a_model_with_experts_comes_back_from_its_folder(tmp_path):
     save(model, params, tmp_path)
     loaded = load(tmp_path)
     assert loaded.params == params
-    assert torch.equal(model(*small_inputs()).text_vt, loaded(*small_inputs()).text_vt)
+    weights, read = model.state_dict(), loaded.state_dict()
+    assert weights.keys() == read.keys()
+    assert all(torch.equal(weights[name], read[name]) for name in weights)
+    # Not to the bit: where the numbers lie in memory decides the order of a product's sums.
+    torch.testing.assert_close(model(*small_inputs()).text_vt, loaded(*small_inputs()).text_vt)
 
 
 def test_a_classifier_has_the_experts_of_its_tower():

@@ -426,7 +426,8 @@ class ProvenPrecision(nn.Module):
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its start on stderr
             # There can be one profile at a time, and somebody else may have begun one.
             is_free = not torch.autograd.profiler._is_profiler_enabled
-            profile = torch.profiler.profile(activities=[ProfilerActivity.CPU])
+            # acc_events: without it some versions of torch warn
+            profile = torch.profiler.profile(activities=[ProfilerActivity.CPU], acc_events=True)
             try:
                 with profile if is_free else nullcontext():
                     answer = self.module(*inputs)
