@@ -56,7 +56,8 @@ def test_two_lines_are_enough_to_know_an_encoding(encoding):
     [
         ("gb18030", "打开门"), ("gb18030", "我爱你"), ("big5", "謝謝你"), ("cp949", "문을 여세요"),
         ("cp932", "ありがとう"), ("euc_jp", "水を入れる"), ("cp1251", "Привет"), ("koi8_r", "привет"),
-        ("cp1252", "Café"),
+        ("cp1252", "Café"), ("koi8_r", "Спасибо большое"), ("koi8_r", "Да"), ("cp1251", "ВНИМАНИЕ"),
+        ("cp1255", "תודה רבה"), ("cp1253", "Γεια σου"), ("cp1256", "مرحبا"), ("cp866", "Открой дверь"),
     ],
 )  # fmt: skip
 def test_one_short_caption_of_an_old_encoding_is_read(encoding, word):

@@ -115,7 +115,7 @@ def scan(
     if not folder.is_dir():
         raise DataError(
             f"{folder} is {'not a folder' if folder.exists() else 'missing'}",
-            hint="mount or restore it, or run `vattctl ingest` with its new place",
+            hint="mount or restore it, or name its new place (`vattctl ingest FOLDER`)",
         )
     listing = list_files(folder)
     ignored = listing.skipped

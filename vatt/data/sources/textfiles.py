@@ -71,6 +71,14 @@ _COMMON = {  # frequent signs: a few sentences contain some of them
     "cp932": _KANA,
     "euc_jp": _KANA,
 }
+_CYRILLIC = set("оеаинтсрвлкмдпуяыі")
+_LETTERS = {  # the most frequent letters of code pages with one byte a letter
+    "cp1251": _CYRILLIC, "koi8_r": _CYRILLIC, "cp866": _CYRILLIC,
+    "cp1253": set("αοιετσνηυρπκμλςάίόέ"),
+    "cp1255": set("יוהלאמרתבשנדעכם"),
+    "cp1256": set("اليمنورتبةعدسفهكحی"),
+    "cp874": set("านรอกเงมยลวดทสตะปบคหแจพชขใไ่้ัิีืุู์ำ"),
+}  # fmt: skip
 _WORD = re.compile("[\u05d0-\u05ea]+|[\u0621-\u06d2]+|[\u0e01-\u0e5b]+")  # Hebrew, Arabic, Thai
 # Half-width katakana, single Korean letters, frames, private characters: a sign of a wrong guess.
 _ODD = re.compile("[\uff61-\uff9f\u3130-\u318f\u2500-\u259f\ue000-\uf8ff\x80-\x9f]")
@@ -131,6 +139,9 @@ def _guess(sample: bytes) -> str:
         return _guess_latin(sample)
     likely = [match.encoding for match in from_bytes(sample, cp_isolation=_OTHERS)]
     likely.sort(key=lambda name: -_likeness(sample.decode(name, "replace"), name))
+    if likely and likely[0] in _LETTERS:
+        likely = [*dict.fromkeys([*likely, *_LETTERS])]
+        return max(_LETTERS, key=lambda name: (_usualness(sample, name), -likely.index(name)))
     return likely[0] if likely else "cp1252"
 
 
@@ -156,6 +167,20 @@ def _likeness(text: str, encoding: str) -> float:
     plain = sum(_WORD.fullmatch(word) is not None or word[1:].islower() for word in words)
     weight = 0.3 if encoding == "cp874" else 0.4  # any bytes make Thai words
     return round(weight * plain / max(len(words), 1) - oddness, 1)
+
+
+def _is_plain(word: str) -> bool:
+    return not any(map(str.isupper, word[1:]))
+
+
+def _usualness(sample: bytes, encoding: str) -> float:
+    """The share of frequent letters; words of capitals, and capitals within words, count less."""
+    text = sample.decode(encoding, "replace")
+    letters = [letter for letter in text if letter > "\x7f"] or [""]
+    frequent = sum(letter.lower() in _LETTERS[encoding] for letter in letters)
+    words = re.findall(r"[^\W\d_]+", text)
+    odd = sum((0.25 if word.isupper() else 1) for word in words if not _is_plain(word))
+    return round(frequent / len(letters) - odd / max(len(words), 1), 2)
 
 
 def _on_errors(encoding: str) -> str:
