@@ -128,7 +128,7 @@ def _is_utf8(sample: bytes) -> bool:
     bad = BAD_BYTE.findall(text)
     good = sum(letter > "\x7f" for letter in text) - len(bad)
     starts = sum(byte >= "\udcc0" for byte in bad)  # the other bytes only go on with a character
-    return len(bad) <= good or (good > 0 and len(bad) <= 3 and starts <= 1)
+    return len(bad) <= good or (len(bad) <= min(2 * good, 3) and starts <= 1)
 
 
 def _guess(sample: bytes) -> str:
