@@ -26,7 +26,9 @@ from vatt.files import atomic_write
 UNKNOWN_PIECE = "[UNK]"
 PAD_PIECE = "[PAD]"
 LONGEST_WORD = 100  # characters; a longer one is unknown
-LATE = 1.0  # seconds after the end of its media; a caption that begins later is not of it
+# Seconds after the end of its media: a caption that begins later is not of it. Nearer ones are the
+# neighbours of a clip that was fetched as a section, as in the demo; they are candidates, too.
+LATE = 10.0
 log = logging.getLogger(__name__)
 
 
