@@ -230,3 +230,60 @@ def test_an_edit_list_at_another_speed_from_its_beginning_is_refused(tmp_path):
     edit(path, [(5, 0, 2)])
     with pytest.raises(BrokenMediaError, match="its edit list changes the speed"):
         probe(path)
+
+
+def remux(source: Path, target: Path, keep) -> None:
+    """Copy the packets that are kept."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        streams = [new.add_stream_from_template(stream) for stream in old.streams]
+        for packet in old.demux():
+            if packet.dts is not None and keep(packet):
+                packet.stream = streams[packet.stream_index]
+                new.mux(packet)
+
+
+def windows_of(path: Path, work: Path) -> tuple[list[bool], str]:
+    """Whether each window of a second is right, as far as there are any, and the complaint."""
+    params = demo_params().preprocess.model_copy(update={"fps": 5, "crf": 1, "audio_hz": HZ})
+    windows = tuple((float(k), k + 1.0) for k in range(SECONDS))
+    item = Cut(path, probe(path), windows)
+    [result] = cut([item], params, program=find_ffmpeg(None), work=work)
+    right = []
+    for second, piece in enumerate(result.pieces):
+        if piece.num_frames == 5:
+            frames = whole(decode_frames(piece.video[0], range(5), fps=5), 5)
+            right.append(is_right(Case("mp4", "plain"), second, frames, piece.audio))
+    return right, result.complaint
+
+
+@pytest.mark.parametrize("form", ["mkv", "mp4", "flv", "ts"])
+def test_pictures_before_the_first_key_frame_are_lost_and_not_those_of_later(tmp_path, form):
+    source, path = tmp_path / f"whole.{form}", tmp_path / f"cut.{form}"
+    record(source, Case(form, "plain"), (0, SECONDS), 0.0)
+    first = []
+    remux(source, path, lambda p: p.stream.type == "audio" or first or first.append(p))
+    right, complaint = windows_of(path, tmp_path)
+    assert right == [True] * (SECONDS - 1) and "no picture from 0.00" in complaint
+
+
+@pytest.mark.parametrize("form", ["mkv", "mp4", "flv", "ts"])
+def test_windows_in_which_nothing_was_recorded_are_pauses(tmp_path, form):
+    source, path = tmp_path / f"whole.{form}", tmp_path / f"gap.{form}"
+    record(source, Case(form, "plain"), (0, SECONDS), 0.0)
+    remux(source, path, lambda p: not 4.0 <= float(p.pts * p.time_base) < 6.0)
+    [(begin, end)] = probe(path).pauses
+    assert abs(begin - 4) < 0.15 and abs(end - 6) < 0.15
+
+
+def test_damaged_pictures_are_not_replaced_by_those_of_other_seconds(tmp_path):
+    source, path = tmp_path / "whole.mkv", tmp_path / "damaged.mkv"
+    record(source, Case("mkv", "plain"), (0, SECONDS), 0.0)
+    data = bytearray(source.read_bytes())
+    with av.open(str(source)) as container:
+        for packet in container.demux(video=0):
+            if packet.size and 2 <= float(packet.pts * packet.time_base) < 5.5:
+                at = data.index(bytes(packet)[4:], packet.pos)
+                data[at : at + packet.size - 4] = bytes(packet.size - 4)
+    path.write_bytes(data)
+    right, complaint = windows_of(path, tmp_path)
+    assert all(right) and SECONDS - 5 <= len(right) <= SECONDS - 3 and complaint

@@ -63,6 +63,7 @@ KEYS = 2.5  # and so may one between key frames that are further apart
 OFF_RATE, MIN_STEPS = 0.05, 8  # share by which the pace of sound may be wrong; steps that show it
 REORDERED = 16  # pictures that wait for one: no codec allows more
 PAUSE = 0.9  # no packet for longer is worth a remark
+STRETCHED = 4.0  # times the usual length: a packet is not so long
 ALONE = 60.0  # seconds; a longer picture without sound is not a film
 BOXES = {"mov,mp4,m4a,3gp,3g2,mj2"}  # FFmpeg's name for all kinds of MP4
 PLAIN = {"wav", "w64", "aiff", "au", "caf"}  # nothing but samples, as a rule
@@ -436,10 +437,7 @@ def _odd_edits(path: Path) -> list[tuple[float, str]]:
     found = []
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for moov in _within(data, (0, len(data)), b"moov"):
-            [scale] = [
-                int.from_bytes(data[begin + 12 + 8 * data[begin] :][:4])
-                for begin, _ in _within(data, moov, b"mvhd")
-            ][:1] or [0]
+            scales = [_scale(data, begin) for begin, _ in _within(data, moov, b"mvhd")]
             for part in _within(data, moov, b"trak", b"edts", b"elst"):
                 time = 0
                 edits = list(_edits(data, *part))
@@ -447,14 +445,20 @@ def _odd_edits(path: Path) -> list[tuple[float, str]]:
                     is_gap = start < 0 and number > 0
                     if is_gap or (rate != 1 and (rate or len(edits) > 1)):
                         why = "leaves a gap" if is_gap else "changes the speed"
-                        found.append((time / max(scale, 1), why))
+                        found.append((time / max([*scales, 1]), why))
                     time += length
     return found
 
 
+def _scale(data: Any, begin: int) -> int:
+    """Ticks a second, by the header of a film."""
+    at = begin + (20 if data[begin : begin + 1] == b"\1" else 12)
+    return int.from_bytes(data[at : at + 4])
+
+
 def _edits(data: Any, begin: int, end: int) -> Iterator[tuple[int, int, float]]:
     """The entries of an edit list: length in ticks of the film, start in the track's, rate."""
-    width = 8 if data[begin] else 4
+    width = 8 if data[begin : begin + 1] == b"\1" else 4
     step = 2 * width + 4
     count = int.from_bytes(data[begin + 4 : begin + 8])
     for at in range(begin + 8, min(begin + 8 + count * step, end - step + 1), step):
@@ -570,7 +574,7 @@ def _joined(
             if not found:
                 return streams, remarks
             begin, end = found.pop(0)
-            if len(streams) >= 2 * JOINED:
+            if len(streams) >= 2 * JOINED or len(remarks) >= JOINED:
                 return streams, [*remarks, f"what follows {JOINED} recordings is not read"]
             more, reached = _one_more(path, columns, begin, end, opened)
             streams += more
@@ -890,6 +894,8 @@ def _is_odd(packets: Packets, shown: np.ndarray, longest: float, form: str) -> b
     if off_rate(packets.time[sound], length).any():
         return True
     keys = np.sort(packets.time[~sound & packets.key])
+    if keys.size and keys[0] > NEAR_START:
+        return True  # the first pictures cannot be decoded
     until = shown[-1] if shown.size else 0.0
     apart = np.diff(keys, prepend=0.0, append=until).max() if shown.size else 0.0
     return bool(form not in INDEXED and apart > KEYS and until > SEEK_AFTER)
@@ -943,6 +949,8 @@ def _heard(packets: Packets) -> tuple[Span, ...]:
     if not begins.size:
         return ()
     length = _lengths(packets.sound, packets.time, packets.length)[packets.sound][order]
+    # MP4 says of the packet before a gap that it lasts until the next one.
+    length = np.minimum(length, max(STRETCHED * float(np.median(length)), NEAR_START))
     ends = np.maximum.accumulate(begins + length)
     cuts = np.flatnonzero(begins[1:] - ends[:-1] > PAUSE / 2)
     firsts, lasts = [0, *(cuts + 1)], [*cuts, len(ends) - 1]

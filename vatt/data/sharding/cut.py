@@ -174,6 +174,11 @@ def _cut_ordinary(cuts: Sequence[Cut], tool: _Tool) -> list[CutResult | None]:
 
 def _verify(item: Cut, result: CutResult, tool: _Tool) -> CutResult:
     """Compare pieces with what was planned; the doubtful ones are cut again, exactly."""
+    is_film = item.media.image is None and any(piece.num_frames for piece in result.pieces)
+    if is_film and result.complaint:
+        # After damage, ffmpeg shows the last good picture for as long as it takes.
+        again = _cut_exactly(replace(item, media=replace(item.media, exact=True)), tool)
+        return CutResult(again.pieces, _distinct(*result.complaints, *again.complaints))
     pieces = list(result.pieces)
     wrong = _doubtful(item, result, tool.params)
     silent = [k for k in _silent(item, pieces) if k not in wrong]
