@@ -96,6 +96,9 @@ def test_a_split_word_within_a_name_alone_is_a_class(tmp_path):
     make(tmp_path, "crash test/a*6.jpg", "bus/b*6.jpg", "train ride/c*6.jpg", "car/d*6.jpg")
     found = splits_and_labels(tmp_path)
     assert {label for _, label in found.values()} == {"crash test", "bus", "train ride", "car"}
+    make(tmp_path / "two", "test_tube/a*4.jpg", "train_station/b*4.jpg")
+    found = splits_and_labels(tmp_path / "two")
+    assert {label for _, label in found.values()} == {"test_tube", "train_station"}
 
 
 def test_words_that_only_begin_like_a_split_are_classes():

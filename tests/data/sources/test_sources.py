@@ -150,7 +150,7 @@ def test_a_share_is_held_out_to_validate_and_the_tests_stay_the_same(folder):
 
 def test_a_folder_without_videos_is_said_so(tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(DataError, match="no video, sound or image in"):
+    with pytest.raises(DataError, match=r"no video, sound or image in .*; left out: 1 .txt files"):
         scan(tmp_path, PARAMS.data)
     for place, message in (
         (tmp_path / "gone", "gone is missing"),

@@ -85,8 +85,7 @@ class Found:
             lines.append(f"{self.captions_dropped} captions could not be read")
         lines += [f"cannot be used: {name}: {reason}" for name, reason in self.broken]
         if self.ignored:
-            what = ", ".join(f"{count} {kind}" for kind, count in sorted(self.ignored.items()))
-            lines.append(f"left out: {what}")
+            lines.append(_left_out("left out: ", self.ignored))
         return "\n".join([*lines, *(f"note: {note}" for note in counts["notes"])])
 
     def _too_short(self, preprocess: PreprocessParams) -> list[str]:
@@ -99,6 +98,11 @@ class Found:
             "to change this set preprocess.min_clip_seconds"
         )
         return [note] if short else []
+
+
+def _left_out(before: str, ignored: Mapping[str, int]) -> str:
+    what = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
+    return f"{before}{what}" if what else ""
 
 
 def scan(
@@ -123,10 +127,8 @@ def scan(
     files, texts = _sorted_out(folder, listing)
     files, notes = _of_one_kind(files, data.file_kind, ignored)
     if not files:
-        unread = ignored["folders that cannot be read"]
         raise DataError(
-            f"no video, sound or image in {folder}"
-            + (f"; {unread} folders cannot be read" if unread else ""),
+            f"no video, sound or image in {folder}{_left_out('; left out: ', +ignored)}",
             hint=f"known file names end in {', '.join(sorted(MEDIA))}",
         )
     layout = read_layout(files, data.split_folders)
@@ -335,7 +337,8 @@ def _part_of_name(name: str) -> tuple[str, str] | None:
     if len(found) != 1:
         return None
     [match] = found
-    return SPLIT_WORDS[match[1]], f"{plain[: match.start()]}*{plain[match.end() :]}"
+    rest = f"{plain[: match.start()]}*{plain[match.end() :]}"
+    return SPLIT_WORDS[match[1]], re.sub(r"\d", "#", rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,7 +446,8 @@ def _split_folders(
         if (part := _part_of_name(child.name)) is not None
     }
     words = {**named, **{child: word for child, (word, _) in parts.items()}}
-    if len(words) == len(siblings) and len(set(words.values())) > 1:
+    is_clear = bool(named) or not inside.keys().isdisjoint(words)  # train_station is a class
+    if is_clear and len(words) == len(siblings) and len(set(words.values())) > 1:
         return words
     found = dict(named) if rule == "splits" or _are_splits(named, siblings, inside) else {}
     groups: dict[str, dict[PurePosixPath, str]] = {}
