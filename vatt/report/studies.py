@@ -297,11 +297,12 @@ def beyond_picture(figure: Figure, study: Beyond, inputs: Inputs) -> Picture | N
             return None
         series.append((curve.words, xs, [100 * y for y in ys]))
     seeds = min(len(_results(inputs, arms[name])) for c in figure.curves for name in c.arms)
+    measures = {curve.measure.words for curve in figure.curves}
     return lines(
         figure.title,
         series,
         x_label=figure.x_label,
-        y_label="%",
+        y_label=f"{measures.pop()}, %" if len(measures) == 1 else "%",
         caption=f"Mean of {seeds} seeds." if seeds > 1 else "One seed.",
         points=figure.points,
     )
