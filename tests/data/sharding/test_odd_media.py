@@ -287,3 +287,18 @@ def test_damaged_pictures_are_not_replaced_by_those_of_other_seconds(tmp_path):
     path.write_bytes(data)
     right, complaint = windows_of(path, tmp_path)
     assert all(right) and SECONDS - 5 <= len(right) <= SECONDS - 3 and complaint
+
+
+@pytest.mark.parametrize("form", ["mp4", "mkv"])
+def test_a_last_picture_that_claims_hours_ends_soon_after_the_sound(tmp_path, form):
+    source, path = tmp_path / f"whole.{form}", tmp_path / f"hours.{form}"
+    record(source, Case(form, "plain"), (0, SECONDS), 0.0)
+
+    def lengthen(packet) -> bool:
+        if packet.stream.type == "video" and packet.pts * packet.time_base > SECONDS - 0.05:
+            packet.duration = round(40_000 / packet.time_base)
+        return True
+
+    remux(source, path, lengthen)
+    media = probe(path)
+    assert media.seconds <= SECONDS + 2 and "its last picture claims to stay" in media.remark

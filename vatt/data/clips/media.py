@@ -12,8 +12,9 @@ decoding them and gives each one a time on the clips' clock:
 - Recordings that are joined in one file follow each other, also where each has its own header or
   its own streams.
 - What an edit list hides has no time; the parts that it shows follow each other.
-- A picture stays until the next one. The last one lasts as long as its packet says; in a file whose
-  pictures stay for seconds, as long as the longest before it, but not longer than the sound.
+- A picture stays until the next one. The last one lasts as long as its packet says, but at most as
+  long as the sound, the longest picture before it, or two seconds; a minute without sound. In a
+  file whose pictures stay for seconds, it lasts as long as the longest of them within the sound.
 
 Everything unusual about it is a remark for the ledger.
 """
@@ -845,6 +846,12 @@ def _describe(
     seconds = last[kinds[0]] - zero - start
     if len(kinds) == 2 and longest > HOLD:
         seconds = max(seconds, min(last[True] - zero - start, shown[-1] + longest))
+    if shown.size:
+        heard_for = last.get(True, -np.inf) - zero - start - shown[-1]
+        usual = max(longest, HOLD) if len(kinds) == 2 and shown.size > 1 else ALONE
+        if (claimed := seconds - shown[-1]) > (most := max(usual, heard_for)):
+            remarks = [*remarks, f"its last picture claims to stay for {claimed:.0f} s"]
+            seconds = float(shown[-1] + most)
     if seconds > MAX_HOURS * 3600:
         raise BrokenMediaError(f"its time stamps claim {seconds / 3600:.0f} hours")
     heard = _heard(packets)
