@@ -34,7 +34,7 @@ LISTED = {  # the fewest lines that each reader takes for its set
     "kinetics700": {"train.csv": KINETICS},
     "moments": {"trainingSet.csv": "run/a.mp4,run,3,0\n", "validationSet.csv": ""},
     "msrvtt": {"msrvtt_test.csv": "video_id,sentence\nvideo1,a car\n"},
-    "ucf101": {f"{s}list0{k}.txt": "Run/v_1.avi 1\n" for s in ("train", "test") for k in (1, 2, 3)},
+    "ucf101": {f"{s}list0{k}.txt": f"Run/{s}.avi\n" for s in ("train", "test") for k in (1, 2, 3)},
     "vggsound": {"test.csv": "abcdefghijk_000030.mp4,dog\n"},
     "youcook2": {"validation_youcook.csv": "end,start,task,text,video_id\n9,1,2,a,abcdefghijk\n"},
 }  # fmt: skip
