@@ -133,6 +133,21 @@ def test_windows_keep_their_second_across_breaks_and_held_pictures(tmp_path):
         assert counts["lost"] <= most, table(found)
 
 
+@pytest.mark.parametrize(
+    ("form", "trait"), [("flv", ""), ("flv", "b"), ("flv", "open"), ("ts", "b"), ("webm", "")]
+)
+def test_a_window_alone_after_a_change_shows_its_second(tmp_path, form, trait):
+    """The headers of the new form lie before the key frame at which its decoding begins."""
+    case = Case(form, "size", 0, 0.0, trait)
+    path = make(tmp_path, case)
+    params = demo_params().preprocess.model_copy(update={"fps": 5, "crf": 1, "audio_hz": HZ})
+    for start in (CHANGE + 1, SECONDS - 1):
+        item = Cut(path, probe(path), ((float(start), start + 1.0),))
+        [piece] = cut([item], params, program=find_ffmpeg(None), work=tmp_path)[0].pieces
+        frames = whole(decode_frames(piece.video[0], range(5), fps=5), 5)
+        assert is_right(case, start, frames, piece.audio), (start, frames.mean(axis=(1, 2, 3)))
+
+
 def test_a_picture_of_another_shape_keeps_it_within_a_window(tmp_path):
     path = make(tmp_path, Case("ts", "shape"))
     params = demo_params().preprocess.model_copy(update={"fps": 10, "short_side": 64, "crf": 1})

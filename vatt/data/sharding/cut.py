@@ -444,6 +444,7 @@ WARM_UP = 1.0  # seconds that a decoder of sound is given before them
 IN_STEP = 0.05  # seconds; sound whose stamps are nearer to its samples' count follows the count
 STALE = 0.5  # seconds that a picture may stand in for the next ones, which cannot be decoded
 _LAYOUTS = dict(enumerate(("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1"), start=1))
+HEADERS = "new_extradata"  # with a packet: the decoder needs them for all later ones
 FILMS_A_CALL = 8  # each has threads of its own
 
 
@@ -572,6 +573,10 @@ def _decode(
                     yield from (frame for frame in frames if frame[0] > shown_from - LOOK_AHEAD)
                 elif decoding:
                     yield from _timed(codec, None, unit, packets.zero, errors)
+                    codec.flush_buffers()
+                if not is_needed and packet.has_sidedata(HEADERS):
+                    for _ in _timed(codec, packet, unit, packets.zero, []):
+                        pass  # only the headers are wanted
                     codec.flush_buffers()
                 decoding, number = is_needed, number + 1
             if decoding:
