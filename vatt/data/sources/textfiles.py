@@ -29,7 +29,7 @@ MANGLED = "get the official file again, and keep spreadsheet programs away from 
 
 _LINE_END = re.compile(r"\r{0,2}\n|\r")  # \r\r\n comes from converting a text twice
 _NUMBER = re.compile(r"[+-]?(?:\d{1,20}(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?", re.ASCII)
-_SHIFTS = re.compile(rb"\x1b\$(?:[@ABD]|\([CD]|\)C)")  # to Japanese or Korean, in seven bits
+_SHIFTS = re.compile(rb"\x1b\$(?:[@-BD]|\([CD]|\)C)")  # to Japanese or Korean, in seven bits
 _NOT_ASCII = re.compile(rb"[^\r\n]*[\x80-\xff][^\r\n]*")
 BAD_BYTE = re.compile("[\udc80-\udcff]")  # how `surrogateescape` writes a byte that has no meaning
 
