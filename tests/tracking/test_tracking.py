@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
 
 from tests.training import tiny
 from vatt import process
@@ -202,6 +205,56 @@ def test_a_relative_store_lies_in_the_project_s_root(tmp_path, monkeypatch):
     assert mlflow.store_uri(machine) == f"sqlite:///{tmp_path}/mlflow.db"
     for uri in ("sqlite:////data/mlflow.db", "http://127.0.0.1:5000"):
         assert mlflow.store_uri(tiny.machine_params(mlflow_uri=uri)) == uri
+
+
+MAKE = "import sys; from vatt.tracking import mlflow; mlflow._make_database(sys.argv[1])"
+
+
+def maker(uri: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", MAKE, uri], cwd=ROOT)
+
+
+def experiments(path: Path) -> int:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        (count,) = database.execute("SELECT count(*) FROM experiments").fetchone()
+    return int(count)
+
+
+def test_a_kill_while_the_database_is_made_leaves_none_and_the_next_start_makes_it(tmp_path):
+    path = tmp_path / "mlflow.db"
+    with maker(f"sqlite:///{path}") as first:
+        while not any(part.stat().st_size > 2**16 for part in tmp_path.glob(".mlflow.db.*.tmp")):
+            assert first.poll() is None
+            time.sleep(0.005)
+        first.kill()
+    assert not path.exists()
+    with maker(f"sqlite:///{path}") as second:
+        assert second.wait() == 0
+    assert experiments(path) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+def test_half_a_database_is_made_again_and_others_are_left_alone(tmp_path):
+    uri, path = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "mlflow.db"
+    mlflow._make_database(uri)
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        for change in ("DELETE FROM experiments", "DELETE FROM alembic_version", "DROP TABLE runs"):
+            database.execute(change)  # as if killed amid the first migrations
+    half = tmp_path / "half.db"
+    shutil.copy(path, half)
+    with pytest.raises(SQLAlchemyError, match="duplicate column"):
+        MlflowClient(f"sqlite:///{half}").search_experiments()
+    mlflow._make_database(uri)
+    assert experiments(path) == 1
+    whole = path.read_bytes()
+    mlflow._make_database(uri)
+    assert path.read_bytes() == whole
+    with contextlib.closing(sqlite3.connect(tmp_path / "own.db")) as database, database:
+        database.execute("CREATE TABLE own (name TEXT)")
+        database.execute("INSERT INTO own VALUES ('kept')")
+    own = (tmp_path / "own.db").read_bytes()
+    mlflow._make_database(f"sqlite:///{tmp_path / 'own.db'}")
+    assert (tmp_path / "own.db").read_bytes() == own
 
 
 def test_a_store_that_cannot_be_is_a_clear_error(tmp_path, monkeypatch):

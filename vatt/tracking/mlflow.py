@@ -31,7 +31,7 @@ from vatt import process
 from vatt.config import MachineParams, Params, fingerprint
 from vatt.data.clips.samples import INDEX, splits_of
 from vatt.errors import DataError, MachineError, Stopped, redact
-from vatt.files import UNREADABLE
+from vatt.files import UNREADABLE, atomic_write
 from vatt.tracking.records import Line, MetricLog, MetricValue, Record, Unsent, first_line
 from vatt.training import distributed
 from vatt.training.state import flatten
@@ -445,6 +445,7 @@ def _connect(machine: MachineParams) -> Any:
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -455,11 +456,11 @@ def _connect(machine: MachineParams) -> Any:
     uri = store_uri(machine)
     try:
         with _one_at_a_time(uri):  # two that make the same new database spoil it
-            _check_database(uri)
+            _make_database(uri)
             _keep_artifacts_beside(uri)
             client = MlflowClient(uri)
             _experiment(client, machine)
-    except (MlflowException, OSError, sqlite3.Error) as error:
+    except (MlflowException, OSError, sqlite3.Error, SQLAlchemyError) as error:
         if process.stop_under(error) is not None:
             raise
         raise MachineError(
@@ -685,11 +686,31 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
         yield
 
 
-def _check_database(uri: str) -> None:
-    """Fail at once where MLflow would try again for minutes."""
-    if uri.startswith("sqlite:///"):
-        with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
-            database.execute("PRAGMA schema_version")
+def _make_database(uri: str) -> None:
+    """Make a new SQLite store under another name: a kill would leave half of MLflow's tables.
+
+    Such a half is made again, too; it fails for ever. Errors of SQLite come at once, where MLflow
+    would try again for minutes.
+    """
+    if not uri.startswith("sqlite:///"):
+        return
+    from mlflow import MlflowClient
+
+    path = Path(uri.removeprefix("sqlite:///"))
+    for leftover in path.parent.glob(f".{path.name}.*.tmp*"):
+        leftover.unlink(missing_ok=True)
+    if path.exists():
+        with closing(sqlite3.connect(path)) as database:
+            names = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            tables = {name for (name,) in names.fetchall()} - EMPTY_TABLES
+            if any(database.execute(f'SELECT 1 FROM "{name}" LIMIT 1').fetchone()
+                   for name in sorted(tables)):  # fmt: skip
+                return
+    with atomic_write(path) as temporary:
+        MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+
+
+EMPTY_TABLES = {"alembic_version", "workspaces"}  # with rows of MLflow's own, before any experiment
 
 
 def _keep_artifacts_beside(uri: str) -> None:
