@@ -129,7 +129,7 @@ SECTIONS = {
     },
     "Settings": {
         "config": (
-            "data.config",
+            "params.config",
             "Show, change, check or replace the settings in params.yaml.",
         ),
         "doctor": (

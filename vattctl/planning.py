@@ -408,15 +408,16 @@ def check_processes(params: "Params", plans: Sequence[StagePlan]) -> None:
     """Refuse a batch that machine.processes cannot divide, before what comes first has run."""
     from vatt.config import check_share
 
-    machine, tuning = params.machine, params.finetune
+    machine = params.machine
     if machine.launcher_counts:
         return
-    for kind in {_kind(one.stage) for one in plans if one.why}:
+    for kind, _, variant in (one.stage.partition("@") for one in plans if one.why):
         if kind == "pretrain":
             size = params.pretrain.batch_size
             check_share(size, machine.processes, setting="pretrain.batch_size")
-        for name in tuning.run if kind == "finetune" else ():
-            setting, task = f"finetune.tasks.{name}.batch_size", tuning.tasks[name]
+        elif kind == "finetune":
+            name = variant.rpartition("-")[0]  # before the start: pretrained or scratch
+            setting, task = f"finetune.tasks.{name}.batch_size", params.finetune.tasks[name]
             size, paired = task.batch_size, task.mixup > 0
             check_share(size, machine.processes, setting=setting, paired=paired)
 
