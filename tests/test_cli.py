@@ -67,6 +67,11 @@ def test_help_of_every_command_works_outside_a_project(tmp_path, monkeypatch, ca
         assert f"Usage: {' '.join(('vattctl', *words))} " in capsys.readouterr().out
 
 
+def test_a_misspelt_command_is_answered_with_the_right_one(project: Path) -> None:
+    done = vattctl(project, "pretrian")
+    assert done.returncode == 2 and "Did you mean 'pretrain'?" in done.stderr
+
+
 def test_set_keeps_comments_and_prints_the_change(project: Path) -> None:
     done = vattctl(project, "pretrain", "--set", "pretrain.steps=123", "--dry-run")
     assert "params.yaml would change: pretrain.steps: " in done.stdout

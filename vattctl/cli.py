@@ -155,6 +155,8 @@ class Sections(click.Group):
             module, _, attribute = place.rpartition(".")
             command: click.Command = getattr(import_module(f"vattctl.{module}"), attribute)
             self.add_command(command)
+        elif name not in self.commands:
+            self.load()  # click looks among them for a similar name
         return super().get_command(context, name)
 
     def add_command(self, command: click.Command, name: str | None = None) -> None:
