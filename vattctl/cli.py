@@ -129,7 +129,7 @@ SECTIONS = {
     },
     "Settings": {
         "config": (
-            "params.config",
+            "data.config",  # with `use`, which data.py adds
             "Show, change, check or replace the settings in params.yaml.",
         ),
         "doctor": (
